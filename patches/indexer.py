@@ -36,7 +36,7 @@ def _bind(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _pool(layer_id: int) -> tuple[Tensor, BlockStats, int]:
-    """The layer's index-K buffer, its pool's page means and the pool-local layer, behind the pool's own transfer fence."""
+    """The layer's index-K buffer, its pool's page means, and the pool-local layer; the getter is a transfer fence."""
     pool = dsa_indexer.get_token_to_kv_pool()
     return pool.get_index_k_with_scale_buffer(layer_id=layer_id), pool.misa_block_stats, layer_id - pool.start_layer
 
@@ -45,7 +45,7 @@ def get_topk_ragged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) 
     """Indexer._get_topk_ragged: the rows of an extend call. Rows under the length gate go to stock DSA."""
     config = plugin.runtime().config
     call = _bind(original, args, kwargs)
-    self, batch, layer_id, metadata = call["self"], call["forward_batch"], call["layer_id"], call["metadata"]
+    self, layer_id, metadata = call["self"], call["layer_id"], call["metadata"]
     page_table = metadata.get_page_table_64()
     if len(page_table) == 0:
         return original(*args, **kwargs)
@@ -70,20 +70,15 @@ def get_topk_ragged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) 
         recorder.ran("prefill", "dsa")
         return original(*args, **kwargs)
     recorder.ran("prefill", config.prefill.name)
-    return _Extend(self, layer_id, layer, batch, call, stats).select(config.prefill, spans)
+    return _Extend(self, layer_id, layer, call, stats).select(config.prefill, spans)
 
 
 class _Extend:
     """One extend call that selects by policy: gathers the keys as stock does, and finishes with stock's transform."""
 
-    def __init__(self, self_: Any, layer_id: int, layer: int, batch: Any, call: dict[str, Any], stats: BlockStats):
-        self.indexer, self.layer_id, self.layer, self.metadata, self.stats = (
-            self_,
-            layer_id,
-            layer,
-            call["metadata"],
-            stats,
-        )
+    def __init__(self, self_: Any, layer_id: int, layer: int, call: dict[str, Any], stats: BlockStats):
+        self.indexer, self.metadata, self.stats = self_, call["metadata"], stats
+        self.layer_id, self.layer = layer_id, layer
         self.ks, self.ke = self.metadata.get_indexer_kvcache_range()
         rows = self.ks.shape[0]
         page_table = self.metadata.get_page_table_64()
@@ -130,7 +125,7 @@ class _Extend:
             self._finish(rows.start, rows.stop, logits, self.ks[rows])
 
     def _finish(self, start: int, end: int, logits: Tensor, row_starts: Tensor) -> None:
-        """Top-k of `logits` whose rows begin at column `row_starts`, in the output space the attention backend expects."""
+        """Top-k of `logits` whose rows begin at column `row_starts`, as the attention backend expects it."""
         metadata, rows = self.metadata, slice(start, end)
         lengths = self.call.row_lens[rows]
         self.indexer._mask_init_and_local_tokens(logits, lengths, row_starts)
@@ -201,7 +196,7 @@ def get_topk_paged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -
 
 
 def forward_k_only(original: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:
-    """Indexer._forward_cuda_k_only: short prefills write index-K and select nothing; their pages need means for decode."""
+    """Indexer._forward_cuda_k_only: short prefills write index-K and select nothing; decode needs their page means."""
     call = _bind(original, args, kwargs)
     result = original(*args, **kwargs)
     if plugin.runtime().config.decode.active:

@@ -20,7 +20,7 @@ class BlockStats:
     """Page means of one KV pool (a draft model's pool has its own)."""
 
     def __init__(self, index_buffers: Sequence[Tensor]):
-        """`index_buffers`: the pool's index-K buffers, one a layer, [num_pages, 8448] uint8; 0 rows where a layer has no indexer."""
+        """`index_buffers`: the pool's index-K, one [num_pages, 8448] uint8 a layer (0 rows without an indexer)."""
         self.means = [
             torch.zeros(b.shape[0], reference.HEAD_DIM, dtype=torch.bfloat16, device=b.device) for b in index_buffers
         ]
@@ -35,7 +35,7 @@ class BlockStats:
         return sum(m.nbytes for m in self.means)
 
     def of(self, layer: int, page_table: Tensor) -> Tensor:
-        """Means [N, P, 128] of page ids [N, P], for pool-local `layer`. Ids must be valid: clamp stale entries first."""
+        """Means [N, P, 128] of page ids [N, P], for pool-local `layer`. Ids must be valid, not stale."""
         return self.means[layer][page_table.long()]
 
     def update_pages(self, layer: int, buffer: Tensor, pages: Tensor) -> None:
@@ -45,7 +45,7 @@ class BlockStats:
             self.means[layer][part] = reference.page_means(buffer[part]).bfloat16()
 
     def update_written(self, layer: int, buffer: Tensor, slots: Tensor) -> None:
-        """Recompute the pages whose last token is among `slots` [n] just written. Reads the count back to the host: prefill only."""
+        """Recompute the pages whose last token is among `slots` [n] just written. Syncs with the host: prefill only."""
         self.update_pages(layer, buffer, slots[slots % PAGE == PAGE - 1] // PAGE)
 
     def update_newest(self, layer: int, buffer: Tensor, page_table: Tensor, row_lens: Tensor) -> None:

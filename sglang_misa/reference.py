@@ -88,7 +88,7 @@ def block_statistics(
 
 
 def top_heads(statistic: Tensor, heads: int) -> Tensor:
-    """Ids int64 [N, T, h], ascending, of the largest statistics [N, T, H]; ties go to the lower head, NaN never wins."""
+    """Ids int64 [N, T, h], ascending, of the largest of [N, T, H]; ties go to the lower head, NaN never wins."""
     ranked = torch.nan_to_num(statistic, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices
     return order[..., :heads].sort(dim=-1).values
