@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .rank_select import CERTAIN, MAX_ROW, NOTHING, kth_largest, order_key, places
+from .rank_select import CERTAIN, MAX_ROW, NOTHING, kth_largest, order_key, places, wins_and_ties
 
 PAGE = 64  # tokens in a page of SGLang's index-K pool
 HEAD_DIM = 128
@@ -21,13 +21,15 @@ HEAD_DIM = 128
 
 @dataclass(frozen=True)
 class KeptPages:
-    """The pages of the kept blocks, in logical order: position p of the kept tokens lies in page p // 64 at p % 64.
+    """The pages of the kept blocks, in logical order: token p of a row's kept tokens lies in page p // 64 at p % 64.
 
-    pages:  int32 [R, blocks · block_size / 64]  physical page ids; entries past ceil(lens / 64) are stale
-    blocks: int32 [R, blocks]                    logical block numbers; entries past ceil(lens / block_size) are stale
-    lens:   int32 [R]                            kept tokens of a row; a function of its length alone
-    scores: fp32  [R, table_width · 64 / block_size]  scratch: block scores of the rows that had to choose
-    done:   int32 [R]                            scratch: programs that have finished; zero between launches
+    Room is for `blocks` complete blocks and the tail, the tokens past the last complete block.
+
+    pages:  int32 [R, (blocks + 1) · block_size / 64]  physical page ids; entries past ceil(lens / 64) are stale
+    blocks: int32 [R, blocks + 1]  block numbers in the row; entries past ceil(lens / block_size) are stale
+    lens:   int32 [R]  kept tokens of a row; a function of its length alone
+    scores: fp32 [R, ceil(table_width · 64 / block_size)]  scratch: block scores of the rows that had to choose
+    done:   int32 [R]  scratch: programs that have finished; zero between launches
     """
 
     pages: torch.Tensor
@@ -42,8 +44,8 @@ class KeptPages:
         must be zero before the first launch, and one object must not serve two streams at once."""
         ints = {"dtype": torch.int32, "device": device}
         return cls(
-            pages=torch.empty(rows, blocks * block_size // PAGE, **ints),
-            blocks=torch.empty(rows, blocks, **ints),
+            pages=torch.empty(rows, (blocks + 1) * block_size // PAGE, **ints),
+            blocks=torch.empty(rows, blocks + 1, **ints),
             lens=torch.empty(rows, **ints),
             scores=torch.empty(rows, triton.cdiv(table_width * PAGE, block_size), dtype=torch.float32, device=device),
             done=torch.zeros(rows, **ints),
@@ -73,21 +75,22 @@ def keep_blocks(
     """Fill `out` with the best blocks of every row: the block filter of HISA (arXiv 2603.28458) on page means.
 
     A block of B = `block_size` tokens scores Σ_j w_j · ReLU(q_j · k̃_b) with k̃_b the mean of its page means, over all H
-    heads. With T = ceil(len / B) blocks in a row and nb = out.blocks.shape[1]: T <= nb keeps all; otherwise block 0 and
-    the newest (complete or not) are kept and the best nb - 2 complete blocks between them. Ties fall to the older block.
+    heads. Of a row's len // B complete blocks the first and the newest are kept and the best between them, up to nb in
+    all; the tail behind them always. So len // B <= nb keeps everything. Ties fall to the older block, NaN never wins.
 
     index_q:    float8_e4m3fn [R, H, 128], contiguous; H = 16, 32, 64, …
     head_gates: fp32 [R, H], contiguous
-    page_means: bf16 [num_pages, 128], contiguous; read for complete pages of middle blocks only
+    page_means: bf16 [num_pages, 128], contiguous; read for the blocks between the first and the newest complete one
     page_table: int32 [R, W], unit column stride; entries past ceil(len / 64) are never followed
     seq_lens:   int32 [R], 0 <= len <= 64 · W
     """
     rows, heads, _ = index_q.shape
-    n_pad = triton.next_power_of_2(out.scores.shape[1])
+    n_blocks = out.scores.shape[1]
+    n_pad = triton.next_power_of_2(n_blocks)
     if n_pad > MAX_ROW:
         raise ValueError(f"page_table: expected at most {MAX_ROW} blocks a row, got {n_pad}; use a larger block_size")
     interpreted = index_q.device.type == "cpu"
-    grid = (triton.cdiv(out.scores.shape[1], tuning.tile), rows)
+    grid = (triton.cdiv(n_blocks, tuning.tile), rows)
     _keep_kernel[grid](
         index_q,
         head_gates,
@@ -100,13 +103,13 @@ def keep_blocks(
         out.lens,
         out.done,
         page_table.stride(0),
-        out.scores.shape[1],
         HEADS=heads,
         DIM=HEAD_DIM,
         PAGES=block_size // PAGE,
         PAGE=PAGE,
-        KEEP=out.blocks.shape[1],
+        KEEP=out.blocks.shape[1] - 1,
         TILE=tuning.tile,
+        N_BLOCKS=n_blocks,
         N_PAD=n_pad,
         STAGES=tuning.stages,
         EXACT=interpreted,
@@ -120,7 +123,7 @@ def launch_options(interpreted: bool, warps: int) -> dict[str, object]:
 
 
 @triton.jit
-def last_of(done, n: tl.constexpr | tl.tensor):
+def last_of(done, n):
     """True in the last of the `n` programs that call this with the counter at `done`, which is zero again after it.
 
     Everything the others wrote before the call is visible to the one that gets True (read it past L1: ".cg").
@@ -145,13 +148,13 @@ def _keep_kernel(
     kept_lens,
     done,
     table_stride,
-    scores_stride,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PAGES: tl.constexpr,  # pages in a block
     PAGE: tl.constexpr,
     KEEP: tl.constexpr,
     TILE: tl.constexpr,
+    N_BLOCKS: tl.constexpr,  # columns of the page table, in blocks
     N_PAD: tl.constexpr,
     STAGES: tl.constexpr,
     EXACT: tl.constexpr,
@@ -163,19 +166,20 @@ def _keep_kernel(
         gdc_wait()
         gdc_launch_dependents()
     length = tl.load(seq_lens + i_r)
-    n_blocks = tl.cdiv(length, PAGES * PAGE)
-    chooses = n_blocks > KEEP
-    n_programs = tl.where(chooses, tl.cdiv(n_blocks, TILE), 1)
+    n_full = length // (PAGES * PAGE)
+    tail = length - n_full * (PAGES * PAGE)
+    chooses = n_full > KEEP
+    n_programs = tl.where(chooses, tl.cdiv(n_full, TILE), 1)
     if i_t >= n_programs:
         return
     p_table = table + i_r * table_stride
-    p_scores = scores + i_r * scores_stride
+    p_scores = scores + i_r * N_BLOCKS
 
     if chooses:
         o_b = i_t * TILE + tl.arange(0, TILE)
         o_h = tl.arange(0, HEADS)
         o_d = tl.arange(0, DIM)
-        m_b = (o_b > 0) & (o_b < n_blocks - 1)
+        m_b = (o_b > 0) & (o_b < n_full - 1)
         b_q = tl.load(q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :])  # [HEADS, DIM]
         b_w = tl.load(gates + i_r * HEADS + o_h)
         # fp8 fits bf16 exactly, so the products are exact; the interpreter multiplies bf16 as integers, hence fp32 there
@@ -193,17 +197,18 @@ def _keep_kernel(
 
     if last_of(done + i_r, n_programs):
         o_n = tl.arange(0, N_PAD)
-        m_middle = (o_n > 0) & (o_n < n_blocks - 1)
-        score = tl.load(p_scores + o_n, mask=m_middle & chooses, other=0.0, cache_modifier=".cg")
+        m_middle = (o_n > 0) & (o_n < n_full - 1)
+        # loads are masked by constants so that they stay wide: what a row has not written is replaced afterwards
+        score = tl.load(p_scores + o_n, mask=o_n < N_BLOCKS, other=0.0, cache_modifier=".cg")
         key = tl.where(m_middle, order_key(score), NOTHING)
-        threshold = kth_largest(key, n_blocks - 2, KEEP - 2)
-        key = tl.where((o_n < n_blocks) & (m_middle == 0), CERTAIN, key)
-        taken, place = places(key, threshold, KEEP)
-        tl.store(kept_blocks + i_r * KEEP + place, o_n, mask=taken)
+        threshold = kth_largest(key, None, n_full - 2, KEEP - 2)
+        key = tl.where((o_n * (PAGES * PAGE) < length) & (m_middle == 0), CERTAIN, key)
+        pair = wins_and_ties(key, threshold)
+        taken, place = places(pair, 0, tl.sum(pair, 0) & 0xFFFF, KEEP + (tail > 0).to(tl.int32))
+        tl.store(kept_blocks + i_r * (KEEP + 1) + place, o_n, mask=taken)
         for i in tl.static_range(PAGES):
             o_p = o_n * PAGES + i
             m_p = taken & (o_p * PAGE < length)
             page = tl.load(p_table + o_p, mask=m_p, other=0)
-            tl.store(kept_pages + (i_r * KEEP + place) * PAGES + i, page, mask=m_p)
-        skipped = tl.maximum(n_blocks - KEEP, 0) * (PAGES * PAGE)  # only complete blocks are ever left out
-        tl.store(kept_lens + i_r, length - skipped)
+            tl.store(kept_pages + (i_r * (KEEP + 1) + place) * PAGES + i, page, mask=m_p)
+        tl.store(kept_lens + i_r, tl.minimum(n_full, KEEP) * (PAGES * PAGE) + tail)

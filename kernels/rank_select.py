@@ -2,70 +2,96 @@
 
 No sort and no shared-memory histogram: a search for the k-th largest key that narrows its bracket from the middle and
 from an interpolated guess at once, then one prefix sum that gives every winner its place, in the row's own order.
+
+A row is `key` [N] and, behind it, `more` [M] with M dividing N, or None: a row of 8192 + 128 need not be padded to 16384.
 """
 
 import triton
 import triton.language as tl
 
 NOTHING = tl.constexpr(-(2**31))  # below every key: an element that is not there
-NAN = tl.constexpr(-(2**31) + 1)  # below every number: a NaN wins only places that no number wants
 CERTAIN = tl.constexpr(2**31 - 1)  # above every key: an element that is always taken
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite fp32
 MAX_ROW = 32768  # two counts of a row share one 32-bit word
 
 
 @triton.jit
 def order_key(x):
-    """int32 keys that order like the fp32 numbers `x`: -0 equals +0, NaN lies below -inf."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), NAN)
+    """int32 keys that order like the fp32 numbers `x`; -0 equals +0, and NaN and -inf equal the lowest finite number."""
+    bits = (tl.where(x > LOWEST, x, LOWEST) + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def kth_largest(key, n, k):
-    """The k-th largest of the `n` keys of `key` [N] that are not NOTHING; NOTHING when n <= k.
+def _fold(key, more):
+    """`key` as [N / M, M]: reduced over its first axis it has the shape of `more`, and no thread meets another if M is large."""
+    return tl.reshape(key, [key.shape[0] // more.shape[0], more.shape[0]])
+
+
+@triton.jit
+def _count_pair(key, more, p, q):
+    """Keys at or above p, plus 65536 times those at or above q."""
+    both = (key >= p).to(tl.int32) + ((key >= q).to(tl.int32) << 16)
+    if more is not None:
+        both = tl.sum(_fold(both, more), 0) + (more >= p).to(tl.int32) + ((more >= q).to(tl.int32) << 16)
+    return tl.sum(both, 0)
+
+
+@triton.jit
+def kth_largest(key, more, n, k):
+    """The k-th largest of the `n` keys of the row that are not NOTHING; NOTHING when n <= k.
 
     The bracket [lo, hi] holds the answer and halves in every round at least; it ends early once exactly k keys are at or
-    above lo. N <= MAX_ROW.
+    above lo. N + M <= MAX_ROW.
     """
-    lo = tl.min(tl.where(key == NOTHING, CERTAIN, key), 0)
-    hi = tl.max(key, 0)
-    lo = tl.where(n > k, lo, NOTHING)
-    hi = tl.where(n > k, hi, NOTHING)
+    low = tl.where(key == NOTHING, CERTAIN, key)
+    high = key
+    if more is not None:
+        low = tl.minimum(tl.min(_fold(low, more), 0), tl.where(more == NOTHING, CERTAIN, more))
+        high = tl.maximum(tl.max(_fold(high, more), 0), more)
+    lo = tl.where(n > k, tl.min(low, 0), NOTHING)
+    hi = tl.where(n > k, tl.max(high, 0), NOTHING)
     at = n  # keys at or above lo
     above = n * 0  # keys above hi
     while lo < hi:
         middle = (lo | hi) - ((lo ^ hi) >> 1)  # rounds up, cannot overflow
         span = (hi - lo).to(tl.uint32, bitcast=True)  # the difference is below 2^32: wrapping keeps it exact
         part = (at - k).to(tl.float32) / tl.maximum(at - above, 1).to(tl.float32)
-        step = tl.minimum((span.to(tl.float32) * part).to(tl.uint32), span)
-        guess = lo + tl.maximum(step, 1).to(tl.int32, bitcast=True)
+        # half the span is what the middle takes anyway, and float to integer must not overflow
+        step = tl.minimum(span.to(tl.float32) * part, 2147483520.0).to(tl.int32).to(tl.uint32, bitcast=True)
+        guess = lo + tl.minimum(tl.maximum(step, 1), span).to(tl.int32, bitcast=True)
         p = tl.minimum(middle, guess)
         q = tl.maximum(middle, guess)
-        both = tl.sum((key >= p).to(tl.int32) + ((key >= q).to(tl.int32) << 16), 0)
+        both = _count_pair(key, more, p, q)
         at_p = both & 0xFFFF
         at_q = (both >> 16) & 0xFFFF
-        high = at_q >= k
-        mid = at_p >= k
-        above = tl.where(high, above, tl.where(mid, at_q, at_p))
-        hi = tl.where(high, hi, tl.where(mid, q - 1, p - 1))
-        at = tl.where(high, at_q, tl.where(mid, at_p, at))
-        lo = tl.where(high, q, tl.where(mid, p, lo))
+        is_q = at_q >= k
+        is_p = at_p >= k
+        above = tl.where(is_q, above, tl.where(is_p, at_q, at_p))
+        hi = tl.where(is_q, hi, tl.where(is_p, q - 1, p - 1))
+        at = tl.where(is_q, at_q, tl.where(is_p, at_p, at))
+        lo = tl.where(is_q, q, tl.where(is_p, p, lo))
         hi = tl.where(at == k, lo, hi)
     return lo
 
 
 @triton.jit
-def places(key, threshold, k):
-    """(taken [N] bool, place [N] int32): every key above `threshold`, then the first of those equal to it, up to k.
+def wins_and_ties(key, threshold):
+    """1 for a key above `threshold`, 65536 for one equal to it, 0 for others and for NOTHING."""
+    ties = (key == threshold) & (key != NOTHING)
+    return (key > threshold).to(tl.int32) + (ties.to(tl.int32) << 16)
 
-    Places count from 0 without holes and follow the order of the row. NOTHING is never taken.
+
+@triton.jit
+def places(pair, before, wins, k):
+    """(taken [N] bool, place [N] int32): every win, then the first ties, up to k in all; places follow the row's order.
+
+    pair:   `wins_and_ties` of N keys
+    before: the sum of `pair` over the row in front of the first of them
+    wins:   wins in the whole row
     """
-    more = (key > threshold).to(tl.int32)
-    same = ((key == threshold) & (key != NOTHING)).to(tl.int32)
-    pair = more + (same << 16)
-    before = tl.cumsum(pair, 0) - pair
-    room = k - tl.sum(more, 0)
-    more_before = before & 0xFFFF
-    same_before = (before >> 16) & 0xFFFF
-    taken = (more > 0) | ((same > 0) & (same_before < room))
-    return taken, more_before + tl.minimum(same_before, room)
+    before += tl.cumsum(pair, 0) - pair
+    room = k - wins
+    ties_before = (before >> 16) & 0xFFFF
+    taken = ((pair & 0xFFFF) > 0) | ((pair > 0xFFFF) & (ties_before < room))
+    return taken, (before & 0xFFFF) + tl.minimum(ties_before, room)

@@ -12,18 +12,20 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .keep_blocks import HEAD_DIM, PAGE, KeepTuning, KeptPages, keep_blocks, last_of, launch_options
-from .rank_select import MAX_ROW, NOTHING, kth_largest, order_key, places
+from .rank_select import MAX_ROW, NOTHING, kth_largest, order_key, places, wins_and_ties
+
+MORE = 1024  # one wide load of 256 threads: less would make their partial counts cross threads
 
 
 @dataclass(frozen=True)
 class DecodeScratch:
     """Everything a decode call writes besides its result. See `KeptPages` for `kept`.
 
-    logits: fp32 [R, blocks · block_size]  scores of the kept tokens, at their kept position; unwritten in a row that
-            keeps no more than k, and past kept.lens
+    logits: fp32 [R, (blocks + 1) · block_size]  scores of the kept tokens in their kept order; unwritten past kept.lens,
+            and in a row that keeps no more than k
     done:   int32 [R]  programs that have finished; zero between launches
     """
 
@@ -36,7 +38,7 @@ class DecodeScratch:
         """Room for `rows` rows. Allocate once for a shape, outside of graph capture; all layers of a step share it."""
         return cls(
             kept=KeptPages.allocate(rows, table_width, blocks, block_size, device),
-            logits=torch.empty(rows, blocks * block_size, dtype=torch.float32, device=device),
+            logits=torch.empty(rows, (blocks + 1) * block_size, dtype=torch.float32, device=device),
             done=torch.zeros(rows, dtype=torch.int32, device=device),
         )
 
@@ -74,9 +76,10 @@ def decode_topk(
 ) -> None:
     """Top k of the tokens in the best blocks of every row, as physical slots: decode with HISA's block filter.
 
-    Stands in for DeepGEMM's `fp8_paged_mqa_logits` and SGLang's `topk_transform_512_v2`. A row of T = ceil(len / B)
-    blocks with T <= nb reads everything and equals DSA; a row with len <= k gets exactly its tokens. The number of
-    blocks nb is the scratch's. Same launches and grids for any lengths: safe to capture in a CUDA graph.
+    Stands in for DeepGEMM's `fp8_paged_mqa_logits` and SGLang's `topk_transform_512_v2`. The number of blocks nb is the
+    scratch's; see `keep_blocks` for which are kept. A row with len // B <= nb equals DSA, one with len <= k gets exactly
+    its tokens; there is room for no other exact row, so a length gate above nb · B + B - 1 is the caller's to refuse.
+    The launches and grids depend on shapes alone: safe to capture in a CUDA graph.
 
     index_q:    float8_e4m3fn [R, H, 128], contiguous; one row a query, so verify rows bring their own length
     head_gates: fp32 [R, H], contiguous; the query's scale and the softmax scale folded in
@@ -141,18 +144,20 @@ def topk_kept(
     rows, heads, _ = index_q.shape
     kept, topk = scratch.kept, out.shape[1]
     room = scratch.logits.shape[1]
-    n_pad = triton.next_power_of_2(room)
-    if not topk <= room <= n_pad <= MAX_ROW:
+    capacity = room - block_size
+    if not topk <= capacity <= room <= MAX_ROW:
         raise ValueError(
-            f"blocks · block_size: expected k = {topk} to {MAX_ROW} tokens, got {room}; change the number of blocks"
+            f"blocks · block_size: expected k = {topk} to {MAX_ROW - block_size} tokens, got {capacity}; "
+            "change the number of blocks"
         )
+    n_main, n_more = _row_shape(room)
     interpreted = index_q.device.type == "cpu"
     select = dict(
         ROOM=room,
-        N_PAD=n_pad,
+        N_MAIN=n_main,
+        N_MORE=n_more,
         PAGE=PAGE,
         BLOCK=block_size,
-        KEEP=kept.blocks.shape[1],
         TOPK=topk,
         TOPK_PAD=triton.next_power_of_2(topk),
         POSITIONS=positions is not None,
@@ -182,6 +187,15 @@ def topk_kept(
         _topk_kernel[(rows,)](*results, **select, **launch_options(interpreted, tuning.topk_warps))
 
 
+def _row_shape(room: int) -> tuple[int, int]:
+    """(N, M): a row of `room` scores as two powers of two, M = 0 where padding N alone costs little."""
+    n_main = 1 << (room.bit_length() - 1)
+    rest = room - n_main
+    if rest == 0 or 4 * rest > n_main:
+        return triton.next_power_of_2(room), 0
+    return n_main, max(triton.next_power_of_2(rest), min(MORE, n_main))
+
+
 @triton.jit
 def _score_kernel(
     q,
@@ -205,10 +219,10 @@ def _score_kernel(
     STAGES: tl.constexpr,
     SPLIT: tl.constexpr,
     ROOM: tl.constexpr,
-    N_PAD: tl.constexpr,
+    N_MAIN: tl.constexpr,
+    N_MORE: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    KEEP: tl.constexpr,
     TOPK: tl.constexpr,
     TOPK_PAD: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -219,6 +233,8 @@ def _score_kernel(
     i_r = tl.program_id(1).to(tl.int64)
     if PDL:
         gdc_wait()
+        if SPLIT:
+            gdc_launch_dependents()
     n = tl.load(kept_lens + i_r)
     chooses = n > TOPK
     n_programs = tl.where(chooses, tl.cdiv(n, TILE * TILES), 1)
@@ -252,7 +268,7 @@ def _score_kernel(
         if last_of(done + i_r, n_programs):
             _select(
                 i_r, n, logits, kept_pages, kept_blocks, out, positions,
-                ROOM, N_PAD, PAGE, BLOCK, KEEP, TOPK, TOPK_PAD, POSITIONS,
+                ROOM, N_MAIN, N_MORE, PAGE, BLOCK, TOPK, TOPK_PAD, POSITIONS,
             )  # fmt: skip
 
 
@@ -265,10 +281,10 @@ def _topk_kernel(
     out,
     positions,
     ROOM: tl.constexpr,
-    N_PAD: tl.constexpr,
+    N_MAIN: tl.constexpr,
+    N_MORE: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    KEEP: tl.constexpr,
     TOPK: tl.constexpr,
     TOPK_PAD: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -280,7 +296,7 @@ def _topk_kernel(
     n = tl.load(kept_lens + i_r)
     _select(
         i_r, n, logits, kept_pages, kept_blocks, out, positions,
-        ROOM, N_PAD, PAGE, BLOCK, KEEP, TOPK, TOPK_PAD, POSITIONS,
+        ROOM, N_MAIN, N_MORE, PAGE, BLOCK, TOPK, TOPK_PAD, POSITIONS,
     )  # fmt: skip
 
 
@@ -294,25 +310,66 @@ def _select(
     out,
     positions,
     ROOM: tl.constexpr,
-    N_PAD: tl.constexpr,
+    N_MAIN: tl.constexpr,
+    N_MORE: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    KEEP: tl.constexpr,
     TOPK: tl.constexpr,
     TOPK_PAD: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
     """Write the slots (and positions) of the TOPK best of the row's `n` kept tokens, in the row's order, then -1."""
-    o_n = tl.arange(0, N_PAD)
-    score = tl.load(logits + i_r * ROOM + o_n, mask=(o_n < n) & (n > TOPK), other=0.0, cache_modifier=".cg")
-    key = tl.where(o_n < n, order_key(score), NOTHING)
-    taken, place = places(key, kth_largest(key, n, TOPK), TOPK)
-    page = tl.load(kept_pages + i_r * (ROOM // PAGE) + o_n // PAGE, mask=taken, other=0)
-    tl.store(out + i_r * TOPK + place, page * PAGE + o_n % PAGE, mask=taken)
+    o_main = tl.arange(0, N_MAIN)
+    key = _keys(i_r, o_main, n, logits, ROOM)
+    if N_MORE > 0:
+        o_more = N_MAIN + tl.arange(0, N_MORE)
+        more = _keys(i_r, o_more, n, logits, ROOM)
+    else:
+        more: tl.constexpr = None
+    threshold = kth_largest(key, more, n, TOPK)
+    pair = wins_and_ties(key, threshold)
+    in_main = tl.sum(pair, 0)
+    wins = in_main & 0xFFFF
+    if N_MORE > 0:
+        pair_more = wins_and_ties(more, threshold)
+        wins += tl.sum(pair_more, 0) & 0xFFFF
+        taken, place = places(pair_more, in_main, wins, TOPK)
+        _emit(i_r, o_more, taken, place, kept_pages, kept_blocks, out, positions, ROOM, PAGE, BLOCK, TOPK, POSITIONS)
+    taken, place = places(pair, 0, wins, TOPK)
+    _emit(i_r, o_main, taken, place, kept_pages, kept_blocks, out, positions, ROOM, PAGE, BLOCK, TOPK, POSITIONS)
+
     o_k = tl.arange(0, TOPK_PAD)
     m_k = (o_k >= n) & (o_k < TOPK)
     tl.store(out + i_r * TOPK + o_k, -1, mask=m_k)
     if POSITIONS:
-        block = tl.load(kept_blocks + i_r * KEEP + o_n // BLOCK, mask=taken, other=0)
-        tl.store(positions + i_r * TOPK + place, block * BLOCK + o_n % BLOCK, mask=taken)
         tl.store(positions + i_r * TOPK + o_k, -1, mask=m_k)
+
+
+@triton.jit
+def _keys(i_r, o_n, n, logits, ROOM: tl.constexpr):
+    # masked by a constant so that the load stays wide: what the row has not written is replaced afterwards
+    score = tl.load(logits + i_r * ROOM + o_n, mask=o_n < ROOM, other=0.0, cache_modifier=".cg")
+    return tl.where(o_n < n, order_key(score), NOTHING)
+
+
+@triton.jit
+def _emit(
+    i_r,
+    o_n,
+    taken,
+    place,
+    kept_pages,
+    kept_blocks,
+    out,
+    positions,
+    ROOM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOPK: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    page = tl.load(kept_pages + i_r * (ROOM // PAGE) + o_n // PAGE, mask=taken, other=0)
+    tl.store(out + i_r * TOPK + place, page * PAGE + o_n % PAGE, mask=taken)
+    if POSITIONS:
+        block = tl.load(kept_blocks + i_r * (ROOM // BLOCK) + o_n // BLOCK, mask=taken, other=0)
+        tl.store(positions + i_r * TOPK + place, block * BLOCK + o_n % BLOCK, mask=taken)
