@@ -54,7 +54,7 @@ class KeptPages:
 
 @dataclass(frozen=True)
 class KeepTuning:
-    """How a launch is cut: `tile` blocks scored by a program of `warps` warps, `stages` loads of page means in flight."""
+    """How a launch is cut: a program of `warps` warps scores `tile` blocks, with `stages` loads in flight."""
 
     tile: int = 64
     warps: int = 4
@@ -70,7 +70,7 @@ def keep_blocks(
     *,
     block_size: int,
     out: KeptPages,
-    tuning: KeepTuning = KeepTuning(),  # noqa: B008 (frozen)
+    tuning: KeepTuning = KeepTuning(),
 ) -> None:
     """Fill `out` with the best blocks of every row: the block filter of HISA (arXiv 2603.28458) on page means.
 
@@ -118,7 +118,7 @@ def keep_blocks(
 
 
 def launch_options(interpreted: bool, warps: int) -> dict[str, object]:
-    """Keyword arguments of a launch that may start while the kernel before it drains (programmatic dependent launch)."""
+    """Arguments of a launch that may begin while the kernel before it drains (programmatic dependent launch)."""
     return {"PDL": False} if interpreted else {"PDL": True, "launch_pdl": True, "num_warps": warps}
 
 
@@ -182,7 +182,7 @@ def _keep_kernel(
         m_b = (o_b > 0) & (o_b < n_full - 1)
         b_q = tl.load(q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :])  # [HEADS, DIM]
         b_w = tl.load(gates + i_r * HEADS + o_h)
-        # fp8 fits bf16 exactly, so the products are exact; the interpreter multiplies bf16 as integers, hence fp32 there
+        # fp8 fits bf16, so the products are exact; the interpreter multiplies bf16 as integers, hence fp32 there
         b_qt = tl.trans(b_q.to(tl.float32) if EXACT else b_q.to(tl.float32).to(tl.bfloat16))
         b_s = tl.zeros([TILE, HEADS], tl.float32)
         # the sum over a block's page means happens in the accumulator: positive factors do not change the order

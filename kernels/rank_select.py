@@ -3,7 +3,7 @@
 No sort and no shared-memory histogram: a search for the k-th largest key that narrows its bracket from the middle and
 from an interpolated guess at once, then one prefix sum that gives every winner its place, in the row's own order.
 
-A row is `key` [N] and, behind it, `more` [M] with M dividing N, or None: a row of 8192 + 128 need not be padded to 16384.
+A row is `key` [N] and, behind it, `more` [M] with M dividing N, or None: 8192 + 128 elements are not padded to 16384.
 """
 
 import triton
@@ -17,14 +17,14 @@ MAX_ROW = 32768  # two counts of a row share one 32-bit word
 
 @triton.jit
 def order_key(x):
-    """int32 keys that order like the fp32 numbers `x`; -0 equals +0, and NaN and -inf equal the lowest finite number."""
+    """int32 keys that order like the fp32 numbers `x`; -0 equals +0, NaN and -inf equal the lowest finite number."""
     bits = (tl.where(x > LOWEST, x, LOWEST) + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _fold(key, more):
-    """`key` as [N / M, M]: reduced over its first axis it has the shape of `more`, and no thread meets another if M is large."""
+    """`key` as [N / M, M]: reduced over the first axis it has the shape of `more`, inside each thread if M is large."""
     return tl.reshape(key, [key.shape[0] // more.shape[0], more.shape[0]])
 
 
@@ -41,8 +41,8 @@ def _count_pair(key, more, p, q):
 def kth_largest(key, more, n, k):
     """The k-th largest of the `n` keys of the row that are not NOTHING; NOTHING when n <= k.
 
-    The bracket [lo, hi] holds the answer and halves in every round at least; it ends early once exactly k keys are at or
-    above lo. N + M <= MAX_ROW.
+    The bracket [lo, hi] holds the answer and at least halves in every round; it ends early once exactly k keys are at
+    or above lo. N + M <= MAX_ROW.
     """
     low = tl.where(key == NOTHING, CERTAIN, key)
     high = key
@@ -57,7 +57,7 @@ def kth_largest(key, more, n, k):
         middle = (lo | hi) - ((lo ^ hi) >> 1)  # rounds up, cannot overflow
         span = (hi - lo).to(tl.uint32, bitcast=True)  # the difference is below 2^32: wrapping keeps it exact
         part = (at - k).to(tl.float32) / tl.maximum(at - above, 1).to(tl.float32)
-        # half the span is what the middle takes anyway, and float to integer must not overflow
+        # clamped below 2^31: no float may overflow the integer, and the middle covers what is cut off
         step = tl.minimum(span.to(tl.float32) * part, 2147483520.0).to(tl.int32).to(tl.uint32, bitcast=True)
         guess = lo + tl.minimum(tl.maximum(step, 1), span).to(tl.int32, bitcast=True)
         p = tl.minimum(middle, guess)

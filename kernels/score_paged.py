@@ -24,8 +24,8 @@ MORE = 1024  # one wide load of 256 threads: less would make their partial count
 class DecodeScratch:
     """Everything a decode call writes besides its result. See `KeptPages` for `kept`.
 
-    logits: fp32 [R, (blocks + 1) · block_size]  scores of the kept tokens in their kept order; unwritten past kept.lens,
-            and in a row that keeps no more than k
+    logits: fp32 [R, (blocks + 1) · block_size]  scores of the kept tokens in their kept order; unwritten past
+            kept.lens, and in a row that keeps no more than k
     done:   int32 [R]  programs that have finished; zero between launches
     """
 
@@ -77,8 +77,8 @@ def decode_topk(
     """Top k of the tokens in the best blocks of every row, as physical slots: decode with HISA's block filter.
 
     Stands in for DeepGEMM's `fp8_paged_mqa_logits` and SGLang's `topk_transform_512_v2`. The number of blocks nb is the
-    scratch's; see `keep_blocks` for which are kept. A row with len // B <= nb equals DSA, one with len <= k gets exactly
-    its tokens; there is room for no other exact row, so a length gate above nb · B + B - 1 is the caller's to refuse.
+    scratch's; see `keep_blocks` for which are kept. A row with len // B <= nb equals DSA, one with len <= k gets its
+    tokens exactly. There is no room for other exact rows: a length gate above nb · B + B - 1 is the caller's to refuse.
     The launches and grids depend on shapes alone: safe to capture in a CUDA graph.
 
     index_q:    float8_e4m3fn [R, H, 128], contiguous; one row a query, so verify rows bring their own length
@@ -89,7 +89,7 @@ def decode_topk(
     seq_lens:   int32 [R], 0 <= len <= 64 · W
     out:        int32 [R, k]: page · 64 + offset, in the order of the row, -1 behind the last
     positions:  int32 [R, k], optional: the same tokens as positions in the row
-    head_ids:   int32 [R, h], optional: routed heads; the others count nothing in the token scores (block scores use all)
+    head_ids:   int32 [R, h], optional: routed heads, the only ones in token scores (block scores use all)
     """
     rows = index_q.shape[0]
     keep_blocks(
@@ -122,7 +122,7 @@ def keep_tuning(rows: int) -> KeepTuning:
 
 def score_tuning(rows: int) -> ScoreTuning:
     """The measured choice for `rows` rows on Hopper: with many rows a program keeps its queries for more pages."""
-    return ScoreTuning(tiles=1) if rows < 16 else ScoreTuning(tiles=4)
+    return ScoreTuning() if rows < 8 else ScoreTuning(tiles=4, split=True, topk_warps=16)
 
 
 def topk_kept(
@@ -135,7 +135,7 @@ def topk_kept(
     out: torch.Tensor,
     positions: torch.Tensor | None = None,
     head_ids: torch.Tensor | None = None,
-    tuning: ScoreTuning = ScoreTuning(),  # noqa: B008 (frozen)
+    tuning: ScoreTuning = ScoreTuning(),
 ) -> None:
     """Score the tokens of `scratch.kept` and select: I[s] = k_scale[s] · Σ_j w_j · ReLU(q_j · k_s), exact top k.
 
@@ -152,16 +152,16 @@ def topk_kept(
         )
     n_main, n_more = _row_shape(room)
     interpreted = index_q.device.type == "cpu"
-    select = dict(
-        ROOM=room,
-        N_MAIN=n_main,
-        N_MORE=n_more,
-        PAGE=PAGE,
-        BLOCK=block_size,
-        TOPK=topk,
-        TOPK_PAD=triton.next_power_of_2(topk),
-        POSITIONS=positions is not None,
-    )
+    select = {
+        "ROOM": room,
+        "N_MAIN": n_main,
+        "N_MORE": n_more,
+        "PAGE": PAGE,
+        "BLOCK": block_size,
+        "TOPK": topk,
+        "TOPK_PAD": triton.next_power_of_2(topk),
+        "POSITIONS": positions is not None,
+    }
     results = (scratch.logits, kept.pages, kept.blocks, kept.lens, out, out if positions is None else positions)
     programs = triton.cdiv(kept.pages.shape[1], tuning.pages * tuning.tiles)
     _score_kernel[(programs, rows)](
@@ -258,13 +258,15 @@ def _score_kernel(
             page = tl.load(kept_pages + i_r * (ROOM // PAGE) + o_n // PAGE, mask=m_n, other=0).to(tl.int64)
             offset = o_n % PAGE
             p_k = keys + page * PAGE_BYTES + offset * DIM
-            b_k = tl.load(p_k[:, None] + o_d[None, :])  # page 0 stands in past the end: always there, never used
-            b_scale = tl.load(scales + page * (PAGE_BYTES // 4) + (PAGE * DIM // 4) + offset)
+            b_k = tl.load(
+                p_k[:, None] + o_d[None, :]
+            )  # past the end page 0 stands in: always there, its scores are not stored
+            b_scale = tl.load(scales + page * (PAGE_BYTES // 4) + (PAGE * DIM // 4) + offset, mask=m_n, other=0.0)
             b_s = tl.dot(b_k, b_qt)  # [TILE, HEADS]
             score = tl.sum(tl.maximum(b_s, 0.0) * b_w[None, :], 1) * b_scale
             tl.store(logits + i_r * ROOM + o_n, score, mask=m_n)
 
-    if not SPLIT:
+    if not SPLIT:  # noqa: SIM102 (the first is decided when the kernel is compiled)
         if last_of(done + i_r, n_programs):
             _select(
                 i_r, n, logits, kept_pages, kept_blocks, out, positions,
