@@ -201,10 +201,9 @@ def _keep_kernel(
         # loads are masked by constants so that they stay wide: what a row has not written is replaced afterwards
         score = tl.load(p_scores + o_n, mask=o_n < N_BLOCKS, other=0.0, cache_modifier=".cg")
         key = tl.where(m_middle, order_key(score), NOTHING)
-        threshold = kth_largest(key, None, n_full - 2, KEEP - 2)
+        threshold, room = kth_largest(key, None, n_full - 2, KEEP - 2)
         key = tl.where((o_n * (PAGES * PAGE) < length) & (m_middle == 0), CERTAIN, key)
-        pair = wins_and_ties(key, threshold)
-        taken, place = places(pair, 0, tl.sum(pair, 0) & 0xFFFF, KEEP + (tail > 0).to(tl.int32))
+        taken, place = places(wins_and_ties(key, threshold), 0, room)
         tl.store(kept_blocks + i_r * (KEEP + 1) + place, o_n, mask=taken)
         for i in tl.static_range(PAGES):
             o_p = o_n * PAGES + i

@@ -39,10 +39,11 @@ def _count_pair(key, more, p, q):
 
 @triton.jit
 def kth_largest(key, more, n, k):
-    """The k-th largest of the `n` keys of the row that are not NOTHING; NOTHING when n <= k.
+    """(threshold, room): the k largest are the keys above `threshold` and the first `room` of those equal to it.
 
-    The bracket [lo, hi] holds the answer and at least halves in every round; it ends early once exactly k keys are at
-    or above lo. N + M <= MAX_ROW.
+    The row holds `n` keys that are not NOTHING; all of them are above the threshold when n <= k. The bracket [lo, hi]
+    holds the k-th largest and at least halves in every round; it ends early once exactly k keys are at or above lo.
+    N + M <= MAX_ROW.
     """
     low = tl.where(key == NOTHING, CERTAIN, key)
     high = key
@@ -72,7 +73,8 @@ def kth_largest(key, more, n, k):
         at = tl.where(is_q, at_q, tl.where(is_p, at_p, at))
         lo = tl.where(is_q, q, tl.where(is_p, p, lo))
         hi = tl.where(at == k, lo, hi)
-    return lo
+    exact = (at == k) & (n > k)
+    return tl.where(exact, lo - 1, lo), tl.where(exact, 0, k - above)
 
 
 @triton.jit
@@ -83,15 +85,13 @@ def wins_and_ties(key, threshold):
 
 
 @triton.jit
-def places(pair, before, wins, k):
-    """(taken [N] bool, place [N] int32): every win, then the first ties, up to k in all; places follow the row's order.
+def places(pair, before, room):
+    """(taken [N] bool, place [N] int32): every win and the first `room` ties; places follow the row's order.
 
     pair:   `wins_and_ties` of N keys
     before: the sum of `pair` over the row in front of the first of them
-    wins:   wins in the whole row
     """
     before += tl.cumsum(pair, 0) - pair
-    room = k - wins
     ties_before = (before >> 16) & 0xFFFF
     taken = ((pair & 0xFFFF) > 0) | ((pair > 0xFFFF) & (ties_before < room))
     return taken, (before & 0xFFFF) + tl.minimum(ties_before, room)

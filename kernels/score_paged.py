@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .keep_blocks import HEAD_DIM, PAGE, KeepTuning, KeptPages, keep_blocks, last_of, launch_options
 from .rank_select import MAX_ROW, NOTHING, kth_largest, order_key, places, wins_and_ties
 
-MORE = 1024  # one wide load of 256 threads: less would make their partial counts cross threads
+WIDE_LOAD = 4 * 32  # fp32 elements that a warp loads at once
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def topk_kept(
             f"blocks · block_size: expected k = {topk} to {MAX_ROW - block_size} tokens, got {capacity}; "
             "change the number of blocks"
         )
-    n_main, n_more = _row_shape(room)
+    n_main, n_more = _row_shape(room, tuning.topk_warps if tuning.split else tuning.warps)
     interpreted = index_q.device.type == "cpu"
     select = {
         "ROOM": room,
@@ -187,13 +187,16 @@ def topk_kept(
         _topk_kernel[(rows,)](*results, **select, **launch_options(interpreted, tuning.topk_warps))
 
 
-def _row_shape(room: int) -> tuple[int, int]:
-    """(N, M): a row of `room` scores as two powers of two, M = 0 where padding N alone costs little."""
+def _row_shape(room: int, warps: int) -> tuple[int, int]:
+    """(N, M): a row of `room` scores as two powers of two, M = 0 where padding N alone costs little.
+
+    M is at least one load of all `warps`, so that partial counts of both parts meet inside a thread.
+    """
     n_main = 1 << (room.bit_length() - 1)
     rest = room - n_main
     if rest == 0 or 4 * rest > n_main:
         return triton.next_power_of_2(room), 0
-    return n_main, max(triton.next_power_of_2(rest), min(MORE, n_main))
+    return n_main, max(triton.next_power_of_2(rest), min(warps * WIDE_LOAD, n_main))
 
 
 @triton.jit
@@ -328,16 +331,12 @@ def _select(
         more = _keys(i_r, o_more, n, logits, ROOM)
     else:
         more: tl.constexpr = None
-    threshold = kth_largest(key, more, n, TOPK)
+    threshold, room = kth_largest(key, more, n, TOPK)
     pair = wins_and_ties(key, threshold)
-    in_main = tl.sum(pair, 0)
-    wins = in_main & 0xFFFF
     if N_MORE > 0:
-        pair_more = wins_and_ties(more, threshold)
-        wins += tl.sum(pair_more, 0) & 0xFFFF
-        taken, place = places(pair_more, in_main, wins, TOPK)
+        taken, place = places(wins_and_ties(more, threshold), tl.sum(pair, 0), room)
         _emit(i_r, o_more, taken, place, kept_pages, kept_blocks, out, positions, ROOM, PAGE, BLOCK, TOPK, POSITIONS)
-    taken, place = places(pair, 0, wins, TOPK)
+    taken, place = places(pair, 0, room)
     _emit(i_r, o_main, taken, place, kept_pages, kept_blocks, out, positions, ROOM, PAGE, BLOCK, TOPK, POSITIONS)
 
     o_k = tl.arange(0, TOPK_PAD)

@@ -18,13 +18,11 @@ def _select_kernel(x, out, n, k, N: tl.constexpr, M: tl.constexpr):
     o_main, o_more = tl.arange(0, N), N + tl.arange(0, M)
     key = tl.where(o_main < n, order_key(tl.load(x + o_main)), NOTHING)
     more = tl.where(o_more < n, order_key(tl.load(x + o_more)), NOTHING)
-    threshold = kth_largest(key, more, n, k)
-    pair, pair_more = wins_and_ties(key, threshold), wins_and_ties(more, threshold)
-    in_main = tl.sum(pair, 0)
-    wins = (in_main & 0xFFFF) + (tl.sum(pair_more, 0) & 0xFFFF)
-    taken, place = places(pair, 0, wins, k)
+    threshold, room = kth_largest(key, more, n, k)
+    pair = wins_and_ties(key, threshold)
+    taken, place = places(pair, 0, room)
     tl.store(out + place, o_main, mask=taken)
-    taken, place = places(pair_more, in_main, wins, k)
+    taken, place = places(wins_and_ties(more, threshold), tl.sum(pair, 0), room)
     tl.store(out + place, o_more, mask=taken)
 
 
