@@ -330,7 +330,7 @@ def _select(
         o_more = N_MAIN + tl.arange(0, N_MORE)
         more = _keys(i_r, o_more, n, logits, ROOM)
     else:
-        more: tl.constexpr = None
+        more = None
     threshold, room = kth_largest(key, more, n, TOPK)
     pair = wins_and_ties(key, threshold)
     if N_MORE > 0:
