@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .rank_select import CERTAIN, MAX_ROW, NOTHING, kth_largest, order_key, places, wins_and_ties
+from .rank_select import MAX_ROW, kth_largest, places, ranked, wins_and_ties
 
+WIDE_LOAD = 4 * 32  # fp32 elements that a warp loads at once
 PAGE = 64  # tokens in a page of SGLang's index-K pool
 HEAD_DIM = 128
 
@@ -111,6 +112,7 @@ def keep_blocks(
         TILE=tuning.tile,
         N_BLOCKS=n_blocks,
         N_PAD=n_pad,
+        WIDTH=min(n_pad, tuning.warps * WIDE_LOAD),
         STAGES=tuning.stages,
         EXACT=interpreted,
         **launch_options(interpreted, tuning.warps),
@@ -156,6 +158,7 @@ def _keep_kernel(
     TILE: tl.constexpr,
     N_BLOCKS: tl.constexpr,  # columns of the page table, in blocks
     N_PAD: tl.constexpr,
+    WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
     EXACT: tl.constexpr,
     PDL: tl.constexpr,
@@ -200,10 +203,11 @@ def _keep_kernel(
         m_middle = (o_n > 0) & (o_n < n_full - 1)
         # loads are masked by constants so that they stay wide: what a row has not written is replaced afterwards
         score = tl.load(p_scores + o_n, mask=o_n < N_BLOCKS, other=0.0, cache_modifier=".cg")
-        key = tl.where(m_middle, order_key(score), NOTHING)
-        threshold, room = kth_largest(key, None, n_full - 2, KEEP - 2)
-        key = tl.where((o_n * (PAGES * PAGE) < length) & (m_middle == 0), CERTAIN, key)
-        taken, place = places(wins_and_ties(key, threshold), 0, room)
+        x = ranked(score, m_middle)
+        threshold, room = kth_largest(x, None, n_full - 2, KEEP - 2, WIDTH)
+        # the first, the newest and the tail win without a contest, even against a threshold of +inf
+        certain = (o_n * (PAGES * PAGE) < length) & (m_middle == 0)
+        taken, place = places(tl.where(certain, 1, wins_and_ties(x, threshold)), 0, room)
         tl.store(kept_blocks + i_r * (KEEP + 1) + place, o_n, mask=taken)
         for i in tl.static_range(PAGES):
             o_p = o_n * PAGES + i

@@ -14,10 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .keep_blocks import HEAD_DIM, PAGE, KeepTuning, KeptPages, keep_blocks, last_of, launch_options
-from .rank_select import MAX_ROW, NOTHING, kth_largest, order_key, places, wins_and_ties
-
-WIDE_LOAD = 4 * 32  # fp32 elements that a warp loads at once
+from .keep_blocks import HEAD_DIM, PAGE, WIDE_LOAD, KeepTuning, KeptPages, keep_blocks, last_of, launch_options
+from .rank_select import MAX_ROW, kth_largest, places, ranked, wins_and_ties
 
 
 @dataclass(frozen=True)
@@ -150,12 +148,14 @@ def topk_kept(
             f"blocks · block_size: expected k = {topk} to {MAX_ROW - block_size} tokens, got {capacity}; "
             "change the number of blocks"
         )
-    n_main, n_more = _row_shape(room, tuning.topk_warps if tuning.split else tuning.warps)
+    width = (tuning.topk_warps if tuning.split else tuning.warps) * WIDE_LOAD
+    n_main, n_more = _row_shape(room, width)
     interpreted = index_q.device.type == "cpu"
     select = {
         "ROOM": room,
         "N_MAIN": n_main,
         "N_MORE": n_more,
+        "WIDTH": n_more or min(width, n_main),
         "PAGE": PAGE,
         "BLOCK": block_size,
         "TOPK": topk,
@@ -187,16 +187,16 @@ def topk_kept(
         _topk_kernel[(rows,)](*results, **select, **launch_options(interpreted, tuning.topk_warps))
 
 
-def _row_shape(room: int, warps: int) -> tuple[int, int]:
+def _row_shape(room: int, width: int) -> tuple[int, int]:
     """(N, M): a row of `room` scores as two powers of two, M = 0 where padding N alone costs little.
 
-    M is at least one load of all `warps`, so that partial counts of both parts meet inside a thread.
+    M is at least `width`, one load of all threads, so that partial counts of both parts meet inside a thread.
     """
     n_main = 1 << (room.bit_length() - 1)
     rest = room - n_main
     if rest == 0 or 4 * rest > n_main:
         return triton.next_power_of_2(room), 0
-    return n_main, max(triton.next_power_of_2(rest), min(warps * WIDE_LOAD, n_main))
+    return n_main, max(triton.next_power_of_2(rest), min(width, n_main))
 
 
 @triton.jit
@@ -224,6 +224,7 @@ def _score_kernel(
     ROOM: tl.constexpr,
     N_MAIN: tl.constexpr,
     N_MORE: tl.constexpr,
+    WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     TOPK: tl.constexpr,
@@ -234,6 +235,11 @@ def _score_kernel(
     TILE: tl.constexpr = TILE_PAGES * PAGE
     i_t = tl.program_id(0)
     i_r = tl.program_id(1).to(tl.int64)
+    o_h = tl.arange(0, HEADS)
+    o_d = tl.arange(0, DIM)
+    # `keep_blocks` read them too, and let this launch begin only after the kernels before it were done
+    b_q = tl.load(q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :])  # [HEADS, DIM]
+    b_w = tl.load(gates + i_r * HEADS + o_h)
     if PDL:
         gdc_wait()
         if SPLIT:
@@ -245,11 +251,7 @@ def _score_kernel(
         return
 
     if chooses:
-        o_h = tl.arange(0, HEADS)
-        o_d = tl.arange(0, DIM)
         o_s = tl.arange(0, TILE)
-        b_q = tl.load(q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :])  # [HEADS, DIM]
-        b_w = tl.load(gates + i_r * HEADS + o_h)
         if ROUTED > 0:
             o_i = tl.arange(0, ROUTED)
             ids = tl.load(head_ids + i_r * ROUTED + o_i)
@@ -273,7 +275,7 @@ def _score_kernel(
         if last_of(done + i_r, n_programs):
             _select(
                 i_r, n, logits, kept_pages, kept_blocks, out, positions,
-                ROOM, N_MAIN, N_MORE, PAGE, BLOCK, TOPK, TOPK_PAD, POSITIONS,
+                ROOM, N_MAIN, N_MORE, WIDTH, PAGE, BLOCK, TOPK, TOPK_PAD, POSITIONS,
             )  # fmt: skip
 
 
@@ -288,6 +290,7 @@ def _topk_kernel(
     ROOM: tl.constexpr,
     N_MAIN: tl.constexpr,
     N_MORE: tl.constexpr,
+    WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     TOPK: tl.constexpr,
@@ -301,7 +304,7 @@ def _topk_kernel(
     n = tl.load(kept_lens + i_r)
     _select(
         i_r, n, logits, kept_pages, kept_blocks, out, positions,
-        ROOM, N_MAIN, N_MORE, PAGE, BLOCK, TOPK, TOPK_PAD, POSITIONS,
+        ROOM, N_MAIN, N_MORE, WIDTH, PAGE, BLOCK, TOPK, TOPK_PAD, POSITIONS,
     )  # fmt: skip
 
 
@@ -317,6 +320,7 @@ def _select(
     ROOM: tl.constexpr,
     N_MAIN: tl.constexpr,
     N_MORE: tl.constexpr,
+    WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     TOPK: tl.constexpr,
@@ -325,14 +329,14 @@ def _select(
 ):
     """Write the slots (and positions) of the TOPK best of the row's `n` kept tokens, in the row's order, then -1."""
     o_main = tl.arange(0, N_MAIN)
-    key = _keys(i_r, o_main, n, logits, ROOM)
+    x = _load_row(i_r, o_main, n, logits, ROOM)
     if N_MORE > 0:
         o_more = N_MAIN + tl.arange(0, N_MORE)
-        more = _keys(i_r, o_more, n, logits, ROOM)
+        more = _load_row(i_r, o_more, n, logits, ROOM)
     else:
         more = None
-    threshold, room = kth_largest(key, more, n, TOPK)
-    pair = wins_and_ties(key, threshold)
+    threshold, room = kth_largest(x, more, n, TOPK, WIDTH)
+    pair = wins_and_ties(x, threshold)
     if N_MORE > 0:
         taken, place = places(wins_and_ties(more, threshold), tl.sum(pair, 0), room)
         _emit(i_r, o_more, taken, place, kept_pages, kept_blocks, out, positions, ROOM, PAGE, BLOCK, TOPK, POSITIONS)
@@ -347,10 +351,10 @@ def _select(
 
 
 @triton.jit
-def _keys(i_r, o_n, n, logits, ROOM: tl.constexpr):
+def _load_row(i_r, o_n, n, logits, ROOM: tl.constexpr):
     # masked by a constant so that the load stays wide: what the row has not written is replaced afterwards
     score = tl.load(logits + i_r * ROOM + o_n, mask=o_n < ROOM, other=0.0, cache_modifier=".cg")
-    return tl.where(o_n < n, order_key(score), NOTHING)
+    return ranked(score, o_n < n)
 
 
 @triton.jit

@@ -7,19 +7,19 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_misa.kernels.rank_select import NOTHING, kth_largest, order_key, places, wins_and_ties
+from sglang_misa.kernels.rank_select import kth_largest, places, ranked, wins_and_ties
 
 LOWEST = torch.finfo(torch.float32).min
 N, M = 64, 16
 
 
 @triton.jit
-def _select_kernel(x, out, n, k, N: tl.constexpr, M: tl.constexpr):
+def _select_kernel(scores, out, n, k, N: tl.constexpr, M: tl.constexpr):
     o_main, o_more = tl.arange(0, N), N + tl.arange(0, M)
-    key = tl.where(o_main < n, order_key(tl.load(x + o_main)), NOTHING)
-    more = tl.where(o_more < n, order_key(tl.load(x + o_more)), NOTHING)
-    threshold, room = kth_largest(key, more, n, k)
-    pair = wins_and_ties(key, threshold)
+    x = ranked(tl.load(scores + o_main), o_main < n)
+    more = ranked(tl.load(scores + o_more), o_more < n)
+    threshold, room = kth_largest(x, more, n, k, WIDTH=M)
+    pair = wins_and_ties(x, threshold)
     taken, place = places(pair, 0, room)
     tl.store(out + place, o_main, mask=taken)
     taken, place = places(wins_and_ties(more, threshold), tl.sum(pair, 0), room)
