@@ -62,7 +62,7 @@ def _module() -> Any:
 
     source = Path(__file__).resolve().with_suffix(".cu")
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
-    return load(f"misa_topk_paged_{digest}", cuda_files=[str(source)], extra_cuda_cflags=["-O3"])
+    return load(f"misa_topk_paged_{digest}", cuda_files=[str(source)])
 
 
 def _topk_on_cpu(
