@@ -97,10 +97,13 @@ def test_all_reasons_come_together():
 
 
 def test_a_hook_of_another_plugin_is_refused(indexer):
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+    def around(original, *args, **kwargs):
+        return original(*args, **kwargs)
 
     target = PAGED.target.replace(":", ".")
-    HookRegistry.register(target, lambda original, *args, **kwargs: original(*args, **kwargs), HookType.AROUND)
+    HookRegistry.register(target, around, HookType.AROUND, source=HookSource("profiler", "some-profiler"))
     try:
         HookRegistry.apply_hooks()
         with pytest.raises(AdmissionError) as caught:
@@ -109,7 +112,7 @@ def test_a_hook_of_another_plugin_is_refused(indexer):
         del HookRegistry._hooks[target]
         HookRegistry._patched.discard(target)
     (problem,) = caught.value.problems
-    assert "expected SGLang's own function, got a function from" in problem
+    assert "expected SGLang's own function, got a hook of plugin profiler" in problem
     assert "SGLANG_PLUGINS" in problem
 
 
