@@ -190,10 +190,11 @@ def apply(version: str, patches: Sequence[Patch] = PATCHES) -> None:
     todo = [patch for patch in patches if patch.target not in _applied]
     if problems := [problem for patch in todo for problem in _obstacles(patch, version)]:
         raise AdmissionError(problems)
-    for patch in todo:
+    wrappers = [pkgutil.resolve_name(patch.wrapper) for patch in todo]
+    for patch, wrapper in zip(todo, wrappers, strict=True):
         owner, name = _locate(patch.target)
         original = vars(owner)[name]
-        wrapped = _wrap(pkgutil.resolve_name(patch.wrapper), original)
+        wrapped = _wrap(wrapper, original)
         _applied[patch.target] = _Applied(owner, name, original, wrapped)
         setattr(owner, name, wrapped)
 
@@ -232,8 +233,8 @@ def _obstacles(patch: Patch, version: str) -> Iterator[str]:
         yield f"{patch.target}: expected this function in SGLang {version}, got {error!r}; reinstall sglang=={version}"
         return
     function = _function(found)
-    stock = function.__module__ == owner.__module__ and function.__qualname__ == f"{owner.__qualname__}.{name}"
-    if not stock or hasattr(function, "__wrapped__"):
+    home = f"{function.__module__}:{function.__qualname__}"
+    if home != patch.target or hasattr(function, "__wrapped__"):
         yield f"{patch.target}: expected SGLang's own function, got {_describe(patch.target, found)}; {_WAY_OUT}"
         return
     expected, got = patch.signature(version), fingerprint(function)

@@ -197,3 +197,16 @@ def test_a_top_level_folder_does_not_shadow_an_installed_package(tmp_path, name)
         check=True,
     )
     assert run.stdout.strip() == str(package)
+
+
+def test_a_replaced_class_is_refused(monkeypatch):
+    from sglang.srt.layers.attention.dsa import dsa_indexer
+
+    class Other(dsa_indexer.Indexer):
+        def _get_topk_paged(self, forward_batch, layer_id, q_fp8, weights, metadata):
+            return None
+
+    monkeypatch.setattr(dsa_indexer, "Indexer", Other)
+    with pytest.raises(AdmissionError) as caught:
+        register.apply(VERSION)
+    assert len(caught.value.problems) == 3, "each of the three functions hooked on Indexer"
