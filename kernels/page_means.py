@@ -35,7 +35,8 @@ def _store_page_mean(
     tl.store(p_means + i_page * HEAD_DIM + o_dim, b_mean.to(p_means.dtype.element_ty))
 
 
-@triton.jit
+# Lengths and strides change from batch to batch: specialising on their values would compile while serving.
+@triton.jit(do_not_specialize=["first_page", "table_stride"])
 def page_means_fwd_kernel(
     p_keys,
     p_scales,
@@ -58,7 +59,7 @@ def page_means_fwd_kernel(
         _store_page_mean(p_keys, p_scales, p_means, i_page, PAGE, HEAD_DIM, PAGE_BYTES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def last_page_means_fwd_kernel(
     p_keys,
     p_scales,
@@ -125,10 +126,10 @@ def update_page_means(
 def update_last_page_means(
     pool: torch.Tensor, means: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor
 ) -> None:
-    """Recompute the mean of the page that each row's newest token completed (seq_len a positive multiple of 64): decode.
+    """Recompute the mean of the page that each row's newest token completed (seq_len a positive multiple of 64).
 
-    pool [P, 8448] uint8; means [P, 128] bf16; page_table [R, W] int32; seq_lens [R] int32 with the new token counted, at
-    most 64·W. Raises ValueError for another layout.
+    For decode. pool [P, 8448] uint8; means [P, 128] bf16; page_table [R, W] int32; seq_lens [R] int32 with the new
+    token counted, at most 64·W. Raises ValueError for another layout.
     """
     views = _views(pool, means)
     rows, _ = _check_table(page_table, seq_lens)
