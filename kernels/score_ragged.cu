@@ -560,7 +560,7 @@ CUtensorMap key_map(int64_t k, int keys, int stride, int phase) {
 
 template <class Kernel>
 void allow_shared(Kernel kernel, int bytes) {
-  if (bytes > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
 }
 
 struct Shape {

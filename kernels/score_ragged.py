@@ -369,14 +369,15 @@ def topk_ragged(
     offsets: torch.Tensor | None = None,
     budget: int = SCRATCH_BYTES,
 ) -> torch.Tensor:
-    """Exact top k of k_scale[l] · Σ_{j in head_ids[t]} head_gates[t, j] · ReLU(index_q[t, j] · index_k[l]), l in [ks, ke).
+    """Exact top k of k_scale[l] · Σ_{j in head_ids[t]} head_gates[t, j] · ReLU(index_q[t, j] · index_k[l]).
 
-    index_q fp8 e4m3 [T, H, 128], head_gates fp32 [T, H], head_ids int32 [T, h] with h in `ROUTED_HEADS`, index_k fp8
-    [S, 128], k_scale fp32 [S], ks and ke int32 [T]; out int32 [T, k]. Returns, in no order, positions relative to
-    ks[t]; with `page_table` [B, W] and `row_batch` [T] the slots page_table[row_batch[t], position]; with `offsets` [T]
-    position + offsets[t]. Rows of at most k keys get all of them and -1 behind. Among equal scores the smaller position
-    wins; NaN scores come last. Scratch, held per device, is at most `budget` bytes plus row lists and one row of scores.
-    Never synchronises. Raises ValueError on shapes, dtypes or layout.
+    l runs over [ks[t], ke[t]); index_q fp8 e4m3 [T, H, 128], head_gates fp32 [T, H], head_ids int32 [T, h] with h in
+    `ROUTED_HEADS`, index_k fp8 [S, 128], k_scale fp32 [S], ks and ke int32 [T]; out int32 [T, k].
+    Returns, in no order, positions relative to ks[t]; with `page_table` [B, W] and `row_batch` [T] the slots
+    page_table[row_batch[t], position]; with `offsets` [T] position + offsets[t]. Rows of at most k keys get all of them
+    and -1 behind. Among equal scores the smaller position wins; NaN scores come last. Scratch, held per device, is at
+    most `budget` bytes plus the row lists and one row of scores. Never synchronises.
+    Raises ValueError on shapes, dtypes or layout.
     Mirrors SGLang's fp8_mqa_logits + topk_transform; MISA (2605.07363).
     """
     problem = Problem(index_q, head_gates, head_ids, index_k, k_scale, ks, ke)

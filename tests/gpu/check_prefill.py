@@ -1,7 +1,7 @@
 """Builds, checks and times the ragged scorer and its exact top k on one Hopper GPU.
 
-`PYTHONPATH=. python3 tests/gpu/check_prefill.py`. Correctness first; a wrong result leaves no timing. Scores are compared
-with fp32 PyTorch, selections with torch.topk of the kernel's own scores (bit for bit, as multisets) and with the fp32
+`PYTHONPATH=. python3 tests/gpu/check_prefill.py`. Correctness first; a wrong result leaves no timing. Scores are
+compared with fp32 PyTorch, selections with torch.topk of the kernel's own scores (bit for bit, as multisets) and with the fp32
 reference within its tolerance. Writes prefill.json to $OUT.
 """
 

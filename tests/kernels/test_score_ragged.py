@@ -47,7 +47,7 @@ def test_plan_refuses_a_budget_that_holds_no_block():
 
 @pytest.mark.parametrize("k", [512, 2048, 8192])
 def test_thresholds_neither_starve_nor_overflow(k):
-    """On scores in random order, hits above the sample's rank stay between k and the room, in every private buffer too."""
+    """On scores in random order, hits above the sample's rank stay between k and the room, in every buffer too."""
     generator = torch.Generator().manual_seed(k)
     keys = 1 << 17
     p = sr.plan(8192, keys, k, 64, H100)
