@@ -1,13 +1,14 @@
 """Builds, checks and times the ragged scorer and its exact top k on one Hopper GPU.
 
 `PYTHONPATH=. python3 tests/gpu/check_prefill.py`. Correctness first; a wrong result leaves no timing. Scores are
-compared with fp32 PyTorch, selections with torch.topk of the kernel's own scores (bit for bit, as multisets) and with the fp32
-reference within its tolerance. Writes prefill.json to $OUT.
+compared with fp32 PyTorch, selections with torch.topk of the kernel's own scores (bit for bit, as multisets) and,
+within its tolerance, of the fp32 reference. Writes prefill.json to $OUT.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import statistics
@@ -146,6 +147,37 @@ def selection_problem(p: sr.Problem, out: torch.Tensor, k: int, *, against_fp32=
     return None
 
 
+def stage_problems(p: sr.Problem, k: int) -> list[str]:
+    """Each stage of one pass against PyTorch on the kernel's own scores; windows must start at 0."""
+    ragged = sr.Ragged(p, sr.Target(torch.empty(p.rows, k, dtype=torch.int32, device=DEVICE)))
+    plan, problems = ragged.plan, []
+    assert p.rows <= plan.rows, "one pass"
+    base = ragged.lists
+    thresholds = ragged.scratch[base:][: 4 * p.rows].view(torch.float32)
+    counts = ragged.scratch[base + plan.counts_offset :][: 4 * p.rows * plan.splits * sr.SUBS].view(torch.int32)
+    sampled = ragged.scratch[base + plan.bulk_offset :][: 4 * p.rows * plan.sampled].view(torch.float32)
+    ragged.scratch.fill_(0xFF)
+    plain = logits_of(p, slice(0, p.rows))
+    stages = dict(ragged.launches())
+    stages["sample"]()
+    want = plain[:, sr.STRIDE // 2 :: sr.STRIDE]
+    got = sampled.view(p.rows, plan.sampled)[:, : want.shape[1]]
+    wrong = ((got != want) & (want > -torch.inf)).sum().item()
+    if wrong:
+        problems.append(f"sample: {wrong} of {want.numel()} scores differ from the plain path")
+    stages["threshold"]()
+    above = (want > thresholds[:, None]).sum(1)
+    if ((above < plan.rank) | (above > plan.rank + plan.rank // 32)).any():
+        low, high = above.min().item(), above.max().item()
+        problems.append(f"threshold: expected {plan.rank}… of the sample above it, got {low} to {high}")
+    stages["collect"]()
+    hits, rows = (plain > thresholds[:, None]).sum(1), counts.view(p.rows, -1)
+    if (rows < 0).any() or (rows.sum(1) != hits).any():
+        worst = (rows.sum(1) - hits).abs().max().item()
+        problems.append(f"collect: counts differ by up to {worst}; {(rows < 0).sum().item()} buffers overflowed")
+    return problems
+
+
 def requests(rows_keys: list[tuple[int, int]]):
     """Windows of several requests: (new rows, keys after them) each, causal, keys one behind the other."""
     ks, ke, at = [], [], 0
@@ -195,7 +227,7 @@ def hostile():
     scale[::2] = torch.nan
     yield "NaN keys", change(p, k_scale=scale), False
     scale[1::2] = -torch.inf
-    yield "NaN and -inf keys", change(p, k_scale=scale), False
+    yield "NaN and -inf keys", change(p, k_scale=scale.clone()), False
 
 
 def check(fast: bool) -> list[str]:
@@ -217,6 +249,11 @@ def check(fast: bool) -> list[str]:
             return problems  # nothing else can be right
         out, _ = run(p, 2048)
         note(f"top {rows}×{keys}", selection_problem(p, out, 2048))
+        if rows * keys == 130 * 5000:
+            problems.extend(stage_problems(p, 2048))
+    problems.extend(stage_problems(make(500, 60000, seed=2), 2048))
+    if problems:
+        return problems
     for heads in (4, 16, 32, 64):
         p = make(200, 9000, heads, seed=heads)
         note(f"logits h={heads}", logits_problem(p, slice(0, 200)))
@@ -341,6 +378,7 @@ def main() -> int:
     parser.add_argument("--variant", choices=VARIANTS, help="time this one alone")
     args = parser.parse_args()
     began = time.time()
+    faulthandler.dump_traceback_later(150, exit=True)  # a kernel that waits for ever leaves a trace
     os.environ.setdefault("TVM_FFI_CUDA_ARCH_LIST", "9.0a")
     builds = {(8, v) for v in VARIANTS.values()} | {(h, VARIANTS["3x64"]) for h in sr.ROUTED_HEADS}
     with ThreadPoolExecutor(16) as pool:
