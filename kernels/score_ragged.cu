@@ -183,7 +183,8 @@ __device__ __forceinline__ void load_queries(const Task& task, int first, uint8_
 
 template <Mode MODE>
 __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
-  const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // seen by the compiler as the same in all lanes
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int lane_row = lane / 4, lane_query = lane % 4;
   const uint64_t b_tile = sm90::tile_descriptor(s.queries[group]);
   const uint64_t a_tile = sm90::tile_descriptor(s.keys);
