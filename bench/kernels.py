@@ -149,9 +149,9 @@ def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int) -
     baseline = stock.prefill(layer.index_q, layer.head_gates, index_k, k_scale, ks, layer.row_lens, slots, TOPK)
 
     stats = BlockStats([layer.buffer], kernels=True)
-    call = indexer.RaggedCall(layer.index_q, layer.head_gates, index_k, k_scale, layer.row_lens, layer.page_table)
-    span = indexer.Span(0, 0, rows, 0, length)
     lens = torch.tensor([length], dtype=torch.int32, device="cuda")
+    call = indexer.RaggedCall(layer.index_q, layer.head_gates, index_k, k_scale, layer.row_lens, layer.page_table, lens)
+    span = indexer.Span(0, 0, rows, 0, length)
     out = torch.full((rows, TOPK), -1, dtype=torch.int32, device="cuda")
     space = indexer.OutputSpace(slots=slots)
 

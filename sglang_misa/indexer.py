@@ -1,10 +1,12 @@
-"""One indexer call of one layer: which rows stock DSA keeps (the gate), and the policy's scores for the rest.
+"""One indexer call of one layer: which rows stock DSA keeps (the gate), and the policy's selection of the rest.
 
-Nothing here knows SGLang: `patches/indexer.py` brings the tensors of a call and finishes with SGLang's top-k.
+Two engines: `*_scores` is the reference, whose scores SGLang's own top-k finishes; `*_topk` are the GPU kernels, which
+select themselves. Nothing here knows SGLang: `patches/indexer.py` brings the tensors of a call.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from sglang_misa import reference
 from sglang_misa.block_stats import BlockStats
 from sglang_misa.config import PAGE, SelectionPolicy
+from sglang_misa.kernels import route, score_paged, score_ragged
 
 ROW_STRIDE = 4  # SGLang's top-k kernels want the row stride of fp32 logits to be a multiple of this
 
@@ -57,6 +60,7 @@ class RaggedCall:
     k_scale: Tensor  # [S] fp32
     row_lens: Tensor  # [T] int32, keys each row sees
     page_table: Tensor  # [requests, W] int32
+    seq_lens: Tensor  # [requests] int32, keys the last row of each request sees
 
     def keys(self, span: Span) -> Tensor:
         """Dequantised keys fp32 [L, 128] of one request."""
@@ -81,6 +85,107 @@ def ragged_scores(
             call.row_lens[rows].unsqueeze(0),
         )
         yield rows.start, rows.stop, scores.squeeze(0)
+
+
+@dataclass(frozen=True)
+class OutputSpace:
+    """What is written for a chosen position: its physical slot, its place among the gathered keys, or itself."""
+
+    slots: Tensor | None = None  # [requests, W] int32, a page table of page size 1
+    offsets: Tensor | None = None  # [T] int32, added to positions
+
+
+def ragged_topk(
+    policy: SelectionPolicy,
+    call: RaggedCall,
+    span: Span,
+    first: int,
+    last: int,
+    stats: BlockStats,
+    layer: int,
+    space: OutputSpace,
+    out: Tensor,
+) -> None:
+    """Select for rows [first, last) of one request with the GPU kernels, into out[first:last] [T, k] int32.
+
+    Any policy that routes heads over all tokens and takes the top k at once; see `admission` for what has no kernel.
+    """
+    assert policy.heads is not None
+    rows, keys = slice(first, last), slice(span.first_key, span.first_key + span.length)
+    request = slice(span.request, span.request + 1)
+    index_q, gates, row_lens = call.index_q[rows], call.head_gates[rows].contiguous(), call.row_lens[rows]
+    table, lens = call.page_table[request], call.seq_lens[request]
+    only = torch.zeros_like(row_lens)  # every row is of the one request
+    pooled = route.pool_blocks(stats.means[layer], table, lens, policy.block_size)
+    head_ids, _ = route.route(index_q, gates, pooled, only, row_lens, policy.heads, policy.block_size, policy.router)
+    slots = None if space.slots is None else space.slots[request]
+    score_ragged.topk_ragged(
+        index_q,
+        gates,
+        head_ids,
+        call.index_k[keys],
+        call.k_scale[keys],
+        only,
+        row_lens,
+        out.shape[1],
+        out=out[rows],
+        page_table=slots,
+        row_batch=None if slots is None else only,
+        offsets=None if space.offsets is None else space.offsets[rows],
+    )
+
+
+@functools.cache
+def _decode_scratch(
+    rows: int, width: int, blocks: int, block_size: int, device: torch.device
+) -> score_paged.DecodeScratch:
+    """One scratch a shape, shared by all layers. SGLang warms a shape up before capturing it, so none is captured."""
+    return score_paged.DecodeScratch.allocate(rows, width, blocks, block_size, device)
+
+
+def paged_topk(
+    policy: SelectionPolicy,
+    index_q: Tensor,
+    head_gates: Tensor,
+    buffer: Tensor,
+    page_table: Tensor,
+    row_lens: Tensor,
+    stats: BlockStats,
+    layer: int,
+    topk: int,
+    *,
+    positions: bool = False,
+) -> Tensor:
+    """Select for R decode rows with the GPU kernels: physical slots int32 [R, topk], or `positions` in the row.
+
+    Shapes as in `paged_scores`. Any policy that keeps blocks and takes the top k at once; a row with at most `blocks`
+    complete blocks equals DSA, which is the policy's length gate.
+    """
+    assert policy.blocks is not None
+    rows, width = page_table.shape
+    head_ids = None
+    if policy.heads is not None:
+        own = torch.arange(rows, dtype=torch.int32, device=index_q.device)
+        pooled = route.pool_blocks(stats.means[layer], page_table, row_lens, policy.block_size)
+        head_ids, _ = route.route(
+            index_q, head_gates, pooled, own, row_lens, policy.heads, policy.block_size, policy.router
+        )
+    out = torch.empty(rows, topk, dtype=torch.int32, device=index_q.device)
+    where = torch.empty_like(out) if positions else None
+    score_paged.decode_topk(
+        index_q,
+        head_gates.contiguous(),
+        buffer,
+        stats.means[layer],
+        page_table,
+        row_lens,
+        block_size=policy.block_size,
+        scratch=_decode_scratch(rows, width, policy.blocks, policy.block_size, index_q.device),
+        out=out,
+        positions=where,
+        head_ids=head_ids,
+    )
+    return out if where is None else where
 
 
 def paged_scores(

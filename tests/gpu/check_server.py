@@ -2,7 +2,7 @@
 
     python tests/gpu/check_server.py --out DIR [--arms stock all-heads ...] [--lengths 4096 32768 131072]
 
-Starts one server an arm on a seeded random-weight DeepSeek-V3.2-shaped model (4 layers, true indexer shapes), sends the same
+Starts one server an arm on a seeded random model of DeepSeek-V3.2 shapes (4 layers), sends the same
 prompts with `return_indexer_topk`, and prints the overlap of each arm's sets with stock's: the rows of the last prefill
 chunk and the decode rows that ran in CUDA graphs. Random weights say nothing about recall on a real model.
 Fails when an arm that must equal stock does not, or when an arm did not run its policy.
@@ -23,6 +23,7 @@ import urllib.request
 from typing import Any
 
 import numpy as np
+
 from sglang_misa import demo_model
 
 HERE = pathlib.Path(__file__).parent
