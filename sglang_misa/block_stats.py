@@ -33,7 +33,7 @@ class BlockStats:
     @staticmethod
     def bytes_per_page() -> int:
         """Bytes of one page's mean in one layer: what the KV pool's budget must grow by."""
-        return reference.HEAD_DIM * torch.bfloat16.itemsize
+        return int(reference.HEAD_DIM * torch.bfloat16.itemsize)
 
     @property
     def nbytes(self) -> int:

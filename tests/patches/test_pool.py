@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import DeepseekV3Config
 
+from sglang_misa import plugin
 from sglang_misa.block_stats import BlockStats
+from sglang_misa.config import PRESETS
 from sglang_misa.metrics import Recorder
 from sglang_misa.patches import pool as pool_hooks
 from sglang_misa.patches import register
@@ -18,6 +20,8 @@ LAYERS, PAGES = 3, 5
 @pytest.fixture(autouse=True)
 def hooks(monkeypatch):
     monkeypatch.setattr(pool_hooks, "recorder", Recorder())
+    runtime = plugin.Runtime(config=PRESETS["misa"], index_heads=64, topk=2048, device="cpu", rank=0, ranks=1)
+    monkeypatch.setattr(plugin, "_runtime", runtime)
     register.apply(metadata.version("sglang"))
     yield
     register.undo()
