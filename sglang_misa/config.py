@@ -49,7 +49,9 @@ class SelectionPolicy(BaseModel):
         None, ge=2, description="token blocks kept per query, first and newest included; 'all' prunes none"
     )
     candidates: int | None = Field(
-        None, ge=1, description="tokens C kept by the cheap score and scored again with all heads; 'none' takes top-k at once"
+        None,
+        ge=1,
+        description="tokens C kept by the cheap score and scored again with all heads; 'none' takes top-k at once",
     )
     block_size: int = Field(256, ge=PAGE, multiple_of=PAGE, description="tokens in a block, a multiple of 64")
     min_len: int = Field(8192, ge=0, description="a query that sees fewer tokens than this gets stock DSA")
@@ -121,7 +123,8 @@ class MisaConfig(BaseModel):
     decode: SelectionPolicy = SelectionPolicy()
     audit: Audit = Audit()
     backend: Backend = Field(
-        "auto", description="auto = Triton/CUDA kernels on a GPU they support and PyTorch elsewhere; torch = the reference"
+        "auto",
+        description="auto = Triton/CUDA kernels on a GPU they support and PyTorch elsewhere; torch = the reference",
     )
 
     def policy(self, phase: Phase) -> SelectionPolicy:
@@ -129,7 +132,9 @@ class MisaConfig(BaseModel):
 
     def check(self, *, index_heads: int | None = None, topk: int | None = None) -> None:
         """Raise ConfigError naming every impossible combination, with the model's H and k where they are known."""
-        problems = [p for phase in PHASES for p in self.policy(phase).problems(phase, index_heads=index_heads, topk=topk)]
+        problems = [
+            p for phase in PHASES for p in self.policy(phase).problems(phase, index_heads=index_heads, topk=topk)
+        ]
         if problems:
             raise ConfigError(problems)
 
@@ -216,7 +221,11 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--misa-config", metavar="FILE", help="start from a JSON file shaped like SGLANG_MISA_CONFIG")
     for flag in _flags():
-        metavar = None if flag.choices else ("N" if flag.kind is int else "X") + (f"|{flag.none_word}" if flag.none_word else "")
+        metavar = (
+            None
+            if flag.choices
+            else ("N" if flag.kind is int else "X") + (f"|{flag.none_word}" if flag.none_word else "")
+        )
         group.add_argument(flag.name, dest=flag.name, choices=flag.choices, metavar=metavar, help=flag.help)
 
 

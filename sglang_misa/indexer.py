@@ -1,0 +1,221 @@
+"""One indexer call of one layer: which rows stock DSA keeps (the gate), and the policy's selection of the rest.
+
+Two engines: `*_scores` is the reference, whose scores SGLang's own top-k finishes; `*_topk` are the GPU kernels, which
+select themselves. Nothing here knows SGLang: `patches/indexer.py` brings the tensors of a call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sglang_misa import reference
+from sglang_misa.block_stats import BlockStats
+from sglang_misa.config import PAGE, SelectionPolicy
+from sglang_misa.kernels import route, score_paged, score_ragged
+
+ROW_STRIDE = 4  # SGLang's top-k kernels want the row stride of fp32 logits to be a multiple of this
+
+
+@dataclass(frozen=True)
+class Span:
+    """One request's rows in an extend call, in host numbers."""
+
+    request: int
+    first_row: int
+    rows: int
+    first_key: int  # column of its first key among the gathered keys of all requests
+    length: int  # keys its last row sees
+
+    @property
+    def last_row(self) -> int:
+        return self.first_row + self.rows
+
+    def gate(self, min_len: int) -> int:
+        """First row that sees at least `min_len` keys: the rows before it are stock DSA's."""
+        seen_by_first = self.length - self.rows + 1
+        return self.first_row + min(max(min_len - seen_by_first, 0), self.rows)
+
+
+def spans(extend_lens: Sequence[int], seq_lens: Sequence[int]) -> list[Span]:
+    """The spans of a batch: `extend_lens` rows and `seq_lens` keys a request, both in batch order."""
+    result, row, key = [], 0, 0
+    for request, (rows, length) in enumerate(zip(extend_lens, seq_lens, strict=True)):
+        result.append(Span(request, row, rows, key, length))
+        row, key = row + rows, key + length
+    return result
+
+
+@dataclass(frozen=True)
+class RaggedCall:
+    """The tensors of one extend call, keys of all requests gathered one after another (S in all)."""
+
+    index_q: Tensor  # [T, H, 128] fp8
+    head_gates: Tensor  # [T, H] fp32
+    index_k: Tensor  # [S, 128] fp8
+    k_scale: Tensor  # [S] fp32
+    row_lens: Tensor  # [T] int32, keys each row sees
+    page_table: Tensor  # [requests, W] int32
+    seq_lens: Tensor  # [requests] int32, keys the last row of each request sees
+
+    def keys(self, span: Span) -> Tensor:
+        """Dequantised keys fp32 [L, 128] of one request."""
+        part = slice(span.first_key, span.first_key + span.length)
+        return self.index_k[part].float() * self.k_scale[part].unsqueeze(-1)
+
+
+def ragged_scores(
+    policy: SelectionPolicy, call: RaggedCall, span: Span, first: int, last: int, stats: BlockStats, layer: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Scores of rows [first, last) of one request, in row chunks: (start, end, fp32 [end - start, L padded to 4])."""
+    keys = torch.nn.functional.pad(call.keys(span), (0, 0, 0, -span.length % ROW_STRIDE)).unsqueeze(0)
+    means = stats.of(layer, call.page_table[span.request : span.request + 1, : span.length // PAGE])
+    for start, end in reference.row_chunks(last - first, keys.shape[1]):
+        rows = slice(first + start, first + end)
+        scores = reference.policy_scores(
+            policy,
+            call.index_q[rows].unsqueeze(0),
+            call.head_gates[rows].unsqueeze(0),
+            keys,
+            means,
+            call.row_lens[rows].unsqueeze(0),
+        )
+        yield rows.start, rows.stop, scores.squeeze(0)
+
+
+@dataclass(frozen=True)
+class OutputSpace:
+    """What is written for a chosen position: its physical slot, its place among the gathered keys, or itself."""
+
+    slots: Tensor | None = None  # [requests, W] int32, a page table of page size 1
+    offsets: Tensor | None = None  # [T] int32, added to positions
+
+
+def ragged_topk(
+    policy: SelectionPolicy,
+    call: RaggedCall,
+    span: Span,
+    first: int,
+    last: int,
+    stats: BlockStats,
+    layer: int,
+    space: OutputSpace,
+    out: Tensor,
+) -> None:
+    """Select for rows [first, last) of one request with the GPU kernels, into out[first:last] [T, k] int32.
+
+    Any policy that routes heads over all tokens and takes the top k at once; see `admission` for what has no kernel.
+    """
+    assert policy.heads is not None
+    rows, keys = slice(first, last), slice(span.first_key, span.first_key + span.length)
+    request = slice(span.request, span.request + 1)
+    index_q, gates, row_lens = call.index_q[rows], call.head_gates[rows].contiguous(), call.row_lens[rows]
+    table, lens = call.page_table[request], call.seq_lens[request]
+    only = torch.zeros_like(row_lens)  # every row is of the one request
+    pooled = route.pool_blocks(stats.means[layer], table, lens, policy.block_size)
+    head_ids, _ = route.route(index_q, gates, pooled, only, row_lens, policy.heads, policy.block_size, policy.router)
+    slots = None if space.slots is None else space.slots[request]
+    score_ragged.topk_ragged(
+        index_q,
+        gates,
+        head_ids,
+        call.index_k[keys],
+        call.k_scale[keys],
+        only,
+        row_lens,
+        out.shape[1],
+        out=out[rows],
+        page_table=slots,
+        row_batch=None if slots is None else only,
+        offsets=None if space.offsets is None else space.offsets[rows],
+    )
+
+
+@functools.cache
+def _decode_scratch(
+    rows: int, width: int, blocks: int, block_size: int, device: torch.device
+) -> score_paged.DecodeScratch:
+    """One scratch a shape, shared by all layers. SGLang warms a shape up before capturing it, so none is captured."""
+    return score_paged.DecodeScratch.allocate(rows, width, blocks, block_size, device)
+
+
+def paged_topk(
+    policy: SelectionPolicy,
+    index_q: Tensor,
+    head_gates: Tensor,
+    buffer: Tensor,
+    page_table: Tensor,
+    row_lens: Tensor,
+    stats: BlockStats,
+    layer: int,
+    topk: int,
+    *,
+    positions: bool = False,
+) -> Tensor:
+    """Select for R decode rows with the GPU kernels: physical slots int32 [R, topk], or `positions` in the row.
+
+    Shapes as in `paged_scores`. Any policy that keeps blocks and takes the top k at once; a row with at most `blocks`
+    complete blocks equals DSA, which is the policy's length gate.
+    """
+    assert policy.blocks is not None
+    rows, width = page_table.shape
+    head_ids = None
+    if policy.heads is not None:
+        own = torch.arange(rows, dtype=torch.int32, device=index_q.device)
+        pooled = route.pool_blocks(stats.means[layer], page_table, row_lens, policy.block_size)
+        head_ids, _ = route.route(
+            index_q, head_gates, pooled, own, row_lens, policy.heads, policy.block_size, policy.router
+        )
+    out = torch.empty(rows, topk, dtype=torch.int32, device=index_q.device)
+    where = torch.empty_like(out) if positions else None
+    score_paged.decode_topk(
+        index_q,
+        head_gates.contiguous(),
+        buffer,
+        stats.means[layer],
+        page_table,
+        row_lens,
+        block_size=policy.block_size,
+        scratch=_decode_scratch(rows, width, policy.blocks, policy.block_size, index_q.device),
+        out=out,
+        positions=where,
+        head_ids=head_ids,
+    )
+    return out if where is None else where
+
+
+def paged_scores(
+    policy: SelectionPolicy,
+    index_q: Tensor,
+    head_gates: Tensor,
+    buffer: Tensor,
+    page_table: Tensor,
+    row_lens: Tensor,
+    stats: BlockStats,
+    layer: int,
+) -> Tensor:
+    """Scores fp32 [R, W * 64] of R decode rows, straight from the pages; capturable in a CUDA graph.
+
+    index_q [R, H, 128] fp8, head_gates [R, H] fp32, buffer [num_pages, 8448] uint8, page_table [R, W] int32 (stale past
+    ceil(len / 64)), row_lens [R] int32.
+    """
+    rows, width = page_table.shape
+    scores = torch.empty(rows, width * PAGE, dtype=torch.float32, device=buffer.device)
+    page = torch.arange(width, device=buffer.device)
+    for row in range(rows):
+        length = row_lens[row : row + 1]
+        pages = page_table[row].long().masked_fill(page * PAGE >= length, 0)
+        keys = reference.dequantize_pages(buffer[pages]).reshape(1, -1, reference.HEAD_DIM)
+        scores[row] = reference.gated_scores(
+            policy,
+            index_q[row].view(1, 1, *index_q.shape[1:]),
+            head_gates[row].view(1, 1, -1),
+            keys,
+            stats.of(layer, pages.unsqueeze(0)),
+            length.unsqueeze(0),
+        ).flatten()
+    return scores
