@@ -26,7 +26,11 @@ _SPAN = 1024  # candidates a program: amortises loading the row's queries
 _FILLING_PROGRAMS = 528  # four on each of an H100's 132 SMs; calls with fewer are split finer
 
 
-@triton.jit(do_not_specialize=["keys", "width", "span", "row_stride", "out_stride"])
+# Shapes change from batch to batch and slices start anywhere: specialising on either would compile while serving.
+@triton.jit(
+    do_not_specialize=["keys", "width", "span", "row_stride", "out_stride"],
+    do_not_specialize_on_alignment=["p_scales", "p_candidates", "p_counts", "p_out"],
+)
 def rerank_fwd_kernel(
     p_q,
     p_gate,
