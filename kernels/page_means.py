@@ -35,8 +35,10 @@ def _store_page_mean(
     tl.store(p_means + i_page * HEAD_DIM + o_dim, b_mean.to(p_means.dtype.element_ty))
 
 
-# Lengths and strides change from batch to batch: specialising on their values would compile while serving.
-@triton.jit(do_not_specialize=["first_page", "table_stride"])
+# Strides change from batch to batch and slices start anywhere: specialising on either would compile while serving.
+@triton.jit(
+    do_not_specialize=["first_page", "table_stride"], do_not_specialize_on_alignment=["p_table", "p_lens", "p_first"]
+)
 def page_means_fwd_kernel(
     p_keys,
     p_scales,
@@ -59,7 +61,7 @@ def page_means_fwd_kernel(
         _store_page_mean(p_keys, p_scales, p_means, i_page, PAGE, HEAD_DIM, PAGE_BYTES)
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["p_table", "p_lens"])
 def last_page_means_fwd_kernel(
     p_keys,
     p_scales,
@@ -78,7 +80,7 @@ def last_page_means_fwd_kernel(
         _store_page_mean(p_keys, p_scales, p_means, i_page, PAGE, HEAD_DIM, PAGE_BYTES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_slots"])
 def slot_page_means_fwd_kernel(
     p_keys, p_scales, p_means, p_slots, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr
 ):

@@ -48,7 +48,8 @@ _WIDE_SCORES = _Launch(columns=128, num_warps=4, maxnreg=168)  # the gates take 
 _OPERAND = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
 
-@triton.jit(do_not_specialize=["table_stride", "max_blocks"])
+# Shapes change from batch to batch and slices start anywhere: specialising on either would compile while serving.
+@triton.jit(do_not_specialize=["table_stride", "max_blocks"], do_not_specialize_on_alignment=["p_table", "p_lens"])
 def pool_blocks_fwd_kernel(
     p_means,
     p_table,
@@ -117,7 +118,7 @@ def _score_tile(
     return b_sum
 
 
-@triton.jit(do_not_specialize=["rows", "max_blocks", "span"])
+@triton.jit(do_not_specialize=["rows", "max_blocks", "span"], do_not_specialize_on_alignment=["p_batch", "p_len"])
 def route_fwd_kernel(
     p_q,
     p_gate,
