@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import itertools
 import pathlib
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,10 +112,10 @@ def event_us(call: Callable[[], object], repeats: int = 15) -> float:
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop) * 1e3)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
-def graph_us(calls: list[Callable[[], object]], repeats: int = 20) -> float:
+def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
     """Median µs of one of `calls`, all replayed from one CUDA graph: several inputs, so that L2 does not hold one."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -134,7 +135,7 @@ def graph_us(calls: list[Callable[[], object]], repeats: int = 20) -> float:
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop) * 1e3 / len(calls))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int) -> tuple[float, float, bool]:
@@ -149,9 +150,9 @@ def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int) -
     baseline = stock.prefill(layer.index_q, layer.head_gates, index_k, k_scale, ks, layer.row_lens, slots, TOPK)
 
     stats = BlockStats([layer.buffer], kernels=True)
-    call = indexer.RaggedCall(layer.index_q, layer.head_gates, index_k, k_scale, layer.row_lens, layer.page_table)
-    span = indexer.Span(0, 0, rows, 0, length)
     lens = torch.tensor([length], dtype=torch.int32, device="cuda")
+    call = indexer.RaggedCall(layer.index_q, layer.head_gates, index_k, k_scale, layer.row_lens, layer.page_table, lens)
+    span = indexer.Span(0, 0, rows, 0, length)
     out = torch.full((rows, TOPK), -1, dtype=torch.int32, device="cuda")
     space = indexer.OutputSpace(slots=slots)
 
@@ -183,7 +184,7 @@ def bench_decode(policy: SelectionPolicy, heads: int, batch: int, length: int) -
         for layer, means in zip(layers[:2], stats[:2], strict=True)
     )
     baselines = [stock.decode(la.index_q, la.head_gates, la.buffer, la.page_table, la.row_lens, TOPK) for la in layers]
-    mine = [lambda la=la, me=me: ours(la, me) for la, me in zip(layers, stats, strict=True)]
+    mine = [functools.partial(ours, la, me) for la, me in zip(layers, stats, strict=True)]
     return graph_us(baselines), graph_us(mine) if correct else float("nan"), correct
 
 

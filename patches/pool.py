@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from sglang_misa import plugin
 from sglang_misa.block_stats import BlockStats
 from sglang_misa.config import PAGE
 from sglang_misa.metrics import recorder
@@ -14,7 +15,7 @@ from sglang_misa.metrics import recorder
 def init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """DSATokenToKVPool.__init__: the pool owns the means of its pages, as `misa_block_stats`."""
     original(self, *args, **kwargs)
-    self.misa_block_stats = BlockStats(self.index_k_with_scale_buffer)
+    self.misa_block_stats = BlockStats(self.index_k_with_scale_buffer, kernels=plugin.runtime().kernels)
     recorder.block_stats_bytes += self.misa_block_stats.nbytes
 
 

@@ -190,10 +190,11 @@ def apply(version: str, patches: Sequence[Patch] = PATCHES) -> None:
     todo = [patch for patch in patches if patch.target not in _applied]
     if problems := [problem for patch in todo for problem in _obstacles(patch, version)]:
         raise AdmissionError(problems)
-    for patch in todo:
+    wrappers = [pkgutil.resolve_name(patch.wrapper) for patch in todo]
+    for patch, wrapper in zip(todo, wrappers, strict=True):
         owner, name = _locate(patch.target)
         original = vars(owner)[name]
-        wrapped = _wrap(pkgutil.resolve_name(patch.wrapper), original)
+        wrapped = _wrap(wrapper, original)
         _applied[patch.target] = _Applied(owner, name, original, wrapped)
         setattr(owner, name, wrapped)
 
@@ -220,7 +221,7 @@ def live(targets: Iterable[str] = TARGETS) -> list[str]:
                 f"{target}: expected our hook, got none; start the server with this package installed in every process"
             )
         elif found is not applied.installed:
-            problems.append(f"{target}: expected our hook outermost, got {_describe(found)}; {_WAY_OUT}")
+            problems.append(f"{target}: expected our hook outermost, got {_describe(target, found)}; {_WAY_OUT}")
     return problems
 
 
@@ -232,9 +233,9 @@ def _obstacles(patch: Patch, version: str) -> Iterator[str]:
         yield f"{patch.target}: expected this function in SGLang {version}, got {error!r}; reinstall sglang=={version}"
         return
     function = _function(found)
-    stock = function.__module__ == owner.__module__ and function.__qualname__ == f"{owner.__qualname__}.{name}"
-    if not stock or hasattr(function, "__wrapped__"):
-        yield f"{patch.target}: expected SGLang's own function, got {_describe(found)}; {_WAY_OUT}"
+    home = f"{function.__module__}:{function.__qualname__}"
+    if home != patch.target or hasattr(function, "__wrapped__"):
+        yield f"{patch.target}: expected SGLang's own function, got {_describe(patch.target, found)}; {_WAY_OUT}"
         return
     expected, got = patch.signature(version), fingerprint(function)
     if got != expected:
@@ -262,8 +263,13 @@ def _wrap(wrapper: Callable[..., Any], raw: Any) -> Any:
     return type(raw)(hooked) if isinstance(raw, classmethod | staticmethod) else hooked
 
 
-def _describe(raw: Any) -> str:
-    """Where a function comes from: functools.wraps hides the name, not the file."""
-    function = _function(raw)
-    code = getattr(function, "__code__", None)
+def _describe(target: str, raw: Any) -> str:
+    """Who put `raw` in the place of `target`: the plugins that asked SGLang's registry for it, or a file."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    hooks = HookRegistry._hooks.get(target.replace(":", "."), ())
+    if hooks:
+        names = sorted({source.plugin_name if source else "unknown" for _, _, source in hooks})
+        return f"a hook of plugin {', '.join(names)}"
+    code = getattr(_function(raw), "__code__", None)
     return f"a function from {code.co_filename}:{code.co_firstlineno}" if code else repr(raw)

@@ -15,6 +15,7 @@ from sglang_misa.config import PAGE, ConfigError, MisaConfig
 VERIFIED_SGLANG = ("0.5.17",)  # versions that the whole of it has served on a GPU
 VERIFIED_CAPABILITY = (9, 0)
 KERNEL_HEADS = (32, 64)  # index heads of GLM-5 and DeepSeek-V3.2
+KERNEL_ROUTED_HEADS = (4, 8, 16, 32, 64)
 HEAD_DIM = 128
 
 
@@ -96,6 +97,37 @@ def _index_heads(candidate: Candidate) -> Iterator[str]:
         )
 
 
+def _kernel_policies(candidate: Candidate) -> Iterator[str]:
+    if not (candidate.is_dsa and candidate.on_kernels):
+        return
+    prefill, decode = candidate.config.prefill, candidate.config.decode
+    way_out = "or add --misa-backend torch (any policy, far slower than stock)"
+    if prefill.blocks is not None and (prefill.heads is not None or prefill.candidates is not None):
+        yield (
+            "prefill.blocks: expected all heads and no candidates with it on GPU kernels, got "
+            f"heads={prefill.heads}, candidates={prefill.candidates}; set --misa-prefill-blocks all, {way_out}"
+        )
+    if prefill.heads is not None and prefill.heads not in KERNEL_ROUTED_HEADS:
+        yield f"prefill.heads: expected one of {KERNEL_ROUTED_HEADS} on GPU kernels, got {prefill.heads}; {way_out}"
+    if decode.active and decode.blocks is None:
+        yield (
+            "decode.blocks: expected a number, as decode is bound by the bytes of the keys it reads and fewer heads "
+            f"alone save none, got all; set --misa-decode-blocks, {way_out}"
+        )
+    if decode.blocks is not None:
+        if decode.candidates is not None:
+            yield f"decode.candidates: expected none, got {decode.candidates}: no GPU kernel re-ranks; {way_out}"
+        exact = (decode.blocks + 1) * decode.block_size
+        if decode.min_len > exact:
+            yield (
+                f"decode.min_len: expected at most (blocks + 1) × block_size = {exact}, the length up to which every "
+                f"token is kept anyway, got {decode.min_len}; lower --misa-decode-min-len, {way_out}"
+            )
+    forced = [n for n in ("index_init_tokens", "index_local_tokens") if getattr(candidate.model, n, 0)]
+    if forced and candidate.config.active:
+        yield f"model: expected no forced tokens on GPU kernels, got {' and '.join(forced)}; {way_out}"
+
+
 def _head_dim(candidate: Candidate) -> Iterator[str]:
     size = getattr(candidate.model, "index_head_dim", None)
     if candidate.is_dsa and size != HEAD_DIM:
@@ -151,6 +183,7 @@ def _policies(candidate: Candidate) -> Iterator[str]:
 CHECKS: tuple[Callable[[Candidate], Iterator[str]], ...] = (
     _architecture,
     _index_heads,
+    _kernel_policies,
     _head_dim,
     _pooled_keys,
     _page_size,

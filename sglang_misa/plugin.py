@@ -24,6 +24,11 @@ class Runtime:
     rank: int
     ranks: int
 
+    @property
+    def kernels(self) -> bool:
+        """Whether the GPU kernels select, not the PyTorch reference."""
+        return self.device == "cuda" and self.config.backend != "torch"
+
 
 _runtime: Runtime | None = None
 
