@@ -133,10 +133,12 @@ def last_of(done, n):
 
     Everything the others wrote before the call is visible to the one that gets True (read it past L1: ".cg").
     """
-    tl.debug_barrier()
-    last = tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == n - 1
-    if last:
-        tl.store(done, 0)
+    last = n == 1
+    if n > 1:
+        tl.debug_barrier()
+        last = tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == n - 1
+        if last:
+            tl.store(done, 0)
     return last
 
 
@@ -179,7 +181,7 @@ def _keep_kernel(
     b_b = i_t * TILE + o_k // PAGES_PAD
     b_i = o_k % PAGES_PAD
     # stale ids come along and are replaced below: the length is still on its way
-    b_page = tl.load(p_table + b_b * PAGES + b_i, mask=b_b * PAGES + b_i < WIDTH, other=0)
+    b_id = tl.load(p_table + b_b * PAGES + b_i, mask=b_b * PAGES + b_i < WIDTH, other=0)
     length = tl.load(seq_lens + i_r)
     n_full = length // (PAGES * PAGE)
     tail = length - n_full * (PAGES * PAGE)
@@ -192,7 +194,7 @@ def _keep_kernel(
         o_b = i_t * TILE + tl.arange(0, TILE)
         m_b = (o_b > 0) & (o_b < n_full - 1)
         m_k = (b_b > 0) & (b_b < n_full - 1) & (b_i < PAGES)
-        page = tl.where(m_k, b_page, 0).to(tl.int64)
+        page = tl.where(m_k, b_id, 0).to(tl.int64)
         b_k = tl.load(means + page[:, None] * DIM + o_d[None, :], mask=m_k[:, None], other=0.0)
         b_q = tl.load(q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :])  # [HEADS, DIM]
         b_w = tl.load(gates + i_r * HEADS + o_h)
@@ -211,15 +213,16 @@ def _keep_kernel(
         m_middle = (o_n > 0) & (o_n < n_full - 1)
         # loads are masked by constants so that they stay wide: what a row has not written is replaced afterwards
         score = tl.load(scores + i_r * N_BLOCKS + o_n, mask=o_n < N_BLOCKS, other=0.0, cache_modifier=".cg")
+        o_i = tl.arange(0, PAGES_PAD)
+        o_p = o_n[:, None] * PAGES + o_i[None, :]
+        m_p = o_i[None, :] < PAGES
+        b_page = tl.load(p_table + o_p, mask=m_p & (o_p < WIDTH), other=0)
         x = ranked(score, m_middle)
-        threshold, room = kth_largest(x, None, n_full - 2, KEEP - 2, FOLD)
+        threshold, room = kth_largest(x, n_full - 2, KEEP - 2, FOLD)
         # the first, the newest and the tail win without a contest, even against a threshold of +inf
         certain = (o_n * (PAGES * PAGE) < length) & (m_middle == 0)
-        taken, place = places(tl.where(certain, 1, wins_and_ties(x, threshold)), 0, room)
+        taken, place = places(tl.where(certain, 1, wins_and_ties(x, threshold)), room)
         tl.store(kept_blocks + i_r * (KEEP + 1) + place, o_n, mask=taken)
-        for i in tl.static_range(PAGES):
-            o_p = o_n * PAGES + i
-            m_p = taken & (o_p * PAGE < length)
-            page = tl.load(p_table + o_p, mask=m_p, other=0)
-            tl.store(kept_pages + (i_r * (KEEP + 1) + place) * PAGES + i, page, mask=m_p)
+        p_kept = kept_pages + (i_r * (KEEP + 1) + place[:, None]) * PAGES + o_i[None, :]
+        tl.store(p_kept, b_page, mask=taken[:, None] & m_p & (o_p * PAGE < length))
         tl.store(kept_lens + i_r, tl.minimum(n_full, KEEP) * (PAGES * PAGE) + tail)

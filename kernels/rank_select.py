@@ -3,8 +3,7 @@
 No sort and no shared-memory histogram: a search for the k-th largest that narrows its bracket from the middle and from
 an interpolated guess at once, then one prefix sum that gives every winner its place, in the row's own order.
 
-A row is `x` [N] and, behind it, `more` [M] with M dividing N, or None: 8192 + 128 elements are not padded to 16384.
-It stays fp32: a comparison that yields 1.0 or 0.0 costs half of one that yields an integer.
+The row stays fp32: a comparison that yields 1.0 or 0.0 costs half of one that yields an integer.
 """
 
 import triton
@@ -35,43 +34,30 @@ def _number(order):
 
 
 @triton.jit
-def _fold(x, WIDTH: tl.constexpr):
-    """`x` as [N / WIDTH, WIDTH]: a reduction over the first axis stays inside each thread if WIDTH is large."""
-    return tl.reshape(x, [x.shape[0] // WIDTH, WIDTH])
+def _at_least(x, limit, WIDTH: tl.constexpr):
+    """Elements at or above `limit`, as fp32 partial counts [WIDTH]: inside each thread if it loads WIDTH / threads."""
+    return tl.sum(tl.reshape(tl.where(x >= limit, 1.0, 0.0), [x.shape[0] // WIDTH, WIDTH]), 0)
 
 
 @triton.jit
-def _at_least(x, more, limit, WIDTH: tl.constexpr):
-    """Elements of the row at or above `limit`, as fp32 partial counts [WIDTH]."""
-    count = tl.sum(_fold(tl.where(x >= limit, 1.0, 0.0), WIDTH), 0)
-    return count if more is None else count + tl.where(more >= limit, 1.0, 0.0)
-
-
-@triton.jit
-def _count_pair(x, more, p, q, WIDTH: tl.constexpr):
-    """Elements of the row at or above p, plus 65536 times those at or above q."""
-    both = _at_least(x, more, p, WIDTH) + _at_least(x, more, q, WIDTH) * 4096.0
-    whole = (both + 8388608.0).to(
-        tl.int32, bitcast=True
-    ) & 0x7FFFFF  # 2^23 puts an integer into the mantissa's low bits
+def _count_pair(x, p, q, WIDTH: tl.constexpr):
+    """Elements at or above p, plus 65536 times those at or above q."""
+    both = _at_least(x, p, WIDTH) + _at_least(x, q, WIDTH) * 4096.0
+    # added to 2^23, an integer stands in the mantissa's low bits: cheaper than a conversion
+    whole = (both + 8388608.0).to(tl.int32, bitcast=True) & 0x7FFFFF
     return tl.sum(whole + (whole >> 12) * (65536 - 4096), 0)
 
 
 @triton.jit
-def kth_largest(x, more, n, k, WIDTH: tl.constexpr):
+def kth_largest(x, n, k, WIDTH: tl.constexpr):
     """(threshold, room): the k largest are the elements above `threshold` and the first `room` of those equal to it.
 
     The row holds `n` elements that are not NOTHING; all of them are above the threshold when n <= k. The bracket
     [lo, hi] holds the k-th largest and at least halves in every round; it ends early once exactly k elements are at or
-    above lo. N + M <= MAX_ROW, N < 2047 · WIDTH; WIDTH is M where there is `more`.
+    above lo. N <= MAX_ROW, N < 2047 · WIDTH, WIDTH divides N.
     """
-    low = tl.min(_fold(tl.where(x == NOTHING, float("inf"), x), WIDTH), 0)
-    high = tl.max(_fold(x, WIDTH), 0)
-    if more is not None:
-        low = tl.minimum(low, tl.where(more == NOTHING, float("inf"), more))
-        high = tl.maximum(high, more)
-    lo = _order(tl.where(n > k, tl.min(low, 0), NOTHING))
-    hi = _order(tl.where(n > k, tl.max(high, 0), NOTHING))
+    lo = _order(tl.where(n > k, tl.min(tl.where(x == NOTHING, float("inf"), x), 0), NOTHING))
+    hi = _order(tl.where(n > k, tl.max(x, 0), NOTHING))
     at = n  # elements at or above lo
     above = n * 0  # elements above hi
     while lo < hi:
@@ -83,7 +69,7 @@ def kth_largest(x, more, n, k, WIDTH: tl.constexpr):
         guess = lo + tl.minimum(tl.maximum(step, 1), span).to(tl.int32, bitcast=True)
         p = tl.minimum(middle, guess)
         q = tl.maximum(middle, guess)
-        both = _count_pair(x, more, _number(p), _number(q), WIDTH)
+        both = _count_pair(x, _number(p), _number(q), WIDTH)
         at_p = both & 0xFFFF
         at_q = (both >> 16) & 0xFFFF
         is_q = at_q >= k
@@ -104,13 +90,9 @@ def wins_and_ties(x, threshold):
 
 
 @triton.jit
-def places(pair, before, room):
-    """(taken [N] bool, place [N] int32): every win and the first `room` ties; places follow the row's order.
-
-    pair:   `wins_and_ties` of N elements
-    before: the sum of `pair` over the row in front of the first of them
-    """
-    before += tl.cumsum(pair, 0) - pair
+def places(pair, room):
+    """(taken [N] bool, place [N] int32) of `wins_and_ties`: every win and the first `room` ties, in the row's order."""
+    before = tl.cumsum(pair, 0) - pair
     ties_before = (before >> 16) & 0xFFFF
     taken = ((pair & 0xFFFF) > 0) | ((pair > 0xFFFF) & (ties_before < room))
     return taken, (before & 0xFFFF) + tl.minimum(ties_before, room)
