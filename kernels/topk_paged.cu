@@ -1,8 +1,8 @@
 // Exact top k of the scores of a row's kept tokens, as physical slots in the row's order: one thread block a row.
 //
 // The row stays in registers. One histogram, linear between the row's extremes, leaves a handful of candidates around
-// the k-th largest; they are ranked against one another. Where scores cluster, candidates are halved by further
-// histograms of their order-preserving integers (11 bits a round) until few are left, so any input ends.
+// the k-th largest; they are ranked against one another. Where scores cluster, further histograms of order-preserving
+// integers narrow the candidates by 11 bits a round until few are left, so any input ends.
 #include <cuda_runtime.h>
 #include <tvm/ffi/tvm_ffi.h>
 
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Row row) {
       const float loaded[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float score = fmaxf(loaded[e], -FLT_MAX);  // NaN too
+        const float score = loaded[e] > -FLT_MAX ? loaded[e] : -FLT_MAX;  // NaN too
         x[4 * g + e] = score;
         if (token + e < n) least = fminf(least, score), most = fmaxf(most, score);
       }
