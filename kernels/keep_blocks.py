@@ -57,8 +57,8 @@ class KeptPages:
 class KeepTuning:
     """How a launch is cut: a program of `warps` warps scores the blocks of `pages` pages (16 at least)."""
 
-    pages: int = 128
-    warps: int = 8
+    pages: int = 64
+    warps: int = 4
 
 
 def keep_blocks(

@@ -124,8 +124,9 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Row row) {
     // Rounding keeps the order of bins; a span that is zero or overflows puts everything into few bins, which is allowed.
     const float scale = float(BINS - 1) / (most - least);
     const auto bin_of = [&](float score) {
-      const float place = (score - least) * scale;
-      return place > 0.f ? int(fminf(place, float(BINS - 1))) : 0;
+      const float place = fminf(fmaxf((score - least) * scale, 0.f), float(BINS - 1));  // NaN becomes 0
+      // Added to 2^23, an integer stands in the mantissa's low bits: conversions run at an eighth of the rate.
+      return int(__float_as_uint(place + 8388608.f) & (BINS - 1));
     };
 #pragma unroll
     for (int i = 0; i < 4 * GROUPS; ++i)

@@ -33,7 +33,6 @@ from sglang_misa.kernels.score_paged import (
     decode_topk,
     keep_tuning,
     score_kept,
-    score_tuning,
 )
 from sglang_misa.kernels.topk_paged import topk_paged
 
@@ -56,14 +55,11 @@ KEEP_CUTS = [
     KeepTuning(pages=256, warps=8),
 ]
 SCORE_CUTS = [
-    ScoreTuning(pages=1, tiles=1, warps=4),
-    ScoreTuning(pages=2, tiles=1, warps=4),
-    ScoreTuning(pages=2, tiles=1, warps=8),
-    ScoreTuning(pages=4, tiles=1, warps=8),
-    ScoreTuning(pages=1, tiles=2, warps=4, stages=2),
-    ScoreTuning(pages=1, tiles=4, warps=4, stages=3),
-    ScoreTuning(pages=2, tiles=2, warps=8, stages=2),
-    ScoreTuning(pages=2, tiles=4, warps=8, stages=3),
+    ScoreTuning(pages=1, warps=4),
+    ScoreTuning(pages=2, warps=4),
+    ScoreTuning(pages=2, warps=8),
+    ScoreTuning(pages=4, warps=4),
+    ScoreTuning(pages=4, warps=8),
 ]
 
 
@@ -160,7 +156,7 @@ class Call:
         i = self.inputs
         score_kept(
             i.index_q, i.head_gates, i.pool, i.seq_lens, block_size=BLOCK_SIZE, topk=TOPK, scratch=self.scratch,
-            tuning=tuning or score_tuning(i.rows),
+            tuning=tuning or ScoreTuning(),
         )  # fmt: skip
 
     def topk(self) -> None:
@@ -455,7 +451,7 @@ def table(pool: Pool, stock: Stock | None) -> list[dict[str, Any]]:
     print("  H batch    L | keep score  topk  whole | stock score  topk   both | ratio  GB/s")
     for heads in (64, 32):
         for batch in (1, 4, 16, 64):
-            for length in (8 * KIB, 32 * KIB, 64 * KIB, 128 * KIB):
+            for length in (8 * KIB, 16 * KIB, 32 * KIB, 64 * KIB, 128 * KIB):
                 inputs = [pool.inputs([length - 3 * i] * batch, heads, i) for i in range(sets_for(batch, length))]
                 calls = [Call.of(one) for one in inputs]
                 row: dict[str, Any] = {"heads": heads, "batch": batch, "length": length}

@@ -181,9 +181,8 @@ def test_rows_of_every_length_match_the_oracle(device: str, heads: int, blocks: 
 @pytest.mark.parametrize(
     ("keep", "score"),
     [
-        (KeepTuning(pages=16), ScoreTuning(pages=1, tiles=1)),
-        (KeepTuning(pages=32), ScoreTuning(pages=1, tiles=3)),
-        (KeepTuning(pages=64), ScoreTuning(pages=4, tiles=2)),
+        (KeepTuning(pages=16), ScoreTuning(pages=1)),
+        (KeepTuning(pages=128), ScoreTuning(pages=4)),
     ],
 )
 def test_the_cut_of_a_launch_changes_nothing(device: str, keep: KeepTuning, score: ScoreTuning) -> None:
