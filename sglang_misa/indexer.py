@@ -142,7 +142,7 @@ def ragged_topk(
 
 
 def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -> None:
-    """Build and run every prefill kernel of `policy` once, on a made-up request, so that no user waits for a compiler."""
+    """Build and run every prefill kernel of `policy` on a made-up request, so that no user waits for a compiler."""
     length = 2 * topk
     pages = -(-length // PAGE)
     buffer = torch.zeros(pages, reference.PAGE_BYTES, dtype=torch.uint8, device=device)
