@@ -164,7 +164,10 @@ def main() -> int:
     if not options.no_selections:
         extra += ["--enable-return-indexer-topk"]
     for arm in options.arms:
-        server = Server(ARMS[arm], options.out / f"{arm}.log", options.port, extra)
+        config = ARMS[arm]
+        if config is not None and options.no_selections:
+            config = {key: value for key, value in config.items() if key != "audit"}
+        server = Server(config, options.out / f"{arm}.log", options.port, extra)
         try:
             record[arm] = {"ready_s": round(server.wait(), 1), "requests": []}
             seen[arm] = []
@@ -179,8 +182,7 @@ def main() -> int:
                 record[arm]["again_overlap_layer0"] = overlap(seen[arm][-1][-16:, 0], again[-16:, 0])
             status = get(server.url + "/server_info")["internal_states"][0].get("misa")
             record[arm]["status"] = status
-            wanted = ARMS[arm]
-            if wanted is not None and not (status and status["enabled"]):
+            if config is not None and not (status and status["enabled"]):
                 failures.append(f"{arm}: MISA is not live: {status}")
         except Exception as error:
             failures.append(f"{arm}: {error}\n{server.log.read_text()[-3000:]}")
