@@ -10,29 +10,28 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sglang_misa.bench.load import report
 from sglang_misa.bench.load.engine import execute
 from sglang_misa.bench.load.measure import Gate
 from sglang_misa.bench.load.progress import Live
 from sglang_misa.bench.load.runner import Unit
-from sglang_misa.bench.load.safety import Keys
+from sglang_misa.bench.load.safety import HIDDEN, Keys
 from sglang_misa.bench.load.settings import Arm, Cell, Connection, Lengths, Load, LoadError, Plan, Slo, Workload
 from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.load.verdict import Outcome, judge, title
 
 OK, GATE_FAILED, USAGE, INVALID, INTERRUPTED = 0, 1, 2, 3, 130
-Flat = tyro.conf.OmitArgPrefixes
 
 
 @dataclass(frozen=True)
 class Common:
     """Options of every measurement."""
 
-    workload: Flat[Workload] = field(default_factory=Workload)
-    load: Flat[Load] = field(default_factory=Load)
-    connection: Flat[Connection] = field(default_factory=Connection)
+    workload: tyro.conf.OmitArgPrefixes[Workload] = field(default_factory=Workload)
+    load: tyro.conf.OmitArgPrefixes[Load] = field(default_factory=Load)
+    connection: tyro.conf.OmitArgPrefixes[Connection] = field(default_factory=Connection)
     out: Path | None = None
     """folder of the artefacts; units found there are not measured again; default: load-DATE-TIME"""
     slo: Path | None = None
@@ -91,7 +90,7 @@ class Sweep(Common):
     """URL, or the command that launches the server (with --port N or --port {port})"""
     expect: str | None = None
     """token selection that must be running: off, dsa, misa, misa-hier, hisa …"""
-    grid: Flat[Grid] = field(default_factory=Grid)
+    grid: tyro.conf.OmitArgPrefixes[Grid] = field(default_factory=Grid)
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class Ab(Common):
     """figure of the verdict"""
     blocks: int = 5
     """interleaved blocks; intervals need several"""
-    grid: Flat[Grid] = field(default_factory=Grid)
+    grid: tyro.conf.OmitArgPrefixes[Grid] = field(default_factory=Grid)
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Resume:
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare two earlier runs of the same cells. They were not interleaved, so drift between them counts as difference."""
+    """Compare two earlier runs of the same cells. They were not interleaved: drift counts as difference."""
 
     first: tyro.conf.Positional[Path]
     """folder of the baseline"""
@@ -157,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        command = tyro.cli(Command, args=arguments, prog="python -m sglang_misa.bench.load")  # type: ignore[call-overload]
+        command = tyro.cli(Command, args=arguments, prog="python -m sglang_misa.bench.load")
         return _compare(command, console) if isinstance(command, Compare) else _measure(command, console)
     except LoadError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
@@ -199,6 +198,8 @@ def plan_of(command: Run | Sweep | Ab) -> Plan:
 def _measure(command: Run | Sweep | Ab | Resume, console: Console) -> int:
     if isinstance(command, Resume):
         plan = Store(command.folder, Keys()).load_plan()
+        if any(HIDDEN in arm.server for arm in plan.arms):
+            raise LoadError("resume: expected a command without keys, got one that was redacted; repeat it with --out")
         folder = command.folder
     else:
         plan = plan_of(command)
@@ -220,7 +221,17 @@ def _conclude(plan: Plan, units: list[Unit], store: Store, keys: Keys, console: 
 
 
 def _show(outcome: Outcome, console: Console) -> None:
-    table = Table("cell", "arm", "TTFT p50", "TTFT p99", "TPOT p50", "ITL p99", "out tok/s", "errors", box=None)
+    table = Table(
+        Column("cell", no_wrap=True),
+        "arm",
+        "TTFT p50",
+        "TTFT p99",
+        "TPOT p50",
+        "ITL p99",
+        "out tok/s",
+        "errors",
+        box=None,
+    )
     for arm in outcome.arms:
         cells = [
             f"{1e3 * v:.2f} ms" if (v := arm.figures.get(n)) is not None else "–"
@@ -254,15 +265,11 @@ def _compare(command: Compare, console: Console) -> int:
     stores = [Store(folder, Keys()) for folder in folders]
     plans = [store.load_plan() for store in stores]
     chosen = command.arms or (plans[0].arms[-1].name, plans[1].arms[-1].name)
-    sides = []
-    for number, (store, arm) in enumerate(zip(stores, chosen, strict=True)):
-        name = f"{arm} ({folders[number].name})"
-        units = {
-            (u.cell, u.block): u.model_copy(update={"arm": name})
-            for u in store.units()
-            if u.arm == arm and not u.problems
-        }
-        sides.append((name, units))
+    sides: list[tuple[str, dict[tuple[str, int], Unit]]] = []
+    for folder, store, arm in zip(folders, stores, chosen, strict=True):
+        name = f"{arm} ({folder.name})"
+        found = [u.model_copy(update={"arm": name}) for u in store.units() if u.arm == arm and not u.problems]
+        sides.append((name, {(u.cell, u.block): u for u in found}))
     common = sides[0][1].keys() & sides[1][1].keys()
     if not common:
         raise LoadError(

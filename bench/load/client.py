@@ -28,7 +28,7 @@ THOUGHT_FIELDS = ("content", "reasoning_content", "reasoning")
 
 @dataclass(slots=True)
 class Reply:
-    """What came of one request. Times in seconds of perf_counter; `counts` are tokens received up to each of `times`."""
+    """What came of one request. Times in seconds of perf_counter; `counts` are the tokens received up to each time."""
 
     dispatched: float = 0.0
     headers: float | None = None

@@ -1,4 +1,4 @@
-"""A server's control endpoints: readiness, information, flush, tokenizer, metrics. Never used while requests are timed."""
+"""A server's control endpoints: readiness, facts, flush, tokenizer, metrics. Not used while requests are timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversation as one server hears it: the request body of each turn, and what its prefix cache should know by then."""
+"""A conversation as one server hears it: the body of each turn, and what its prefix cache should know by then."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Encoder:
         return json.dumps(data, separators=(",", ":")).encode()
 
     def message(self, ids: Ids, keep: int) -> dict[str, str]:
-        """A user message that is `len(ids)` tokens long with its template: tokens after the first `keep` are left out."""
+        """A user message of `len(ids)` tokens, its template included: tokens after the first `keep` are left out."""
         cut = 0
         for _ in range(CHAT_FITS):
             text = self.control.detokenize(np.concatenate([ids[:keep], ids[keep + cut :]]).tolist())
@@ -84,7 +84,7 @@ class Dialogue:
         return self._encoder.body(self._ids, turn.output_len)
 
     def hear(self, reply: Reply) -> None:
-        """Add the server's answer. Without its token ids, the text is tokenized again, so only the prompt counts as cached."""
+        """Add the server's answer. Without its ids the text is tokenized again, so only the prompt counts as cached."""
         self.in_cache = self.prompt_len
         if self._encoder.api == "chat":
             self._messages.append({"role": "assistant", "content": reply.text})

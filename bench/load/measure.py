@@ -313,7 +313,7 @@ def rate_ratio(metric: str, a: Sequence[float], b: Sequence[float], confidence: 
 
 
 class Gate:
-    """`ttft_p50 > 1.02`: fails when it holds. In an A/B the figure is the ratio B/A; `.low` and `.high` are its interval."""
+    """`ttft_p50 > 1.02`: fails when it holds. In an A/B the figure is a ratio B/A; `.low`, `.high` its interval."""
 
     PATTERN = re.compile(r"\s*([a-z0-9_]+)(?:\.(low|high))?\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*")
 

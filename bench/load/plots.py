@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sglang_misa.bench.load.settings import Cell, Lengths, Plan
-from sglang_misa.bench.load.verdict import ArmCell, Outcome, title
+from sglang_misa.bench.load.verdict import TITLES, ArmCell, Outcome, title
 
 COLOURS = ("#3b6ea5", "#d9722e", "#4f9d69", "#8a5fa8")  # by arm
 STYLES = ("-", "--", ":", "-.")  # by concurrency or context inside an arm
@@ -116,7 +116,7 @@ def _by_context(plan: Plan, outcome: Outcome, metric: str, contexts: Sequence[in
     axes.set_xlim(-0.5, len(contexts) - 0.5)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("prompt tokens", color=INK)
-    axes.set_ylabel(f"{title(metric)}: median, whisker to p99 (ms)", color=INK)
+    axes.set_ylabel(f"{TITLES[metric]}: median, whisker to p99 (ms)", color=INK)
     _legend(axes, len(lines))
     return figure
 
@@ -155,16 +155,15 @@ def _unit(plan: Plan) -> str:
 def _ratios(outcome: Outcome) -> Figure:
     """B over A with its interval, a row for each figure and cell; the line at 1 is no difference."""
     rows = [(cell.label, r) for cell in outcome.ratios for m in SHOWN_RATIOS if (r := cell.of(m)) is not None]
-    figure, axes = _canvas(9.0, 1.1 + 0.3 * len(rows) + 0.25 * len(outcome.ratios))
+    figure, axes = _canvas(10.5, 0.9 + 0.23 * len(rows) + 0.26 * len(outcome.ratios))
     place, ticks, names = 0.0, [], []
     last = ""
     for label, ratio in rows:
         if label != last:
-            place += 0.9 if last else 0.0
+            place += 1.1 if last else 0.0
             last = label
-            axes.annotate(
-                label, (0.0, place - 0.62), xycoords=("axes fraction", "data"), fontsize=9, color=INK, weight="bold"
-            )
+            ticks.append(place - 0.75)
+            names.append(label)
         good = (ratio.value > 1) == (ratio.metric == "output_throughput")
         colour = "#8b929c" if not ratio.certain else COLOURS[2] if good else "#c0392b"
         span = [[max(0.0, ratio.value - max(ratio.low, 0.0))], [min(ratio.high, 9.0) - ratio.value]]
@@ -185,7 +184,10 @@ def _ratios(outcome: Outcome) -> Figure:
         place += 1.0
     axes.axvline(1.0, color=INK, linewidth=1)
     axes.set_yticks(ticks, names)
-    axes.set_ylim(place - 0.4, -1.0)
+    for text in axes.get_yticklabels():
+        text.set_fontweight("bold" if text.get_text() in {label for label, _ in rows} else "normal")
+    axes.grid(visible=False, axis="y")
+    axes.set_ylim(place - 0.4, -1.3)
     axes.set_xlabel(
         f"{outcome.names[1]} / {outcome.names[0]}  (interval of the paired bootstrap; grey: 1 is inside)", color=INK
     )

@@ -83,10 +83,7 @@ class Live:
             self._unit, description=f"{self._label} · {phase}", completed=done, total=total, visible=True, note=note
         )
         left = f", about {seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
-        self._say(
-            f"[{self._done + 1}/{self._units}] {self._label} · {phase} {done}/{total}, {note}{left}",
-            force=record is None,
-        )
+        self._say(f"[{self._done + 1}/{self._units}] {self._label} · {phase} {done}/{total}, {note}{left}")
 
     def finished(self, line: str) -> None:
         """The unit is done; `line` sums it up."""
@@ -94,7 +91,7 @@ class Live:
         self._bars.update(self._all, completed=self._done)
         self._console.print(f"[{self._done}/{self._units}] {line}", highlight=False, markup=False)
 
-    def _say(self, line: str, *, force: bool = False) -> None:
-        if not self._console.is_terminal and (force or time.monotonic() - self._spoken > QUIET_S):
+    def _say(self, line: str) -> None:
+        if not self._console.is_terminal and time.monotonic() - self._spoken > QUIET_S:
             self._spoken = time.monotonic()
             self._console.print(line, highlight=False, soft_wrap=True)

@@ -20,8 +20,9 @@ WORDS = {
     "did": "measured|carried|repaired|described|forgot|painted|counted|buried|sold|weighed|followed|opened|traded|drew",
     "what": "a copper kettle|the eastern wall|seven letters|an unlit lantern|the old calendar|a crate of pears|"
     "the river gauge|a broken violin|three maps|the granary door|a sealed jar|the winter ledger|a length of rope",
-    "where": "behind the chapel|near the ford|under the long bridge|at the market gate|beside the kiln|on the north quay|"
-    "in the walled garden|above the tannery|along the salt road|inside the customs house|by the empty well",
+    "where": "behind the chapel|near the ford|under the long bridge|at the market gate|beside the kiln|"
+    "on the north quay|in the walled garden|above the tannery|along the salt road|inside the customs house|"
+    "by the empty well",
     "when": "before dawn|after the fair|during the flood|in the third week of March|at noon|when the bells stopped|"
     "on the shortest day|while the fog held|before the harvest|late in the evening|a year later",
 }
@@ -53,14 +54,15 @@ class RandomIds:
 
 
 class TextIds:
-    """Windows of one tokenized text, each from a place of its own; a window that reaches the end goes on at the start."""
+    """Windows of one tokenized text, each from its own place; a window that reaches the end goes on at the start."""
 
     def __init__(self, text: str, tokenize: Callable[[str], list[int]]):
         self._tokenize = tokenize
         self._corpus = np.array(tokenize(text), dtype=np.int32)
         if len(self._corpus) < MIN_CORPUS:
             raise LoadError(
-                f"text: expected at least {MIN_CORPUS} tokens, got {len(self._corpus)}; give a longer file or --text builtin"
+                f"text: expected at least {MIN_CORPUS} tokens, got {len(self._corpus)}; "
+                "give a longer file or --text builtin"
             )
 
     def draw(self, rng: np.random.Generator, count: int) -> Ids:

@@ -91,9 +91,9 @@ def page(plan: Plan, outcome: Outcome, svgs: dict[str, str], keys: Keys) -> str:
     return template.substitute(
         title=html.escape(f"Load test: {heading}"),
         meta=html.escape(
-            f"sglang-misa {__version__} · {datetime.now(UTC):%Y-%m-%d %H:%M} UTC · {len(plan.cells)} cells × {plan.blocks} "
-            f"blocks × {len(plan.arms)} arms · servers {plan.mode if len(plan.arms) > 1 else 'single'} · seed "
-            f"{plan.cells[0].workload.seed} · {plan.connection.api}"
+            f"sglang-misa {__version__} · {datetime.now(UTC):%Y-%m-%d %H:%M} UTC · {len(plan.cells)} cells × "
+            f"{plan.blocks} blocks × {len(plan.arms)} arms · servers {plan.mode if len(plan.arms) > 1 else 'single'} · "
+            f"seed {plan.cells[0].workload.seed} · {plan.connection.api}"
         ),
         tone="bad" if red else "good" if green else "",
         verdict=html.escape(outcome.verdict),

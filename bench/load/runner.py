@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -212,8 +213,8 @@ class Runner:
         failed = [r for r in asyncio.run(run()) if not r.good]
         if failed:
             raise LoadError(
-                f"arm {self._arm.name}, {self._cell.label}: expected {phase} requests to succeed, got {failed[0].error}: "
-                + self._keys.erase(failed[0].detail)
+                f"arm {self._arm.name}, {self._cell.label}: expected {phase} requests to succeed, "
+                f"got {failed[0].error}: {self._keys.erase(failed[0].detail)}"
             )
 
     def _prepare(self, conversations: list[Conversation]) -> list[Work]:
@@ -239,7 +240,7 @@ class Runner:
         return state
 
     async def _closed(self, state: Block, work: Iterator[Work], spare: list[Work]) -> None:
-        """Clients that wait for each answer. With spare work they go on, unmeasured, until the last measured one is done."""
+        """Clients that wait for each answer; with spare work they go on, unmeasured, until the last one is done."""
         load, measuring, finished = self._cell.load, 0, asyncio.Event()
         extra = iter(spare)
 
@@ -258,7 +259,8 @@ class Runner:
         clients = asyncio.gather(*(one_client(s) for s in schedule.client_starts(load)))
         last = asyncio.create_task(finished.wait())
         try:
-            await asyncio.wait([clients, last], return_when=asyncio.FIRST_COMPLETED)
+            both: list[asyncio.Future[Any]] = [clients, last]
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if clients.done():
                 clients.result()
         finally:

@@ -103,7 +103,8 @@ def _port(words: list[str], arm: Arm) -> int:
         if text.isdigit():
             return int(text)
     raise LoadError(
-        f"arm {arm.name}: expected --port N or --port {{port}} in the launch command, got {' '.join(words[:6])!r}; add it"
+        f"arm {arm.name}: expected --port N or --port {{port}} in the launch command, "
+        f"got {' '.join(words[:6])!r}; add it"
     )
 
 

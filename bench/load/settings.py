@@ -55,7 +55,8 @@ class Lengths(Settings):
             drawn = rng.integers(self.values[0], self.values[1] + 1, count)
         elif self.kind == "normal":
             mean, deviation = self.values
-            drawn = np.clip(rng.normal(mean, deviation, count), mean - 3 * deviation, mean + 3 * deviation).round()
+            spread = rng.normal(mean, deviation, count).clip(mean - 3 * deviation, mean + 3 * deviation)
+            drawn = spread.round().astype(np.int64)
         else:
             drawn = rng.choice(np.array(self.values), count)
         return [max(1, int(n)) for n in drawn]

@@ -17,10 +17,21 @@ from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import Arm, Cell, Connection, LoadError, Plan
 
 MAX_UNIT = 512 * 1024 * 1024  # bytes of a stored unit that are read at most
+DERIVED = ("ttft", "tpot", "e2e")
 REQUEST_COLUMNS = (
-    "pair turn due dispatched ttft tpot e2e prompt_wanted prompt_tokens output_wanted output_tokens cached_wanted "
-    "cached_tokens queue_s prefill_s needle_depth needle_right error"
-).split()
+    *(
+        "pair",
+        "turn",
+        "due",
+        "dispatched",
+        *DERIVED,
+        "prompt_wanted",
+        "prompt_tokens",
+        "output_wanted",
+        "output_tokens",
+    ),
+    *("cached_wanted", "cached_tokens", "queue_s", "prefill_s", "needle_depth", "needle_right", "error"),
+)
 
 
 class Store:
@@ -88,7 +99,7 @@ def requests_csv(units: Iterable[Unit]) -> str:
     """One row for each measured request, without its prompt."""
     rows = [
         {"arm": u.arm, "cell": u.label, "block": u.block}
-        | {c: getattr(r, c) if r.good or c not in ("ttft", "e2e", "tpot") else None for c in REQUEST_COLUMNS}
+        | {c: getattr(r, c) if r.good or c not in DERIVED else None for c in REQUEST_COLUMNS}
         for u in units
         for r in u.records
     ]

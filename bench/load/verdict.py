@@ -129,7 +129,7 @@ def _faster(ratio: Ratio) -> float:
 
 
 def _verdict(plan: Plan, arms: Sequence[ArmCell], ratios: Sequence[CellRatios], problems: Sequence[str]) -> str:
-    """One sentence. No speed is claimed over a run that is invalid, or where B fails more requests or needles than A."""
+    """One sentence. No speed is claimed over a run that is invalid, or where B fails more than A."""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problems:
         return f"No verdict: {problems[0]}{more}."
@@ -142,14 +142,17 @@ def _verdict(plan: Plan, arms: Sequence[ArmCell], ratios: Sequence[CellRatios], 
         for figure, what in (("error_rate", "failed"), ("needle_wrong", "answered wrongly")):
             left, right = first.figures.get(figure, 0.0), second.figures.get(figure, 0.0)
             if right > left:
-                return f"No verdict: at {first.label} {name_b} {what} in {right:.1%} of its requests, {name_a} in {left:.1%}."
+                return f"No verdict: at {first.label} {name_b} {what} {right:.1%} of its requests, {name_a} {left:.1%}."
     found = [(cell.label, r) for cell in ratios if (r := cell.of(plan.primary)) is not None]
     if not found:
         return f"No verdict: no pair of requests gives {title(plan.primary)} in both arms."
     metric, level = title(plan.primary), f"{plan.confidence:.0%}"
     if len(found) == 1:
         label, r = found[0]
-        interval = f"ratio {name_b}/{name_a} {r.value:.3f}, {level} CI {r.low:.3f}–{r.high:.3f}, {r.pairs} pairs in {r.blocks} blocks"
+        interval = (
+            f"ratio {name_b}/{name_a} {r.value:.3f}, {level} CI {r.low:.3f}–{r.high:.3f}, "
+            f"{r.pairs} pairs in {r.blocks} blocks"
+        )
         if not r.certain:
             return f"No difference shown between {name_a} and {name_b} in {metric} at {label} ({interval})."
         return f"{name_b} is {_faster(r):.2f}× as fast as {name_a} in {metric} at {label} ({interval})."
@@ -158,9 +161,9 @@ def _verdict(plan: Plan, arms: Sequence[ArmCell], ratios: Sequence[CellRatios], 
     mean = math.exp(sum(math.log(_faster(r)) for _, r in found) / len(found))
     best, worst = max(found, key=lambda f: _faster(f[1])), min(found, key=lambda f: _faster(f[1]))
     return (
-        f"{name_b} is faster than {name_a} in {metric} in {len(faster)} of {len(found)} cells and slower in {len(slower)} "
-        f"({level} CIs): {mean:.2f}× as fast in the geometric mean, from {_faster(worst[1]):.2f}× at {worst[0]} "
-        f"to {_faster(best[1]):.2f}× at {best[0]}."
+        f"{name_b} is faster than {name_a} in {metric} in {len(faster)} of {len(found)} cells and slower in "
+        f"{len(slower)} ({level} CIs): {mean:.2f}× as fast in the geometric mean, "
+        f"from {_faster(worst[1]):.2f}× at {worst[0]} to {_faster(best[1]):.2f}× at {best[0]}."
     )
 
 

@@ -2,7 +2,7 @@
 
 It runs as a process of its own, so that its clock does not share the client's event loop. Both read CLOCK_MONOTONIC,
 and every frame's send time is kept, so a test can compare arrivals with the truth instead of with a wished-for delay.
-`python mock_server.py --port 8000 --ttft 0.05 --itl 0.002`; POST /_script changes the script, GET /_sent reads the truth.
+`python mock_server.py --port 8000 --ttft 0.05 --itl 0.002`; POST /_script changes it, GET /_sent reads the truth.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ class Mock:
         if not self.script.tokenizer:
             raise web.HTTPNotFound
         body = await request.json()
-        text = body["prompt"] if "prompt" in body else "".join(f"<|{m['role']}|>{m['content']}" for m in body["messages"])
+        text = (
+            body["prompt"] if "prompt" in body else "".join(f"<|{m['role']}|>{m['content']}" for m in body["messages"])
+        )
         ids = encode(text)
         return web.json_response({"tokens": ids, "count": len(ids), "max_model_len": 1 << 20})
 
@@ -120,7 +122,9 @@ class Mock:
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        return await self.serve(request, body["input_ids"], body["sampling_params"]["max_new_tokens"], "generate", False)
+        return await self.serve(
+            request, body["input_ids"], body["sampling_params"]["max_new_tokens"], "generate", False
+        )
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -134,7 +138,7 @@ class Mock:
         return await self.serve(request, ids, body["max_tokens"], "chat", usage)
 
     def cached(self, ids: np.ndarray) -> int:
-        """Longest common prefix with anything served since the flush, in whole pages; the last token is never cached."""
+        """Longest common prefix with what was served since the flush, in whole pages, without the last token."""
         best = 0
         for other in self.seen:
             n = min(len(ids) - 1, len(other))
@@ -142,7 +146,9 @@ class Mock:
             best = max(best, int(differ[0]) if len(differ) else n)
         return best // PAGE * PAGE
 
-    async def serve(self, request: web.Request, prompt: list[int], count: int, api: str, usage: bool) -> web.StreamResponse:
+    async def serve(
+        self, request: web.Request, prompt: list[int], count: int, api: str, usage: bool
+    ) -> web.StreamResponse:
         script = self.script
         self.requests += 1
         self.misa += script.misa_calls
@@ -169,7 +175,9 @@ class Mock:
 
         if api == "chat":  # the role comes before any token, with a usage that claims one
             role: dict[str, Any] = {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
-            await send(frame_of({**role, **({"usage": {"prompt_tokens": len(ids), "completion_tokens": 1}} if usage else {})}))
+            await send(
+                frame_of({**role, **({"usage": {"prompt_tokens": len(ids), "completion_tokens": 1}} if usage else {})})
+            )
         due = time.perf_counter() + script.ttft + extra
         steps = list(range(0, count, script.chunk))
         for step, first in enumerate(steps):
@@ -192,7 +200,11 @@ class Mock:
             sent.append(time.perf_counter())
             await send(frame_of(self.event(script, api, usage, text, output, first, done, finish, len(ids), cached)))
         if api != "generate":
-            totals = {"prompt_tokens": len(ids), "completion_tokens": count, "prompt_tokens_details": {"cached_tokens": cached}}
+            totals = {
+                "prompt_tokens": len(ids),
+                "completion_tokens": count,
+                "prompt_tokens_details": {"cached_tokens": cached},
+            }
             await send(frame_of({"choices": [], "usage": totals}))
         sent.append(time.perf_counter())
         await send(b"data: [DONE]\n\n")
@@ -266,7 +278,9 @@ async def main() -> None:
     parser.add_argument("--api-key", default="")
     for field in fields(Script):
         kind = type(field.default)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind if kind is not bool else _flag, default=field.default)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=kind if kind is not bool else _flag, default=field.default
+        )
     arguments = vars(parser.parse_args())
     print(f"loading, api_key='{arguments['api_key']}'", flush=True)
     await asyncio.sleep(arguments["startup"])
