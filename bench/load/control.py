@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ MAX_BODY = 64 * 1024 * 1024  # bytes of a control answer that are read at most
 CONNECT_S, READ_S = 5.0, 300.0
 TOKENIZE_PIECE = 64 * 1024  # characters of one /tokenize call
 FLUSH_WAIT_S = 30.0
+STOCK = {"off", "stock", "dsa"}  # names of SGLang's own selection
 METRIC_PREFIXES = ("sglang:", "sglang_misa:", "vllm:")
 
 
@@ -169,7 +171,7 @@ def misa_problem(expect: str, info: Mapping[str, Any]) -> str | None:
     """
     ranks = misa_status(info)
     on = [r for r in ranks if r.get("enabled")]
-    if expect in ("off", "stock", "dsa"):
+    if expect in STOCK:
         names = {name for r in on for name in _policies(r)} - {"dsa"}
         return f"expected stock selection, got {', '.join(sorted(names))}" if names else None
     states = info.get("internal_states") or []
@@ -192,7 +194,7 @@ def misa_calls(info: Mapping[str, Any]) -> dict[str, int]:
 
 def routed(calls: Mapping[str, float]) -> float:
     """How many of `calls` took a path of MISA's own rather than stock's."""
-    return sum(n for path, n in calls.items() if not {"dense", "declined", "stock", "dsa"} & set(path.split(".")))
+    return sum(n for path, n in calls.items() if not STOCK & set(re.split("[.:]", path)))
 
 
 def _policies(rank: Mapping[str, Any]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from sglang_misa.bench.load import client, schedule
-from sglang_misa.bench.load.control import Control, misa_calls, misa_problem, routed
+from sglang_misa.bench.load.control import STOCK, Control, misa_calls, misa_problem, routed
 from sglang_misa.bench.load.dialogue import Dialogue, Encoder
 from sglang_misa.bench.load.measure import Record, error_classes, summarize
 from sglang_misa.bench.load.prompts import Source
@@ -28,7 +28,6 @@ BYTES_PER_TOKEN = 7  # of a token id in JSON
 PRIME_GROUP = -1  # conversation number of a prefix that is only primed
 SPARES = 4  # unmeasured conversations ready for each client, to hold the load up at the end
 ARRIVAL_STREAM = 0xA221
-STOCK = ("off", "stock", "dsa")
 Work = tuple[Dialogue, bytes]
 Notice = Callable[[str, int, int, Record | None], None]  # (phase, done, total, the record that came)
 
@@ -190,7 +189,8 @@ class Runner:
         self._control.wait_idle()
         after = self._control.metrics()
         later = misa_calls(self._control.refresh())
-        misa = {path: float(count - calls.get(path, 0)) for path, count in later.items()}
+        # a CUDA graph counts at capture only, so a captured path counts as it stands
+        misa = {path: float(count - calls.get(path, 0) * ("captured:" not in path)) for path, count in later.items()}
         return self._unit(state, block, started, gpu.figures(), _changes(metrics, after), misa, notes)
 
     def _plain(self, conversations: list[Conversation], phase: str, notice: Notice) -> None:

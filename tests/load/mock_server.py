@@ -78,7 +78,7 @@ class Mock:
     async def info(self, request: web.Request) -> web.Response:
         state: dict[str, Any] = {}
         if self.script.misa:
-            calls = {"prefill": {"misa": self.misa, "dense": 3}, "decode": {"dense": 7}}
+            calls = {"prefill": {self.script.misa: self.misa, "dsa": 3}, "decode": {"captured:dsa": 7}}
             state["misa"] = {"enabled": True, "policy": {"prefill": self.script.misa, "decode": "dsa"}, "calls": calls}
         return web.json_response({"page_size": PAGE, "api_key": "sk-in-server-info", "internal_states": [state]})
 
