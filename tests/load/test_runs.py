@@ -46,35 +46,10 @@ def test_ab_finds_an_injected_delay_and_its_size(mocks, tmp_path, capsys):
     a, b = mocks
     a.script(ttft=0.05, itl=0.004)
     b.script(ttft=0.075, itl=0.004)
-    code = main(
-        [
-            "ab",
-            "--a",
-            a.url,
-            "--b",
-            b.url,
-            "--names",
-            "stock",
-            "slow",
-            "--blocks",
-            "2",
-            "--concurrencies",
-            "1",
-            "2",
-            *SMALL,
-            "--contexts",
-            "1k",
-            "2k",
-            "--shared-prefix",
-            "50",
-            "--out",
-            str(tmp_path),
-            "--fail-if",
-            "ttft_p50 > 1.2",
-            "tpot_p50 > 1.5",
-            "error_rate > 0",
-        ]
-    )
+    servers = ["--a", a.url, "--b", b.url, "--names", "stock", "slow"]
+    grid = ["--contexts", "1k", "2k", "--concurrencies", "1", "2", "--blocks", "2", "--shared-prefix", "50"]
+    gates = ["--fail-if", "ttft_p50 > 1.2", "tpot_p50 > 1.5", "error_rate > 0"]
+    code = main(["ab", *servers, *SMALL, *grid, *gates, "--out", str(tmp_path)])
     assert code == GATE_FAILED
     assert [u["arm"] for u in units(tmp_path)] == ["stock", "slow"] * 8
     result = results(tmp_path)
