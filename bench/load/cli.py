@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from sglang_misa.bench.load.settings import Arm, Cell, Connection, Lengths, Load
 from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.load.verdict import Outcome, judge, title
 
+PLAIN_WIDTH = 140  # columns where there is no terminal
 OK, GATE_FAILED, USAGE, INVALID, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -153,7 +155,7 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 a gate failed, 2 cannot be done as asked, 3 the figures are invalid, 130 interrupted."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         command = tyro.cli(Command, args=arguments, prog="python -m sglang_misa.bench.load")

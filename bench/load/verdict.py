@@ -136,7 +136,9 @@ def _verdict(plan: Plan, arms: Sequence[ArmCell], ratios: Sequence[CellRatios], 
     if not ratios:
         failed = sum(a.figures["errors"] for a in arms)
         asked = sum(a.figures["requests"] for a in arms)
-        return f"{plan.arms[0].name} answered {asked - failed:.0f} of {asked:.0f} requests in {len(plan.cells)} cells."
+        return (
+            f"{plan.arms[0].name} answered {asked - failed:.0f} of {asked:.0f} requests in {len(plan.cells)} cell(s)."
+        )
     name_a, name_b = (arm.name for arm in plan.arms)
     for first, second in zip(arms[::2], arms[1::2], strict=True):
         for figure, what in (("error_rate", "failed"), ("needle_wrong", "answered wrongly")):

@@ -39,9 +39,8 @@ def main() -> None:
     server.stop()
     replies.sort(key=lambda r: r.times[0])
     late = 1e3 * np.array([np.array(r.times) - np.array(s[1:-1]) for r, s in zip(replies, sent, strict=True)])
-    print(
-        f"{streams} streams × {length} tokens ({len(body) >> 10} KiB), {TOKENS} tokens each, one in {1e3 * ITL_S:.0f} ms"
-    )
+    size, every = len(body) >> 10, 1e3 * ITL_S
+    print(f"{streams} streams × {length} tokens ({size} KiB), {TOKENS} tokens each, one in {every:.0f} ms")
     for name, values in (("first token", late[:, 0]), ("every token", late)):
         p50, p99 = np.percentile(values, [50, 99])
         print(f"  {name} late by ms: min {values.min():.2f} p50 {p50:.2f} p99 {p99:.2f} max {values.max():.2f}")
