@@ -107,7 +107,7 @@ def _port_problems(theirs: argparse.Namespace) -> Iterator[str]:
         try:
             probe.bind((theirs.host, port))
         except (OSError, OverflowError) as error:
-            yield f"--port: expected a free one on {theirs.host}, got {port} ({error}); choose another, or stop its user"
+            yield f"--port: expected a free one on {theirs.host}, got {port} ({error}); choose another or free it"
 
 
 def _environment_problems(environ: Mapping[str, str]) -> Iterator[str]:
