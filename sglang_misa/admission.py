@@ -102,10 +102,11 @@ def _kernel_policies(candidate: Candidate) -> Iterator[str]:
         return
     prefill, decode = candidate.config.prefill, candidate.config.decode
     way_out = "or add --misa-backend torch (any policy, far slower than stock)"
-    if prefill.blocks is not None:
-        yield f"prefill.blocks: expected all, as prefill has no GPU kernel for blocks, got {prefill.blocks}; {way_out}"
-    if prefill.candidates is not None:
-        yield f"prefill.candidates: expected none, as re-ranking has no GPU kernel, got {prefill.candidates}; {way_out}"
+    if prefill.blocks is not None and (prefill.heads is not None or prefill.candidates is not None):
+        yield (
+            "prefill.blocks: expected all heads and no candidates with it on GPU kernels, got "
+            f"heads={prefill.heads}, candidates={prefill.candidates}; set --misa-prefill-blocks all, {way_out}"
+        )
     if prefill.heads is not None and prefill.heads not in KERNEL_ROUTED_HEADS:
         yield f"prefill.heads: expected one of {KERNEL_ROUTED_HEADS} on GPU kernels, got {prefill.heads}; {way_out}"
     if decode.active and decode.blocks is None:

@@ -70,6 +70,11 @@ class SelectionPolicy(BaseModel):
         """Whether this policy differs from stock DSA at all (a re-ranking of all-head scores changes nothing)."""
         return self.heads is not None or self.blocks is not None
 
+    @property
+    def direct_heads(self) -> bool:
+        """Whether the top k of the routed heads' scores over all tokens is the selection (plain MISA)."""
+        return self.heads is not None and self.blocks is None and self.candidates is None
+
     def problems(self, phase: Phase, *, index_heads: int | None = None, topk: int | None = None) -> Iterator[str]:
         """Sentences for what is impossible in this policy, alone or with a model's `index_heads` H and `topk` k."""
         flag = f"--misa-{phase}"
@@ -183,10 +188,8 @@ PRESETS: dict[str, MisaConfig] = {
     "hisa": MisaConfig(
         prefill=SelectionPolicy(blocks=64, block_size=128), decode=SelectionPolicy(blocks=64, block_size=128)
     ),
-    "misa-hisa": MisaConfig(
-        prefill=SelectionPolicy(heads=8, blocks=128, block_size=128, candidates=8192),
-        decode=SelectionPolicy(blocks=64, block_size=128),
-    ),
+    # Each phase cuts what binds it: prefill the tensor cores' heads, decode the bytes of the keys it reads.
+    "misa-hisa": MisaConfig(prefill=SelectionPolicy(heads=8), decode=SelectionPolicy(blocks=64, block_size=128)),
 }
 
 

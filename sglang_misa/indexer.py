@@ -16,8 +16,9 @@ from torch import Tensor
 from sglang_misa import reference
 from sglang_misa.block_stats import BlockStats
 from sglang_misa.config import PAGE, SelectionPolicy
-from sglang_misa.kernels import route, score_paged, score_ragged
+from sglang_misa.kernels import rerank, route, score_paged, score_ragged
 
+CANDIDATE_ROWS = 2048  # rows re-scored at once: at C = 8192 their candidates and scores are 128 MiB
 ROW_STRIDE = 4  # SGLang's top-k kernels want the row stride of fp32 logits to be a multiple of this
 
 
@@ -108,31 +109,77 @@ def ragged_topk(
 ) -> None:
     """Select for rows [first, last) of one request with the GPU kernels, into out[first:last] [T, k] int32.
 
-    Any policy that routes heads over all tokens and takes the top k at once; see `admission` for what has no kernel.
+    MISA takes the top k of the routed heads' scores at once. MISA† re-scores the best C of them, HISA the tokens of the
+    kept blocks, with all heads, in passes of CANDIDATE_ROWS rows. `admission` says what has no kernel.
     """
-    assert policy.heads is not None
-    rows, keys = slice(first, last), slice(span.first_key, span.first_key + span.length)
-    request = slice(span.request, span.request + 1)
-    index_q, gates, row_lens = call.index_q[rows], call.head_gates[rows].contiguous(), call.row_lens[rows]
-    table, lens = call.page_table[request], call.seq_lens[request]
-    only = torch.zeros_like(row_lens)  # every row is of the one request
-    pooled = route.pool_blocks(stats.means[layer], table, lens, policy.block_size)
-    head_ids, _ = route.route(index_q, gates, pooled, only, row_lens, policy.heads, policy.block_size, policy.router)
-    slots = None if space.slots is None else space.slots[request]
-    score_ragged.topk_ragged(
-        index_q,
-        gates,
-        head_ids,
-        call.index_k[keys],
-        call.k_scale[keys],
-        only,
-        row_lens,
-        out.shape[1],
-        out=out[rows],
-        page_table=slots,
-        row_batch=None if slots is None else only,
-        offsets=None if space.offsets is None else space.offsets[rows],
-    )
+    request, keys = slice(span.request, span.request + 1), slice(span.first_key, span.first_key + span.length)
+    pooled = route.pool_blocks(stats.means[layer], call.page_table[request], call.seq_lens[request], policy.block_size)
+    step = last - first if policy.direct_heads else CANDIDATE_ROWS
+    for start in range(first, last, step):
+        rows = slice(start, min(start + step, last))
+        index_q, gates, row_lens = call.index_q[rows], call.head_gates[rows].contiguous(), call.row_lens[rows]
+        only = torch.zeros_like(row_lens)  # every row is of the one request
+        target = {
+            "out": out[rows],
+            "page_table": None if space.slots is None else space.slots[request],
+            "row_batch": None if space.slots is None else only,
+            "offsets": None if space.offsets is None else space.offsets[rows],
+        }
+        found = (index_q, gates, pooled, only, row_lens)
+        index_k, k_scale = call.index_k[keys], call.k_scale[keys]
+        if policy.heads is not None:
+            head_ids, _ = route.route(*found, policy.heads, policy.block_size, policy.router)
+            routed = (index_q, gates, head_ids, index_k, k_scale, only, row_lens)
+            if policy.candidates is None:
+                score_ragged.topk_ragged(*routed, out.shape[1], **target)
+                continue
+            candidates = score_ragged.topk_ragged(*routed, policy.candidates)
+            counts = row_lens.clamp(max=policy.candidates)
+        else:
+            candidates, counts = block_tokens(policy, route.block_scores(*found, policy.block_size), row_lens)
+        scores = rerank.rerank(index_q, gates, index_k, k_scale, candidates, counts)
+        score_ragged.topk_rows(scores, candidates, counts, out.shape[1], **target)
+
+
+def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -> None:
+    """Build and run every prefill kernel of `policy` on a made-up request, so that no user waits for a compiler."""
+    length = 2 * topk
+    pages = -(-length // PAGE)
+    buffer = torch.zeros(pages, reference.PAGE_BYTES, dtype=torch.uint8, device=device)
+    stats = BlockStats([buffer], kernels=True)
+    table = torch.arange(pages, dtype=torch.int32, device=device).unsqueeze(0)
+    for rows, seen in ((64, length), (65, length - 1)):  # Triton builds apart for sizes that 16 does not divide
+        lens = torch.tensor([seen], dtype=torch.int32, device=device)
+        stats.heal(0, buffer, table, lens)
+        call = RaggedCall(
+            index_q=torch.zeros(rows, index_heads, reference.HEAD_DIM, device=device).to(torch.float8_e4m3fn),
+            head_gates=torch.ones(rows, index_heads, device=device),
+            index_k=torch.zeros(seen, reference.HEAD_DIM, device=device).to(torch.float8_e4m3fn),
+            k_scale=torch.ones(seen, device=device),
+            row_lens=torch.arange(seen - rows + 1, seen + 1, dtype=torch.int32, device=device),
+            page_table=table,
+            seq_lens=lens,
+        )
+        out = torch.empty(rows, topk, dtype=torch.int32, device=device)
+        ragged_topk(policy, call, Span(0, 0, rows, 0, seen), 0, rows, stats, 0, OutputSpace(), out)
+    torch.cuda.synchronize()
+
+
+def block_tokens(policy: SelectionPolicy, block_scores: Tensor, row_lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions int32 [T, (blocks + 1) · block_size] of the tokens in kept blocks and the tail, and their counts [T].
+
+    block_scores [T, M], row_lens [T]. Packed at the front, -1 behind.
+    """
+    assert policy.blocks is not None
+    size, complete = policy.block_size, row_lens // policy.block_size
+    best = reference.best_blocks(block_scores.unsqueeze(0), complete.unsqueeze(0), policy.blocks).squeeze(0)
+    best = torch.nn.functional.pad(best, (0, 1 + policy.blocks - best.shape[1]))
+    kept = complete.clamp(max=policy.blocks)
+    best.scatter_(1, kept.unsqueeze(1).long(), complete.unsqueeze(1).long())  # the tail follows the last kept block
+    counts = kept * size + row_lens % size
+    tokens = (best.unsqueeze(-1) * size + torch.arange(size, device=best.device)).flatten(1).int()
+    column = torch.arange(tokens.shape[1], device=best.device)
+    return tokens.masked_fill_(column >= counts.unsqueeze(1), -1), counts
 
 
 @functools.cache
@@ -163,7 +210,7 @@ def paged_topk(
     """
     assert policy.blocks is not None
     rows, width = page_table.shape
-    head_ids = None
+    head_gates, head_ids = head_gates.contiguous(), None
     if policy.heads is not None:
         own = torch.arange(rows, dtype=torch.int32, device=index_q.device)
         pooled = route.pool_blocks(stats.means[layer], page_table, row_lens, policy.block_size)
@@ -174,7 +221,7 @@ def paged_topk(
     where = torch.empty_like(out) if positions else None
     score_paged.decode_topk(
         index_q,
-        head_gates.contiguous(),
+        head_gates,
         buffer,
         stats.means[layer],
         page_table,

@@ -37,6 +37,10 @@ def candidate(hf=None, **changes):
     return dataclasses.replace(defaults, **changes)
 
 
+def policy(**phases):
+    return MisaConfig.model_validate(phases)
+
+
 TORCH = MisaConfig(prefill=PRESETS["misa"].prefill, backend="torch")
 
 ADMITTED = {
@@ -65,6 +69,21 @@ REFUSED = {
     "Ada": (candidate(capability=(8, 9)), "got 8.9"),
     "more heads than the model": (candidate(model(index_n_heads=4), config=TORCH), "prefill.heads: expected at most"),
     "fewer candidates than k": (candidate(model(index_topk=16384), config=PRESETS["misa-hier"]), "16384, got 8192"),
+    "prefill blocks of routed heads on kernels": (
+        candidate(config=policy(prefill={"heads": 8, "blocks": 64})),
+        "prefill.blocks: expected all heads",
+    ),
+    "odd head counts on kernels": (candidate(config=policy(prefill={"heads": 7})), "(4, 8, 16, 32, 64)"),
+    "decode heads alone": (candidate(config=policy(decode={"heads": 8})), "fewer heads alone save none"),
+    "decode re-ranking on kernels": (
+        candidate(config=policy(decode={"blocks": 64, "candidates": 4096})),
+        "no GPU kernel re-ranks",
+    ),
+    "a decode gate that no kernel honours": (
+        candidate(config=policy(decode={"blocks": 64, "block_size": 128, "min_len": 9000})),
+        "at most (blocks + 1) × block_size = 8320",
+    ),
+    "forced tokens": (candidate(model(index_local_tokens=8)), "got index_local_tokens"),
     **{
         name: (candidate(arguments=arguments(**{name: value})), f"--{name.replace('_', '-')}: expected")
         for name, value in {
