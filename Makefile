@@ -22,6 +22,7 @@ lint: install
 gpu-test: install
 	$(BIN)/python tests/gpu/check_prefill.py
 	$(BIN)/python tests/gpu/check_decode.py
+	$(BIN)/python tests/gpu/check_route.py
 	$(BIN)/python tests/gpu/check_server.py --out build/gpu
 
 install: $(INSTALLED)
