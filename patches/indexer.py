@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sglang_misa import audit, indexer, plugin, reference
 from sglang_misa.block_stats import BlockStats
-from sglang_misa.config import PAGE, SelectionPolicy
+from sglang_misa.config import SelectionPolicy
 from sglang_misa.metrics import recorder
 
 
@@ -53,8 +53,7 @@ def get_topk_ragged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) 
     buffer, stats, layer = _pool(layer_id)
     spans = indexer.spans(metadata.get_dsa_extend_len_cpu(), metadata.get_indexer_seq_len_cpu().tolist())
     if config.prefill.active or config.decode.active:
-        for span in spans:
-            stats.update_pages(layer, buffer, page_table[span.request, : span.length // PAGE])
+        stats.heal(layer, buffer, page_table, metadata.get_indexer_seq_len())
     longest = max(span.length for span in spans)
     reason = (
         "policy-is-dsa"
@@ -87,10 +86,9 @@ class _Extend:
             layer_id, self.metadata.get_indexer_seq_len(), page_table, int(lens_cpu.sum()), int(lens_cpu.max())
         )
         q_fp8 = call["q_fp8"]
-        self.result = call.get("topk_result")
-        if self.result is None:
-            shape = (q_fp8.shape[0], self_.index_topk)
-            self.result = torch.full(shape, -1, dtype=torch.int32, device=q_fp8.device)
+        given = call.get("topk_result")
+        shape = (q_fp8.shape[0], self_.index_topk)
+        self.result: Tensor = torch.full(shape, -1, dtype=torch.int32, device=q_fp8.device) if given is None else given
         self.call = indexer.RaggedCall(
             index_q=q_fp8[:rows],
             head_gates=call["weights"].squeeze(-1)[:rows],
@@ -98,12 +96,18 @@ class _Extend:
             k_scale=k_scale.view(torch.float32).squeeze(-1),
             row_lens=self.metadata.get_seqlens_expanded(),
             page_table=page_table,
+            seq_lens=self.metadata.get_indexer_seq_len(),
         )
 
     def select(self, policy: SelectionPolicy, spans: list[indexer.Span]) -> Tensor:
         for span in spans:
             gate = span.gate(policy.min_len)
             self._dense(span.first_row, gate)
+            if self.stats.kernels:
+                indexer.ragged_topk(
+                    policy, self.call, span, gate, span.last_row, self.stats, self.layer, self.space, self.result
+                )
+                continue
             for start, end, scores in indexer.ragged_scores(
                 policy, self.call, span, gate, span.last_row, self.stats, self.layer
             ):
@@ -145,27 +149,39 @@ class _Extend:
         """Recall of sampled rows of this call against all heads over all tokens."""
         results = []
         for span in spans:
-            rows = _auditor().rows(span.gate(policy.min_len), span.last_row)
-            keys = self.call.keys(span).unsqueeze(0) if rows else None
-            for row in rows:
+            for row in _auditor().rows(span.gate(policy.min_len), span.last_row):
                 length = span.length - (span.last_row - 1 - row)
                 dense = reference.index_scores(
                     self.call.index_q[row].unsqueeze(0).unsqueeze(0),
                     self.call.head_gates[row].unsqueeze(0).unsqueeze(0),
-                    keys[:, :length],
+                    self.call.keys(span)[:length].unsqueeze(0),
                 ).flatten()
                 chosen = torch.isin(self._output_ids(span, row, length), self.result[row])
                 results.append(audit.overlap(dense, chosen, self.indexer.index_topk))
         _auditor().record(self.layer_id, results)
 
+    @functools.cached_property
+    def space(self) -> indexer.OutputSpace:
+        """The output space of metadata.topk_transform."""
+        if not _fused(self.metadata):
+            return indexer.OutputSpace()
+        if self.metadata.topk_transform_method == TopkTransformMethod.RAGGED:
+            return indexer.OutputSpace(offsets=self.metadata.attn_metadata.topk_indices_offset)
+        return indexer.OutputSpace(slots=self.metadata.get_page_table_1())
+
     def _output_ids(self, span: indexer.Span, row: int, length: int) -> Tensor:
         """What the transform emits for each of the `length` positions that `row` sees."""
-        metadata, position = self.metadata, torch.arange(length, device=self.result.device)
-        if not envs.SGLANG_DSA_FUSE_TOPK.get() or metadata.force_unfused_topk:
-            return position
-        if metadata.topk_transform_method == TopkTransformMethod.RAGGED:
-            return position + metadata.attn_metadata.topk_indices_offset[row]
-        return self.call.page_table[span.request][position // PAGE].long() * PAGE + position % PAGE
+        position = torch.arange(length, device=self.result.device)
+        if self.space.offsets is not None:
+            return position + self.space.offsets[row]
+        if self.space.slots is not None:
+            return self.space.slots[span.request, :length]
+        return position
+
+
+def _fused(metadata: Any) -> bool:
+    """Whether SGLang's transform maps positions to what the attention kernel reads, or leaves that to the backend."""
+    return bool(envs.SGLANG_DSA_FUSE_TOPK.get()) and not metadata.force_unfused_topk
 
 
 def get_topk_paged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -187,11 +203,13 @@ def get_topk_paged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -
     stats.update_newest(layer, buffer, page_table, row_lens)
 
     recorder.ran("decode", captured + policy.name)
-    scores = indexer.paged_scores(
-        policy, q_fp8[:rows], call["weights"].squeeze(-1)[:rows], buffer, page_table, row_lens, stats, layer
-    )
-    self._mask_init_and_local_tokens(scores, row_lens)
-    result = metadata.topk_transform(scores, self.index_topk)
+    inputs = (q_fp8[:rows], call["weights"].squeeze(-1)[:rows], buffer, page_table, row_lens, stats, layer)
+    if stats.kernels:
+        result = indexer.paged_topk(policy, *inputs, self.index_topk, positions=not _fused(metadata))
+    else:
+        scores = indexer.paged_scores(policy, *inputs)
+        self._mask_init_and_local_tokens(scores, row_lens)
+        result = metadata.topk_transform(scores, self.index_topk)
     return torch.nn.functional.pad(result, (0, 0, 0, q_fp8.shape[0] - rows), value=-1)
 
 

@@ -70,6 +70,11 @@ class SelectionPolicy(BaseModel):
         """Whether this policy differs from stock DSA at all (a re-ranking of all-head scores changes nothing)."""
         return self.heads is not None or self.blocks is not None
 
+    @property
+    def direct_heads(self) -> bool:
+        """Whether the top k of the routed heads' scores over all tokens is the selection (plain MISA)."""
+        return self.heads is not None and self.blocks is None and self.candidates is None
+
     def problems(self, phase: Phase, *, index_heads: int | None = None, topk: int | None = None) -> Iterator[str]:
         """Sentences for what is impossible in this policy, alone or with a model's `index_heads` H and `topk` k."""
         flag = f"--misa-{phase}"
@@ -130,6 +135,11 @@ class MisaConfig(BaseModel):
     def policy(self, phase: Phase) -> SelectionPolicy:
         return self.prefill if phase == "prefill" else self.decode
 
+    @property
+    def active(self) -> bool:
+        """Whether any phase differs from stock DSA."""
+        return self.prefill.active or self.decode.active
+
     def check(self, *, index_heads: int | None = None, topk: int | None = None) -> None:
         """Raise ConfigError naming every impossible combination, with the model's H and k where they are known."""
         problems = [
@@ -178,10 +188,8 @@ PRESETS: dict[str, MisaConfig] = {
     "hisa": MisaConfig(
         prefill=SelectionPolicy(blocks=64, block_size=128), decode=SelectionPolicy(blocks=64, block_size=128)
     ),
-    "misa-hisa": MisaConfig(
-        prefill=SelectionPolicy(heads=8, blocks=128, block_size=128, candidates=8192),
-        decode=SelectionPolicy(blocks=64, block_size=128),
-    ),
+    # Each phase cuts what binds it: prefill the tensor cores' heads, decode the bytes of the keys it reads.
+    "misa-hisa": MisaConfig(prefill=SelectionPolicy(heads=8), decode=SelectionPolicy(blocks=64, block_size=128)),
 }
 
 
@@ -199,8 +207,9 @@ class _Flag(NamedTuple):
 def _flags() -> list[_Flag]:
     none_words = {"heads": "all", "blocks": "all", "candidates": "none"}
     groups: list[tuple[tuple[str, ...], type[BaseModel]]] = [((p,), SelectionPolicy) for p in PHASES]
+    groups += [(("audit",), Audit), ((), MisaConfig)]
     flags = []
-    for prefix, model in [*groups, (("audit",), Audit), ((), MisaConfig)]:
+    for prefix, model in groups:
         for field, info in model.model_fields.items():
             if model is MisaConfig and field != "backend":
                 continue
@@ -292,7 +301,7 @@ def _sentence(error: Any) -> str:
     """One pydantic error as: field, expected, got, and the closest known name where the name is the mistake."""
     where = ".".join(str(part) for part in error["loc"]) or "the object"
     if error["type"] == "extra_forbidden":
-        parents = {"prefill": SelectionPolicy, "decode": SelectionPolicy, "audit": Audit}
+        parents: dict[str, type[BaseModel]] = {"prefill": SelectionPolicy, "decode": SelectionPolicy, "audit": Audit}
         model = parents.get(str(error["loc"][0]), MisaConfig) if len(error["loc"]) > 1 else MisaConfig
         known = list(model.model_fields)
         return f"{where}: unknown name{_suggest(str(error['loc'][-1]), known)}; known are {', '.join(known)}"

@@ -38,6 +38,7 @@ class Shape:
     index_heads: int = 64
     index_topk: int = 64
     context: int = 163840
+    vocab: int = 320  # the tokenizer's 259 and some never used
 
 
 CPU = Shape()
@@ -72,7 +73,7 @@ def config(shape: Shape) -> dict[str, Any]:
     return {
         "architectures": ["DeepseekV32ForCausalLM"],
         "model_type": "deepseek_v32",
-        "vocab_size": 320,
+        "vocab_size": shape.vocab,
         "bos_token_id": 256,
         "eos_token_id": 257,
         "pad_token_id": 258,

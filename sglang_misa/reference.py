@@ -35,10 +35,13 @@ def page_means(pages: Tensor) -> Tensor:
 
 
 def block_means(means: Tensor, block_pages: int) -> Tensor:
-    """Mean keys k̃ [N, M, 128] fp32 of M = P // block_pages complete blocks, from page means [N, P, 128]."""
+    """Mean keys k̃ [N, M, 128] of M = P // block_pages complete blocks, from page means [N, P, 128].
+
+    Rounded to bf16, as the kernels multiply them (and the authors' code), and returned as fp32.
+    """
     n, pages, dim = means.shape
     blocks = pages // block_pages
-    return means[:, : blocks * block_pages].float().reshape(n, blocks, block_pages, dim).mean(dim=2)
+    return means[:, : blocks * block_pages].float().reshape(n, blocks, block_pages, dim).mean(dim=2).bfloat16().float()
 
 
 def index_scores(index_q: Tensor, head_gates: Tensor, keys: Tensor) -> Tensor:
@@ -89,24 +92,29 @@ def block_statistics(
 
 def top_heads(statistic: Tensor, heads: int) -> Tensor:
     """Ids int64 [N, T, h], ascending, of the largest of [N, T, H]; ties go to the lower head, NaN never wins."""
-    ranked = torch.nan_to_num(statistic, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    ranked = torch.nan_to_num(statistic, nan=-torch.inf, posinf=torch.inf, neginf=LOWEST)
     order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices
     return order[..., :heads].sort(dim=-1).values
 
 
-def keep_blocks(block_scores: Tensor, complete: Tensor, blocks: int) -> Tensor:
-    """Mask [N, T, M] of the complete blocks kept: the first, the newest complete one, and the best up to `blocks`.
+def best_blocks(block_scores: Tensor, complete: Tensor, blocks: int) -> Tensor:
+    """Ids int64 [N, T, min(blocks, M)] of the blocks to keep: the first, the newest complete one, then the best.
 
-    block_scores [N, T, M] (-inf where not complete), complete [N, T]. Ties go to the earlier block, NaN never wins.
+    block_scores [N, T, M], complete [N, T]. Blocks that are not complete come last. Ties go to the earlier block, NaN
+    never wins.
     """
     index = torch.arange(block_scores.shape[-1], device=block_scores.device)
-    visible = index < complete.unsqueeze(-1)
-    forced = (index == 0) | (index == complete.unsqueeze(-1) - 1)
+    newest = complete.unsqueeze(-1) - 1
     ranked = torch.nan_to_num(block_scores, nan=LOWEST, posinf=torch.finfo(torch.float32).max, neginf=LOWEST)
-    ranked = ranked.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
-    order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :blocks]
-    kept = torch.zeros_like(visible).scatter_(-1, order, True)
-    return kept & visible
+    ranked = ranked.masked_fill((index == 0) | (index == newest), torch.inf).masked_fill(index > newest, -torch.inf)
+    return torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :blocks]
+
+
+def keep_blocks(block_scores: Tensor, complete: Tensor, blocks: int) -> Tensor:
+    """Mask [N, T, M] of the complete blocks that `best_blocks` keeps. Arguments as there."""
+    visible = torch.arange(block_scores.shape[-1], device=block_scores.device) < complete.unsqueeze(-1)
+    best = best_blocks(block_scores, complete, blocks)
+    return torch.zeros_like(visible).scatter_(-1, best, True) & visible
 
 
 def policy_scores(

@@ -1,0 +1,452 @@
+"""Builds, checks and times the ragged scorer and its exact top k on one Hopper GPU.
+
+`PYTHONPATH=. python3 tests/gpu/check_prefill.py`. Correctness first; a wrong result leaves no timing. Scores are
+compared with fp32 PyTorch, selections with torch.topk of the kernel's own scores (bit for bit, as multisets) and,
+within its tolerance, of the fp32 reference. Writes prefill.json to $OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from sglang_misa.kernels import score_ragged as sr
+
+VARIANTS = {
+    "3x64": sr.Variant(3, 64, 8),
+    "4x64": sr.Variant(4, 64, 8),
+    "3x128": sr.Variant(3, 128, 4),
+    "4x128": sr.Variant(4, 128, 4),
+    "2x64d": sr.Variant(2, 64, 8, True),
+    "2x128d": sr.Variant(2, 128, 4, True),
+}
+DEVICE = "cuda"
+
+
+def fp8(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.float8_e4m3fn)
+
+
+def make(rows, keys, heads=8, all_heads=64, *, windows=None, seed=0, weights="heavy", structure=True) -> sr.Problem:
+    """Random problem: clustered keys, heavy-tailed signed weights, causal windows of one request unless given."""
+    g = torch.Generator(DEVICE).manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, device=DEVICE, generator=g)
+
+    k = normal(keys, 128)
+    q = normal(rows, all_heads, 128)
+    if structure and keys >= 64:  # topics a few hundred tokens long, and queries that lean towards some of them
+        topics = normal(keys // 256 + 1, 128)
+        k += topics.repeat_interleave(256, 0)[:keys]
+        q += 0.7 * topics[torch.randint(len(topics), (rows,), device=DEVICE, generator=g)][:, None]
+    scale = 0.01 * (0.5 + torch.rand(keys, device=DEVICE, generator=g))
+    w = (
+        torch.exp(1.5 * normal(rows, all_heads))
+        if weights == "heavy"
+        else torch.rand(rows, all_heads, device=DEVICE, generator=g)
+    )
+    if weights == "heavy":
+        w = torch.where(torch.rand(rows, all_heads, device=DEVICE, generator=g) < 0.2, -w, w)
+    ids = torch.rand(rows, all_heads, device=DEVICE, generator=g).argsort(1)[:, :heads].int().contiguous()
+    if windows is None:
+        ends = torch.arange(keys - rows + 1, keys + 1, device=DEVICE).clamp(min=min(1, keys))
+        windows = torch.zeros_like(ends), ends
+    ks, ke = (torch.as_tensor(x, device=DEVICE).int().contiguous() for x in windows)
+    return sr.Problem(fp8(q), w.contiguous(), ids, fp8(k), scale.contiguous(), ks, ke)
+
+
+def reference(p: sr.Problem, rows: slice) -> torch.Tensor:
+    """fp32 scores [rows, S], -inf outside the windows."""
+    k, ids = p.index_k.float(), p.head_ids[rows].long()
+    q = torch.gather(p.index_q[rows].float(), 1, ids[..., None].expand(-1, -1, 128))
+    w = torch.gather(p.head_gates[rows], 1, ids)
+    out = torch.zeros(len(ids), p.keys, device=DEVICE)
+    for j in range(ids.shape[1]):
+        out += w[:, j, None] * torch.relu(q[:, j] @ k.T)
+    out *= p.k_scale
+    column = torch.arange(p.keys, device=DEVICE)
+    return out.masked_fill((column < p.ks[rows, None]) | (column >= p.ke[rows, None]), -torch.inf)
+
+
+def logits_of(p: sr.Problem, rows: slice) -> torch.Tensor:
+    lo, hi, _ = rows.indices(p.rows)
+    return sr.score_ragged_logits(
+        p.index_q, p.head_gates, p.head_ids, p.index_k, p.k_scale, p.ks, p.ke, first=lo, rows=hi - lo
+    )
+
+
+def logits_problem(p: sr.Problem, rows: slice, *, finite=True) -> str | None:
+    got, want = logits_of(p, rows), reference(p, rows)
+    inside = want > -torch.inf
+    if not finite:
+        return None
+    if not torch.isfinite(got[inside]).all() or (got[~inside] != -torch.inf).any():
+        return "a score is not finite or lies outside its window"
+    error = (got[inside] - want[inside]).norm() / want[inside].norm().clamp(min=1e-20)
+    return None if error < 2e-3 else f"scores differ from fp32 by {error:.2e}"
+
+
+def run(p: sr.Problem, k: int, variant=VARIANTS["3x64"], **target) -> tuple[torch.Tensor, sr.Ragged]:
+    out = torch.full((p.rows, k), -7, dtype=torch.int32, device=DEVICE)
+    ragged = sr.Ragged(p, sr.Target(out, **target), variant=variant)
+    ragged.scratch.fill_(0xFF)  # NaN, and counts of -1
+    ragged.run()
+    return out, ragged
+
+
+def selection_problem(p: sr.Problem, out: torch.Tensor, k: int, *, against_fp32=True) -> str | None:
+    """Compares a selection of positions with torch.topk, 512 rows at a time."""
+    torch.cuda.synchronize()
+    for lo in range(0, p.rows, 512):
+        rows = slice(lo, min(lo + 512, p.rows))
+        lengths = (p.ke[rows].clamp(max=p.keys) - p.ks[rows].clamp(min=0)).clamp(min=0)
+        chosen = out[rows].long()
+        valid = chosen >= 0
+        if (valid.sum(1) != lengths.clamp(max=k)).any() or (chosen < -1).any() or (chosen >= lengths[:, None]).any():
+            return f"rows {lo}…: wrong count or position out of the window"
+        if (~valid[:, :-1] & valid[:, 1:]).any():
+            return f"rows {lo}…: a hole in the output"
+        ordered = chosen.sort(1).values
+        if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+            return f"rows {lo}…: a position twice"
+        scores = logits_of(p, rows)
+        column = torch.arange(p.keys, device=DEVICE)
+        inside = (column >= p.ks[rows, None]) & (column < p.ke[rows, None])
+        # Finite numbers only, in rank order: outside < NaN < -inf < numbers < inf.
+        ranks = (
+            scores.double()
+            .clamp(-1e300, 1e300)
+            .nan_to_num(nan=-1e301, neginf=-1e300, posinf=1e300)
+            .masked_fill(~inside, -1e302)
+        )
+        width = min(k, p.keys)
+        want = ranks.topk(width, 1).values
+        absolute = (chosen + p.ks[rows, None]).clamp(0, p.keys - 1)
+        got = ranks.gather(1, absolute).masked_fill(~valid, -1e302).sort(1, descending=True).values[:, :width]
+        if not torch.equal(got, want):
+            bad = (got != want).any(1).nonzero()[:4, 0] + lo
+            places = int((got != want).sum())
+            return f"rows {bad.tolist()}…: not the top {k} of the kernel's own scores ({places} places differ)"
+        if against_fp32:
+            ref = reference(p, rows)
+            kth = ref.topk(width, 1).values[:, -1:]
+            slack = 2e-3 * ref.masked_fill(~inside, 0).abs().amax(1, keepdim=True)
+            low = (ref.gather(1, absolute) < kth - slack) & valid & (lengths[:, None] > k)
+            if low.any():
+                return f"rows {lo}…: {int(low.sum())} chosen keys are clearly below the fp32 cut"
+    return None
+
+
+def stage_problems(p: sr.Problem, k: int) -> list[str]:
+    """Each stage of one pass against PyTorch on the kernel's own scores; windows must start at 0."""
+    ragged = sr.Ragged(p, sr.Target(torch.empty(p.rows, k, dtype=torch.int32, device=DEVICE)))
+    plan, problems = ragged.plan, []
+    assert p.rows <= plan.rows, "one pass"
+    base = ragged.lists
+    thresholds = ragged.scratch[base:][: 4 * p.rows].view(torch.float32)
+    counts = ragged.scratch[base + plan.counts_offset :][: 4 * p.rows * plan.splits * sr.SUBS].view(torch.int32)
+    sampled = ragged.scratch[base + plan.bulk_offset :][: 4 * p.rows * plan.sampled].view(torch.float32)
+    ragged.scratch.fill_(0xFF)
+    plain = logits_of(p, slice(0, p.rows))
+    stages = dict(ragged.launches())
+    stages["sample"]()
+    want = plain[:, sr.STRIDE // 2 :: sr.STRIDE]
+    got = sampled.view(p.rows, plan.sampled)[:, : want.shape[1]]
+    wrong = ((got != want) & (want > -torch.inf)).sum().item()
+    if wrong:
+        problems.append(f"sample: {wrong} of {want.numel()} scores differ from the plain path")
+    stages["threshold"]()
+    above = (want > thresholds[:, None]).sum(1)
+    # The rank is met within 1/32; a cut that falls on zero scores (ReLU makes many) leaves the zeros out.
+    few = (above < plan.rank) & (thresholds != 0)
+    if (few | (above > plan.rank + plan.rank // 32)).any():
+        low, high = above.min().item(), above.max().item()
+        problems.append(f"threshold: expected {plan.rank}… of the sample above it, got {low} to {high}")
+    stages["collect"]()
+    hits, rows = (plain > thresholds[:, None]).sum(1), counts.view(p.rows, -1)
+    if (rows < 0).any() or (rows.sum(1) != hits).any():
+        worst = (rows.sum(1) - hits).abs().max().item()
+        problems.append(f"collect: counts differ by up to {worst}; {(rows < 0).sum().item()} buffers overflowed")
+    return problems
+
+
+def requests(rows_keys: list[tuple[int, int]]):
+    """Windows of several requests: (new rows, keys after them) each, causal, keys one behind the other."""
+    ks, ke, at = [], [], 0
+    for rows, keys in rows_keys:
+        ks += [at] * rows
+        ke += [at + keys - rows + 1 + t for t in range(rows)]
+        at += keys
+    return (torch.tensor(ks), torch.tensor(ke)), len(ks), at
+
+
+def hostile():
+    """(name, problem, whether scores are finite)."""
+    rows, keys = 70, 6000
+
+    def change(p, **fields):
+        return sr.Problem(**{name: fields.get(name, getattr(p, name)) for name in p.__dataclass_fields__})
+
+    p = make(rows, keys, seed=5)
+    one = fp8(torch.ones(1, device=DEVICE))
+    same = change(p, index_k=one.expand(keys, 128).contiguous(), k_scale=torch.full_like(p.k_scale, 0.5))
+    yield "all equal", same, True
+    yield "all zero", change(p, index_q=torch.zeros_like(p.index_q.view(torch.uint8))), True
+    sorted_scale = torch.linspace(0.1, 1, keys, device=DEVICE)
+    yield "ascending", change(same, k_scale=sorted_scale.contiguous()), True
+    yield "descending", change(same, k_scale=sorted_scale.flip(0).contiguous()), True
+    outlier = p.k_scale.clone()
+    outlier[4321] = 1e9
+    yield "outlier", change(p, k_scale=outlier), True
+    rare = p.k_scale.clone()
+    rare[torch.randperm(keys, device=DEVICE)[: keys - 500]] = 0
+    yield "mostly zero", change(p, k_scale=rare), True
+    period = p.k_scale.clone()
+    period[16::32] *= 100  # the sampled keys, all far above the others
+    yield "defeats the sample (high)", change(p, k_scale=period), True
+    period = p.k_scale.clone()
+    period[16::32] *= 0.01
+    yield "defeats the sample (low)", change(p, k_scale=period), True
+    comb = p.k_scale.clone()
+    comb[0::64] *= 1000  # every hit in one private buffer
+    yield "one buffer", change(make(rows, keys * 30, seed=5), k_scale=comb.repeat(30)), True
+    for name, value in (("NaN gates", torch.nan), ("inf gates", torch.inf), ("-inf gates", -torch.inf)):
+        gates = p.head_gates.clone()
+        gates[::3] = value
+        gates[1::3, ::2] = value
+        yield name, change(p, head_gates=gates), False
+    scale = p.k_scale.clone()
+    scale[::2] = torch.nan
+    yield "NaN keys", change(p, k_scale=scale), False
+    scale[1::2] = -torch.inf
+    yield "NaN and -inf keys", change(p, k_scale=scale.clone()), False
+
+
+def check(fast: bool) -> list[str]:
+    problems: list[str] = []
+
+    def note(name: str, problem: str | None) -> None:
+        if problem:
+            problems.append(f"{name}: {problem}")
+
+    sizes = [(r, s) for r in (1, 15, 16, 17, 130, 512) for s in (1, 63, 64, 65, 2047, 2048, 2049, 5000)] + [
+        (1, 131072),
+        (17, 131072),
+        (512, 131072),
+    ]
+    for rows, keys in sizes:
+        p = make(rows, keys, seed=rows * 7 + keys)
+        wrong = logits_problem(p, slice(0, rows))
+        if wrong:
+            return [*problems, f"logits {rows}×{keys}: {wrong}"]  # nothing else can be right
+        out, _ = run(p, 2048)
+        note(f"top {rows}×{keys}", selection_problem(p, out, 2048))
+        if rows * keys == 130 * 5000:
+            problems.extend(stage_problems(p, 2048))
+    problems.extend(stage_problems(make(500, 60000, seed=2), 2048))
+    for heads in (4, 16, 32, 64):
+        p = make(200, 9000, heads, seed=heads)
+        note(f"logits h={heads}", logits_problem(p, slice(0, 200)))
+        note(f"top h={heads}", selection_problem(p, run(p, 2048)[0], 2048))
+    p = make(100, 9000, 8, all_heads=32, seed=3)
+    note("32 index heads", selection_problem(p, run(p, 2048)[0], 2048))
+    for name, spec in {
+        "requests": [(1, 1), (5, 40), (100, 3000), (40, 20000), (3, 3), (64, 2048), (61, 2049)],
+        "1 beside 128K": [(1, 1), (30, 131072), (1, 1)],
+    }.items():
+        windows, rows, keys = requests(spec)
+        p = make(rows, keys, windows=windows, seed=11)
+        note(f"logits {name}", logits_problem(p, slice(0, rows)))
+        note(name, selection_problem(p, run(p, 2048)[0], 2048))
+    windows, rows, keys = requests([(50, 7000), (20, 3000)])
+    ks, ke = windows
+    ks[-5:], ke[-5:] = 0, 0  # rows beyond the real tokens
+    p = make(rows, keys, windows=(ks, ke), seed=12)
+    plain, _ = run(p, 2048)
+    note("padding rows", selection_problem(p, plain, 2048))
+    offsets = torch.arange(rows, device=DEVICE, dtype=torch.int32) * 10
+    ragged, _ = run(p, 2048, offsets=offsets)
+    if not torch.equal(ragged.sort(1).values, torch.where(plain >= 0, plain + offsets[:, None], -1).sort(1).values):
+        problems.append("offsets: not position + offset")
+    table = torch.randperm(2 * 7000, device=DEVICE).int().view(2, 7000)
+    batch = torch.tensor([0] * 50 + [1] * 20, device=DEVICE, dtype=torch.int32)
+    paged, _ = run(p, 2048, page_table=table, row_batch=batch)
+    want = torch.where(plain >= 0, table[batch.long()].gather(1, plain.clamp(min=0).long()), -1)
+    if not torch.equal(paged.sort(1).values, want.sort(1).values):
+        problems.append("page table: not the slot of the position")
+    for name, p, finite in hostile():
+        out, ragged_run = run(p, 2048)
+        note(
+            f"hostile, {name} ({ragged_run.redone()} of {p.rows} redone)",
+            selection_problem(p, out, 2048, against_fp32=finite and "equal" not in name),
+        )
+    p = make(150, 40000, seed=21)
+    for k in (64, 512, 8192, 16384):
+        note(f"k={k}", selection_problem(p, run(p, k)[0], k))
+    for name, variant in VARIANTS.items():
+        p = make(700, 70000, seed=22)
+        note(f"variant {name}", selection_problem(p, run(p, 2048, variant)[0], 2048))
+    p = make(300, 50000, seed=23)
+    sets = {hash(run(p, 2048)[0].sort(1).values.cpu().numpy().tobytes()) for _ in range(20)}
+    if len(sets) != 1:
+        problems.append(f"repeats: expected one set in 20 runs, got {len(sets)}")
+    if not fast:
+        p = make(8192, 131072, seed=24)
+        out, ragged_run = run(p, 2048)
+        note(f"8192×131072 ({ragged_run.redone()} redone)", selection_problem(p, out, 2048))
+    return problems
+
+
+_flush: list[torch.Tensor] = []
+
+
+def flush_l2() -> None:
+    if not _flush:
+        _flush.append(torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE))
+    _flush[0].zero_()
+
+
+def time_stages(p: sr.Problem, k: int, variant, repeats=7) -> dict[str, float]:
+    """Median milliseconds by stage (summed over passes), in total, and `floor`: the same scoring with no hit at all."""
+    ragged = sr.Ragged(p, sr.Target(torch.empty(p.rows, k, dtype=torch.int32, device=DEVICE)), variant=variant)
+    ragged.run()
+    samples: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        flush_l2()
+        launches = list(ragged.launches())
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(launches) + 1)]
+        marks[0].record()
+        for (_, launch), mark in zip(launches, marks[1:], strict=True):
+            launch()
+            mark.record()
+        torch.cuda.synchronize()
+        sums: dict[str, float] = {}
+        for (name, _), begin, end in zip(launches, marks, marks[1:], strict=False):
+            sums[name] = sums.get(name, 0.0) + begin.elapsed_time(end)
+        flush_l2()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        ragged.run()
+        end.record()
+        torch.cuda.synchronize()
+        sums["total"] = begin.elapsed_time(end)
+        for name, value in sums.items():
+            samples.setdefault(name, []).append(value)
+    redone = ragged.redone()
+    counts = ragged.scratch[ragged.lists + ragged.plan.counts_offset :][: 4 * ragged.plan.splits * sr.SUBS * 64].view(
+        torch.int32
+    )
+    thresholds = ragged.scratch[ragged.lists :][: 4 * ragged.plan.rows].view(torch.float32)
+    hits = counts.clamp(min=0).view(64, -1).sum(1).float().mean().item()
+    collects = [launch for name, launch in ragged.launches() if name == "collect"]
+    floor = []
+    for _ in range(repeats):
+        thresholds.fill_(torch.inf)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush_l2()
+        begin.record()
+        for launch in collects:
+            launch()
+        end.record()
+        torch.cuda.synchronize()
+        floor.append(begin.elapsed_time(end))
+    result = {name: statistics.median(values) for name, values in samples.items()}
+    passes = len(collects)
+    return result | {
+        "floor": statistics.median(floor),
+        "redone": redone,
+        "hits": hits,
+        "passes": passes,
+        "splits": ragged.plan.splits,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fast", action="store_true", help="leave out the full-size check")
+    parser.add_argument("--no-check", action="store_true", help="time only (for a profiler)")
+    parser.add_argument("--variant", choices=VARIANTS, help="time this one alone")
+    args = parser.parse_args()
+    began = time.time()
+    faulthandler.dump_traceback_later(150, exit=True)  # a kernel that waits for ever leaves a trace
+    os.environ.setdefault("TVM_FFI_CUDA_ARCH_LIST", "9.0a")
+    builds = {(8, v) for v in VARIANTS.values()} | {(h, VARIANTS["3x64"]) for h in sr.ROUTED_HEADS}
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda build: sr.module(*build), builds))
+    print(f"{torch.cuda.get_device_name()}: built {len(builds)} modules in {time.time() - began:.0f} s", flush=True)
+    report: dict = {"device": torch.cuda.get_device_name(), "problems": [], "timings": {}}
+    out = Path(os.environ["OUT"]) / "prefill.json" if "OUT" in os.environ else None
+    if not args.no_check:
+        report["problems"] = check(args.fast)
+        print(
+            f"checked by {time.time() - began:.0f} s: {len(report['problems'])} problems",
+            *report["problems"],
+            sep="\n  ",
+            flush=True,
+        )
+    if not report["problems"]:
+        cases = []
+        for length in (131072, 32768):
+            full = torch.zeros(8192), torch.full((8192,), length)
+            p = make(8192, length, windows=full, seed=31)
+            cases += [(f"L={length} k=2048 full {name}", p, 2048, variant) for name, variant in VARIANTS.items()]
+            causal = make(8192, length, seed=31)
+            cases += [(f"L={length} k=2048 causal 3x64", causal, 2048, VARIANTS["3x64"])]
+            cases += [(f"L={length} k=8192 full 3x64", p, 8192, VARIANTS["3x64"])]
+        p = make(
+            8192,
+            131072,
+            windows=(torch.zeros(8192), torch.full((8192,), 131072)),
+            structure=False,
+            weights="uniform",
+            seed=32,
+        )
+        cases += [("L=131072 k=2048 full iid 3x64", p, 2048, VARIANTS["3x64"])]
+        p16 = make(8192, 131072, 16, windows=(torch.zeros(8192), torch.full((8192,), 131072)), seed=33)
+        cases += [("L=131072 k=2048 full h=16 3x64", p16, 2048, VARIANTS["3x64"])]
+        p = make(2048, 131072, seed=34)
+        cases += [("Q=2048 L=131072 k=2048 causal 3x64", p, 2048, VARIANTS["3x64"])]
+        if args.variant:
+            cases = [case for case in cases if case[3] == VARIANTS[args.variant]][:1]
+        columns = (
+            "total",
+            "sample",
+            "threshold",
+            "collect",
+            "floor",
+            "select",
+            "redo",
+            "redone",
+            "hits",
+            "passes",
+            "splits",
+        )
+        print(f"{'ms':<40}" + "".join(f"{c:>10}" for c in columns))
+        for name, p, k, variant in cases:
+            report["timings"][name] = row = time_stages(p, k, variant)
+            print(
+                f"{name:<40}"
+                + "".join(
+                    f"{row.get(c, 0):>10.3f}" if c not in ("redone", "hits", "passes", "splits") else f"{row[c]:>10.0f}"
+                    for c in columns
+                ),
+                flush=True,
+            )
+    print(f"{time.time() - began:.0f} s")
+    if out:
+        out.write_text(json.dumps(report, indent=1))
+    return 1 if report["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
