@@ -128,9 +128,7 @@ def _check_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                [
-                    f"--port: expected a free port on {host}, got {port} ({error.strerror}); choose another"
-                ]
+                [f"--port: expected a free port on {host}, got {port} ({error.strerror}); choose another"]
             ) from None
 
 
