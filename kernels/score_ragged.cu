@@ -33,6 +33,9 @@
 #ifndef MISA_DOUBLE
 #define MISA_DOUBLE 0  // two accumulators a warpgroup: the next tile multiplies while this one is folded
 #endif
+#ifndef MISA_SPLIT
+#define MISA_SPLIT 0  // the columns of a tile in two products: one multiplies while the other is folded
+#endif
 
 namespace misa {
 
@@ -55,6 +58,7 @@ constexpr int THREADS = CONSUMERS + 128;              // and one warpgroup whose
 constexpr int FEED_REGISTERS = GROUPS == 3 ? 32 : 24, FOLD_REGISTERS = GROUPS == 4 ? 112 : GROUPS == 3 ? 160 : 240;
 constexpr int SUBS = 32;                              // private buffers of a row and split: 4 warps × 8 lane rows
 constexpr int CHECK = 4;                              // 64-key tiles between two looks at the buffers' ends
+static_assert(!MISA_SPLIT || PASSES == 1, "a split product holds all heads of its queries");
 static_assert(!MISA_DOUBLE || (PASSES == 1 && SUBTILES == 2), "two accumulators hold the halves of a 128-key tile");
 
 // One launch of scoring: rows [first, first + rows), or row_list[first ...]; every stride-th key from `phase` on.
@@ -237,36 +241,38 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
       }
     }
 
-    const auto multiply = [&](float (&d)[64], int stage, int sub, int pass) {
-      const uint64_t a = a_tile + (stage * TILE + sub * KEYS) * DIM / 16, b = b_tile + pass * COLUMNS * DIM / 16;
+    // 64 keys against the columns from `column` on, as many as `d` holds.
+    const auto multiply = [&](auto& d, int stage, int sub, int column) {
+      const uint64_t a = a_tile + (stage * TILE + sub * KEYS) * DIM / 16, b = b_tile + column * DIM / 16;
       sm90::mma_fence();
-      sm90::mma_64x128x32(d, a, b);
+      sm90::mma(d, a, b);
 #pragma unroll
-      for (int k = 1; k < DIM / 32; ++k) sm90::mma_64x128x32_add(d, a + k * 2, b + k * 2);
+      for (int k = 1; k < DIM / 32; ++k) sm90::mma_add(d, a + k * 2, b + k * 2);
       sm90::mma_commit();
     };
 
-    const auto fold = [&](float (&d)[64], float (&score)[LANE_QUERIES][2], int pass) {
+    const auto fold = [&](auto& d, float (&score)[LANE_QUERIES][2], int column) {
+      const int pass = column / COLUMNS, first_n = column % COLUMNS / 8;
 #pragma unroll
-      for (int n = 0; n < 16; ++n)
+      for (int n = first_n; n < first_n + int(sizeof(d) / 16); ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int bit = 0; bit < 2; ++bit) {
-            const float x = d[n * 4 + half * 2 + bit];
+            const float x = d[(n - first_n) * 4 + half * 2 + bit];
             float& sum = score[n / PAIRS][half];
             sum = fmaf(x + fabsf(x), weight[pass][n / PAIRS][n % PAIRS * 2 + bit], sum);
           }
     };
 
-    const auto emit = [&](float (&score)[LANE_QUERIES][2], float scale0, float scale1, int key0, bool inside) {
+    const auto emit = [&](float (&score)[LANE_QUERIES][2], float scale0, float scale1, int key0, bool inside, int from = 0, int to = LANE_QUERIES) {
       const int key = key0 + warp * 16 + lane_row;
 #pragma unroll
-      for (int q = 0; q < LANE_QUERIES; ++q) score[q][0] *= scale0, score[q][1] *= scale1;
+      for (int q = from; q < to; ++q) score[q][0] *= scale0, score[q][1] *= scale1;
       if constexpr (MODE == Mode::Collect) {
         if (!inside) {
 #pragma unroll
-          for (int q = 0; q < LANE_QUERIES; ++q) {
+          for (int q = from; q < to; ++q) {
             const int2 w = s.window[group][q * 4 + lane_query];
 #pragma unroll
             for (int half = 0; half < 2; ++half)
@@ -274,7 +280,7 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
           }
         }
 #pragma unroll
-        for (int q = 0; q < LANE_QUERIES; ++q)
+        for (int q = from; q < to; ++q)
 #pragma unroll
           for (int half = 0; half < 2; ++half)
             asm volatile(
@@ -291,7 +297,7 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
                 : "memory");
       } else {
 #pragma unroll
-        for (int q = 0; q < LANE_QUERIES; ++q) {
+        for (int q = from; q < to; ++q) {
           const int2 w = s.window[group][q * 4 + lane_query];
           float* out = task.logits + int64_t(first + q * 4 + lane_query) * task.ld - (task.from_start ? w.x : 0);
 #pragma unroll
@@ -319,7 +325,29 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
       ring.advance();
     };
     const auto inside = [&](int key0) { return key0 >= extent.all_lo && key0 + KEYS <= extent.all_hi; };
-    if constexpr (!MISA_DOUBLE) {
+    if constexpr (MISA_SPLIT) {
+      // The second half of the columns multiplies while the first is folded.
+      float d0[32], d1[32];
+      for (int step = 0; step < tiles * SUBTILES; ++step) {
+        const int sub = step % SUBTILES, key0 = key_of(step);
+        if (sub == 0) sm90::barrier_wait(places.full(ring.stage), ring.parity);
+        multiply(d0, ring.stage, sub, 0);
+        multiply(d1, ring.stage, sub, COLUMNS / 2);
+        const int at = sub * KEYS + warp * 16 + lane_row;
+        const float scale0 = s.scale[ring.stage][at], scale1 = s.scale[ring.stage][at + 8];
+        float score[LANE_QUERIES][2] = {};
+        sm90::mma_wait<1>();
+        sm90::pin(d0);
+        fold(d0, score, 0);
+        emit(score, scale0, scale1, key0, inside(key0), 0, LANE_QUERIES / 2);
+        sm90::mma_wait<0>();
+        sm90::pin(d1);
+        if (sub == SUBTILES - 1) release();
+        fold(d1, score, COLUMNS / 2);
+        emit(score, scale0, scale1, key0, inside(key0), LANE_QUERIES / 2, LANE_QUERIES);
+        if (step % CHECK == CHECK - 1) guard();
+      }
+    } else if constexpr (!MISA_DOUBLE) {
       float d[64];
       for (int step = 0; step < tiles * SUBTILES; ++step) {
         const int sub = step % SUBTILES, key0 = key_of(step);
@@ -331,15 +359,15 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
         if (busy) {
 #pragma unroll
           for (int pass = 0; pass < PASSES; ++pass) {
-            multiply(d, ring.stage, sub, pass);
+            multiply(d, ring.stage, sub, pass * COLUMNS);
             sm90::mma_wait<0>();
             sm90::pin(d);
-            if (pass + 1 < PASSES) fold(d, score, pass);
+            if (pass + 1 < PASSES) fold(d, score, pass * COLUMNS);
           }
         }
         if (sub == SUBTILES - 1) release();
         if (busy) {
-          fold(d, score, PASSES - 1);
+          fold(d, score, (PASSES - 1) * COLUMNS);
           emit(score, scale0, scale1, key0, inside(key0));
           if (step % CHECK == CHECK - 1) guard();
         }

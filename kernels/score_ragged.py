@@ -41,12 +41,13 @@ SOURCES = ("score_ragged.cu", "select.cuh", "sm90.cuh")
 
 @dataclass(frozen=True)
 class Variant:
-    """How the scorer is built: consumer warpgroups, keys of a ring stage, ring stages, two accumulators a warpgroup."""
+    """How the scorer is built: consumer warpgroups, keys of a ring stage, ring stages, two accumulators a warpgroup, two products a tile."""
 
     groups: int = 3
     tile: int = 64
     stages: int = 8
     double: bool = False
+    split: bool = False
 
     def rows(self, heads: int) -> int:
         """Query rows of one thread block."""
@@ -141,6 +142,7 @@ def module(heads: int, variant: Variant = Variant()) -> Any:
         "TILE": variant.tile,
         "STAGES": variant.stages,
         "DOUBLE": int(variant.double),
+        "SPLIT": int(variant.split),
     }
     name = "_".join(["misa_score_ragged", digest, *(f"{key.lower()}{value}" for key, value in defines.items())])
     key, before = "TVM_FFI_CUDA_ARCH_LIST", os.environ.get("TVM_FFI_CUDA_ARCH_LIST")

@@ -24,7 +24,9 @@ from sglang_misa.kernels import score_ragged as sr
 VARIANTS = {
     "3x64": sr.Variant(3, 64, 8),
     "3x128": sr.Variant(3, 128, 4),
-    "2x64": sr.Variant(2, 64, 8),
+    "3x64s": sr.Variant(3, 64, 8, split=True),
+    "4x64s": sr.Variant(4, 64, 8, split=True),
+    "3x128s": sr.Variant(3, 128, 4, split=True),
     "2x128d": sr.Variant(2, 128, 4, True),
 }
 DEVICE = "cuda"
