@@ -58,7 +58,7 @@ class GpuWatch:
         self._stop = threading.Event()
         if local:
             try:
-                import pynvml  # type: ignore[import-not-found,unused-ignore]
+                import pynvml  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
                 pynvml.nvmlInit()
                 self._nvml = pynvml
