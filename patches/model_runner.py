@@ -11,7 +11,7 @@ import torch
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from torch import distributed, nn
 
-from sglang_misa import admission, plugin
+from sglang_misa import admission, indexer, plugin
 from sglang_misa.admission import AdmissionError
 from sglang_misa.config import ENV, ConfigError, MisaConfig
 from sglang_misa.metrics import recorder
@@ -33,6 +33,9 @@ def load_model(original: Callable[..., None], self: Any) -> None:
     original(self)
     if not self.is_draft_worker or is_deepseek_dsa(self.model_config.hf_config):
         _raise_if([*_indexer_problems(self.model), *register.live()])
+    runtime = plugin.runtime()
+    if runtime.kernels and runtime.config.prefill.active and not self.is_draft_worker:
+        indexer.warm_up(runtime.config.prefill, runtime.index_heads, runtime.topk, runtime.device)
 
 
 def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:

@@ -141,6 +141,30 @@ def ragged_topk(
         score_ragged.topk_rows(scores, candidates, counts, out.shape[1], **target)
 
 
+def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -> None:
+    """Build and run every prefill kernel of `policy` on a made-up request, so that no user waits for a compiler."""
+    length = 2 * topk
+    pages = -(-length // PAGE)
+    buffer = torch.zeros(pages, reference.PAGE_BYTES, dtype=torch.uint8, device=device)
+    stats = BlockStats([buffer], kernels=True)
+    table = torch.arange(pages, dtype=torch.int32, device=device).unsqueeze(0)
+    for rows, seen in ((64, length), (65, length - 1)):  # Triton builds apart for sizes that 16 does not divide
+        lens = torch.tensor([seen], dtype=torch.int32, device=device)
+        stats.heal(0, buffer, table, lens)
+        call = RaggedCall(
+            index_q=torch.zeros(rows, index_heads, reference.HEAD_DIM, device=device).to(torch.float8_e4m3fn),
+            head_gates=torch.ones(rows, index_heads, device=device),
+            index_k=torch.zeros(seen, reference.HEAD_DIM, device=device).to(torch.float8_e4m3fn),
+            k_scale=torch.ones(seen, device=device),
+            row_lens=torch.arange(seen - rows + 1, seen + 1, dtype=torch.int32, device=device),
+            page_table=table,
+            seq_lens=lens,
+        )
+        out = torch.empty(rows, topk, dtype=torch.int32, device=device)
+        ragged_topk(policy, call, Span(0, 0, rows, 0, seen), 0, rows, stats, 0, OutputSpace(), out)
+    torch.cuda.synchronize()
+
+
 def block_tokens(policy: SelectionPolicy, block_scores: Tensor, row_lens: Tensor) -> tuple[Tensor, Tensor]:
     """Positions int32 [T, (blocks + 1) · block_size] of the tokens in kept blocks and the tail, and their counts [T].
 
