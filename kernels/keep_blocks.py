@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .rank_select import CERTAIN, MAX_ROW, NOTHING, kth_largest, order_key, places, wins_and_ties
+from .rank_select import MAX_ROW, kth_largest, places, ranked, wins_and_ties
 
+WIDE_LOAD = 4 * 32  # fp32 elements that a warp loads at once
 PAGE = 64  # tokens in a page of SGLang's index-K pool
 HEAD_DIM = 128
 
@@ -54,11 +55,10 @@ class KeptPages:
 
 @dataclass(frozen=True)
 class KeepTuning:
-    """How a launch is cut: a program of `warps` warps scores `tile` blocks, with `stages` loads in flight."""
+    """How a launch is cut: a program of `warps` warps scores the blocks of `pages` pages (16 at least)."""
 
-    tile: int = 64
-    warps: int = 4
-    stages: int = 3
+    pages: int = 128
+    warps: int = 8
 
 
 def keep_blocks(
@@ -89,8 +89,11 @@ def keep_blocks(
     n_pad = triton.next_power_of_2(n_blocks)
     if n_pad > MAX_ROW:
         raise ValueError(f"page_table: expected at most {MAX_ROW} blocks a row, got {n_pad}; use a larger block_size")
+    pages = block_size // PAGE
+    pages_pad = triton.next_power_of_2(pages)
+    tile = max(1, tuning.pages // pages_pad)
     interpreted = index_q.device.type == "cpu"
-    grid = (triton.cdiv(n_blocks, tuning.tile), rows)
+    grid = (triton.cdiv(n_blocks, tile), rows)
     _keep_kernel[grid](
         index_q,
         head_gates,
@@ -103,15 +106,17 @@ def keep_blocks(
         out.lens,
         out.done,
         page_table.stride(0),
+        page_table.shape[1],
         HEADS=heads,
         DIM=HEAD_DIM,
-        PAGES=block_size // PAGE,
+        PAGES=pages,
+        PAGES_PAD=pages_pad,
         PAGE=PAGE,
         KEEP=out.blocks.shape[1] - 1,
-        TILE=tuning.tile,
+        TILE=tile,
         N_BLOCKS=n_blocks,
         N_PAD=n_pad,
-        STAGES=tuning.stages,
+        FOLD=min(n_pad, tuning.warps * WIDE_LOAD),
         EXACT=interpreted,
         **launch_options(interpreted, tuning.warps),
     )
@@ -128,10 +133,12 @@ def last_of(done, n):
 
     Everything the others wrote before the call is visible to the one that gets True (read it past L1: ".cg").
     """
-    tl.debug_barrier()
-    last = tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == n - 1
-    if last:
-        tl.store(done, 0)
+    last = n == 1
+    if n > 1:
+        tl.debug_barrier()
+        last = tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == n - 1
+        if last:
+            tl.store(done, 0)
     return last
 
 
@@ -148,15 +155,17 @@ def _keep_kernel(
     kept_lens,
     done,
     table_stride,
+    WIDTH,  # columns of the page table
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PAGES: tl.constexpr,  # pages in a block
+    PAGES_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     KEEP: tl.constexpr,
     TILE: tl.constexpr,
-    N_BLOCKS: tl.constexpr,  # columns of the page table, in blocks
+    N_BLOCKS: tl.constexpr,
     N_PAD: tl.constexpr,
-    STAGES: tl.constexpr,
+    FOLD: tl.constexpr,
     EXACT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -165,6 +174,14 @@ def _keep_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    p_table = table + i_r * table_stride
+    o_h = tl.arange(0, HEADS)
+    o_d = tl.arange(0, DIM)
+    o_k = tl.arange(0, TILE * PAGES_PAD)
+    b_b = i_t * TILE + o_k // PAGES_PAD
+    b_i = o_k % PAGES_PAD
+    # stale ids come along and are replaced below: the length is still on its way
+    b_id = tl.load(p_table + b_b * PAGES + b_i, mask=b_b * PAGES + b_i < WIDTH, other=0)
     length = tl.load(seq_lens + i_r)
     n_full = length // (PAGES * PAGE)
     tail = length - n_full * (PAGES * PAGE)
@@ -172,42 +189,40 @@ def _keep_kernel(
     n_programs = tl.where(chooses, tl.cdiv(n_full, TILE), 1)
     if i_t >= n_programs:
         return
-    p_table = table + i_r * table_stride
-    p_scores = scores + i_r * N_BLOCKS
 
     if chooses:
         o_b = i_t * TILE + tl.arange(0, TILE)
-        o_h = tl.arange(0, HEADS)
-        o_d = tl.arange(0, DIM)
         m_b = (o_b > 0) & (o_b < n_full - 1)
+        m_k = (b_b > 0) & (b_b < n_full - 1) & (b_i < PAGES)
+        page = tl.where(m_k, b_id, 0).to(tl.int64)
+        b_k = tl.load(means + page[:, None] * DIM + o_d[None, :], mask=m_k[:, None], other=0.0)
         b_q = tl.load(q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :])  # [HEADS, DIM]
         b_w = tl.load(gates + i_r * HEADS + o_h)
         # fp8 fits bf16, so the products are exact; the interpreter multiplies bf16 as integers, hence fp32 there
-        b_qt = tl.trans(b_q.to(tl.float32) if EXACT else b_q.to(tl.float32).to(tl.bfloat16))
-        b_s = tl.zeros([TILE, HEADS], tl.float32)
-        # the sum over a block's page means happens in the accumulator: positive factors do not change the order
-        for i in tl.range(PAGES, num_stages=STAGES):
-            page = tl.load(p_table + o_b * PAGES + i, mask=m_b, other=0).to(tl.int64)
-            b_k = tl.load(means + page[:, None] * DIM + o_d[None, :], mask=m_b[:, None], other=0.0)
-            if EXACT:
-                b_k = b_k.to(tl.float32)
-            b_s = tl.dot(b_k, b_qt, b_s)
+        if EXACT:
+            b_s = tl.dot(b_k.to(tl.float32), tl.trans(b_q.to(tl.float32)))  # [TILE · PAGES_PAD, HEADS]
+        else:
+            b_s = tl.dot(b_k, tl.trans(b_q.to(tl.float32).to(tl.bfloat16)))
+        # the sum of a block's page means instead of their mean: a positive factor changes no order
+        b_s = tl.sum(tl.reshape(b_s, [TILE, PAGES_PAD, HEADS]), 1)
         score = tl.sum(tl.maximum(b_s, 0.0) * b_w[None, :], 1)
-        tl.store(p_scores + o_b, score, mask=m_b)
+        tl.store(scores + i_r * N_BLOCKS + o_b, score, mask=m_b)
 
     if last_of(done + i_r, n_programs):
         o_n = tl.arange(0, N_PAD)
         m_middle = (o_n > 0) & (o_n < n_full - 1)
         # loads are masked by constants so that they stay wide: what a row has not written is replaced afterwards
-        score = tl.load(p_scores + o_n, mask=o_n < N_BLOCKS, other=0.0, cache_modifier=".cg")
-        key = tl.where(m_middle, order_key(score), NOTHING)
-        threshold, room = kth_largest(key, None, n_full - 2, KEEP - 2)
-        key = tl.where((o_n * (PAGES * PAGE) < length) & (m_middle == 0), CERTAIN, key)
-        taken, place = places(wins_and_ties(key, threshold), 0, room)
+        score = tl.load(scores + i_r * N_BLOCKS + o_n, mask=o_n < N_BLOCKS, other=0.0, cache_modifier=".cg")
+        o_i = tl.arange(0, PAGES_PAD)
+        o_p = o_n[:, None] * PAGES + o_i[None, :]
+        m_p = o_i[None, :] < PAGES
+        b_page = tl.load(p_table + o_p, mask=m_p & (o_p < WIDTH), other=0)
+        x = ranked(score, m_middle)
+        threshold, room = kth_largest(x, n_full - 2, KEEP - 2, FOLD)
+        # the first, the newest and the tail win without a contest, even against a threshold of +inf
+        certain = (o_n * (PAGES * PAGE) < length) & (m_middle == 0)
+        taken, place = places(tl.where(certain, 1, wins_and_ties(x, threshold)), room)
         tl.store(kept_blocks + i_r * (KEEP + 1) + place, o_n, mask=taken)
-        for i in tl.static_range(PAGES):
-            o_p = o_n * PAGES + i
-            m_p = taken & (o_p * PAGE < length)
-            page = tl.load(p_table + o_p, mask=m_p, other=0)
-            tl.store(kept_pages + (i_r * (KEEP + 1) + place) * PAGES + i, page, mask=m_p)
+        p_kept = kept_pages + (i_r * (KEEP + 1) + place[:, None]) * PAGES + o_i[None, :]
+        tl.store(p_kept, b_page, mask=taken[:, None] & m_p & (o_p * PAGE < length))
         tl.store(kept_lens + i_r, tl.minimum(n_full, KEEP) * (PAGES * PAGE) + tail)

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstddef>
 
 #include "select.cuh"
 #include "sm90.cuh"
@@ -31,6 +32,9 @@
 #endif
 #ifndef MISA_DOUBLE
 #define MISA_DOUBLE 0  // two accumulators a warpgroup: the next tile multiplies while this one is folded
+#endif
+#ifndef MISA_SPLIT
+#define MISA_SPLIT 0  // the columns of a tile in two products: one multiplies while the other is folded
 #endif
 
 namespace misa {
@@ -54,7 +58,8 @@ constexpr int THREADS = CONSUMERS + 128;              // and one warpgroup whose
 constexpr int FEED_REGISTERS = GROUPS == 3 ? 32 : 24, FOLD_REGISTERS = GROUPS == 4 ? 112 : GROUPS == 3 ? 160 : 240;
 constexpr int SUBS = 32;                              // private buffers of a row and split: 4 warps × 8 lane rows
 constexpr int CHECK = 4;                              // 64-key tiles between two looks at the buffers' ends
-static_assert(!MISA_DOUBLE || PASSES == 1, "double buffering holds one product a tile");
+static_assert(!MISA_SPLIT || PASSES == 1, "a split product holds all heads of its queries");
+static_assert(!MISA_DOUBLE || (PASSES == 1 && SUBTILES == 2), "two accumulators hold the halves of a 128-key tile");
 
 // One launch of scoring: rows [first, first + rows), or row_list[first ...]; every stride-th key from `phase` on.
 struct Task {
@@ -95,6 +100,17 @@ struct Smem {
   uint64_t full[STAGES], empty[STAGES];
 };
 
+// Shared-memory addresses of the ring. The shuffle tells the compiler that `base` is one value for the warp and not worth
+// computing again, so that addresses and descriptors stay in uniform registers.
+struct Places {
+  uint32_t base;
+  __device__ explicit Places(const Smem& s) : base(__shfl_sync(~0u, sm90::smem_address(&s), 0)) {}
+  __device__ uint32_t full(int stage) const { return base + uint32_t(offsetof(Smem, full)) + stage * 8; }
+  __device__ uint32_t empty(int stage) const { return base + uint32_t(offsetof(Smem, empty)) + stage * 8; }
+  __device__ uint32_t keys(int stage) const { return base + uint32_t(offsetof(Smem, keys)) + stage * TILE * DIM; }
+  __device__ uint32_t scale(int stage) const { return base + uint32_t(offsetof(Smem, scale)) + stage * TILE * 4; }
+};
+
 struct Ring {
   int stage = 0, parity = 0;
   __device__ void advance() {
@@ -119,8 +135,8 @@ struct Extent {
 __device__ __forceinline__ void barriers_init(Smem& s) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
-      sm90::barrier_init(&s.full[i], 32 + 1);          // the feeding warp's lanes and the copy engine's expectation
-      sm90::barrier_init(&s.empty[i], CONSUMERS / 32);
+      sm90::barrier_init(sm90::smem_address(&s.full[i]), 32 + 1);  // the feeding warp's lanes and the copy engine's expectation
+      sm90::barrier_init(sm90::smem_address(&s.empty[i]), CONSUMERS / 32);
     }
     sm90::barrier_init_fence();
   }
@@ -142,21 +158,22 @@ __device__ __forceinline__ int items_of(const Task& task) { return (task.rows + 
 __device__ __forceinline__ void feed(const Task& task, const CUtensorMap* map, Smem& s, Ring& ring) {
   const int lane = threadIdx.x % 32;
   const int scored = task.sampled(task.keys);
+  const Places places(s);
   for (int i = blockIdx.x; i < items_of(task); i += gridDim.x) {
     Item item(task, i);
     for (int tile = item.begin; tile < item.end; tile += task.splits, ring.advance()) {
-      sm90::barrier_wait(&s.empty[ring.stage], ring.parity ^ 1);
+      sm90::barrier_wait(places.empty(ring.stage), ring.parity ^ 1);
       if (lane == 0) {
-        sm90::barrier_arrive_expect(&s.full[ring.stage], TILE * DIM);
-        sm90::copy_box(s.keys[ring.stage], map, &s.full[ring.stage], 0, tile * TILE);
+        sm90::barrier_arrive_expect(places.full(ring.stage), TILE * DIM);
+        sm90::copy_box(places.keys(ring.stage), map, places.full(ring.stage), 0, tile * TILE);
       }
 #pragma unroll
       for (int k = lane; k < TILE; k += 32) {
         int key = tile * TILE + k;
         bool valid = key < scored;
-        sm90::copy4(&s.scale[ring.stage][k], task.scale + (valid ? int64_t(key) * task.stride + task.phase : 0), valid);
+        sm90::copy4(places.scale(ring.stage) + k * 4, task.scale + (valid ? int64_t(key) * task.stride + task.phase : 0), valid);
       }
-      sm90::barrier_arrive_copies(&s.full[ring.stage]);
+      sm90::barrier_arrive_copies(places.full(ring.stage));
     }
   }
 }
@@ -186,8 +203,9 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // seen by the compiler as the same in all lanes
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int lane_row = lane / 4, lane_query = lane % 4;
-  const uint64_t b_tile = sm90::tile_descriptor(s.queries[group]);
-  const uint64_t a_tile = sm90::tile_descriptor(s.keys);
+  const Places places(s);
+  const uint64_t b_tile = sm90::tile_descriptor(places.base + group * PASSES * COLUMNS * DIM);
+  const uint64_t a_tile = sm90::tile_descriptor(places.keys(0));
 
   for (int i = blockIdx.x; i < items_of(task); i += gridDim.x) {
     const Item item(task, i);
@@ -203,11 +221,10 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
 
     float weight[PASSES][LANE_QUERIES][PASS_HEADS];
     float threshold[LANE_QUERIES];
-    uint32_t offset[LANE_QUERIES];
+    uint32_t offset[LANE_QUERIES], limit[LANE_QUERIES];
     const uint32_t query_stride = 4u * task.splits * SUBS * task.capacity;
     const uint32_t offset0 =
         ((uint32_t(first + lane_query) * task.splits + item.split) * SUBS + warp * 8 + lane_row) * task.capacity;
-    uint32_t overflow = 0;
 #pragma unroll
     for (int q = 0; q < LANE_QUERIES; ++q) {
       const int query = first + q * 4 + lane_query;
@@ -220,41 +237,42 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
       if constexpr (MODE == Mode::Collect) {
         threshold[q] = live ? task.threshold[query] : INFINITY;
         offset[q] = offset0 + q * query_stride;
+        limit[q] = offset[q] + task.capacity - 2 * CHECK;
       }
     }
 
-    const auto overlaps = [&](int key) { return key < extent.hi && key + KEYS > extent.lo; };
-
-    const auto multiply = [&](float (&d)[64], int stage, int sub, int pass) {
-      const uint64_t a = a_tile + (stage * TILE + sub * KEYS) * DIM / 16, b = b_tile + pass * COLUMNS * DIM / 16;
-      sm90::pin(d);
+    // 64 keys against the columns from `column` on, as many as `d` holds.
+    const auto multiply = [&](auto& d, int stage, int sub, int column) {
+      const uint64_t a = a_tile + (stage * TILE + sub * KEYS) * DIM / 16, b = b_tile + column * DIM / 16;
       sm90::mma_fence();
+      sm90::mma(d, a, b);
 #pragma unroll
-      for (int k = 0; k < DIM / 32; ++k) sm90::mma_64x128x32(d, a + k * 2, b + k * 2, k > 0);
+      for (int k = 1; k < DIM / 32; ++k) sm90::mma_add(d, a + k * 2, b + k * 2);
+      sm90::mma_commit();
     };
 
-    const auto fold = [&](float (&d)[64], float (&score)[LANE_QUERIES][2], int pass) {
+    const auto fold = [&](auto& d, float (&score)[LANE_QUERIES][2], int column) {
+      const int pass = column / COLUMNS, first_n = column % COLUMNS / 8;
 #pragma unroll
-      for (int n = 0; n < 16; ++n)
+      for (int n = first_n; n < first_n + int(sizeof(d) / 16); ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int bit = 0; bit < 2; ++bit) {
-            const float x = d[n * 4 + half * 2 + bit];
+            const float x = d[(n - first_n) * 4 + half * 2 + bit];
             float& sum = score[n / PAIRS][half];
             sum = fmaf(x + fabsf(x), weight[pass][n / PAIRS][n % PAIRS * 2 + bit], sum);
           }
     };
 
-    const auto emit = [&](float (&score)[LANE_QUERIES][2], float scale0, float scale1, int key0, int tick) {
+    const auto emit = [&](float (&score)[LANE_QUERIES][2], float scale0, float scale1, int key0, bool inside, int from = 0, int to = LANE_QUERIES) {
       const int key = key0 + warp * 16 + lane_row;
-      const bool inside = key0 >= extent.all_lo && key0 + KEYS <= extent.all_hi;
 #pragma unroll
-      for (int q = 0; q < LANE_QUERIES; ++q) score[q][0] *= scale0, score[q][1] *= scale1;
+      for (int q = from; q < to; ++q) score[q][0] *= scale0, score[q][1] *= scale1;
       if constexpr (MODE == Mode::Collect) {
         if (!inside) {
 #pragma unroll
-          for (int q = 0; q < LANE_QUERIES; ++q) {
+          for (int q = from; q < to; ++q) {
             const int2 w = s.window[group][q * 4 + lane_query];
 #pragma unroll
             for (int half = 0; half < 2; ++half)
@@ -262,7 +280,7 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
           }
         }
 #pragma unroll
-        for (int q = 0; q < LANE_QUERIES; ++q)
+        for (int q = from; q < to; ++q)
 #pragma unroll
           for (int half = 0; half < 2; ++half)
             asm volatile(
@@ -277,15 +295,9 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
                 : "+r"(offset[q])
                 : "f"(score[q][half]), "f"(threshold[q]), "r"(key + half * 8), "l"(task.entries)
                 : "memory");
-        if (tick % CHECK == CHECK - 1) {
-#pragma unroll
-          for (int q = 0; q < LANE_QUERIES; ++q)
-            if (offset[q] - offset0 - q * query_stride > uint32_t(task.capacity - 2 * CHECK))
-              threshold[q] = INFINITY, overflow |= 1u << q;
-        }
       } else {
 #pragma unroll
-        for (int q = 0; q < LANE_QUERIES; ++q) {
+        for (int q = from; q < to; ++q) {
           const int2 w = s.window[group][q * 4 + lane_query];
           float* out = task.logits + int64_t(first + q * 4 + lane_query) * task.ld - (task.from_start ? w.x : 0);
 #pragma unroll
@@ -295,79 +307,92 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
       }
     };
 
+    // Ends collecting where a buffer might not hold what the next CHECK tiles bring.
+    const auto guard = [&] {
+      if constexpr (MODE == Mode::Collect) {
+#pragma unroll
+        for (int q = 0; q < LANE_QUERIES; ++q) threshold[q] = offset[q] > limit[q] ? INFINITY : threshold[q];
+      }
+    };
+
     const int tiles = item.begin < item.end ? (item.end - item.begin + task.splits - 1) / task.splits : 0;
     const auto key_of = [&](int step) {
       return (item.begin + step / SUBTILES * task.splits) * TILE + step % SUBTILES * KEYS;
     };
-    const auto release = [&](Ring& r) {
+    const auto release = [&] {
       __syncwarp();
-      if (lane == 0) sm90::barrier_arrive(&s.empty[r.stage]);
-      r.advance();
+      if (lane == 0) sm90::barrier_arrive(places.empty(ring.stage));
+      ring.advance();
     };
-    const int steps = tiles * SUBTILES;
-
-    if constexpr (!MISA_DOUBLE) {
-      float d[64];
-      for (int step = 0; step < steps; ++step) {
+    const auto inside = [&](int key0) { return key0 >= extent.all_lo && key0 + KEYS <= extent.all_hi; };
+    if constexpr (MISA_SPLIT) {
+      // The second half of the columns multiplies while the first is folded.
+      float d0[32], d1[32];
+      for (int step = 0; step < tiles * SUBTILES; ++step) {
         const int sub = step % SUBTILES, key0 = key_of(step);
-        if (sub == 0) sm90::barrier_wait(&s.full[ring.stage], ring.parity);
-        const bool busy = overlaps(key0);
+        if (sub == 0) sm90::barrier_wait(places.full(ring.stage), ring.parity);
+        multiply(d0, ring.stage, sub, 0);
+        multiply(d1, ring.stage, sub, COLUMNS / 2);
+        const int at = sub * KEYS + warp * 16 + lane_row;
+        const float scale0 = s.scale[ring.stage][at], scale1 = s.scale[ring.stage][at + 8];
+        float score[LANE_QUERIES][2] = {};
+        sm90::mma_wait<1>();
+        sm90::pin(d0);
+        fold(d0, score, 0);
+        emit(score, scale0, scale1, key0, inside(key0), 0, LANE_QUERIES / 2);
+        sm90::mma_wait<0>();
+        sm90::pin(d1);
+        if (sub == SUBTILES - 1) release();
+        fold(d1, score, COLUMNS / 2);
+        emit(score, scale0, scale1, key0, inside(key0), LANE_QUERIES / 2, LANE_QUERIES);
+        if (step % CHECK == CHECK - 1) guard();
+      }
+    } else if constexpr (!MISA_DOUBLE) {
+      float d[64];
+      for (int step = 0; step < tiles * SUBTILES; ++step) {
+        const int sub = step % SUBTILES, key0 = key_of(step);
+        if (sub == 0) sm90::barrier_wait(places.full(ring.stage), ring.parity);
+        const bool busy = key0 < extent.hi && key0 + KEYS > extent.lo;
         const int at = sub * KEYS + warp * 16 + lane_row;
         const float scale0 = s.scale[ring.stage][at], scale1 = s.scale[ring.stage][at + 8];
         float score[LANE_QUERIES][2] = {};
         if (busy) {
 #pragma unroll
           for (int pass = 0; pass < PASSES; ++pass) {
-            multiply(d, ring.stage, sub, pass);
-            sm90::mma_commit();
+            multiply(d, ring.stage, sub, pass * COLUMNS);
             sm90::mma_wait<0>();
             sm90::pin(d);
-            if (pass + 1 < PASSES) fold(d, score, pass);
+            if (pass + 1 < PASSES) fold(d, score, pass * COLUMNS);
           }
         }
-        if (sub == SUBTILES - 1) release(ring);
+        if (sub == SUBTILES - 1) release();
         if (busy) {
-          fold(d, score, PASSES - 1);
-          emit(score, scale0, scale1, key0, step);
+          fold(d, score, (PASSES - 1) * COLUMNS);
+          emit(score, scale0, scale1, key0, inside(key0));
+          if (step % CHECK == CHECK - 1) guard();
         }
       }
     } else {
+      // The second half tile multiplies while the first is folded.
       float d0[64], d1[64];
-      Ring ahead = ring;
-      const auto start = [&](float (&d)[64], int step) {
-        if (step % SUBTILES == 0) sm90::barrier_wait(&s.full[ahead.stage], ahead.parity);
-        if (overlaps(key_of(step))) multiply(d, ahead.stage, step % SUBTILES, 0);
-        sm90::mma_commit();
-        if (step % SUBTILES == SUBTILES - 1) ahead.advance();
-      };
-      const auto finish = [&](float (&d)[64], int step) {
-        const int sub = step % SUBTILES, at = sub * KEYS + warp * 16 + lane_row;
-        sm90::pin(d);
-        const float scale0 = s.scale[ring.stage][at], scale1 = s.scale[ring.stage][at + 8];
-        if (sub == SUBTILES - 1) release(ring);
-        if (!overlaps(key_of(step))) return;
-        float score[LANE_QUERIES][2] = {};
-        fold(d, score, 0);
-        emit(score, scale0, scale1, key_of(step), step);
-      };
-      // `start(d1)` runs while d0 is folded, and the other way round.
-      if (steps > 0) start(d0, 0);
-      for (int step = 0; step < steps; step += 2) {
-        if (step + 1 < steps) {
-          start(d1, step + 1);
-          sm90::mma_wait<1>();
-        } else {
-          sm90::mma_wait<0>();
-        }
-        finish(d0, step);
-        if (step + 1 >= steps) break;
-        if (step + 2 < steps) {
-          start(d0, step + 2);
-          sm90::mma_wait<1>();
-        } else {
-          sm90::mma_wait<0>();
-        }
-        finish(d1, step + 1);
+      for (int tile = 0; tile < tiles; ++tile) {
+        const int key0 = key_of(tile * 2);
+        sm90::barrier_wait(places.full(ring.stage), ring.parity);
+        multiply(d0, ring.stage, 0, 0);
+        multiply(d1, ring.stage, 1, 0);
+        const float* scale = s.scale[ring.stage] + warp * 16 + lane_row;
+        const float scale0 = scale[0], scale1 = scale[8], scale2 = scale[KEYS], scale3 = scale[KEYS + 8];
+        float score[LANE_QUERIES][2] = {}, score1[LANE_QUERIES][2] = {};
+        sm90::mma_wait<1>();
+        sm90::pin(d0);
+        fold(d0, score, 0);
+        emit(score, scale0, scale1, key0, inside(key0));
+        sm90::mma_wait<0>();
+        sm90::pin(d1);
+        release();
+        fold(d1, score1, 0);
+        emit(score1, scale2, scale3, key0 + KEYS, inside(key0 + KEYS));
+        guard();
       }
     }
 
@@ -377,7 +402,7 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
         const uint32_t query = first + q * 4 + lane_query;
         if (query < task.rows)
           task.counts[(int64_t(query) * task.splits + item.split) * SUBS + warp * 8 + lane_row] =
-              overflow >> q & 1 ? -1 : int(offset[q] - offset0 - q * query_stride);
+              offset[q] > limit[q] ? -1 : int(offset[q] - offset0 - q * query_stride);
       }
     }
   }
@@ -416,19 +441,27 @@ struct Output {
 constexpr int CUT_THREADS = 256, SELECT_THREADS = 512;
 
 // Threshold of each row from its sampled scores; the first block also empties the list of failed rows.
-__global__ void __launch_bounds__(CUT_THREADS) threshold_kernel(const __grid_constant__ Task task, int rank, int k, float* threshold, int32_t* failed) {
-  __shared__ Select<CUT_THREADS>::Smem smem;
+__global__ void __launch_bounds__(CUT_THREADS)
+    threshold_kernel(const __grid_constant__ Task task, int rank, int k, float* threshold, int32_t* failed) {
+  using Block = Select<CUT_THREADS>;
+  extern __shared__ __align__(16) uint32_t staged[];
+  __shared__ Block::Smem smem;
   const int i = blockIdx.x, t = task.row(i);
   if (failed && i == 0 && threadIdx.x == 0) *failed = 0;
   const int2 w = task.window(i);
-  const int length = min(task.ends[t], task.keys) - max(task.starts[t], 0);
+  const int length = min(task.ends[t], task.keys) - max(task.starts[t], 0), n = w.y - w.x;
   float value = -INFINITY;
   if (length <= k) {
     value = INFINITY;  // every visible token is taken: nothing to collect
-  } else if (w.y - w.x > rank) {
+  } else if (n > rank) {
     const float* logits = task.logits + i * task.ld;
-    const auto key = [&](int j) { return rank_key(__ldcg(logits + j)); };
-    value = rank_value(Select<CUT_THREADS>::cut(smem, key, w.y - w.x, rank, rank / 32).key);
+    uint32_t least = ~0u, most = 0;
+    Block::each([&](int j) { return rank_key(__ldcg(logits + j)); }, n, [&](uint32_t key, int j) {
+      staged[j] = key;
+      least = min(least, key), most = max(most, key);
+    });
+    const auto all = Block::range(smem, least, most, rank, n);
+    value = rank_value(Block::narrow(smem, all, [&](int j) { return staged[j]; }, n, 0, max(1, rank / 32)).lo);
   }
   if (threadIdx.x == 0) threshold[i] = value;
 }
@@ -461,17 +494,26 @@ __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const __grid_con
     if (threadIdx.x == 0) failed[1 + atomicAdd(failed, 1)] = t;
     return;
   }
-  for (int buffer = threadIdx.x / 32; buffer < buffers; buffer += SELECT_THREADS / 32) {
-    const uint2* from = task.entries + (int64_t(i) * buffers + buffer) * task.capacity;
+  // Half a warp a buffer, two entries (16 bytes) a lane.
+  uint32_t least = ~0u, most = 0;
+  for (int buffer = threadIdx.x / 16; buffer < buffers; buffer += SELECT_THREADS / 16) {
+    const uint4* from = reinterpret_cast<const uint4*>(task.entries + (int64_t(i) * buffers + buffer) * task.capacity);
     const int at = begin[buffer], n = begin[buffer + 1] - at;
-    for (int j = threadIdx.x % 32; j < n; j += 32) {
-      const uint2 entry = __ldcg(from + j);
-      keys[at + j] = rank_key(__uint_as_float(entry.x));
-      index[at + j] = entry.y;
+#pragma unroll 4
+    for (int j = threadIdx.x % 16 * 2; j < n; j += 32) {
+      const uint4 two = __ldcg(from + j / 2);
+      const uint32_t key0 = rank_key(__uint_as_float(two.x));
+      keys[at + j] = key0, index[at + j] = two.y;
+      least = min(least, key0), most = max(most, key0);
+      if (j + 1 < n) {
+        const uint32_t key1 = rank_key(__uint_as_float(two.z));
+        keys[at + j + 1] = key1, index[at + j + 1] = two.w;
+        least = min(least, key1), most = max(most, key1);
+      }
     }
   }
-  __syncthreads();
-  Block::top(smem, [&](int j) { return keys[j]; }, [&](int j) { return index[j]; }, total, k,
+  const auto all = Block::range(smem, least, most, k, total);
+  Block::top(smem, all, [&](int j) { return keys[j]; }, [&](int j) { return index[j]; }, total,
              [&](int place, int j) { out[place] = output.place(t, index[j] - start); });
 }
 
@@ -522,7 +564,11 @@ __global__ void __launch_bounds__(THREADS, 1)
         const int2 w = task.window(i);
         const float* logits = task.logits + i * task.ld;
         int32_t* out = output.out + int64_t(t) * output.k;
-        Block::top(smem, [&](int j) { return rank_key(__ldcg(logits + j)); }, [](int j) { return j; }, w.y - w.x, output.k,
+        const auto key = [&](int j) { return rank_key(__ldcg(logits + j)); };
+        uint32_t least = ~0u, most = 0;
+        Block::each(key, w.y - w.x, [&](uint32_t k, int) { least = min(least, k), most = max(most, k); });
+        const auto all = Block::range(smem, least, most, output.k, w.y - w.x);
+        Block::top(smem, all, key, [](int j) { return j; }, w.y - w.x,
                    [&](int place, int j) { out[place] = output.place(t, j); });
       }
       meet(meeting, round);
@@ -613,7 +659,9 @@ void thresholds(tvm::ffi::Array<int64_t> inputs, int64_t first, int64_t rows, in
   Task task = call_of(inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], inputs[5], inputs[6], inputs[7], inputs[8]).task;
   task.first = int(first), task.rows = int(rows), task.stride = int(stride), task.phase = int(phase);
   task.logits = pointer<float>(sampled), task.ld = ld;
-  threshold_kernel<<<rows, CUT_THREADS, 0, pointer<CUstream_st>(stream)>>>(task, int(rank), int(k), pointer<float>(out), pointer<int32_t>(failed));
+  const int bytes = int(ld) * 4;  // a row of samples
+  allow_shared(threshold_kernel, bytes);
+  threshold_kernel<<<rows, CUT_THREADS, bytes, pointer<CUstream_st>(stream)>>>(task, int(rank), int(k), pointer<float>(out), pointer<int32_t>(failed));
   check(cudaGetLastError(), "threshold_kernel");
 }
 

@@ -2,7 +2,7 @@
 
 `topk_ragged` never writes the score matrix. In passes over a bounded number of rows:
 
-1. `sample` scores every 32nd key; 2. `threshold` takes a low quantile of that sample per row; 3. `collect` scores all
+1. `sample` scores every n-th key; 2. `threshold` takes a low quantile of that sample per row; 3. `collect` scores all
 keys and appends what is above the threshold to buffers owned by single threads; 4. `select` takes the exact top k of
 the appended. Rows that collected fewer than k or overflowed a buffer are listed on the device and, at the end,
 5. `redo` scores them into memory and selects there. So the result is the top k by (score, then smaller position)
@@ -10,7 +10,7 @@ whatever the threshold was; a NaN ranks below every number.
 
 Statistics (`plan`): the r-th largest of a 1/n sample leaves about n·Gamma(r) keys above it. r solves r - z√r = k/n with
 z = 4.5, so a row comes out short with probability 3e-6; buffers hold z standard deviations more than the expected hits.
-An order of keys that defeats the sample (periodic in 32 keys) costs time in `redo`, not exactness.
+An order of keys that defeats the sample (periodic in n keys) costs time in `redo`, not exactness.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ HEAD_DIM = 128
 ROUTED_HEADS = (4, 8, 16, 32, 64)  # h that the kernel is built for; 64 serves full-head modes
 SCRATCH_BYTES = 256 << 20
 
-STRIDE = 32  # one key in so many is sampled
+SAMPLE = 4096  # keys sampled at least, where one in 32 makes so many
+STRIDES = (8, 32)  # one key in so many is sampled, by length
+SAMPLED_AT_MOST = 49152  # scores that `threshold` holds
 SIGMAS = 4.5  # z: standard deviations of room on either side of an expected count
 SUBS = 32  # private buffers of a row in each split
 CHECK_ROOM = 8  # entries that a buffer keeps free between two looks at its end
@@ -39,12 +41,13 @@ SOURCES = ("score_ragged.cu", "select.cuh", "sm90.cuh")
 
 @dataclass(frozen=True)
 class Variant:
-    """How the scorer is built: consumer warpgroups, keys of a ring stage, ring stages, two accumulators a warpgroup."""
+    """How the scorer is built: consumer warpgroups, keys of a ring stage, ring stages, two accumulators a warpgroup, two products a tile."""
 
     groups: int = 3
     tile: int = 64
     stages: int = 8
     double: bool = False
+    split: bool = False
 
     def rows(self, heads: int) -> int:
         """Query rows of one thread block."""
@@ -57,6 +60,7 @@ class Plan:
 
     rows: int
     splits: int
+    stride: int  # one key in so many is sampled
     rank: int  # of the threshold in the sample
     capacity: int  # entries of a private buffer
     room: int  # entries of a row that `select` can hold
@@ -84,13 +88,17 @@ def plan(rows: int, keys: int, k: int, block_rows: int, multiprocessors: int, bu
     Scratch of a pass = rows · max(splits · 32 · capacity · 8, 4 · keys / 32) + rows · (4 + splits · 128) bytes.
     Raises ValueError when one block of rows does not fit.
     """
-    root = (SIGMAS + math.sqrt(SIGMAS**2 + 4 * k / STRIDE)) / 2
+    least, most = STRIDES
+    stride = min(max(1 << round(math.log2(max(keys, 1) / SAMPLE)) if keys > SAMPLE else least, least), most)
+    stride = max(stride, math.ceil(keys / SAMPLED_AT_MOST))
+    root = (SIGMAS + math.sqrt(SIGMAS**2 + 4 * k / stride)) / 2
     rank = math.ceil(root**2)
-    hits = (rank + SIGMAS * math.sqrt(rank)) * STRIDE  # hardly ever more
-    sampled = _aligned(keys / STRIDE, 4)
+    hits = (rank + SIGMAS * math.sqrt(rank)) * stride  # hardly ever more
+    sampled = _aligned(keys / stride, 4)
     room = _aligned(hits)
-    # A pass costs launches and a tail beside its scan; in units of one scan of all keys by one block.
-    overhead = 0.01 * 131072 / max(keys, 1)
+    # Beside its scan a pass costs launches and a tail, and every split costs the samplers and `select` a share;
+    # in units of one scan of 128K keys by one block, as measured on an H100.
+    pass_cost, split_cost = (cost * 131072 / max(keys, 1) for cost in (0.02, 0.026 * rows / 8192))
 
     best: tuple[float, Plan] | None = None
     blocks = math.ceil(rows / block_rows)
@@ -100,7 +108,7 @@ def plan(rows: int, keys: int, k: int, block_rows: int, multiprocessors: int, bu
         row_bytes = max(splits * SUBS * capacity * 8, 4 * sampled)
         for pass_blocks in range(1, blocks + 1):
             pass_rows = pass_blocks * block_rows
-            candidate = Plan(pass_rows, splits, rank, capacity, room, sampled, 0)
+            candidate = Plan(pass_rows, splits, stride, rank, capacity, room, sampled, 0)
             total = candidate.bulk_offset + pass_rows * row_bytes
             if total > budget:
                 break
@@ -108,9 +116,9 @@ def plan(rows: int, keys: int, k: int, block_rows: int, multiprocessors: int, bu
             waves = full * math.ceil(pass_blocks * splits / multiprocessors) + math.ceil(
                 rest * splits / multiprocessors
             )
-            cost = waves / splits + overhead * (full + (rest > 0))
+            cost = waves / splits + pass_cost * (full + (rest > 0)) + split_cost * splits
             if best is None or cost < best[0] - 1e-9:
-                best = cost, Plan(pass_rows, splits, rank, capacity, room, sampled, total)
+                best = cost, Plan(pass_rows, splits, stride, rank, capacity, room, sampled, total)
     if best is None:
         need = block_rows * max(SUBS * _aligned(hits / SUBS, 4) * 8, 4 * sampled)
         raise ValueError(
@@ -134,6 +142,7 @@ def module(heads: int, variant: Variant = Variant()) -> Any:
         "TILE": variant.tile,
         "STAGES": variant.stages,
         "DOUBLE": int(variant.double),
+        "SPLIT": int(variant.split),
     }
     name = "_".join(["misa_score_ragged", digest, *(f"{key.lower()}{value}" for key, value in defines.items())])
     key, before = "TVM_FFI_CUDA_ARCH_LIST", os.environ.get("TVM_FFI_CUDA_ARCH_LIST")
@@ -290,14 +299,14 @@ class Ragged:
         stream = torch.cuda.current_stream(problem.device).cuda_stream
         thresholds = self.failed + self.lists
         counts, bulk = thresholds + p.counts_offset, thresholds + p.bulk_offset
-        phase = STRIDE // 2
+        stride, phase = p.stride, p.stride // 2
         for first in range(0, problem.rows, p.rows):
             rows = min(p.rows, problem.rows - first)
             start = self.failed if first == 0 else 0
             yield (
                 "sample",
                 functools.partial(
-                    kernels.logits, inputs, first, rows, p.splits, STRIDE, phase, bulk, p.sampled, True, stream
+                    kernels.logits, inputs, first, rows, p.splits, stride, phase, bulk, p.sampled, True, stream
                 ),
             )
             yield (
@@ -307,7 +316,7 @@ class Ragged:
                     inputs,
                     first,
                     rows,
-                    STRIDE,
+                    stride,
                     phase,
                     bulk,
                     p.sampled,

@@ -1,4 +1,5 @@
-// Exact selection by THREADS threads (the first of a block) of the largest of n keys by narrowing ranges of their order-preserving integers.
+// Exact selection of the largest of n keys by THREADS threads (the first of a block): one histogram finds the bin that
+// holds the cut, what is above it is chosen at once, and the few elements inside it are ranked against each other.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -20,23 +21,39 @@ __device__ __forceinline__ float rank_value(uint32_t key) {
   return __uint_as_float(under >> 31 ? under & 0x7FFFFFFFu : ~under);
 }
 
-struct Cut {
-  uint32_t key;   // every element above this key is chosen,
-  uint32_t ties;  // and so many of those equal to it
-};
-
 template <int THREADS>
 struct Select {
   static constexpr int BINS = 2048, EACH = (BINS + THREADS - 1) / THREADS, WARPS = THREADS / 32;
+  static constexpr int LIST = 256;  // elements that are ranked against each other
   struct Smem {
     uint32_t bins[BINS];
     uint32_t warps[32];
     uint32_t least, most;
     uint32_t bin, above, inside;
-    uint32_t placed;
+    uint32_t placed, listed;
+    uint32_t keys[LIST], index[LIST];
+    int from[LIST];
+  };
+  // The cut lies in [lo, hi]: every key above hi is chosen, and `need` of the `inside` ones in the range.
+  struct Range {
+    uint32_t lo, hi, need, inside;
   };
 
   static __device__ void sync() { asm volatile("bar.sync 0, %0;" ::"n"(THREADS) : "memory"); }
+
+  // Calls visit(key(i), i) for every i < n, several loads in flight.
+  template <class Key, class Visit>
+  static __device__ __forceinline__ void each(const Key& key, int n, const Visit& visit) {
+    constexpr int BATCH = 8;
+    for (int base = threadIdx.x; base < n; base += THREADS * BATCH) {
+      uint32_t k[BATCH];
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j) k[j] = base + j * THREADS < n ? key(base + j * THREADS) : 0;
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j)
+        if (base + j * THREADS < n) visit(k[j], base + j * THREADS);
+    }
+  }
 
   // Inclusive sum over the threads.
   static __device__ uint32_t scan(Smem& s, uint32_t value) {
@@ -48,36 +65,32 @@ struct Select {
     }
     if (lane == 31) s.warps[warp] = value;
     sync();
-    uint32_t before = lane < warp && lane < WARPS ? s.warps[lane] : 0;
-    before = __reduce_add_sync(~0u, before);
+    const uint32_t before = __reduce_add_sync(~0u, lane < warp && lane < WARPS ? s.warps[lane] : 0);
     sync();
     return before + value;
   }
 
-  // The cut that leaves `rank` (1 ≤ rank ≤ n) of key(0 … n-1) chosen. With slack, {key, 0} where the elements
-  // at or above `key` are between rank and rank + slack, or tie at `key`.
-  template <class Key>
-  static __device__ Cut cut(Smem& s, const Key& key, int n, uint32_t rank, uint32_t slack = 0) {
+  // Least and greatest over the threads' own extremes.
+  static __device__ Range range(Smem& s, uint32_t least, uint32_t most, uint32_t rank, uint32_t n) {
     if (threadIdx.x == 0) s.least = ~0u, s.most = 0;
     sync();
-    uint32_t least = ~0u, most = 0;
-    for (int i = threadIdx.x; i < n; i += THREADS) {
-      const uint32_t k = key(i);
-      least = min(least, k), most = max(most, k);
-    }
     least = __reduce_min_sync(~0u, least), most = __reduce_max_sync(~0u, most);
     if (threadIdx.x % 32 == 0) atomicMin(&s.least, least), atomicMax(&s.most, most);
     sync();
-    uint32_t lo = s.least, hi = s.most;
-    while (true) {  // the rank-th largest element lies in [lo, hi]
-      const uint32_t span = hi - lo;
+    return {s.least, s.most, rank, n};
+  }
+
+  // Narrows a range until it holds at most `few` elements, at most `slack` more than needed, or a single key.
+  template <class Key>
+  static __device__ Range narrow(Smem& s, Range r, const Key& key, int n, uint32_t few, uint32_t slack) {
+    while (r.inside > few && r.inside - r.need > slack && r.lo < r.hi) {
+      const uint32_t span = r.hi - r.lo;
       const int shift = span < BINS ? 0 : 32 - __clz(span) - 11;
       for (int i = threadIdx.x; i < BINS; i += THREADS) s.bins[i] = 0;
       sync();
-      for (int i = threadIdx.x; i < n; i += THREADS) {
-        const uint32_t k = key(i);
-        if (k >= lo && k <= hi) atomicAdd(&s.bins[(k - lo) >> shift], 1u);
-      }
+      each(key, n, [&](uint32_t k, int) {
+        if (k >= r.lo && k <= r.hi) atomicAdd(&s.bins[(k - r.lo) >> shift], 1u);
+      });
       sync();
       // Threads take bins from the top down.
       const int top = BINS - 1 - int(threadIdx.x) * EACH;
@@ -86,10 +99,10 @@ struct Select {
       for (int j = 0; j < EACH; ++j)
         if (top - j >= 0) own += s.bins[top - j];
       uint32_t above = scan(s, own) - own;
-      if (above < rank && above + own >= rank) {
+      if (above < r.need && above + own >= r.need) {
         for (int j = 0; j < EACH && top - j >= 0; ++j) {
           const uint32_t inside = s.bins[top - j];
-          if (above + inside >= rank) {
+          if (above + inside >= r.need) {
             s.bin = top - j, s.above = above, s.inside = inside;
             break;
           }
@@ -97,38 +110,42 @@ struct Select {
         }
       }
       sync();
-      rank -= s.above;
-      lo += s.bin << shift;
-      hi = min(hi, lo + ((1u << shift) - 1));
-      const uint32_t inside = s.inside;
+      r.need -= s.above, r.inside = s.inside;
+      r.lo += s.bin << shift;
+      r.hi = min(r.hi, r.lo + ((1u << shift) - 1));
       sync();
-      if (slack && inside <= rank + slack) return {lo, 0};
-      if (shift == 0) return slack ? Cut{lo, 0} : Cut{lo, rank};
-      if (!slack && inside == rank && lo > 0) return {lo - 1, 0};
     }
+    return r;
   }
 
-  // Calls emit(place, i) once for each of the k largest of n ≥ k elements, places 0 … k-1 in any order; among equal keys the
-  // smallest index(i) wins, so the chosen set depends on nothing but keys and indices.
+  // Calls emit(place, i) once for each of the `first.need` largest of n elements, places 0 … in any order; among equal keys
+  // the smallest index(i) wins, so the chosen set depends on nothing but keys and indices. `first` covers all elements.
   template <class Key, class Index, class Emit>
-  static __device__ void top(Smem& s, const Key& key, const Index& index, int n, int k, const Emit& emit) {
-    const Cut best = cut(s, key, n, k);
-    Cut first{0, 0};
-    if (best.ties) first = cut(s, [&](int i) { return key(i) == best.key ? ~uint32_t(index(i)) : 0u; }, n, best.ties);
-    if (threadIdx.x == 0) s.placed = 0;
-    sync();
+  static __device__ void top(Smem& s, Range first, const Key& key, const Index& index, int n, const Emit& emit) {
     const int lane = threadIdx.x % 32;
+    const Range r = narrow(s, first, key, n, LIST, 0);
+    const bool all = r.inside == r.need;  // nothing inside to choose from
+    const bool rank = !all && r.inside <= LIST;
+    uint32_t last = 0;  // more ties than the list holds: the smallest indices, by their complements
+    if (!all && !rank) {
+      const auto order = [&](int i) { return key(i) == r.lo ? ~uint32_t(index(i)) : 0u; };
+      uint32_t least = ~0u, most = 0;
+      each(order, n, [&](uint32_t o, int) { least = min(least, o), most = max(most, o); });
+      last = narrow(s, range(s, least, most, r.need, n), order, n, 0, 0).lo;
+    }
+    if (threadIdx.x == 0) s.placed = 0, s.listed = 0;
+    sync();
     for (int base = threadIdx.x - lane; base < n; base += THREADS) {
       const int i = base + lane;
-      bool chosen = false;
-      if (i < n) {
-        const uint32_t own = key(i);
-        chosen = own > best.key;
-        if (best.ties && own == best.key) {
-          const uint32_t order = ~uint32_t(index(i));
-          chosen = order > first.key || (order == first.key && first.ties);
-        }
+      const uint32_t k = i < n ? key(i) : 0;
+      const bool within = i < n && k >= r.lo && k <= r.hi;
+      bool chosen = i < n && k > r.hi;
+      if (within && all) chosen = true;
+      if (within && rank) {
+        const uint32_t at = atomicAdd(&s.listed, 1u);
+        s.keys[at] = k, s.index[at] = index(i), s.from[at] = i;
       }
+      if (within && !all && !rank) chosen = ~uint32_t(index(i)) >= last;
       const uint32_t votes = __ballot_sync(~0u, chosen);
       uint32_t place = 0;
       if (lane == 0 && votes) place = atomicAdd(&s.placed, uint32_t(__popc(votes)));
@@ -136,6 +153,15 @@ struct Select {
       if (chosen) emit(int(place), i);
     }
     sync();
+    if (rank) {
+      for (int a = threadIdx.x; a < r.inside; a += THREADS) {
+        const uint32_t k = s.keys[a], i = s.index[a];
+        uint32_t before = 0;
+        for (int b = 0; b < r.inside; ++b) before += s.keys[b] > k || (s.keys[b] == k && s.index[b] < i);
+        if (before < r.need) emit(int(s.placed + before), s.from[a]);
+      }
+      sync();
+    }
   }
 };
 

@@ -53,7 +53,7 @@ def get_topk_ragged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) 
     buffer, stats, layer = _pool(layer_id)
     spans = indexer.spans(metadata.get_dsa_extend_len_cpu(), metadata.get_indexer_seq_len_cpu().tolist())
     if config.prefill.active or config.decode.active:
-        stats.heal(layer, buffer, page_table, metadata.get_indexer_seq_len())
+        stats.heal(layer, buffer, page_table, metadata.get_indexer_seq_len().int())
     longest = max(span.length for span in spans)
     reason = (
         "policy-is-dsa"
@@ -96,13 +96,15 @@ class _Extend:
             k_scale=k_scale.view(torch.float32).squeeze(-1),
             row_lens=self.metadata.get_seqlens_expanded(),
             page_table=page_table,
-            seq_lens=self.metadata.get_indexer_seq_len(),
+            seq_lens=self.metadata.get_indexer_seq_len().int(),
         )
 
     def select(self, policy: SelectionPolicy, spans: list[indexer.Span]) -> Tensor:
         for span in spans:
             gate = span.gate(policy.min_len)
             self._dense(span.first_row, gate)
+            if gate == span.last_row:
+                continue
             if self.stats.kernels:
                 indexer.ragged_topk(
                     policy, self.call, span, gate, span.last_row, self.stats, self.layer, self.space, self.result
@@ -220,7 +222,7 @@ def forward_k_only(original: Callable[..., Tensor | None], *args: Any, **kwargs:
     if plugin.runtime().config.decode.active:
         batch = call["forward_batch"]
         buffer, stats, layer = _pool(call["layer_id"])
-        stats.update_written(layer, buffer, batch.out_cache_loc[: call.get("num_tokens")])
+        stats.update_written(layer, buffer, batch.out_cache_loc[: call.get("num_tokens")].long())
     recorder.ran("prefill", "dsa")
     recorder.declined("prefill", "all-tokens-visible")
     return result

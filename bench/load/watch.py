@@ -58,7 +58,7 @@ class GpuWatch:
         self._stop = threading.Event()
         if local:
             try:
-                import pynvml  # type: ignore[import-not-found,unused-ignore]
+                import pynvml
 
                 pynvml.nvmlInit()
                 self._nvml = pynvml

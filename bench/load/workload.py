@@ -139,7 +139,7 @@ class Builder:
         for place, fact in sorted(zip(at, facts, strict=True), key=lambda pair: pair[0]):
             pieces += [text[last:place], fact]
             last = place
-        return np.concatenate([*pieces, text[last:], question]).astype(np.int32)
+        return np.asarray(np.concatenate([*pieces, text[last:], question]), dtype=np.int32)
 
 
 def found(needle: Needle, text: str) -> bool:

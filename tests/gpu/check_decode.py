@@ -32,9 +32,10 @@ from sglang_misa.kernels.score_paged import (
     ScoreTuning,
     decode_topk,
     keep_tuning,
+    score_kept,
     score_tuning,
-    topk_kept,
 )
+from sglang_misa.kernels.topk_paged import topk_paged
 
 PAGE, DIM, PAGE_BYTES = 64, 128, 8448
 TABLE_WIDTH = 2188  # pages of a 140,000-token context: the table is that wide however short the rows are
@@ -47,27 +48,22 @@ SCORE_TOLERANCE = 2e-3  # of the largest score: the tensor cores add fp8 product
 KIB = 1024
 
 KEEP_CUTS = [
-    KeepTuning(tile=16, warps=4, stages=3),
-    KeepTuning(tile=32, warps=4, stages=3),
-    KeepTuning(tile=32, warps=8, stages=3),
-    KeepTuning(tile=64, warps=4, stages=2),
-    KeepTuning(tile=64, warps=4, stages=3),
-    KeepTuning(tile=64, warps=8, stages=3),
-    KeepTuning(tile=128, warps=8, stages=3),
+    KeepTuning(pages=32, warps=4),
+    KeepTuning(pages=64, warps=4),
+    KeepTuning(pages=64, warps=8),
+    KeepTuning(pages=128, warps=4),
+    KeepTuning(pages=128, warps=8),
+    KeepTuning(pages=256, warps=8),
 ]
 SCORE_CUTS = [
-    ScoreTuning(pages=1, tiles=1, warps=4, split=True, topk_warps=16),
-    ScoreTuning(pages=2, tiles=1, warps=4, split=True, topk_warps=16),
-    ScoreTuning(pages=2, tiles=1, warps=8, split=True, topk_warps=8),
-    ScoreTuning(pages=2, tiles=1, warps=8, split=True, topk_warps=16),
-    ScoreTuning(pages=2, tiles=1, warps=8, split=True, topk_warps=32),
-    ScoreTuning(pages=1, tiles=4, warps=4, stages=3, split=True, topk_warps=16),
-    ScoreTuning(pages=1, tiles=8, warps=4, stages=4, split=True, topk_warps=16),
-    ScoreTuning(pages=2, tiles=4, warps=8, stages=3, split=True, topk_warps=16),
-    ScoreTuning(pages=1, tiles=1, warps=8, split=False),
-    ScoreTuning(pages=2, tiles=1, warps=8, split=False),
-    ScoreTuning(pages=2, tiles=4, warps=8, split=False),
-    ScoreTuning(pages=2, tiles=1, warps=16, split=False),
+    ScoreTuning(pages=1, tiles=1, warps=4),
+    ScoreTuning(pages=2, tiles=1, warps=4),
+    ScoreTuning(pages=2, tiles=1, warps=8),
+    ScoreTuning(pages=4, tiles=1, warps=8),
+    ScoreTuning(pages=1, tiles=2, warps=4, stages=2),
+    ScoreTuning(pages=1, tiles=4, warps=4, stages=3),
+    ScoreTuning(pages=2, tiles=2, warps=8, stages=2),
+    ScoreTuning(pages=2, tiles=4, warps=8, stages=3),
 ]
 
 
@@ -160,12 +156,17 @@ class Call:
             block_size=BLOCK_SIZE, out=self.scratch.kept, tuning=tuning or keep_tuning(i.rows),
         )  # fmt: skip
 
-    def topk(self, tuning: ScoreTuning | None = None) -> None:
+    def score(self, tuning: ScoreTuning | None = None) -> None:
         i = self.inputs
-        topk_kept(
-            i.index_q, i.head_gates, i.pool, block_size=BLOCK_SIZE, scratch=self.scratch, out=self.out,
+        score_kept(
+            i.index_q, i.head_gates, i.pool, i.seq_lens, block_size=BLOCK_SIZE, topk=TOPK, scratch=self.scratch,
             tuning=tuning or score_tuning(i.rows),
         )  # fmt: skip
+
+    def topk(self) -> None:
+        topk_paged(
+            self.scratch.logits, self.scratch.kept, block_size=BLOCK_SIZE, out=self.out, positions=self.positions
+        )
 
     def whole(self, keep: KeepTuning | None = None, score: ScoreTuning | None = None) -> None:
         i = self.inputs
@@ -269,6 +270,47 @@ def check_all(pool: Pool) -> None:
                 call.out.fill_(-7)
                 call.whole()
                 expect(torch.equal(call.out, first), f"H={heads} R={rows} L={top}: differs between repeats")
+
+
+def check_topk() -> None:
+    """The selection alone, against a stable sort: hostile scores, exactly the same positions."""
+    rows, room = 12, (BLOCKS + 1) * BLOCK_SIZE
+    torch.manual_seed(0)
+    cases = {
+        "normal": torch.randn(rows, room),
+        "equal": torch.full((rows, room), -0.25),
+        "few values": torch.randint(-2, 2, (rows, room)).float(),
+        "mostly zero": torch.randn(rows, room).relu() * (torch.rand(rows, room) < 0.1),
+        "cluster": 1000 + torch.randint(0, 3000, (rows, room)).float() * 2**-14,
+        "outlier": torch.randn(rows, room).index_fill_(1, torch.tensor([5]), 1e30),
+        "whole range": torch.randint(-(2**31), 2**31 - 1, (rows, room)).int().view(torch.float32),
+        "tiny": torch.randint(0, 5000, (rows, room)).int().view(torch.float32),
+        "infinite": torch.randn(rows, room).index_fill_(1, torch.arange(7), torch.inf),
+        "broken": torch.where(torch.rand(rows, room) < 0.9, torch.nan, torch.randn(rows, room)),
+        "nan": torch.full((rows, room), torch.nan),
+    }
+    lens = [0, 1, 63, 2047, 2048, 2049, 4095, 4097, 8191, 8192, room - 1, room][:rows]
+    kept = Call.of(Pool.random(64, "cuda").inputs([1] * rows, 64, 0)).scratch.kept
+    kept.pages.copy_(torch.randperm(1 << 20)[: kept.pages.numel()].view_as(kept.pages))
+    kept.blocks.copy_(torch.arange(BLOCKS + 1).expand_as(kept.blocks) * 3)
+    kept.lens.copy_(torch.tensor(lens))
+    for name, scores in cases.items():
+        clean = scores.nan_to_num(
+            nan=torch.finfo(torch.float32).min, posinf=torch.inf, neginf=torch.finfo(torch.float32).min
+        )
+        logits = scores.cuda()
+        for row, length in enumerate(lens):
+            logits[row, length:] = torch.nan
+        out = torch.full((rows, TOPK), -7, dtype=torch.int32, device="cuda")
+        positions = out.clone()
+        topk_paged(logits, kept, block_size=BLOCK_SIZE, out=out, positions=positions)
+        for row, length in enumerate(lens):
+            token = clean[row, :length].sort(descending=True, stable=True).indices[:TOPK].sort().values
+            wanted = torch.full((TOPK,), -1)
+            wanted[: len(token)] = token // BLOCK_SIZE * 3 * BLOCK_SIZE + token % BLOCK_SIZE
+            expect(torch.equal(positions[row].long().cpu(), wanted), f"top k of {name}, {length} tokens: positions")
+            wanted[: len(token)] = kept.pages[row].cpu()[token // PAGE].long() * PAGE + token % PAGE
+            expect(torch.equal(out[row].long().cpu(), wanted), f"top k of {name}, {length} tokens: slots")
 
 
 def check_graph(pool: Pool) -> None:
@@ -387,13 +429,13 @@ def sweep(pool: Pool) -> list[dict[str, Any]]:
         for call in calls:
             call.whole()
         expected = calls[0].out.clone()
-        for stage, cuts in (("keep", KEEP_CUTS), ("topk", SCORE_CUTS)):
+        for stage, cuts in (("keep", KEEP_CUTS), ("score", SCORE_CUTS)):
             for cut in cuts:
                 try:
                     us = replay_us(
                         [lambda call=call, cut=cut, stage=stage: getattr(call, stage)(cut) for call in calls]
                     )
-                    calls[0].whole(**{"keep" if stage == "keep" else "score": cut})
+                    calls[0].whole(**{stage: cut})
                     same = float(torch.isin(calls[0].out, expected).float().mean())
                 except Exception as error:  # a cut may not fit the chip: the others still count
                     print(f"  {stage} {label(cut)}: {type(error).__name__}: {str(error)[:120]}", flush=True)
@@ -410,19 +452,18 @@ def sweep(pool: Pool) -> list[dict[str, Any]]:
 def table(pool: Pool, stock: Stock | None) -> list[dict[str, Any]]:
     """The default cuts over batch × length × H, beside stock."""
     rows: list[dict[str, Any]] = []
-    print("  H batch    L | keep  topk  whole | stock score  topk   both | ratio  GB/s")
+    print("  H batch    L | keep score  topk  whole | stock score  topk   both | ratio  GB/s")
     for heads in (64, 32):
         for batch in (1, 4, 16, 64):
             for length in (8 * KIB, 32 * KIB, 64 * KIB, 128 * KIB):
                 inputs = [pool.inputs([length - 3 * i] * batch, heads, i) for i in range(sets_for(batch, length))]
                 calls = [Call.of(one) for one in inputs]
                 row: dict[str, Any] = {"heads": heads, "batch": batch, "length": length}
-                row["keep"] = replay_us([call.keep for call in calls])
-                row["whole"] = replay_us([call.whole for call in calls])
-                row["topk"] = row["whole"] - row["keep"]
+                for stage in ("keep", "score", "topk", "whole"):
+                    row[stage] = replay_us([getattr(call, stage) for call in calls])
                 row["gb_s"] = floor_bytes(inputs[0]) / row["whole"] / 1e3
                 line = f"{heads:3d} {batch:5d} {length // KIB:3d}K |"
-                line += f" {row['keep']:5.1f} {row['topk']:5.1f} {row['whole']:6.1f} |"
+                line += f" {row['keep']:5.1f} {row['score']:5.1f} {row['topk']:5.1f} {row['whole']:6.1f} |"
                 if stock is not None:
                     # logits of all sets live at once: as many as fit in 8 GB
                     fit = max(2, min(len(inputs), int(8e9 // (batch * TABLE_WIDTH * PAGE * 4))))
@@ -444,6 +485,7 @@ def main() -> int:
     began = time.time()
     pool = Pool.random(POOL_PAGES, "cuda")
     try:
+        check_topk()
         check_all(pool)
         check_graph(pool)
     except Wrong as error:

@@ -139,7 +139,12 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
     for row_a, row_b in zip(a, b, strict=True):
         wanted = row_a[row_a >= 0]
         shares.append(np.isin(wanted, row_b).mean() if len(wanted) else 1.0)
-    return float(np.mean(shares))
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many leading tokens agree."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
 def main() -> int:
@@ -192,12 +197,17 @@ def main() -> int:
     for arm in options.arms[1:]:
         if options.no_selections or arm not in seen:
             continue
-        for (length, _), ours, stock in zip(prompts, seen[arm], seen[options.arms[0]], strict=False):
-            decode_rows = NEW_TOKENS - 1
+        pairs = zip(record[arm]["requests"], record[options.arms[0]]["requests"], strict=False)
+        alike = [common_prefix(ours["output_ids"], stock["output_ids"]) for ours, stock in pairs]
+        for (length, _), same, ours, stock in zip(prompts, alike, seen[arm], seen[options.arms[0]], strict=False):
+            decode_rows = NEW_TOKENS - 1  # row i reads output i: comparable while the outputs agree
+            first = len(stock) - decode_rows
+            rows_of = {"prefill": slice(0, first), "decode": slice(first, first + min(same, decode_rows))}
             result = {
                 phase: [round(overlap(stock[rows, layer], ours[rows, layer]), 5) for layer in range(LAYERS)]
-                for phase, rows in {"prefill": slice(0, -decode_rows), "decode": slice(-decode_rows, None)}.items()
+                for phase, rows in rows_of.items()
             }
+            result["decode_rows"] = min(same, decode_rows)
             record[arm].setdefault("overlap_with_stock", {})[length] = result
             print(f"{arm:12} {length:7d} prefill {result['prefill']} decode {result['decode']}", flush=True)
             if (

@@ -27,7 +27,8 @@ def test_plan_fits_its_budget_and_holds_a_pass(rows, keys, k, block_rows, budget
     # thresholds, counts, and then entries or sampled scores lie side by side
     entries = p.rows * p.splits * sr.SUBS * p.capacity * 8
     assert p.bulk_offset + max(entries, 4 * p.rows * p.sampled) == p.bytes
-    assert p.sampled * sr.STRIDE >= keys - sr.STRIDE // 2
+    assert p.sampled * p.stride >= keys - p.stride // 2
+    assert p.sampled <= sr.SAMPLED_AT_MOST + 4
     assert p.splits * sr.SUBS <= 512  # `select` reads one count a thread
     assert p.rows * p.splits * sr.SUBS * p.capacity < 2**32  # the scorer's offsets
 
@@ -53,7 +54,7 @@ def test_thresholds_neither_starve_nor_overflow(k):
     p = sr.plan(8192, keys, k, 64, H100)
     for _ in range(50):
         scores = torch.rand(keys, generator=generator)
-        threshold = scores[sr.STRIDE // 2 :: sr.STRIDE].topk(p.rank).values[-1]
+        threshold = scores[p.stride // 2 :: p.stride].topk(p.rank).values[-1]
         hits = (scores >= threshold).nonzero()[:, 0]
         assert k <= len(hits) <= p.room
         # warp and lane row of the key in its 64-key tile; tiles go round the splits
