@@ -2,9 +2,9 @@
 
     python tests/gpu/check_server.py --out DIR [--arms stock all-heads ...] [--lengths 4096 32768 131072]
 
-Starts one server an arm on a seeded random model of DeepSeek-V3.2 shapes (4 layers), sends the same
-prompts with `return_indexer_topk`, and prints the overlap of each arm's sets with stock's: the rows of the last prefill
-chunk and the decode rows that ran in CUDA graphs. Random weights say nothing about recall on a real model.
+Starts one server an arm, all at once, on a seeded random model of DeepSeek-V3.2 shapes (4 layers), sends each the same
+prompts in turn with `return_indexer_topk`, and prints the overlap of each arm's sets with stock's: the rows of the last
+prefill chunk and the decode rows that ran in CUDA graphs. Random weights say nothing about recall on a real model.
 Fails when an arm that must equal stock does not, or when an arm did not run its policy.
 """
 
@@ -47,7 +47,7 @@ ALL_HEADS = {"heads": 64, "min_len": 0}
 EXACT_TOPK = ["--dsa-topk-backend", "torch"]
 EXACT_ENV = {"SGLANG_DSA_FUSE_TOPK": "0"}
 PAPER = {"heads": 8, "min_len": 0}
-AUDIT = {"rows": 8, "every": 8}
+AUDIT = {"rows": 8, "every": 64}  # the first call of a layer, in the warm-up, then seldom
 ARMS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "all-heads": {"prefill": ALL_HEADS, "decode": ALL_HEADS, "backend": "torch"},
@@ -163,39 +163,43 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     prompts = [(n, rng.integers(2, 32000, n).tolist()) for n in options.lengths for _ in range(options.repeats)]
-    record: dict[str, Any] = {}
-    seen: dict[str, list[np.ndarray]] = {}
+    record: dict[str, Any] = {arm: {"requests": []} for arm in options.arms}
+    seen: dict[str, list[np.ndarray]] = {arm: [] for arm in options.arms}
     failures = []
     if not options.no_selections:
         extra += ["--enable-return-indexer-topk"]
-    for arm in options.arms:
-        config = ARMS[arm]
-        if config is not None and options.no_selections:
-            config = {key: value for key, value in config.items() if key != "audit"}
-        server = Server(config, options.out / f"{arm}.log", options.port, extra)
-        try:
-            record[arm] = {"ready_s": round(server.wait(), 1), "requests": []}
-            seen[arm] = []
-            post(server.url + "/generate", {"input_ids": [5] * 3000, "sampling_params": {"max_new_tokens": 4}})
-            for length, ids in prompts:
-                chosen, timing = selections(server, ids, not options.no_selections)
+    servers: dict[str, Server] = {}
+    try:
+        for i, arm in enumerate(options.arms):
+            servers[arm] = Server(ARMS[arm], options.out / f"{arm}.log", options.port + i, extra)
+        for arm, server in servers.items():
+            record[arm]["ready_s"] = round(server.wait(), 1)
+            print(f"{arm} is ready after {record[arm]['ready_s']} s more", flush=True)
+            for length in (3000, 9000):
+                post(server.url + "/generate", {"input_ids": [5] * length, "sampling_params": {"max_new_tokens": 4}})
+        for i, (length, ids) in enumerate(prompts):
+            for arm in options.arms[:: 1 if i % 2 else -1]:  # A B, B A, ...: no arm is always the warmer one
+                chosen, timing = selections(servers[arm], ids, not options.no_selections)
                 seen[arm].append(chosen)
                 record[arm]["requests"].append({"length": length, **timing})
-            again, timing = selections(server, prompts[-1][1], not options.no_selections)
-            record[arm]["again"] = timing
+                print(f"{arm:12} {length:7d} {timing['seconds']:.3f} s", flush=True)
+        for arm, server in servers.items():
+            again, record[arm]["again"] = selections(server, prompts[-1][1], not options.no_selections)
             if not options.no_selections:
                 record[arm]["again_overlap_layer0"] = overlap(seen[arm][-1][-16:, 0], again[-16:, 0])
-            status = get(server.url + "/server_info")["internal_states"][0].get("misa")
-            record[arm]["status"] = status
-            if config is not None and not (status and status["enabled"]):
+            status = record[arm]["status"] = get(server.url + "/server_info")["internal_states"][0].get("misa")
+            print(arm, json.dumps(status), flush=True)
+            if ARMS[arm] is not None and not (status and status["enabled"]):
                 failures.append(f"{arm}: MISA is not live: {status}")
-        except Exception as error:
-            failures.append(f"{arm}: {error}\n{server.log.read_text()[-3000:]}")
-        finally:
+    except (OSError, RuntimeError) as error:
+        logs = "\n".join(f"{arm}: {server.log.read_text()[-3000:]}" for arm, server in servers.items())
+        failures.append(f"{error}\n{logs}")
+    finally:
+        for server in servers.values():
             server.stop()
-        print(arm, json.dumps(record.get(arm), default=str)[:3000], flush=True)
+    (options.out / "server.json").write_text(json.dumps(record, indent=1, default=str))
     for arm in options.arms[1:]:
-        if options.no_selections or arm not in seen:
+        if options.no_selections:
             continue
         pairs = zip(record[arm]["requests"], record[options.arms[0]]["requests"], strict=False)
         alike = [common_prefix(ours["output_ids"], stock["output_ids"]) for ours, stock in pairs]
