@@ -57,8 +57,8 @@ def test_thresholds_neither_starve_nor_overflow(k):
         threshold = scores[p.stride // 2 :: p.stride].topk(p.rank).values[-1]
         hits = (scores >= threshold).nonzero()[:, 0]
         assert k <= len(hits) <= p.room
-        # warp and lane row of the key in its 64-key tile; tiles go round the splits
-        buffer = hits // 64 % p.splits * sr.SUBS + hits % 64 // 16 * 8 + hits % 8
+        # warp and lane row of the key in its half tile; tiles go round the splits
+        buffer = hits // sr.TILE % p.splits * sr.SUBS + hits % 64 // 16 * 8 + hits % 8
         assert torch.bincount(buffer).max() <= p.capacity - sr.CHECK_ROOM
 
 
