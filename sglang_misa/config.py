@@ -49,7 +49,9 @@ class SelectionPolicy(BaseModel):
         None, ge=2, description="token blocks kept per query, first and newest included; 'all' prunes none"
     )
     candidates: int | None = Field(
-        None, ge=1, description="tokens C kept by the cheap score and scored again with all heads; 'none' takes top-k at once"
+        None,
+        ge=1,
+        description="tokens C kept by the cheap score and scored again with all heads; 'none' takes top-k at once",
     )
     block_size: int = Field(256, ge=PAGE, multiple_of=PAGE, description="tokens in a block, a multiple of 64")
     min_len: int = Field(8192, ge=0, description="a query that sees fewer tokens than this gets stock DSA")
@@ -67,6 +69,11 @@ class SelectionPolicy(BaseModel):
     def active(self) -> bool:
         """Whether this policy differs from stock DSA at all (a re-ranking of all-head scores changes nothing)."""
         return self.heads is not None or self.blocks is not None
+
+    @property
+    def direct_heads(self) -> bool:
+        """Whether the top k of the routed heads' scores over all tokens is the selection (plain MISA)."""
+        return self.heads is not None and self.blocks is None and self.candidates is None
 
     def problems(self, phase: Phase, *, index_heads: int | None = None, topk: int | None = None) -> Iterator[str]:
         """Sentences for what is impossible in this policy, alone or with a model's `index_heads` H and `topk` k."""
@@ -121,15 +128,23 @@ class MisaConfig(BaseModel):
     decode: SelectionPolicy = SelectionPolicy()
     audit: Audit = Audit()
     backend: Backend = Field(
-        "auto", description="auto = Triton/CUDA kernels on a GPU they support and PyTorch elsewhere; torch = the reference"
+        "auto",
+        description="auto = Triton/CUDA kernels on a GPU they support and PyTorch elsewhere; torch = the reference",
     )
 
     def policy(self, phase: Phase) -> SelectionPolicy:
         return self.prefill if phase == "prefill" else self.decode
 
+    @property
+    def active(self) -> bool:
+        """Whether any phase differs from stock DSA."""
+        return self.prefill.active or self.decode.active
+
     def check(self, *, index_heads: int | None = None, topk: int | None = None) -> None:
         """Raise ConfigError naming every impossible combination, with the model's H and k where they are known."""
-        problems = [p for phase in PHASES for p in self.policy(phase).problems(phase, index_heads=index_heads, topk=topk)]
+        problems = [
+            p for phase in PHASES for p in self.policy(phase).problems(phase, index_heads=index_heads, topk=topk)
+        ]
         if problems:
             raise ConfigError(problems)
 
@@ -173,10 +188,8 @@ PRESETS: dict[str, MisaConfig] = {
     "hisa": MisaConfig(
         prefill=SelectionPolicy(blocks=64, block_size=128), decode=SelectionPolicy(blocks=64, block_size=128)
     ),
-    "misa-hisa": MisaConfig(
-        prefill=SelectionPolicy(heads=8, blocks=128, block_size=128, candidates=8192),
-        decode=SelectionPolicy(blocks=64, block_size=128),
-    ),
+    # Each phase cuts what binds it: prefill the tensor cores' heads, decode the bytes of the keys it reads.
+    "misa-hisa": MisaConfig(prefill=SelectionPolicy(heads=8), decode=SelectionPolicy(blocks=64, block_size=128)),
 }
 
 
@@ -194,8 +207,9 @@ class _Flag(NamedTuple):
 def _flags() -> list[_Flag]:
     none_words = {"heads": "all", "blocks": "all", "candidates": "none"}
     groups: list[tuple[tuple[str, ...], type[BaseModel]]] = [((p,), SelectionPolicy) for p in PHASES]
+    groups += [(("audit",), Audit), ((), MisaConfig)]
     flags = []
-    for prefix, model in [*groups, (("audit",), Audit), ((), MisaConfig)]:
+    for prefix, model in groups:
         for field, info in model.model_fields.items():
             if model is MisaConfig and field != "backend":
                 continue
@@ -216,7 +230,11 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--misa-config", metavar="FILE", help="start from a JSON file shaped like SGLANG_MISA_CONFIG")
     for flag in _flags():
-        metavar = None if flag.choices else ("N" if flag.kind is int else "X") + (f"|{flag.none_word}" if flag.none_word else "")
+        metavar = (
+            None
+            if flag.choices
+            else ("N" if flag.kind is int else "X") + (f"|{flag.none_word}" if flag.none_word else "")
+        )
         group.add_argument(flag.name, dest=flag.name, choices=flag.choices, metavar=metavar, help=flag.help)
 
 
@@ -283,7 +301,7 @@ def _sentence(error: Any) -> str:
     """One pydantic error as: field, expected, got, and the closest known name where the name is the mistake."""
     where = ".".join(str(part) for part in error["loc"]) or "the object"
     if error["type"] == "extra_forbidden":
-        parents = {"prefill": SelectionPolicy, "decode": SelectionPolicy, "audit": Audit}
+        parents: dict[str, type[BaseModel]] = {"prefill": SelectionPolicy, "decode": SelectionPolicy, "audit": Audit}
         model = parents.get(str(error["loc"][0]), MisaConfig) if len(error["loc"]) > 1 else MisaConfig
         known = list(model.model_fields)
         return f"{where}: unknown name{_suggest(str(error['loc'][-1]), known)}; known are {', '.join(known)}"

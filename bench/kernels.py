@@ -1,0 +1,297 @@
+"""Kernel bench: the whole indexer of one layer, stock beside ours in one run, checked before it is timed.
+
+    python -m sglang_misa.bench.kernels prefill [--lengths 32768 131072] [--rows 8192] [--index-heads 64] [--csv FILE]
+    python -m sglang_misa.bench.kernels decode  [--lengths 8192 131072] [--batches 1 16 64]
+    python -m sglang_misa.bench.kernels plot    [--csv FILE]
+
+Prefill is timed with events after a flush of the L2 cache, decode by replaying a CUDA graph over rotating inputs; both
+report medians. A wrong result is reported as such and not timed. Inputs are random, with heavy-tailed gates: they say
+what a shape costs, and nothing about the recall of a policy on a real model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import itertools
+import pathlib
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sglang_misa import indexer, reference
+from sglang_misa.bench import stock
+from sglang_misa.block_stats import BlockStats
+from sglang_misa.config import PAGE, PRESETS, SelectionPolicy
+
+TOPK = 2048
+COLUMNS = (
+    *("gpu", "phase", "policy", "index_heads", "routed_heads", "candidates", "blocks", "rows", "length"),
+    *("stock_us", "ours_us", "ratio", "correct", "commit"),
+)
+RESULTS = pathlib.Path(__file__).parent / "results" / "kernels.csv"
+CHECKED_ROWS = 24
+SAME = 0.9995  # share of the score mass of a checked set: scores equal to fp32 rounding may swap at the boundary
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's inputs: a pool of pages in random physical order, and `requests` of `length` keys in it."""
+
+    index_q: Tensor  # [T, H, 128] fp8
+    head_gates: Tensor  # [T, H] fp32
+    buffer: Tensor  # [num_pages, 8448] uint8
+    page_table: Tensor  # [requests, W] int32
+    row_lens: Tensor  # [T] int32
+
+
+def make_layer(rows: int, heads: int, length: int, requests: int, seed: int = 0) -> Layer:
+    g = torch.Generator("cuda").manual_seed(seed)
+    width = -(-length // PAGE)
+    pages = requests * width + 1
+    keys = torch.randn(pages * PAGE, 128, device="cuda", generator=g).to(torch.float8_e4m3fn).view(torch.uint8)
+    scales = torch.rand(pages, PAGE, device="cuda", generator=g).add_(0.5)
+    buffer = torch.cat([keys.view(pages, -1), scales.view(torch.uint8)], dim=1)
+    table = (torch.randperm(pages - 1, device="cuda", generator=g) + 1).view(requests, width).int()
+    q = torch.randn(rows, heads, 128, device="cuda", generator=g).to(torch.float8_e4m3fn)
+    gates = torch.randn(rows, heads, device="cuda", generator=g).mul_(1.5).exp_() * heads**-0.5
+    gates *= torch.where(torch.rand(rows, heads, device="cuda", generator=g) < 0.1, -1.0, 1.0)
+    if requests == 1 and rows > 1:  # an extend call: row t sees one key more than row t - 1
+        lens = torch.arange(length - rows + 1, length + 1, dtype=torch.int32, device="cuda")
+    else:
+        lens = torch.full((rows,), length, dtype=torch.int32, device="cuda")
+    return Layer(q, gates, buffer, table, lens)
+
+
+def same_selection(policy: SelectionPolicy, layer: Layer, stats: BlockStats, chosen: Tensor) -> bool:
+    """Whether sampled rows of `chosen` [T, TOPK] physical slots are a top-k of the reference's policy scores."""
+    rows = torch.linspace(0, len(layer.row_lens) - 1, min(CHECKED_ROWS, len(layer.row_lens))).long().unique().tolist()
+    for row in rows:
+        request = row if len(layer.page_table) > 1 else 0
+        length = int(layer.row_lens[row])
+        pages = layer.page_table[request, : -(-length // PAGE)].long()
+        keys = reference.dequantize_pages(layer.buffer[pages]).reshape(1, -1, reference.HEAD_DIM)
+        scores = reference.policy_scores(
+            policy,
+            layer.index_q[row, None, None],
+            layer.head_gates[row, None, None],
+            keys,
+            stats.of(0, pages[None]),
+            layer.row_lens[row, None, None],
+        ).flatten()
+        position = torch.arange(length, device=scores.device)
+        slots = pages[position // PAGE] * PAGE + position % PAGE
+        taken = torch.isin(slots, chosen[row])
+        wanted = min(TOPK, length)
+        best = scores[:length].topk(wanted).values
+        if int(taken.sum()) != wanted or int((chosen[row] >= 0).sum()) != wanted:
+            return False
+        ours = scores[:length][taken].sort(descending=True).values
+        if not torch.isclose(ours, best, rtol=1e-4, atol=1e-4).float().mean() >= SAME:
+            return False
+    return True
+
+
+def event_us(call: Callable[[], object], repeats: int = 15) -> float:
+    """Median µs of `call` with a cold L2."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3)
+    return float(statistics.median(times))
+
+
+def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
+    """Median µs of one of `calls`, all replayed from one CUDA graph: several inputs, so that L2 does not hold one."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / len(calls))
+    return float(statistics.median(times))
+
+
+def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int) -> tuple[float, float, bool]:
+    """Stock µs, ours µs and whether ours is right, for the last `rows` rows of a prompt of `length` tokens."""
+    layer = make_layer(rows, heads, length, requests=1)
+    pages = layer.page_table[0].long()
+    index_k = layer.buffer[pages, : PAGE * 128].reshape(-1, 128).view(torch.float8_e4m3fn)[:length].contiguous()
+    k_scale = layer.buffer[pages, PAGE * 128 :].contiguous().view(torch.float32).flatten()[:length].contiguous()
+    position = torch.arange(length, device="cuda")
+    slots = (pages[position // PAGE] * PAGE + position % PAGE).int().unsqueeze(0)
+    ks = torch.zeros_like(layer.row_lens)
+    baseline = stock.prefill(layer.index_q, layer.head_gates, index_k, k_scale, ks, layer.row_lens, slots, TOPK)
+
+    stats = BlockStats([layer.buffer], kernels=True)
+    lens = torch.tensor([length], dtype=torch.int32, device="cuda")
+    call = indexer.RaggedCall(layer.index_q, layer.head_gates, index_k, k_scale, layer.row_lens, layer.page_table, lens)
+    span = indexer.Span(0, 0, rows, 0, length)
+    out = torch.full((rows, TOPK), -1, dtype=torch.int32, device="cuda")
+    space = indexer.OutputSpace(slots=slots)
+
+    def ours() -> Tensor:
+        stats.heal(0, layer.buffer, layer.page_table, lens)
+        indexer.ragged_topk(policy, call, span, 0, rows, stats, 0, space, out)
+        return out
+
+    correct = same_selection(policy, layer, stats, ours())
+    return event_us(baseline), event_us(ours) if correct else float("nan"), correct
+
+
+def bench_decode(policy: SelectionPolicy, heads: int, batch: int, length: int) -> tuple[float, float, bool]:
+    """Stock µs, ours µs and whether ours is right, for one decode step of `batch` requests of `length` tokens."""
+    copies = max(1, min(8, (200 << 20) // (batch * length * 132)))
+    layers = [make_layer(batch, heads, length, requests=batch, seed=s) for s in range(copies)]
+    stats = [BlockStats([layer.buffer], kernels=True) for layer in layers]
+    for layer, means in zip(layers, stats, strict=True):
+        means.heal(0, layer.buffer, layer.page_table, layer.row_lens)
+
+    def ours(layer: Layer, means: BlockStats) -> Tensor:
+        means.update_newest(0, layer.buffer, layer.page_table, layer.row_lens)
+        return indexer.paged_topk(
+            policy, layer.index_q, layer.head_gates, layer.buffer, layer.page_table, layer.row_lens, means, 0, TOPK
+        )
+
+    correct = all(
+        same_selection(policy, layer, means, ours(layer, means))
+        for layer, means in zip(layers[:2], stats[:2], strict=True)
+    )
+    baselines = [stock.decode(la.index_q, la.head_gates, la.buffer, la.page_table, la.row_lens, TOPK) for la in layers]
+    mine = [functools.partial(ours, la, me) for la, me in zip(layers, stats, strict=True)]
+    return graph_us(baselines), graph_us(mine) if correct else float("nan"), correct
+
+
+def measure(phase: str, policy: SelectionPolicy, heads: int, rows: int, length: int) -> dict[str, object]:
+    bench = bench_prefill if phase == "prefill" else bench_decode
+    stock_us, ours_us, correct = bench(policy, heads, rows, length)
+    torch.cuda.empty_cache()
+    row = {
+        "gpu": torch.cuda.get_device_name(),
+        "phase": phase,
+        "policy": policy.name,
+        "index_heads": heads,
+        "routed_heads": policy.heads or "",
+        "candidates": policy.candidates or "",
+        "blocks": policy.blocks or "",
+        "rows": rows,
+        "length": length,
+        "stock_us": round(stock_us, 1),
+        "ours_us": round(ours_us, 1) if correct else "",
+        "ratio": round(stock_us / ours_us, 2) if correct else "",
+        "correct": correct,
+        "commit": commit(),
+    }
+    print("  ".join(f"{name}={row[name]}" for name in COLUMNS[1:-1] if row[name] != ""), flush=True)
+    return row
+
+
+def commit() -> str:
+    """The commit under test; `-dirty` marks a changed tree; 'unknown' outside a checkout."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty", "--match=-"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def append(path: pathlib.Path, rows: Iterable[dict[str, object]]) -> None:
+    fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(path: pathlib.Path) -> list[pathlib.Path]:
+    """Draw the ratio to stock by context length, one picture a GPU and phase, beside the CSV; returns the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with path.open() as file:
+        rows = [r for r in csv.DictReader(file) if r["correct"] == "True"]
+    written = []
+    for (gpu, phase), group in itertools.groupby(
+        sorted(rows, key=lambda r: (r["gpu"], r["phase"])), key=lambda r: (r["gpu"], r["phase"])
+    ):
+        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        series: dict[str, dict[int, float]] = {}
+        for r in group:
+            label = f"{r['policy']}, H={r['index_heads']}, {'rows' if phase == 'prefill' else 'batch'} {r['rows']}"
+            series.setdefault(label, {})[int(r["length"])] = float(r["ratio"])  # the newest row of a case wins
+        for label, points in sorted(series.items()):
+            axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=label)
+        axes.axhline(1.0, color="grey", linewidth=1)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({length for points in series.values() for length in points})
+        axes.set_xticks(ticks, [f"{t // 1024}K" for t in ticks])
+        axes.set(
+            xlabel="context length (tokens)", ylabel="stock time / ours", title=f"Indexer of a layer, {phase}, {gpu}"
+        )
+        axes.legend(fontsize="small")
+        target = path.with_name(f"kernels-{phase}-{gpu.replace(' ', '-')}.png")
+        figure.savefig(target, dpi=130)
+        pyplot.close(figure)
+        written.append(target)
+    return written
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=["prefill", "decode", "plot"])
+    parser.add_argument("--csv", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--policies", nargs="+", choices=[*PRESETS], help="default: every preset active in the phase")
+    parser.add_argument("--index-heads", nargs="+", type=int, default=[64, 32], choices=[32, 64])
+    parser.add_argument("--lengths", nargs="+", type=int)
+    parser.add_argument("--rows", nargs="+", type=int, default=[8192], help="prefill: query rows of a call")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64], help="decode: requests of a step")
+    options = parser.parse_args()
+    if options.phase == "plot":
+        print("\n".join(map(str, plot(options.csv))))
+        return 0
+    policies = [PRESETS[name].policy(options.phase) for name in options.policies or PRESETS]
+    lengths = options.lengths or [8192, 32768, 65536, 131072]
+    results = [
+        measure(options.phase, policy.model_copy(update={"min_len": 0}), heads, rows, length)
+        for policy in dict.fromkeys(p for p in policies if p.active)
+        for heads in options.index_heads
+        for length in lengths
+        for rows in (options.rows if options.phase == "prefill" else options.batches)
+        if options.phase == "decode" or rows <= length
+    ]
+    append(options.csv, results)
+    return 0 if all(r["correct"] for r in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

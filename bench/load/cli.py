@@ -1,0 +1,294 @@
+"""Command line: run · sweep · ab · resume · compare."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Column, Table
+
+from sglang_misa.bench.load import report
+from sglang_misa.bench.load.engine import execute
+from sglang_misa.bench.load.measure import Gate
+from sglang_misa.bench.load.progress import Live
+from sglang_misa.bench.load.runner import Unit
+from sglang_misa.bench.load.safety import HIDDEN, Keys
+from sglang_misa.bench.load.settings import Arm, Cell, Connection, Lengths, Load, LoadError, Plan, Slo, Workload
+from sglang_misa.bench.load.store import Store
+from sglang_misa.bench.load.verdict import Outcome, judge, title
+
+PLAIN_WIDTH = 140  # columns where there is no terminal
+OK, GATE_FAILED, USAGE, INVALID, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of every measurement."""
+
+    workload: tyro.conf.OmitArgPrefixes[Workload] = field(default_factory=Workload)
+    load: tyro.conf.OmitArgPrefixes[Load] = field(default_factory=Load)
+    connection: tyro.conf.OmitArgPrefixes[Connection] = field(default_factory=Connection)
+    out: Path | None = None
+    """folder of the artefacts; units found there are not measured again; default: load-DATE-TIME"""
+    slo: Path | None = None
+    """TOML or JSON file with limits in seconds: ttft, tpot, itl_max, e2e"""
+    fail_if: tuple[str, ...] = ()
+    """gates such as "ttft_p50 > 2.0" (in `ab` a ratio: "ttft_p50 > 1.02"); one that holds ends with code 1"""
+    blocks: int = 1
+    """how often each cell is measured, every time with other prompts"""
+    confidence: float = 0.95
+    """level of the intervals"""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells of a sweep. What is left out comes from --input-len, --concurrency or --rate."""
+
+    contexts: tuple[str, ...] = ()
+    """prompt lengths: 32k 64k 128k"""
+    concurrencies: tuple[int, ...] = ()
+    """clients of a closed loop: 1 4 16"""
+    rates: tuple[float, ...] = ()
+    """requests a second of an open loop"""
+
+    def cells(self, common: Common) -> tuple[Cell, ...]:
+        """Every context with every load level."""
+        loads = [common.load]
+        if self.concurrencies:
+            loads = [common.load.model_copy(update={"concurrency": n}) for n in self.concurrencies]
+        elif self.rates:
+            loads = [common.load.model_copy(update={"rate": r}) for r in self.rates]
+        if self.rates and common.load.arrival == "closed":
+            raise LoadError(
+                "rates: expected an open loop, got --arrival closed; add --arrival poisson, constant or burst"
+            )
+        for context in self.contexts:
+            Lengths.parse(context)
+        shapes = [common.workload.model_copy(update={"input_len": c}) for c in self.contexts] or [common.workload]
+        return tuple(Cell(workload=shape, load=load) for shape in shapes for load in loads)
+
+
+@dataclass(frozen=True)
+class Run(Common):
+    """Measure one server under one load."""
+
+    server: tyro.conf.Positional[str] = "http://127.0.0.1:30000"
+    """URL, or the command that launches the server (with --port N or --port {port})"""
+    expect: str | None = None
+    """token selection that must be running: off, dsa, misa, misa-hier, hisa …"""
+
+
+@dataclass(frozen=True)
+class Sweep(Common):
+    """Measure one server over a grid of contexts and loads."""
+
+    server: tyro.conf.Positional[str] = "http://127.0.0.1:30000"
+    """URL, or the command that launches the server (with --port N or --port {port})"""
+    expect: str | None = None
+    """token selection that must be running: off, dsa, misa, misa-hier, hisa …"""
+    grid: tyro.conf.OmitArgPrefixes[Grid] = field(default_factory=Grid)
+
+
+@dataclass(frozen=True)
+class Ab(Common):
+    """Compare two servers, interleaved A B A B, with paired ratios and a verdict."""
+
+    a: str = "http://127.0.0.1:30000"
+    """URL or launch command of arm A, the baseline"""
+    b: str = "http://127.0.0.1:30001"
+    """URL or launch command of arm B"""
+    names: tuple[str, str] = ("A", "B")
+    """what to call the arms"""
+    a_expect: str | None = None
+    """token selection that must be running in A: off, dsa, misa, misa-hier, hisa …"""
+    b_expect: str | None = None
+    """token selection that must be running in B"""
+    ab_mode: Literal["together", "alternate"] = "together"
+    """together = both servers run all the time; alternate = start A, measure, stop, start B …, for one GPU"""
+    primary: str = "ttft_p50"
+    """figure of the verdict"""
+    blocks: int = 5
+    """interleaved blocks; intervals need several"""
+    grid: tyro.conf.OmitArgPrefixes[Grid] = field(default_factory=Grid)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with an interrupted run: what was measured is kept."""
+
+    folder: tyro.conf.Positional[Path]
+    """folder of the run"""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare two earlier runs of the same cells. They were not interleaved: drift counts as difference."""
+
+    first: tyro.conf.Positional[Path]
+    """folder of the baseline"""
+    second: tyro.conf.Positional[Path]
+    """folder of the other run"""
+    arms: tuple[str, str] | None = None
+    """which arm of each folder; default: its last"""
+    out: Path = Path("compare")
+    """folder of the artefacts"""
+    fail_if: tuple[str, ...] = ()
+    """gates over the ratios"""
+    primary: str = "ttft_p50"
+    """figure of the verdict"""
+
+
+Command = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Ab, tyro.conf.subcommand("ab")]
+    | Annotated[Resume, tyro.conf.subcommand("resume")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 a gate failed, 2 cannot be done as asked, 3 the figures are invalid, 130 interrupted."""
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        command = tyro.cli(Command, args=arguments, prog="python -m sglang_misa.bench.load")
+        return _compare(command, console) if isinstance(command, Compare) else _measure(command, console)
+    except LoadError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        return USAGE
+    except KeyboardInterrupt:
+        console.print("interrupted: `resume` goes on with what is missing")
+        return INTERRUPTED
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def plan_of(command: Run | Sweep | Ab) -> Plan:
+    """The plan that a command line asks for. Raises LoadError."""
+    if isinstance(command, Ab):
+        servers, expects = (command.a, command.b), (command.a_expect, command.b_expect)
+        arms = tuple(Arm(name=n, server=s, expect=e) for n, s, e in zip(command.names, servers, expects, strict=True))
+        if command.names[0] == command.names[1]:
+            raise LoadError(f"names: expected two different names, got {command.names[0]} twice; change one")
+    else:
+        arms = (Arm(name="server", server=command.server, expect=command.expect),)
+    grid = Grid() if isinstance(command, Run) else command.grid
+    for gate in command.fail_if:
+        Gate(gate)
+    return Plan(
+        arms=arms,
+        cells=grid.cells(command),
+        blocks=command.blocks,
+        mode=command.ab_mode if isinstance(command, Ab) else "together",
+        connection=command.connection,
+        slo=None if command.slo is None else Slo.read(command.slo),
+        fail_if=command.fail_if,
+        primary=command.primary if isinstance(command, Ab) else "ttft_p50",
+        confidence=command.confidence,
+    )
+
+
+def _measure(command: Run | Sweep | Ab | Resume, console: Console) -> int:
+    if isinstance(command, Resume):
+        plan = Store(command.folder, Keys()).load_plan()
+        if any(HIDDEN in arm.server for arm in plan.arms):
+            raise LoadError("resume: expected a command without keys, got one that was redacted; repeat it with --out")
+        folder = command.folder
+    else:
+        plan = plan_of(command)
+        folder = command.out or Path(f"load-{datetime.now():%Y%m%d-%H%M%S}")
+    keys = Keys.read(plan.connection)
+    store = Store(folder, keys)
+    store.save_plan(plan)
+    with Live(console, len(plan.cells) * plan.blocks * len(plan.arms)) as live:
+        units = execute(plan, store, keys, live)
+    return _conclude(plan, units, store, keys, console)
+
+
+def _conclude(plan: Plan, units: list[Unit], store: Store, keys: Keys, console: Console) -> int:
+    outcome = judge(plan, units)
+    path = report.write(plan, units, outcome, store, keys)
+    _show(outcome, console)
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    return INVALID if not outcome.valid else GATE_FAILED if any(g.failed for g in outcome.gates) else OK
+
+
+def _show(outcome: Outcome, console: Console) -> None:
+    table = Table(
+        Column("cell", no_wrap=True),
+        "arm",
+        "TTFT p50",
+        "TTFT p99",
+        "TPOT p50",
+        "ITL p99",
+        "out tok/s",
+        "errors",
+        box=None,
+    )
+    for arm in outcome.arms:
+        cells = [
+            f"{1e3 * v:.2f} ms" if (v := arm.figures.get(n)) is not None else "–"
+            for n in ("ttft_p50", "ttft_p99", "tpot_p50", "itl_p99")
+        ]
+        table.add_row(
+            arm.label, arm.arm, *cells, f"{arm.figures['output_throughput']:.1f}", f"{arm.figures['error_rate']:.1%}"
+        )
+    console.print(table)
+    for cell in outcome.ratios:
+        shown = [
+            f"{title(r.metric)} {r.value:.3f} [{r.low:.3f}, {r.high:.3f}]"
+            for r in cell.ratios
+            if r.metric.endswith("p50")
+        ]
+        console.print(f"{cell.label}: ratio {outcome.names[1]}/{outcome.names[0]}: " + " · ".join(shown), markup=False)
+    for gate in outcome.gates:
+        value = "not measured" if gate.value is None else f"{gate.value:.4g}"
+        console.print(
+            f"gate {'FAILED' if gate.failed else 'passed'}: {gate.gate} at {gate.label}: {value}", markup=False
+        )
+    console.print(outcome.verdict, style="bold", markup=False, highlight=False)
+
+
+def _compare(command: Compare, console: Console) -> int:
+    """Ratios of cells that both folders measured with the same prompts, so that pairing by prompt holds."""
+    folders = (command.first, command.second)
+    for folder in folders:
+        if not (folder / "plan.json").exists():
+            raise LoadError(f"{folder}: expected the folder of a run with a plan.json, got none; name another")
+    stores = [Store(folder, Keys()) for folder in folders]
+    plans = [store.load_plan() for store in stores]
+    chosen = command.arms or (plans[0].arms[-1].name, plans[1].arms[-1].name)
+    sides: list[tuple[str, dict[tuple[str, int], Unit]]] = []
+    for folder, store, arm in zip(folders, stores, chosen, strict=True):
+        name = f"{arm} ({folder.name})"
+        found = [u.model_copy(update={"arm": name}) for u in store.units() if u.arm == arm and not u.problems]
+        sides.append((name, {(u.cell, u.block): u for u in found}))
+    common = sides[0][1].keys() & sides[1][1].keys()
+    if not common:
+        raise LoadError(
+            "compare: expected cells with equal workload, load and seed in both folders, got none in common"
+        )
+    cells = tuple(c for c in plans[0].cells if any(c.digest() == digest for digest, _ in common))
+    units = sorted((side[key] for _, side in sides for key in common), key=lambda u: (u.block, u.started))
+    arms = tuple(Arm(name=name, server=str(folder)) for (name, _), folder in zip(sides, folders, strict=True))
+    plan = plans[0].model_copy(
+        update={
+            "arms": arms,
+            "cells": cells,
+            "blocks": len({block for _, block in common}),
+            "fail_if": command.fail_if,
+            "primary": command.primary,
+        }
+    )
+    note = ("the two runs were not interleaved: drift of the machine between them counts as difference",)
+    units = [u.model_copy(update={"notes": (*u.notes, *note)}) for u in units]
+    return _conclude(plan, units, Store(command.out, Keys()), Keys(), console)

@@ -1,0 +1,229 @@
+"""A server's control endpoints: readiness, facts, flush, tokenizer, metrics. Not used while requests are timed."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic_core import from_json
+
+from sglang_misa.bench.load.safety import Keys, check_target
+from sglang_misa.bench.load.settings import Connection, LoadError
+
+MAX_BODY = 64 * 1024 * 1024  # bytes of a control answer that are read at most
+CONNECT_S, READ_S = 5.0, 300.0
+TOKENIZE_PIECE = 64 * 1024  # characters of one /tokenize call
+FLUSH_WAIT_S = 30.0
+STOCK = {"off", "stock", "dsa"}  # names of SGLang's own selection
+METRIC_PREFIXES = ("sglang:", "sglang_misa:", "vllm:")
+
+
+class Control:
+    """Control endpoints of the server at `url`. Every answer is bounded, no redirect is followed, no proxy is used."""
+
+    def __init__(self, url: str, connection: Connection, keys: Keys):
+        self.url = check_target(url, allow_remote=connection.allow_remote)
+        self._keys = keys
+        self._session = requests.Session()
+        self._session.trust_env = False
+        self.info: dict[str, Any] = {}
+        self.model = connection.model or "default"
+
+    def call(
+        self, method: str, path: str, *, body: Any = None, admin: bool = False, read_s: float = READ_S
+    ) -> tuple[int, bytes]:
+        """Status and body of one call. Raises requests.RequestException, or LoadError for a body over the bound."""
+        with self._session.request(
+            method,
+            self.url + path,
+            json=body,
+            headers=self._keys.headers(admin=admin),
+            timeout=(CONNECT_S, read_s),
+            stream=True,
+            allow_redirects=False,
+        ) as response:
+            content = bytearray()
+            for piece in response.iter_content(256 * 1024):
+                content += piece
+                if len(content) > MAX_BODY:
+                    raise LoadError(f"{path}: expected at most {MAX_BODY} bytes, got more; is this a model server?")
+            return response.status_code, bytes(content)
+
+    def json(self, method: str, path: str, body: Any = None) -> Any:
+        """Parsed answer, or None when the server has no such endpoint or does not answer with JSON."""
+        try:
+            status, content = self.call(method, path, body=body)
+            return from_json(content) if status == 200 else None
+        except (requests.RequestException, ValueError):
+            return None
+
+    def healthy(self) -> bool:
+        """Whether the server takes requests now (its /health, or /v1/models where there is none)."""
+        for path in ("/health", "/v1/models"):
+            try:
+                status, _ = self.call("GET", path, read_s=30.0)
+            except requests.RequestException:
+                return False
+            if status != 404:
+                return status == 200
+        return False
+
+    def refresh(self) -> dict[str, Any]:
+        """Read /server_info (empty for other servers) and the model's name."""
+        self.info = self.json("GET", "/server_info") or {}
+        if self.model == "default":
+            models = self.json("GET", "/v1/models") or {}
+            names = [m.get("id") for m in models.get("data", [])] if isinstance(models, dict) else []
+            self.model = names[0] if names and names[0] else "default"
+        return self.info
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in the unit of prefix-cache hits; 1 when the server does not say."""
+        return int(self.info.get("page_size") or 1)
+
+    def flush(self) -> bool:
+        """Empty the prefix cache; waits while the server is busy. False when it cannot be done."""
+        deadline = time.monotonic() + FLUSH_WAIT_S
+        while True:
+            try:
+                status, _ = self.call("POST", "/flush_cache", admin=True)
+            except requests.RequestException:
+                return False
+            if status != 400 or time.monotonic() > deadline:
+                return status == 200
+            time.sleep(0.2)
+
+    def wait_idle(self, seconds: float = FLUSH_WAIT_S) -> bool:
+        """Wait until no request runs or queues, as far as the metrics say."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            now = self.metrics()
+            if not any(
+                v for k, v in now.items() if k.split("{")[0] in ("sglang:num_running_reqs", "sglang:num_queue_reqs")
+            ):
+                return True
+            time.sleep(0.2)
+        return False
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text` without special tokens, cut at blanks into calls of a bounded size. Raises LoadError."""
+        tokens: list[int] = []
+        for piece in _pieces(text):
+            body = {"model": self.model, "prompt": piece, "add_special_tokens": False}
+            status, content = self.call("POST", "/tokenize", body=body)
+            answer = from_json(content) if status == 200 else None
+            if not isinstance(answer, dict) or not isinstance(answer.get("tokens"), list):
+                raise LoadError(
+                    f"{self.url}/tokenize: expected token ids, got HTTP {status} (404: no such endpoint; 500 from "
+                    "SGLang: a tokenizer_config.json without model_max_length); "
+                    "use --text ids, which needs no tokenizer"
+                )
+            tokens += answer["tokens"]
+        return tokens
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Text of token ids. Raises LoadError when the server has no such endpoint."""
+        answer = self.json("POST", "/detokenize", {"model": self.model, "tokens": list(tokens)})
+        text = answer.get("text", answer.get("prompt")) if isinstance(answer, dict) else None
+        if not isinstance(text, str):
+            raise LoadError(f"{self.url}/detokenize: expected text, got none; use --api generate or completions")
+        return text
+
+    def count_chat(self, messages: Sequence[Mapping[str, str]]) -> int:
+        """Prompt tokens of a chat, template included. Raises LoadError."""
+        answer = self.json("POST", "/tokenize", {"model": self.model, "messages": list(messages)})
+        if not isinstance(answer, dict) or "count" not in answer:
+            raise LoadError(f"{self.url}/tokenize: expected a chat's token count, got none; use --api completions")
+        return int(answer["count"])
+
+    def metrics(self) -> dict[str, float]:
+        """Prometheus samples of the serving engine and of MISA, buckets left out: `name{label="x"}` → value."""
+        try:
+            status, content = self.call("GET", "/metrics")
+            if status not in (200, 307):
+                return {}
+            if status == 307:  # SGLang mounts the endpoint under a trailing slash
+                status, content = self.call("GET", "/metrics/")
+            families = text_string_to_metric_families(content.decode("utf-8", "replace"))
+            return {
+                sample.name + _labels(sample.labels): float(sample.value)
+                for family in families
+                for sample in family.samples
+                if sample.name.startswith(METRIC_PREFIXES) and not sample.name.endswith("_bucket")
+            }
+        except (requests.RequestException, ValueError):
+            return {}
+
+
+def misa_status(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The `misa` entry of each rank in /server_info; empty when the plugin is not there."""
+    states = info.get("internal_states") or []
+    return [s["misa"] for s in states if isinstance(s, dict) and isinstance(s.get("misa"), dict)]
+
+
+def misa_problem(expect: str, info: Mapping[str, Any]) -> str | None:
+    """Why a server does not run the token selection that its arm claims, or None when it does.
+
+    `expect`: off or dsa = stock selection; otherwise the name of the prefill or the decode policy (misa, hisa, …).
+    """
+    ranks = misa_status(info)
+    on = [r for r in ranks if r.get("enabled")]
+    if expect in STOCK:
+        names = {name for r in on for name in _policies(r)} - {"dsa"}
+        return f"expected stock selection, got {', '.join(sorted(names))}" if names else None
+    states = info.get("internal_states") or []
+    if not on or len(on) != len(states):
+        return (
+            f"expected {expect} in every rank, got it enabled in {len(on)} of {len(states)} (is the plugin installed?)"
+        )
+    wrong = [_policies(r) for r in on if expect not in _policies(r)]
+    return f"expected {expect}, got the policies {' and '.join(wrong[0])}" if wrong else None
+
+
+def misa_calls(info: Mapping[str, Any]) -> dict[str, int]:
+    """Indexer calls by path since the start, summed over ranks: `prefill.misa` → n, whatever the nesting."""
+    total: dict[str, int] = {}
+    for rank in misa_status(info):
+        for path, count in _leaves(rank.get("calls"), ()):
+            total[path] = total.get(path, 0) + count
+    return total
+
+
+def routed(calls: Mapping[str, float]) -> float:
+    """How many of `calls` took a path of MISA's own rather than stock's."""
+    return sum(n for path, n in calls.items() if not STOCK & set(re.split("[.:]", path)))
+
+
+def _policies(rank: Mapping[str, Any]) -> tuple[str, ...]:
+    policy = rank.get("policy") or {}
+    return tuple(
+        str(policy[p].get("name", policy[p]) if isinstance(policy[p], dict) else policy[p]) for p in sorted(policy)
+    )
+
+
+def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, (*path, str(key)))
+    elif isinstance(node, int | float) and path:
+        yield ".".join(path), int(node)
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return "{" + ",".join(f'{k}="{v}"' for k, v in sorted(labels.items())) + "}" if labels else ""
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = start + TOKENIZE_PIECE
+        if end < len(text):
+            blank = text.rfind(" ", start, end)
+            end = blank if blank > start else end
+        yield text[start:end]
+        start = end

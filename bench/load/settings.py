@@ -1,0 +1,242 @@
+"""What the user chooses, as frozen pydantic models: the CLI is made from them, `plan.json` and the cell hashes too."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Api = Literal["generate", "completions", "chat"]
+Arrival = Literal["closed", "poisson", "constant", "burst"]
+TOKENS = {"": 1, "k": 1024, "m": 1024 * 1024}  # suffixes of a length
+FORMAT = 1  # raised when units of an older harness must not be resumed
+
+
+class LoadError(Exception):
+    """Something the user can put right: what was expected, what came, what to do. Ends the program with code 2."""
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def digest(self) -> str:
+        """Hash of every field: two equal digests describe the same measurement."""
+        return hashlib.sha256(f"{FORMAT}{self.model_dump_json()}".encode()).hexdigest()[:16]
+
+
+class Lengths(Settings):
+    """A number of tokens, or a distribution of them: 32k · uniform:16k:32k · normal:32k:4k · choice:32k,128k."""
+
+    kind: Literal["fixed", "uniform", "normal", "choice"]
+    values: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Lengths:
+        """Read one of the four spellings. `k` is 1024 tokens. Raises LoadError."""
+        kind, _, rest = text.strip().partition(":")
+        if not rest:
+            kind, rest = "fixed", text.strip()
+        values = tuple(_tokens(word, text) for word in rest.replace(":", ",").split(","))
+        wanted = {"fixed": 1, "uniform": 2, "normal": 2, "choice": len(values)}
+        if kind not in wanted or len(values) != wanted[kind] or (kind == "uniform" and values[0] > values[1]):
+            raise LoadError(
+                f"length: expected 32k, uniform:16k:32k, normal:32k:4k or choice:32k,64k; got {text!r}; rewrite it"
+            )
+        return cls.model_validate({"kind": kind, "values": values})
+
+    def draw(self, rng: np.random.Generator, count: int) -> list[int]:
+        """`count` lengths in tokens, each at least 1. Normal draws stay within three deviations."""
+        if self.kind == "uniform":
+            drawn = rng.integers(self.values[0], self.values[1] + 1, count)
+        elif self.kind == "normal":
+            mean, deviation = self.values
+            spread = rng.normal(mean, deviation, count).clip(mean - 3 * deviation, mean + 3 * deviation)
+            drawn = spread.round().astype(np.int64)
+        else:
+            drawn = rng.choice(np.array(self.values), count)
+        return [max(1, int(n)) for n in drawn]
+
+    @property
+    def longest(self) -> int:
+        """The longest length that `draw` can give."""
+        return self.values[0] + 3 * self.values[1] if self.kind == "normal" else max(self.values)
+
+
+def _tokens(word: str, text: str) -> int:
+    match = re.fullmatch(r"(\d+)([kKmM]?)", word.strip())
+    if match is None:
+        raise LoadError(f"length: expected whole numbers such as 900 or 32k, got {word!r} in {text!r}; rewrite it")
+    return int(match[1]) * TOKENS[match[2].lower()]
+
+
+class Workload(Settings):
+    """What is asked."""
+
+    input_len: Annotated[
+        str, Field(description="prompt tokens: 32k, uniform:16k:32k, normal:32k:4k, choice:32k,128k")
+    ] = "32k"
+    output_len: Annotated[str, Field(description="tokens to generate, in the same spellings")] = "128"
+    shared_prefix: Annotated[
+        float, Field(ge=0, le=99, description="percent of each prompt that is a prefix shared with others")
+    ] = 0.0
+    prefix_groups: Annotated[int, Field(ge=1, description="how many different shared prefixes there are")] = 1
+    turns: Annotated[int, Field(ge=1, description="turns of a conversation; each sends all that went before")] = 1
+    turn_len: Annotated[str, Field(description="new prompt tokens of each turn after the first")] = "256"
+    needles: Annotated[
+        int, Field(ge=0, description="facts hidden in each prompt; the last is asked for, and checked")
+    ] = 0
+    text: Annotated[
+        str,
+        Field(description="builtin = seeded prose, ids = random token ids (needs no tokenizer), or a UTF-8 text file"),
+    ] = "builtin"
+    id_range: Annotated[tuple[int, int], Field(description="token ids of `--text ids`, from and below")] = (100, 8000)
+    ignore_eos: Annotated[bool, Field(description="generate the full output length")] = True
+    temperature: Annotated[float, Field(ge=0, description="sampling temperature")] = 0.0
+    seed: Annotated[int, Field(ge=0, description="same seed, same prompts and arrivals")] = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Workload:
+        for text in (self.input_len, self.output_len, self.turn_len):
+            Lengths.parse(text)
+        if self.text == "ids" and self.needles:
+            raise LoadError("needles: expected a text with a tokenizer, got --text ids; use --text builtin or a file")
+        return self
+
+
+class Load(Settings):
+    """How it is asked."""
+
+    arrival: Annotated[
+        Arrival, Field(description="closed = a number of clients that wait; the others send at a rate and never wait")
+    ] = "closed"
+    concurrency: Annotated[int, Field(ge=1, description="clients of a closed loop")] = 1
+    rate: Annotated[float, Field(gt=0, description="requests a second of an open loop")] = 1.0
+    burst: Annotated[int, Field(ge=1, description="requests that arrive at once, with --arrival burst")] = 8
+    ramp_s: Annotated[float, Field(ge=0, description="seconds in which the load grows linearly from nothing")] = 0.0
+    requests: Annotated[int, Field(ge=1, description="measured conversations at most")] = 16
+    duration_s: Annotated[float, Field(gt=0, description="seconds after which nothing more is sent")] = 600.0
+    warmup: Annotated[
+        int | None,
+        Field(ge=0, description="unmeasured requests of the same lengths first; default: 2 to 8, by concurrency"),
+    ] = None
+    cooldown: Annotated[
+        Literal["drain", "keep"],
+        Field(
+            description="drain = let the last requests finish; keep = hold the load up with unmeasured ones until then"
+        ),
+    ] = "drain"
+
+    @property
+    def warmups(self) -> int:
+        return max(2, min(self.concurrency, 8)) if self.warmup is None else self.warmup
+
+
+class Connection(Settings):
+    """How servers are reached."""
+
+    api: Annotated[Api, Field(description="generate = SGLang's own, completions and chat = OpenAI-compatible")] = (
+        "generate"
+    )
+    model: Annotated[str | None, Field(description="model name of OpenAI requests; default: the server's first")] = None
+    openai_extras: Annotated[
+        bool, Field(description="send ignore_eos and continuous usage, which SGLang and vLLM know and OpenAI refuses")
+    ] = True
+    api_key_env: Annotated[str | None, Field(description="environment variable that holds the API key")] = None
+    api_key_file: Annotated[str | None, Field(description="file that holds the API key")] = None
+    admin_key_env: Annotated[str | None, Field(description="environment variable with the admin key (flush)")] = None
+    admin_key_file: Annotated[str | None, Field(description="file with the admin key (flush)")] = None
+    allow_remote: Annotated[bool, Field(description="allow targets outside loopback and private networks")] = False
+    flush: Annotated[
+        Literal["require", "try", "never"], Field(description="empty the prefix cache before each measurement")
+    ] = "try"
+    start_timeout_s: Annotated[float, Field(gt=0, description="seconds a launched server may take to be ready")] = (
+        1800.0
+    )
+    stop_grace_s: Annotated[float, Field(gt=0, description="seconds between SIGTERM and SIGKILL")] = 30.0
+    request_timeout_s: Annotated[
+        float | None,
+        Field(gt=0, description="bound of one request; default: 120 s + 1 s for 100 tokens of prompt and output"),
+    ] = None
+    stall_timeout_s: Annotated[
+        float | None,
+        Field(gt=0, description="silence of a stream that counts as a stall; default: the request's bound"),
+    ] = None
+    max_lag_s: Annotated[
+        float, Field(gt=0, description="p99 of event-loop lag or dispatch delay that makes a run invalid")
+    ] = 0.05
+    max_cpu_share: Annotated[
+        float, Field(gt=0, description="share of one CPU used by the client that makes a run invalid")
+    ] = 0.9
+
+    def request_bound(self, tokens: int) -> float:
+        """Seconds that one request with `tokens` of prompt and output may take."""
+        return self.request_timeout_s if self.request_timeout_s is not None else 120.0 + tokens / 100.0
+
+
+class Arm(Settings):
+    """One side: a URL, or the command that launches a server, and what token selection it claims to run."""
+
+    name: str
+    server: str
+    expect: str | None = None
+
+    @property
+    def launched(self) -> bool:
+        return not self.server.startswith(("http://", "https://"))
+
+
+class Cell(Settings):
+    """One point of the grid: what is asked, and how."""
+
+    workload: Workload
+    load: Load
+
+    @property
+    def level(self) -> str:
+        """The load of this cell in words."""
+        if self.load.arrival == "closed":
+            return f"concurrency {self.load.concurrency}"
+        return f"{self.load.arrival} {self.load.rate:g}/s"
+
+    @property
+    def label(self) -> str:
+        return f"{self.workload.input_len} · {self.level}"
+
+
+class Slo(Settings):
+    """Limits in seconds that a request must keep, all of them, to count as good; read from a TOML or JSON file."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+    itl_max: float | None = None
+    e2e: float | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Slo:
+        """Raises LoadError for a file that is not there or holds something else."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            return cls.model_validate_json(text) if path.suffix == ".json" else cls.model_validate(tomllib.loads(text))
+        except (OSError, ValidationError, ValueError) as error:
+            raise LoadError(
+                f"slo: expected a TOML or JSON file with {', '.join(cls.model_fields)} in seconds, got {path}: {error}"
+            ) from None
+
+
+class Plan(Settings):
+    """A whole run: every arm in every cell, `blocks` times."""
+
+    arms: tuple[Arm, ...]
+    cells: tuple[Cell, ...]
+    blocks: int = 1
+    mode: Literal["together", "alternate"] = "together"
+    connection: Connection = Connection()
+    slo: Slo | None = None
+    fail_if: tuple[str, ...] = ()
+    primary: str = "ttft_p50"
+    confidence: float = 0.95

@@ -1,0 +1,228 @@
+"""Which token blocks of a paged row are worth reading: scored on the means of their keys, best `blocks` kept.
+
+One launch. The programs of a row score its blocks; the last one to finish picks the best and lists their pages.
+Bytes: 256 for every 64 tokens of prefix, where the keys themselves are 8448.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .rank_select import MAX_ROW, kth_largest, places, ranked, wins_and_ties
+
+WIDE_LOAD = 4 * 32  # fp32 elements that a warp loads at once
+PAGE = 64  # tokens in a page of SGLang's index-K pool
+HEAD_DIM = 128
+
+
+@dataclass(frozen=True)
+class KeptPages:
+    """The pages of the kept blocks, in logical order: token p of a row's kept tokens lies in page p // 64 at p % 64.
+
+    Room is for `blocks` complete blocks and the tail, the tokens past the last complete block.
+
+    pages:  int32 [R, (blocks + 1) · block_size / 64]  physical page ids; entries past ceil(lens / 64) are stale
+    blocks: int32 [R, blocks + 1]  block numbers in the row; entries past ceil(lens / block_size) are stale
+    lens:   int32 [R]  kept tokens of a row; a function of its length alone
+    scores: fp32 [R, ceil(table_width · 64 / block_size)]  scratch: block scores of the rows that had to choose
+    done:   int32 [R]  scratch: programs that have finished; zero between launches
+    """
+
+    pages: torch.Tensor
+    blocks: torch.Tensor
+    lens: torch.Tensor
+    scores: torch.Tensor
+    done: torch.Tensor
+
+    @classmethod
+    def allocate(cls, rows: int, table_width: int, blocks: int, block_size: int, device: torch.device) -> KeptPages:
+        """Room for `rows` rows of page tables with `table_width` columns. Allocate outside of graph capture: `done`
+        must be zero before the first launch, and one object must not serve two streams at once."""
+        ints = {"dtype": torch.int32, "device": device}
+        return cls(
+            pages=torch.empty(rows, (blocks + 1) * block_size // PAGE, **ints),
+            blocks=torch.empty(rows, blocks + 1, **ints),
+            lens=torch.empty(rows, **ints),
+            scores=torch.empty(rows, triton.cdiv(table_width * PAGE, block_size), dtype=torch.float32, device=device),
+            done=torch.zeros(rows, **ints),
+        )
+
+
+@dataclass(frozen=True)
+class KeepTuning:
+    """How a launch is cut: a program of `warps` warps scores the blocks of `pages` pages (16 at least)."""
+
+    pages: int = 64
+    warps: int = 4
+
+
+def keep_blocks(
+    index_q: torch.Tensor,
+    head_gates: torch.Tensor,
+    page_means: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    block_size: int,
+    out: KeptPages,
+    tuning: KeepTuning = KeepTuning(),
+) -> None:
+    """Fill `out` with the best blocks of every row: the block filter of HISA (arXiv 2603.28458) on page means.
+
+    A block of B = `block_size` tokens scores Σ_j w_j · ReLU(q_j · k̃_b) with k̃_b the mean of its page means, over all H
+    heads. Of a row's len // B complete blocks the first and the newest are kept and the best between them, up to nb in
+    all; the tail behind them always. So len // B <= nb keeps everything. Ties fall to the older block, NaN never wins.
+
+    index_q:    float8_e4m3fn [R, H, 128], contiguous; H = 16, 32, 64, …
+    head_gates: fp32 [R, H], contiguous
+    page_means: bf16 [num_pages, 128], contiguous; read for the blocks between the first and the newest complete one
+    page_table: int32 [R, W], unit column stride; entries past ceil(len / 64) are never followed
+    seq_lens:   int32 [R], 0 <= len <= 64 · W
+    """
+    rows, heads, _ = index_q.shape
+    n_blocks = out.scores.shape[1]
+    n_pad = triton.next_power_of_2(n_blocks)
+    if n_pad > MAX_ROW:
+        raise ValueError(f"page_table: expected at most {MAX_ROW} blocks a row, got {n_pad}; use a larger block_size")
+    pages = block_size // PAGE
+    pages_pad = triton.next_power_of_2(pages)
+    tile = max(1, tuning.pages // pages_pad)
+    interpreted = index_q.device.type == "cpu"
+    grid = (triton.cdiv(n_blocks, tile), rows)
+    _keep_kernel[grid](
+        index_q,
+        head_gates,
+        page_means,
+        page_table,
+        seq_lens,
+        out.scores,
+        out.blocks,
+        out.pages,
+        out.lens,
+        out.done,
+        page_table.stride(0),
+        page_table.shape[1],
+        HEADS=heads,
+        DIM=HEAD_DIM,
+        PAGES=pages,
+        PAGES_PAD=pages_pad,
+        PAGE=PAGE,
+        KEEP=out.blocks.shape[1] - 1,
+        TILE=tile,
+        N_BLOCKS=n_blocks,
+        N_PAD=n_pad,
+        FOLD=min(n_pad, tuning.warps * WIDE_LOAD),
+        EXACT=interpreted,
+        **launch_options(interpreted, tuning.warps),
+    )
+
+
+def launch_options(interpreted: bool, warps: int) -> dict[str, object]:
+    """Arguments of a launch that may begin while the kernel before it drains (programmatic dependent launch)."""
+    return {"PDL": False} if interpreted else {"PDL": True, "launch_pdl": True, "num_warps": warps}
+
+
+@triton.jit
+def last_of(done, n):
+    """True in the last of the `n` programs that call this with the counter at `done`, which is zero again after it.
+
+    Everything the others wrote before the call is visible to the one that gets True (read it past L1: ".cg").
+    """
+    last = n == 1
+    if n > 1:
+        tl.debug_barrier()
+        last = tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == n - 1
+        if last:
+            tl.store(done, 0)
+    return last
+
+
+@triton.jit
+def _keep_kernel(
+    q,
+    gates,
+    means,
+    table,
+    seq_lens,
+    scores,
+    kept_blocks,
+    kept_pages,
+    kept_lens,
+    done,
+    table_stride,
+    WIDTH,  # columns of the page table
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGES: tl.constexpr,  # pages in a block
+    PAGES_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEEP: tl.constexpr,
+    TILE: tl.constexpr,
+    N_BLOCKS: tl.constexpr,
+    N_PAD: tl.constexpr,
+    FOLD: tl.constexpr,
+    EXACT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    i_t = tl.program_id(0)
+    i_r = tl.program_id(1).to(tl.int64)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    p_table = table + i_r * table_stride
+    o_h = tl.arange(0, HEADS)
+    o_d = tl.arange(0, DIM)
+    o_k = tl.arange(0, TILE * PAGES_PAD)
+    b_b = i_t * TILE + o_k // PAGES_PAD
+    b_i = o_k % PAGES_PAD
+    # stale ids come along and are replaced below: the length is still on its way
+    b_id = tl.load(p_table + b_b * PAGES + b_i, mask=b_b * PAGES + b_i < WIDTH, other=0)
+    length = tl.load(seq_lens + i_r)
+    n_full = length // (PAGES * PAGE)
+    tail = length - n_full * (PAGES * PAGE)
+    chooses = n_full > KEEP
+    n_programs = tl.where(chooses, tl.cdiv(n_full, TILE), 1)
+    if i_t >= n_programs:
+        return
+
+    if chooses:
+        o_b = i_t * TILE + tl.arange(0, TILE)
+        m_b = (o_b > 0) & (o_b < n_full - 1)
+        m_k = (b_b > 0) & (b_b < n_full - 1) & (b_i < PAGES)
+        page = tl.where(m_k, b_id, 0).to(tl.int64)
+        b_k = tl.load(means + page[:, None] * DIM + o_d[None, :], mask=m_k[:, None], other=0.0)
+        b_q = tl.load(q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :])  # [HEADS, DIM]
+        b_w = tl.load(gates + i_r * HEADS + o_h)
+        # fp8 fits bf16, so the products are exact; the interpreter multiplies bf16 as integers, hence fp32 there
+        if EXACT:
+            b_s = tl.dot(b_k.to(tl.float32), tl.trans(b_q.to(tl.float32)))  # [TILE · PAGES_PAD, HEADS]
+        else:
+            b_s = tl.dot(b_k, tl.trans(b_q.to(tl.float32).to(tl.bfloat16)))
+        # the sum of a block's page means instead of their mean: a positive factor changes no order
+        b_s = tl.sum(tl.reshape(b_s, [TILE, PAGES_PAD, HEADS]), 1)
+        score = tl.sum(tl.maximum(b_s, 0.0) * b_w[None, :], 1)
+        tl.store(scores + i_r * N_BLOCKS + o_b, score, mask=m_b)
+
+    if last_of(done + i_r, n_programs):
+        o_n = tl.arange(0, N_PAD)
+        m_middle = (o_n > 0) & (o_n < n_full - 1)
+        # loads are masked by constants so that they stay wide: what a row has not written is replaced afterwards
+        score = tl.load(scores + i_r * N_BLOCKS + o_n, mask=o_n < N_BLOCKS, other=0.0, cache_modifier=".cg")
+        o_i = tl.arange(0, PAGES_PAD)
+        o_p = o_n[:, None] * PAGES + o_i[None, :]
+        m_p = o_i[None, :] < PAGES
+        b_page = tl.load(p_table + o_p, mask=m_p & (o_p < WIDTH), other=0)
+        x = ranked(score, m_middle)
+        threshold, room = kth_largest(x, n_full - 2, KEEP - 2, FOLD)
+        # the first, the newest and the tail win without a contest, even against a threshold of +inf
+        certain = (o_n * (PAGES * PAGE) < length) & (m_middle == 0)
+        taken, place = places(tl.where(certain, 1, wins_and_ties(x, threshold)), room)
+        tl.store(kept_blocks + i_r * (KEEP + 1) + place, o_n, mask=taken)
+        p_kept = kept_pages + (i_r * (KEEP + 1) + place[:, None]) * PAGES + o_i[None, :]
+        tl.store(p_kept, b_page, mask=taken[:, None] & m_p & (o_p * PAGE < length))
+        tl.store(kept_lens + i_r, tl.minimum(n_full, KEEP) * (PAGES * PAGE) + tail)

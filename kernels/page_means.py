@@ -1,0 +1,189 @@
+"""Means of the stored index keys of complete pages: the pooled keys that routing and block pruning score.
+
+A page of SGLang's index-K pool is one uint8 row of 8448 bytes: 64 keys × 128 bytes of fp8 e4m3, then 64 fp32 scales.
+Its mean is that of the dequantised keys (fp8 × scale), summed in fp32 and kept as bf16. Every entry point below runs
+the same program on a page, so a mean has the same bits whether a page was filled by prefill, by decode or healed later.
+
+All of them fit in a CUDA graph: grids come from shapes, lengths are read on the device, and page-table entries beyond
+a row's complete pages are never read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+PAGE = 64
+HEAD_DIM = 128
+PAGE_BYTES = PAGE * (HEAD_DIM + 4)
+_WARPS = 4  # 64 bytes of keys a thread: four 16-byte loads in flight
+
+
+@triton.jit
+def _store_page_mean(
+    p_keys, p_scales, p_means, i_page, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr
+):
+    """Store the mean of physical page `i_page`; `p_keys` and `p_scales` view the same pool as fp8 and as fp32."""
+    i_page = i_page.to(tl.int64)
+    o_key, o_dim = tl.arange(0, PAGE), tl.arange(0, HEAD_DIM)
+    # [PAGE, HEAD_DIM]
+    b_key = tl.load(p_keys + i_page * PAGE_BYTES + o_key[:, None] * HEAD_DIM + o_dim[None, :]).to(tl.float32)
+    # [PAGE]
+    b_scale = tl.load(p_scales + i_page * (PAGE_BYTES // 4) + PAGE * HEAD_DIM // 4 + o_key)
+    b_mean = tl.sum(b_key * b_scale[:, None], axis=0) * (1.0 / PAGE)
+    tl.store(p_means + i_page * HEAD_DIM + o_dim, b_mean.to(p_means.dtype.element_ty))
+
+
+# Strides change from batch to batch and slices start anywhere: specialising on either would compile while serving.
+@triton.jit(
+    do_not_specialize=["first_page", "table_stride"], do_not_specialize_on_alignment=["p_table", "p_lens", "p_first"]
+)
+def page_means_fwd_kernel(
+    p_keys,
+    p_scales,
+    p_means,
+    p_table,
+    p_lens,
+    p_first,
+    first_page,
+    table_stride,
+    FIRST_PER_ROW: tl.constexpr,
+    PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+):
+    i_row = tl.program_id(1)
+    first = tl.load(p_first + i_row) if FIRST_PER_ROW else first_page
+    i_logical = first + tl.program_id(0)
+    if i_logical < tl.load(p_lens + i_row) // PAGE:
+        i_page = tl.load(p_table + i_row.to(tl.int64) * table_stride + i_logical)
+        _store_page_mean(p_keys, p_scales, p_means, i_page, PAGE, HEAD_DIM, PAGE_BYTES)
+
+
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["p_table", "p_lens"])
+def last_page_means_fwd_kernel(
+    p_keys,
+    p_scales,
+    p_means,
+    p_table,
+    p_lens,
+    table_stride,
+    PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+):
+    i_row = tl.program_id(0)
+    length = tl.load(p_lens + i_row)
+    if (length > 0) & (length % PAGE == 0):
+        i_page = tl.load(p_table + i_row.to(tl.int64) * table_stride + length // PAGE - 1)
+        _store_page_mean(p_keys, p_scales, p_means, i_page, PAGE, HEAD_DIM, PAGE_BYTES)
+
+
+@triton.jit(do_not_specialize_on_alignment=["p_slots"])
+def slot_page_means_fwd_kernel(
+    p_keys, p_scales, p_means, p_slots, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr
+):
+    slot = tl.load(p_slots + tl.program_id(0))
+    if (slot >= 0) & (slot % PAGE == PAGE - 1):
+        _store_page_mean(p_keys, p_scales, p_means, slot // PAGE, PAGE, HEAD_DIM, PAGE_BYTES)
+
+
+def update_page_means(
+    pool: torch.Tensor,
+    means: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    first_page: int | torch.Tensor = 0,
+) -> None:
+    """Recompute the means of every complete page p, first_page ≤ p < seq_len // 64, of each row, in one launch.
+
+    pool [P, 8448] uint8; means [P, 128] bf16, written at physical pages; page_table [B, W] int32 physical page ids;
+    seq_lens [B] int32 tokens, at most 64·W; first_page: one logical page for all rows, or [B] int32.
+    Bound by reading 8448 bytes a page. Raises ValueError for another layout.
+    """
+    views = _views(pool, means)
+    rows, width = _check_table(page_table, seq_lens)
+    per_row = isinstance(first_page, torch.Tensor)
+    if per_row:
+        _expect("first_page", first_page, (rows,), torch.int32)
+    grid = (width if per_row else width - first_page, rows)
+    if min(grid) > 0:
+        page_means_fwd_kernel[grid](
+            *views,
+            means,
+            page_table,
+            seq_lens,
+            first_page if per_row else seq_lens,
+            0 if per_row else first_page,
+            page_table.stride(0),
+            FIRST_PER_ROW=per_row,
+            PAGE=PAGE,
+            HEAD_DIM=HEAD_DIM,
+            PAGE_BYTES=PAGE_BYTES,
+            num_warps=_WARPS,
+        )
+
+
+def update_last_page_means(
+    pool: torch.Tensor, means: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor
+) -> None:
+    """Recompute the mean of the page that each row's newest token completed (seq_len a positive multiple of 64).
+
+    For decode. pool [P, 8448] uint8; means [P, 128] bf16; page_table [R, W] int32; seq_lens [R] int32 with the new
+    token counted, at most 64·W. Raises ValueError for another layout.
+    """
+    views = _views(pool, means)
+    rows, _ = _check_table(page_table, seq_lens)
+    if rows:
+        last_page_means_fwd_kernel[(rows,)](
+            *views,
+            means,
+            page_table,
+            seq_lens,
+            page_table.stride(0),
+            PAGE=PAGE,
+            HEAD_DIM=HEAD_DIM,
+            PAGE_BYTES=PAGE_BYTES,
+            num_warps=_WARPS,
+        )
+
+
+def update_slots(pool: torch.Tensor, means: torch.Tensor, slots: torch.Tensor) -> None:
+    """Recompute the means of the pages whose last token is among the slots just written; negative slots are skipped.
+
+    pool [P, 8448] uint8; means [P, 128] bf16; slots [N] int64, slot = 64·page + offset, as in SGLang's out_cache_loc.
+    Raises ValueError for another layout.
+    """
+    views = _views(pool, means)
+    _expect("slots", slots, (slots.shape[0],), torch.int64)
+    if len(slots):
+        slot_page_means_fwd_kernel[(len(slots),)](
+            *views, means, slots, PAGE=PAGE, HEAD_DIM=HEAD_DIM, PAGE_BYTES=PAGE_BYTES, num_warps=_WARPS
+        )
+
+
+def _views(pool: torch.Tensor, means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pool's bytes as fp8 keys and as fp32 scales."""
+    _expect("pool", pool, (pool.shape[0], PAGE_BYTES), torch.uint8)
+    _expect("means", means, (pool.shape[0], HEAD_DIM), torch.bfloat16)
+    return pool.view(torch.float8_e4m3fn), pool.view(torch.float32)
+
+
+def _check_table(page_table: torch.Tensor, seq_lens: torch.Tensor) -> tuple[int, int]:
+    rows, width = page_table.shape
+    _expect("seq_lens", seq_lens, (rows,), torch.int32)
+    if page_table.dtype != torch.int32 or page_table.stride(1) != 1:
+        raise ValueError(
+            f"page_table: expected int32 [B, W] with unit column stride, got {page_table.dtype} with strides "
+            f"{page_table.stride()}; pass physical page ids, not token slots"
+        )
+    return rows, width
+
+
+def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: expected contiguous {dtype} of shape {shape}, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            f" with strides {tensor.stride()}"
+        )

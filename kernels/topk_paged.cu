@@ -1,0 +1,249 @@
+// Exact top k of the scores of a row's kept tokens, as physical slots in the row's order: one thread block a row.
+//
+// The row stays in registers. One histogram, linear between the row's extremes, leaves a handful of candidates around
+// the k-th largest; they are ranked against one another. Where scores cluster, further histograms of order-preserving
+// integers narrow the candidates by 11 bits a round until few are left, so any input ends.
+#include <cuda_runtime.h>
+#include <tvm/ffi/tvm_ffi.h>
+
+#include <cfloat>
+#include <cstdint>
+
+namespace misa {
+
+constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 2048, CANDIDATES = 1024, PAGE = 64, MAX_GROUPS = 8;
+static_assert(BINS == 2 * THREADS, "a thread scans two bins");
+
+struct Row {
+  const float* scores;      // [R, room], 16-byte aligned rows
+  const int32_t* lens;      // [R]
+  const int32_t* pages;     // [R, room / 64]
+  const int32_t* blocks;    // [R, room / block]
+  int32_t* slots;           // [R, k]
+  int32_t* positions;       // [R, k] or null
+  int room, block, k;
+};
+
+struct Smem {
+  uint32_t bins[BINS];
+  uint64_t candidates[CANDIDATES];
+  uint32_t counts[MAX_GROUPS][WARPS];
+  uint32_t scan[WARPS];
+  float least[WARPS], most[WARPS];
+  unsigned long long lowest, highest, cut;
+  uint32_t listed, bin, above, inside;
+};
+
+// Larger score, larger order; among equal scores the older token has the larger one. All orders of a row differ.
+__device__ __forceinline__ uint64_t order_of(float score, int token) {
+  const uint32_t bits = __float_as_uint(score + 0.f);
+  const uint32_t key = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return uint64_t(key) << 16 | uint32_t(0xFFFF - token);
+}
+
+__device__ __forceinline__ uint32_t inclusive(uint32_t value) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const uint32_t other = __shfl_up_sync(~0u, value, d);
+    if (lane >= d) value += other;
+  }
+  return value;
+}
+
+// Finds the bin that holds the `rank`-th largest (s.bin), with s.above elements in higher bins and s.inside in it.
+// The bins are zero again afterwards.
+__device__ void find_bin(Smem& s, uint32_t rank) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, top = BINS - 1 - 2 * int(threadIdx.x);
+  const uint32_t first = s.bins[top], second = s.bins[top - 1];
+  s.bins[top] = s.bins[top - 1] = 0;
+  const uint32_t upto = inclusive(first + second);
+  if (lane == 31) s.scan[warp] = upto;
+  __syncthreads();
+  const uint32_t above = __reduce_add_sync(~0u, lane < warp ? s.scan[lane] : 0u) + upto - first - second;
+  if (above < rank && above + first >= rank) s.bin = top, s.above = above, s.inside = first;
+  if (above + first < rank && above + first + second >= rank) s.bin = top - 1, s.above = above + first, s.inside = second;
+  __syncthreads();
+}
+
+template <int GROUPS>
+__global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Row row) {
+  __shared__ Smem s;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t r = blockIdx.x;
+  const int n = __ldcg(row.lens + r);  // as the pages, older than the launch before this one, which waited for them
+  const float* scores = row.scores + r * row.room;
+  const int32_t* pages = row.pages + r * (row.room / PAGE);
+  int32_t* slots = row.slots + r * row.k;
+  int32_t* positions = row.positions ? row.positions + r * row.k : nullptr;
+  int32_t page[GROUPS];
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g) {
+    const int token = 4 * (g * THREADS + threadIdx.x);
+    page[g] = token < n ? __ldcg(pages + token / PAGE) : 0;
+  }
+  s.bins[threadIdx.x] = s.bins[THREADS + threadIdx.x] = 0;
+  if (threadIdx.x == 0) s.listed = 0;
+  for (int j = max(n, 0) + threadIdx.x; j < row.k; j += THREADS) {
+    slots[j] = -1;
+    if (positions) positions[j] = -1;
+  }
+
+  uint64_t cut = 0;  // tokens of at least this order are chosen
+  float x[4 * GROUPS];
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (n > row.k) {
+    float least = INFINITY, most = -INFINITY;
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+      const int token = 4 * (g * THREADS + threadIdx.x);
+      float4 four = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (token < n) four = __ldcg(reinterpret_cast<const float4*>(scores + token));
+      const float loaded[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float score = loaded[e] > -FLT_MAX ? loaded[e] : -FLT_MAX;  // NaN too
+        x[4 * g + e] = score;
+        if (token + e < n) least = fminf(least, score), most = fmaxf(most, score);
+      }
+    }
+#pragma unroll
+    for (int d = 16; d; d /= 2) {
+      least = fminf(least, __shfl_xor_sync(~0u, least, d));
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+    }
+    if (lane == 0) s.least[warp] = least, s.most[warp] = most;
+    __syncthreads();
+    least = s.least[lane], most = s.most[lane];
+#pragma unroll
+    for (int d = 16; d; d /= 2) {
+      least = fminf(least, __shfl_xor_sync(~0u, least, d));
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+    }
+
+    // Rounding keeps the order of bins; a span that is zero or overflows puts everything into few bins, which is allowed.
+    const float scale = float(BINS - 1) / (most - least);
+    const auto bin_of = [&](float score) {
+      const float place = fminf(fmaxf((score - least) * scale, 0.f), float(BINS - 1));  // NaN becomes 0
+      // Added to 2^23, an integer stands in the mantissa's low bits: conversions run at an eighth of the rate.
+      return int(__float_as_uint(place + 8388608.f) & (BINS - 1));
+    };
+#pragma unroll
+    for (int i = 0; i < 4 * GROUPS; ++i)
+      if (4 * ((i / 4) * THREADS + int(threadIdx.x)) + i % 4 < n) atomicAdd(&s.bins[bin_of(x[i])], 1u);
+    __syncthreads();
+    find_bin(s, row.k);
+    uint32_t rank = row.k - s.above, inside = s.inside;
+    const int bin = s.bin;
+
+    uint64_t lo = 0, hi = ~uint64_t(0);  // candidates: in the bin, with an order in [lo, hi]
+    const auto each_candidate = [&](const auto& visit) {
+#pragma unroll
+      for (int i = 0; i < 4 * GROUPS; ++i) {
+        const int token = 4 * ((i / 4) * THREADS + int(threadIdx.x)) + i % 4;
+        if (token < n && bin_of(x[i]) == bin) {
+          const uint64_t order = order_of(x[i], token);
+          if (order >= lo && order <= hi) visit(order);
+        }
+      }
+    };
+    while (inside > CANDIDATES) {
+      __syncthreads();
+      if (threadIdx.x == 0) s.lowest = ~0ull, s.highest = 0;
+      __syncthreads();
+      unsigned long long lowest = ~0ull, highest = 0;
+      each_candidate([&](uint64_t order) { lowest = min(lowest, (unsigned long long)order), highest = max(highest, (unsigned long long)order); });
+      if (lowest <= highest) atomicMin(&s.lowest, lowest), atomicMax(&s.highest, highest);
+      __syncthreads();
+      lo = s.lowest, hi = s.highest;
+      const int shift = max(0, 64 - __clzll(hi - lo) - 11);
+      each_candidate([&](uint64_t order) { atomicAdd(&s.bins[(order - lo) >> shift], 1u); });
+      __syncthreads();
+      find_bin(s, rank);
+      rank -= s.above, inside = s.inside;
+      lo += uint64_t(s.bin) << shift;
+      hi = min(hi, lo + ((uint64_t(1) << shift) - 1));
+    }
+
+    each_candidate([&](uint64_t order) { s.candidates[atomicAdd(&s.listed, 1u)] = order; });
+    __syncthreads();
+    if (threadIdx.x < inside) {
+      const uint64_t own = s.candidates[threadIdx.x];
+      uint32_t larger = 0;
+      for (uint32_t i = 0; i < inside; ++i) larger += s.candidates[i] > own;
+      if (larger == rank - 1) s.cut = own;
+    }
+    __syncthreads();
+    cut = s.cut;
+  }
+
+  // Places: tokens in order, four a thread and group; the counts of four groups fit one word, 8 bits each.
+  uint32_t chosen[GROUPS];
+  uint64_t packed = 0;
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g) {
+    chosen[g] = 0;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int token = 4 * (g * THREADS + threadIdx.x) + e;
+      if (token < n && (n <= row.k || order_of(x[4 * g + e], token) >= cut)) chosen[g] |= 1u << e;
+    }
+    packed |= uint64_t(__popc(chosen[g])) << (8 * g);
+  }
+  const uint32_t low = inclusive(uint32_t(packed)), high = GROUPS > 4 ? inclusive(uint32_t(packed >> 32)) : 0;
+  const uint64_t upto = uint64_t(high) << 32 | low;
+  if (lane == 31) {
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) s.counts[g][warp] = uint32_t(upto >> (8 * g)) & 0xFF;
+  }
+  __syncthreads();
+  uint32_t before = 0;
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g) {
+    const uint32_t count = s.counts[g][lane];
+    uint32_t place = before + __reduce_add_sync(~0u, lane < warp ? count : 0u);
+    before += __reduce_add_sync(~0u, count);
+    place += (uint32_t(upto >> (8 * g)) & 0xFF) - __popc(chosen[g]);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (!(chosen[g] >> e & 1)) continue;
+      const int token = 4 * (g * THREADS + threadIdx.x) + e;
+      slots[place] = page[g] * PAGE + token % PAGE;
+      if (positions) positions[place] = row.blocks[r * (row.room / row.block) + token / row.block] * row.block + token % row.block;
+      ++place;
+    }
+  }
+}
+
+template <int GROUPS>
+void launch(const Row& row, int64_t rows, cudaStream_t stream) {
+  if (row.room > 4 * THREADS * GROUPS) {
+    if constexpr (GROUPS < MAX_GROUPS) return launch<GROUPS + 1>(row, rows, stream);
+    TVM_FFI_THROW(ValueError) << "room: expected at most " << 4 * THREADS * MAX_GROUPS << " tokens, got " << row.room;
+  }
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(rows);
+  config.blockDim = dim3(THREADS);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  const cudaError_t status = cudaLaunchKernelEx(&config, topk_kernel<GROUPS>, row);
+  if (status != cudaSuccess) TVM_FFI_THROW(RuntimeError) << "topk_kernel: " << cudaGetErrorString(status);
+}
+
+void topk(int64_t scores, int64_t lens, int64_t pages, int64_t blocks, int64_t slots, int64_t positions, int64_t rows,
+          int64_t room, int64_t block, int64_t k, int64_t stream) {
+  const Row row{reinterpret_cast<const float*>(scores),  reinterpret_cast<const int32_t*>(lens),
+                reinterpret_cast<const int32_t*>(pages), reinterpret_cast<const int32_t*>(blocks),
+                reinterpret_cast<int32_t*>(slots),       reinterpret_cast<int32_t*>(positions),
+                int(room),                               int(block),
+                int(k)};
+  launch<1>(row, rows, reinterpret_cast<cudaStream_t>(stream));
+}
+
+}  // namespace misa
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk, misa::topk);

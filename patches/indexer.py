@@ -1,0 +1,228 @@
+"""SGLang's Indexer: where the selection of a layer is made. Wrappers, each called as wrapper(original, indexer, …)."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.environ import envs
+from sglang.srt.layers.attention.dsa import dsa_indexer
+from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
+from torch import Tensor
+
+from sglang_misa import audit, indexer, plugin, reference
+from sglang_misa.block_stats import BlockStats
+from sglang_misa.config import SelectionPolicy
+from sglang_misa.metrics import recorder
+
+
+@functools.cache
+def _auditor() -> audit.Auditor:
+    return audit.Auditor(plugin.runtime().config.audit)
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def _bind(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    bound = _signature(original).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _pool(layer_id: int) -> tuple[Tensor, BlockStats, int]:
+    """The layer's index-K buffer, its pool's page means, and the pool-local layer; the getter is a transfer fence."""
+    pool = dsa_indexer.get_token_to_kv_pool()
+    return pool.get_index_k_with_scale_buffer(layer_id=layer_id), pool.misa_block_stats, layer_id - pool.start_layer
+
+
+def get_topk_ragged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Indexer._get_topk_ragged: the rows of an extend call. Rows under the length gate go to stock DSA."""
+    config = plugin.runtime().config
+    call = _bind(original, args, kwargs)
+    self, layer_id, metadata = call["self"], call["layer_id"], call["metadata"]
+    page_table = metadata.get_page_table_64()
+    if len(page_table) == 0:
+        return original(*args, **kwargs)
+
+    buffer, stats, layer = _pool(layer_id)
+    spans = indexer.spans(metadata.get_dsa_extend_len_cpu(), metadata.get_indexer_seq_len_cpu().tolist())
+    if config.prefill.active or config.decode.active:
+        stats.heal(layer, buffer, page_table, metadata.get_indexer_seq_len().int())
+    longest = max(span.length for span in spans)
+    reason = (
+        "policy-is-dsa"
+        if not config.prefill.active
+        else "recall-floor"
+        if layer_id in _auditor().dense_layers
+        else "under-min-len"
+        if longest < config.prefill.min_len
+        else None
+    )
+    if reason is not None:
+        recorder.declined("prefill", reason)
+        recorder.ran("prefill", "dsa")
+        return original(*args, **kwargs)
+    recorder.ran("prefill", config.prefill.name)
+    return _Extend(self, layer_id, layer, call, stats).select(config.prefill, spans)
+
+
+class _Extend:
+    """One extend call that selects by policy: gathers the keys as stock does, and finishes with stock's transform."""
+
+    def __init__(self, self_: Any, layer_id: int, layer: int, call: dict[str, Any], stats: BlockStats):
+        self.indexer, self.metadata, self.stats = self_, call["metadata"], stats
+        self.layer_id, self.layer = layer_id, layer
+        self.ks, self.ke = self.metadata.get_indexer_kvcache_range()
+        rows = self.ks.shape[0]
+        page_table = self.metadata.get_page_table_64()
+        lens_cpu = self.metadata.get_indexer_seq_len_cpu()
+        k_fp8, k_scale = dsa_indexer.get_token_to_kv_pool().get_index_k_scale_buffer(
+            layer_id, self.metadata.get_indexer_seq_len(), page_table, int(lens_cpu.sum()), int(lens_cpu.max())
+        )
+        q_fp8 = call["q_fp8"]
+        given = call.get("topk_result")
+        shape = (q_fp8.shape[0], self_.index_topk)
+        self.result: Tensor = torch.full(shape, -1, dtype=torch.int32, device=q_fp8.device) if given is None else given
+        self.call = indexer.RaggedCall(
+            index_q=q_fp8[:rows],
+            head_gates=call["weights"].squeeze(-1)[:rows],
+            index_k=k_fp8.view(torch.float8_e4m3fn),
+            k_scale=k_scale.view(torch.float32).squeeze(-1),
+            row_lens=self.metadata.get_seqlens_expanded(),
+            page_table=page_table,
+            seq_lens=self.metadata.get_indexer_seq_len().int(),
+        )
+
+    def select(self, policy: SelectionPolicy, spans: list[indexer.Span]) -> Tensor:
+        for span in spans:
+            gate = span.gate(policy.min_len)
+            self._dense(span.first_row, gate)
+            if gate == span.last_row:
+                continue
+            if self.stats.kernels:
+                indexer.ragged_topk(
+                    policy, self.call, span, gate, span.last_row, self.stats, self.layer, self.space, self.result
+                )
+                continue
+            for start, end, scores in indexer.ragged_scores(
+                policy, self.call, span, gate, span.last_row, self.stats, self.layer
+            ):
+                self._finish(start, end, scores, self.ks.new_zeros(end - start))
+        if _auditor().due(self.layer_id):
+            self._audit(policy, spans)
+        return self.result
+
+    def _dense(self, first: int, last: int) -> None:
+        """Stock DSA for rows [first, last): DeepGEMM's all-head logits, in row chunks."""
+        call = self.call
+        for start, end in reference.row_chunks(last - first, call.index_k.shape[0]):
+            rows = slice(first + start, first + end)
+            q, gates, _ = self.indexer._pad_heads_for_deep_gemm(call.index_q[rows], call.head_gates[rows])
+            with self.indexer._with_real_sm_count():
+                logits = dsa_indexer.deep_gemm.fp8_mqa_logits(
+                    q, (call.index_k, call.k_scale), gates, self.ks[rows], self.ke[rows], clean_logits=False
+                )
+            self._finish(rows.start, rows.stop, logits, self.ks[rows])
+
+    def _finish(self, start: int, end: int, logits: Tensor, row_starts: Tensor) -> None:
+        """Top-k of `logits` whose rows begin at column `row_starts`, as the attention backend expects it."""
+        metadata, rows = self.metadata, slice(start, end)
+        lengths = self.call.row_lens[rows]
+        self.indexer._mask_init_and_local_tokens(logits, lengths, row_starts)
+        offsets = metadata.attn_metadata.topk_indices_offset
+        ragged = offsets is not None
+        self.result[rows] = metadata.topk_transform(
+            logits,
+            self.indexer.index_topk,
+            ks=row_starts,
+            cu_seqlens_q=None if ragged else torch.ones_like(lengths),
+            ke_offset=lengths,
+            batch_idx_list=None if ragged else metadata.get_token_to_batch_idx()[rows],
+            topk_indices_offset_override=offsets[rows] if ragged else None,
+        )
+
+    def _audit(self, policy: SelectionPolicy, spans: list[indexer.Span]) -> None:
+        """Recall of sampled rows of this call against all heads over all tokens."""
+        results = []
+        for span in spans:
+            for row in _auditor().rows(span.gate(policy.min_len), span.last_row):
+                length = span.length - (span.last_row - 1 - row)
+                dense = reference.index_scores(
+                    self.call.index_q[row].unsqueeze(0).unsqueeze(0),
+                    self.call.head_gates[row].unsqueeze(0).unsqueeze(0),
+                    self.call.keys(span)[:length].unsqueeze(0),
+                ).flatten()
+                chosen = torch.isin(self._output_ids(span, row, length), self.result[row])
+                results.append(audit.overlap(dense, chosen, self.indexer.index_topk))
+        _auditor().record(self.layer_id, results)
+
+    @functools.cached_property
+    def space(self) -> indexer.OutputSpace:
+        """The output space of metadata.topk_transform."""
+        if not _fused(self.metadata):
+            return indexer.OutputSpace()
+        if self.metadata.topk_transform_method == TopkTransformMethod.RAGGED:
+            return indexer.OutputSpace(offsets=self.metadata.attn_metadata.topk_indices_offset)
+        return indexer.OutputSpace(slots=self.metadata.get_page_table_1())
+
+    def _output_ids(self, span: indexer.Span, row: int, length: int) -> Tensor:
+        """What the transform emits for each of the `length` positions that `row` sees."""
+        position = torch.arange(length, device=self.result.device)
+        if self.space.offsets is not None:
+            return position + self.space.offsets[row]
+        if self.space.slots is not None:
+            return self.space.slots[span.request, :length]
+        return position
+
+
+def _fused(metadata: Any) -> bool:
+    """Whether SGLang's transform maps positions to what the attention kernel reads, or leaves that to the backend."""
+    return bool(envs.SGLANG_DSA_FUSE_TOPK.get()) and not metadata.force_unfused_topk
+
+
+def get_topk_paged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Indexer._get_topk_paged: decode, target_verify and draft_extend rows, eager or captured."""
+    policy = plugin.runtime().config.decode
+    call = _bind(original, args, kwargs)
+    captured = "captured:" if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing() else ""
+    if not policy.active:
+        recorder.ran("decode", captured + "dsa")
+        return original(*args, **kwargs)
+
+    self, batch, metadata, q_fp8 = call["self"], call["forward_batch"], call["metadata"], call["q_fp8"]
+    mode = batch.forward_mode
+    expanded = mode.is_target_verify() or mode.is_draft_extend_v2()
+    row_lens = metadata.get_seqlens_expanded() if expanded else metadata.get_seqlens_int32()
+    rows = sum(metadata.get_dsa_extend_len_cpu())
+    page_table = metadata.get_page_table_64()
+    buffer, stats, layer = _pool(call["layer_id"])
+    stats.update_newest(layer, buffer, page_table, row_lens)
+
+    recorder.ran("decode", captured + policy.name)
+    inputs = (q_fp8[:rows], call["weights"].squeeze(-1)[:rows], buffer, page_table, row_lens, stats, layer)
+    if stats.kernels:
+        result = indexer.paged_topk(policy, *inputs, self.index_topk, positions=not _fused(metadata))
+    else:
+        scores = indexer.paged_scores(policy, *inputs)
+        self._mask_init_and_local_tokens(scores, row_lens)
+        result = metadata.topk_transform(scores, self.index_topk)
+    return torch.nn.functional.pad(result, (0, 0, 0, q_fp8.shape[0] - rows), value=-1)
+
+
+def forward_k_only(original: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:
+    """Indexer._forward_cuda_k_only: short prefills write index-K and select nothing; decode needs their page means."""
+    call = _bind(original, args, kwargs)
+    result = original(*args, **kwargs)
+    if plugin.runtime().config.decode.active:
+        batch = call["forward_batch"]
+        buffer, stats, layer = _pool(call["layer_id"])
+        stats.update_written(layer, buffer, batch.out_cache_loc[: call.get("num_tokens")].long())
+    recorder.ran("prefill", "dsa")
+    recorder.declined("prefill", "all-tokens-visible")
+    return result

@@ -1,0 +1,149 @@
+"""SGLang's ModelRunner: where every rank is admitted, armed and checked. Whatever is raised here stops the launch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from sglang.srt.configs.model_config import is_deepseek_dsa
+from torch import distributed, nn
+
+from sglang_misa import admission, indexer, plugin
+from sglang_misa.admission import AdmissionError
+from sglang_misa.config import ENV, ConfigError, MisaConfig
+from sglang_misa.metrics import recorder
+from sglang_misa.patches import register
+
+logger = logging.getLogger(__name__)
+
+MEETING = timedelta(minutes=5)  # tensor-parallel ranks leave load_model together, pipeline stages later
+_STOCK = "serve it without --misa-* flags"
+
+
+def load_model(original: Callable[..., None], self: Any) -> None:
+    """ModelRunner.load_model: admits and arms this rank before the weights, and checks the loaded indexers after.
+
+    A draft worker is a second ModelRunner of the process and selects with the target's settings.
+    """
+    if not self.is_draft_worker:
+        _arm(self)
+    original(self)
+    if not self.is_draft_worker or is_deepseek_dsa(self.model_config.hf_config):
+        _raise_if([*_indexer_problems(self.model), *register.live()])
+    runtime = plugin.runtime()
+    if runtime.kernels and runtime.config.prefill.active and not self.is_draft_worker:
+        indexer.warm_up(runtime.config.prefill, runtime.index_heads, runtime.topk, runtime.device)
+
+
+def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """ModelRunner.init_cuda_graphs: the last look before this rank serves."""
+    problems = register.live()
+    if not self.is_draft_worker and not hasattr(self.token_to_kv_pool, "misa_block_stats"):
+        problems.append(
+            f"expected a KV pool with page means, got {type(self.token_to_kv_pool).__name__}; report this model"
+        )
+    _raise_if(problems)
+    if distributed.is_initialized() and not self.is_draft_worker:
+        _meet(distributed.distributed_c10d._get_default_store(), plugin.runtime(), MEETING)
+    recorder.publish_block_stats()
+    original(self, *args, **kwargs)
+
+
+def _arm(runner: Any) -> None:
+    """Admission, then the patches, then the runtime: nothing is left half done but a process that dies."""
+    try:
+        config = MisaConfig.from_env()
+    except ConfigError as error:
+        raise AdmissionError(error.problems) from None
+    if config is None:
+        raise AdmissionError(
+            [f"expected the settings in {ENV}, got none: it was set when this process started; set it again"]
+        )
+    model = runner.model_config.hf_config
+    admission.check(_candidate(runner, config))
+    register.apply(plugin.sglang_version())
+    alone = not distributed.is_initialized()
+    runtime = plugin.Runtime(
+        config=config,
+        index_heads=model.index_n_heads,
+        topk=model.index_topk,
+        device=runner.device,
+        rank=0 if alone else distributed.get_rank(),
+        ranks=1 if alone else distributed.get_world_size(),
+    )
+    plugin.arm(runtime)
+    recorder.armed(config, runtime.rank, runtime.ranks)
+    if runner.server_args.enable_metrics:
+        recorder.export(config, plugin.sglang_version(), runtime.rank)
+    names = ", ".join(f"{phase} {config.policy(phase).name}" for phase in ("prefill", "decode"))
+    logger.info("sglang-misa selects the tokens of sparse attention: %s", names)
+
+
+def _candidate(runner: Any, config: MisaConfig) -> admission.Candidate:
+    on_cuda = runner.device == "cuda" and torch.version.hip is None
+    return admission.Candidate(
+        config=config,
+        is_dsa=is_deepseek_dsa(runner.model_config.hf_config),
+        model=runner.model_config.hf_config,
+        arguments=runner.server_args,
+        device="hip" if runner.device == "cuda" and not on_cuda else runner.device,
+        capability=torch.cuda.get_device_capability(runner.gpu_id) if on_cuda else None,
+    )
+
+
+def _indexer_problems(model: nn.Module) -> Iterator[str]:
+    """Sentences for every indexer of `model` that would not come by our hooks, or whose weights are broken."""
+    from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+
+    runtime = plugin.runtime()
+    indexers = {name: module for name, module in model.named_modules() if isinstance(module, Indexer)}
+    if not indexers:
+        yield f"expected DSA indexers in {type(model).__name__}, got none; {_STOCK}"
+    for name, module in indexers.items():
+        for hooked in ("forward_cuda", "_get_topk_paged", "_get_topk_ragged", "_forward_cuda_k_only"):
+            if getattr(type(module), hooked) is not getattr(Indexer, hooked):
+                yield f"{name}: expected SGLang's Indexer.{hooked}, got that of {type(module).__name__}; {_STOCK}"
+        forward = getattr(module._forward_method, "__func__", module._forward_method)
+        if forward is not Indexer.forward_cuda:
+            yield f"{name}: expected forward to be Indexer.forward_cuda, got {forward!r}; {_STOCK}"
+        if module.n_heads != runtime.index_heads or module.index_topk != runtime.topk:
+            yield (
+                f"{name}: expected H={runtime.index_heads} and k={runtime.topk} as in the model's config, got "
+                f"H={module.n_heads} and k={module.index_topk}; {_STOCK}"
+            )
+        for weight, tensor in module.named_parameters():
+            if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                yield f"{name}.{weight}: expected finite weights, got NaN or infinity; check the checkpoint's files"
+
+
+def _meet(store: distributed.Store, runtime: plugin.Runtime, timeout: timedelta) -> None:
+    """Return when every rank is armed with the same settings; raise AdmissionError otherwise, or after `timeout`.
+
+    Through the process group's store, not a collective: a rank without the plugin does not know that it should answer.
+    """
+    mine = runtime.config.to_json()
+    keys = {rank: f"{__name__}/{rank}" for rank in range(runtime.ranks)}
+    store.set(keys[runtime.rank], mine)
+    try:
+        store.wait(list(keys.values()), timeout)
+    except distributed.DistStoreError:
+        missing = [rank for rank, key in keys.items() if not store.check([key])]
+        raise AdmissionError(
+            [f"expected all {runtime.ranks} ranks armed, got nothing from {missing}; set {ENV} and install there too"]
+        ) from None
+    others = {rank: store.get(key).decode() for rank, key in keys.items()}
+    _raise_if(
+        [
+            f"rank {rank}: expected the settings of rank {runtime.rank}, {mine}, got {theirs}; set {ENV} alike"
+            for rank, theirs in others.items()
+            if theirs != mine
+        ]
+    )
+
+
+def _raise_if(problems: list[str]) -> None:
+    if problems:
+        raise AdmissionError(problems)

@@ -1,0 +1,275 @@
+"""Every function of SGLang that this package wraps, as data, and the few lines that apply, check and undo them.
+
+A wrapper is called as wrapper(original, *args, **kwargs) and decides itself whether to call the original. Nothing is
+hooked that SGLang reaches only in ways admission refuses: DSATokenToKVPool.move_kv_cache (tree drafts) and
+.load_cpu_copy (the decode side of PD) rewrite index-K too.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_misa.admission import AdmissionError
+
+VERSIONS = ("0.5.15", "0.5.15.post1", "0.5.16", "0.5.17")  # whose sources the signatures below were checked against
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One wrapped function of SGLang."""
+
+    target: str  # "module:Class.function"
+    wrapper: str  # "module:function", looked up when the patch is applied
+    why: str
+    how: str
+    upstream: str  # the related pull request, or why there is none
+    remove_when: str
+    signatures: tuple[tuple[str, str], ...]  # (first version, `fingerprint` of the target), each until the next
+
+    @property
+    def since(self) -> str:
+        return self.signatures[0][0]
+
+    @property
+    def until(self) -> str:
+        return VERSIONS[-1]
+
+    def signature(self, version: str) -> str | None:
+        """The target's fingerprint in SGLang `version`; None outside the window."""
+        if version not in VERSIONS:
+            return None
+        place = VERSIONS.index(version)
+        known = [text for first, text in self.signatures if VERSIONS.index(first) <= place]
+        return known[-1] if known else None
+
+
+_NO_EXTENSION_POINT = "none: SGLang has no extension point for choosing an indexer"
+_UNTIL_EXTENSION_POINT = "SGLang lets a plugin register a DSA indexer"
+
+LOAD_MODEL = Patch(
+    target="sglang.srt.model_executor.model_runner:ModelRunner.load_model",
+    wrapper="sglang_misa.patches.model_runner:load_model",
+    why="SGLang's plugin loader logs and drops every exception, so a broken plugin would serve stock DSA in silence",
+    how="around: admission and the patches below before the weights, the loaded Indexer modules after; may raise",
+    upstream="none: the loader is meant to survive its plugins",
+    remove_when="the plugin loader can be told that a plugin is mandatory",
+    signatures=(("0.5.15", "self"),),
+)
+
+PATCHES = (
+    Patch(
+        target="sglang.srt.layers.attention.dsa.dsa_indexer:Indexer._get_topk_paged",
+        wrapper="sglang_misa.patches.indexer:get_topk_paged",
+        why="decode, target-verify and draft-extend rows are scored and selected here",
+        how="around: scores by the decode policy, finishes with metadata.topk_transform",
+        upstream=_NO_EXTENSION_POINT,
+        remove_when=_UNTIL_EXTENSION_POINT,
+        signatures=(("0.5.15", "self, forward_batch, layer_id, q_fp8, weights, metadata"),),
+    ),
+    Patch(
+        target="sglang.srt.layers.attention.dsa.dsa_indexer:Indexer._get_topk_ragged",
+        wrapper="sglang_misa.patches.indexer:get_topk_ragged",
+        why="the rows of an extend call are scored and selected here",
+        how="around: scores by the prefill policy past the length gate, finishes with metadata.topk_transform",
+        upstream=_NO_EXTENSION_POINT,
+        remove_when=_UNTIL_EXTENSION_POINT,
+        signatures=(
+            ("0.5.15", "self, enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata, topk_result="),
+        ),
+    ),
+    Patch(
+        target="sglang.srt.layers.attention.dsa.dsa_indexer:Indexer._forward_cuda_k_only",
+        wrapper="sglang_misa.patches.indexer:forward_k_only",
+        why="prefills up to index_topk write index-K and select nothing, but decode needs their pages' means",
+        how="after: the means of the pages just completed",
+        upstream=_NO_EXTENSION_POINT,
+        remove_when=_UNTIL_EXTENSION_POINT,
+        signatures=(
+            (
+                "0.5.15",
+                "self, x, positions, forward_batch, layer_id, act_quant, enable_dual_stream, metadata, "
+                "return_indices=, *, num_tokens=, topk_result=",
+            ),
+            (
+                "0.5.17",
+                "self, x, positions, forward_batch, layer_id, act_quant, metadata, "
+                "return_indices=, *, num_tokens=, topk_result=",
+            ),
+        ),
+    ),
+    Patch(
+        target="sglang.srt.mem_cache.memory_pool:DSATokenToKVPool.__init__",
+        wrapper="sglang_misa.patches.pool:init",
+        why="page means live as long as the index-K pages they describe, and a draft model has a pool of its own",
+        how="after: pool.misa_block_stats = BlockStats(its index-K buffers)",
+        upstream="none: the JIT store kernels fix the byte width of a page, so the means cannot ride in it",
+        remove_when="an index-K page may carry plugin bytes",
+        signatures=(
+            (
+                "0.5.15",
+                "self, size, page_size, kv_lora_rank, dtype, qk_rope_head_dim, layer_num, device, index_head_dim, "
+                "enable_memory_saver, kv_cache_dim, start_layer=, end_layer=, index_buf_size=",
+            ),
+        ),
+    ),
+    Patch(
+        target="sglang.srt.model_executor.pool_configurator:DefaultPoolConfigurator._compute_cell_size",
+        wrapper="sglang_misa.patches.pool:compute_cell_size",
+        why="the page means must be paid for by the KV budget, or a full server runs out of memory",
+        how="after: adds the bytes of a mean, per token and layer",
+        upstream="none: follows from the patch of DSATokenToKVPool",
+        remove_when="the patch of DSATokenToKVPool is removed",
+        signatures=(("0.5.15", "self, mr, num_layers"), ("0.5.16", "self, kvc, num_layers")),
+    ),
+    Patch(
+        target="sglang.srt.model_executor.model_runner:ModelRunner.init_cuda_graphs",
+        wrapper="sglang_misa.patches.model_runner:init_cuda_graphs",
+        why="the last step before serving, on CPU too: another plugin may have unseated a hook since load_model",
+        how="before: every hook is live here, the pool has its means, and all ranks are armed alike; may raise",
+        upstream="none: SGLang has no start-up check for plugins",
+        remove_when="the patch of ModelRunner.load_model is removed",
+        signatures=(("0.5.15", "self, capture_decode_cuda_graph="),),
+    ),
+    Patch(
+        target="sglang.srt.managers.scheduler:Scheduler.get_internal_state",
+        wrapper="sglang_misa.patches.scheduler:get_internal_state",
+        why="/server_info must say whether and how tokens are selected",
+        how="after: internal_state['misa'] = this rank's status",
+        upstream="none: SGLang has no extension point for /server_info",
+        remove_when="plugins can add to /server_info",
+        signatures=(("0.5.15", "self, recv_req"),),
+    ),
+)
+
+TARGETS = tuple(patch.target for patch in PATCHES)
+
+_WAY_OUT = "name only the plugins you need in SGLANG_PLUGINS (misa among them)"
+
+
+@dataclass(frozen=True)
+class _Applied:
+    owner: type
+    name: str
+    original: Any  # as it lay in the class: a function, classmethod or staticmethod
+    installed: Any
+
+
+_applied: dict[str, _Applied] = {}
+
+
+def fingerprint(function: Callable[..., Any]) -> str:
+    """Parameter names, kinds and which have a default, without annotations and values: `self, x, y=, *, z=`."""
+    words: list[str] = []
+    parameters = list(inspect.signature(function).parameters.values())
+    for i, p in enumerate(parameters):
+        if p.kind is p.KEYWORD_ONLY and not any(q.kind in (q.VAR_POSITIONAL, q.KEYWORD_ONLY) for q in parameters[:i]):
+            words.append("*")
+        stars = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
+        words.append(stars + p.name + ("" if p.default is p.empty else "="))
+        if p.kind is p.POSITIONAL_ONLY and not any(q.kind is q.POSITIONAL_ONLY for q in parameters[i + 1 :]):
+            words.append("/")
+    return ", ".join(words)
+
+
+def apply(version: str, patches: Sequence[Patch] = PATCHES) -> None:
+    """Wrap the targets of `patches` in SGLang `version`, all or none. Patches already applied are left as they are.
+
+    Raises AdmissionError with every reason against: version outside the window, target missing, signature changed,
+    target already wrapped by somebody else.
+    """
+    if version not in VERSIONS:
+        raise AdmissionError(
+            [f"SGLang: expected one of {', '.join(VERSIONS)}, got {version}; install sglang=={VERSIONS[-1]}"]
+        )
+    todo = [patch for patch in patches if patch.target not in _applied]
+    if problems := [problem for patch in todo for problem in _obstacles(patch, version)]:
+        raise AdmissionError(problems)
+    wrappers = [pkgutil.resolve_name(patch.wrapper) for patch in todo]
+    for patch, wrapper in zip(todo, wrappers, strict=True):
+        owner, name = _locate(patch.target)
+        original = vars(owner)[name]
+        wrapped = _wrap(wrapper, original)
+        _applied[patch.target] = _Applied(owner, name, original, wrapped)
+        setattr(owner, name, wrapped)
+
+
+def undo() -> None:
+    """Put every original back. Raises AdmissionError for targets wrapped by others since, which stay as they are."""
+    problems = live(_applied)
+    for target, applied in list(_applied.items()):
+        if vars(applied.owner).get(applied.name) is applied.installed:
+            setattr(applied.owner, applied.name, applied.original)
+            del _applied[target]
+    if problems:
+        raise AdmissionError(problems)
+
+
+def live(targets: Iterable[str] = TARGETS) -> list[str]:
+    """One sentence for each of `targets` where our wrapper is not the function that SGLang will call."""
+    problems = []
+    for target in targets:
+        applied = _applied.get(target)
+        found = vars(applied.owner).get(applied.name) if applied else None
+        if applied is None:
+            problems.append(
+                f"{target}: expected our hook, got none; start the server with this package installed in every process"
+            )
+        elif found is not applied.installed:
+            problems.append(f"{target}: expected our hook outermost, got {_describe(target, found)}; {_WAY_OUT}")
+    return problems
+
+
+def _obstacles(patch: Patch, version: str) -> Iterator[str]:
+    try:
+        owner, name = _locate(patch.target)
+        found = vars(owner)[name]
+    except (ImportError, AttributeError, KeyError) as error:
+        yield f"{patch.target}: expected this function in SGLang {version}, got {error!r}; reinstall sglang=={version}"
+        return
+    function = _function(found)
+    home = f"{function.__module__}:{function.__qualname__}"
+    if home != patch.target or hasattr(function, "__wrapped__"):
+        yield f"{patch.target}: expected SGLang's own function, got {_describe(patch.target, found)}; {_WAY_OUT}"
+        return
+    expected, got = patch.signature(version), fingerprint(function)
+    if got != expected:
+        yield f"{patch.target}: expected the signature ({expected}), got ({got}); reinstall sglang=={version}"
+
+
+def _locate(target: str) -> tuple[type, str]:
+    module, path = target.split(":")
+    owner_path, name = path.rsplit(".", 1)
+    owner: Any = functools.reduce(getattr, owner_path.split("."), importlib.import_module(module))
+    return owner, name
+
+
+def _function(raw: Any) -> Callable[..., Any]:
+    return raw.__func__ if isinstance(raw, classmethod | staticmethod) else raw
+
+
+def _wrap(wrapper: Callable[..., Any], raw: Any) -> Any:
+    original = _function(raw)
+
+    @functools.wraps(original)
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    return type(raw)(hooked) if isinstance(raw, classmethod | staticmethod) else hooked
+
+
+def _describe(target: str, raw: Any) -> str:
+    """Who put `raw` in the place of `target`: the plugins that asked SGLang's registry for it, or a file."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    hooks = HookRegistry._hooks.get(target.replace(":", "."), ())
+    if hooks:
+        names = sorted({source.plugin_name if source else "unknown" for _, _, source in hooks})
+        return f"a hook of plugin {', '.join(names)}"
+    code = getattr(_function(raw), "__code__", None)
+    return f"a function from {code.co_filename}:{code.co_firstlineno}" if code else repr(raw)

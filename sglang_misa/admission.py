@@ -1,0 +1,217 @@
+"""What token selection needs of SGLang's version, the model, the device and the server arguments.
+
+Each check is a function over plain attributes that yields one sentence per reason to refuse: expected, got, what to do.
+All reasons are reported together, before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sglang_misa.config import PAGE, ConfigError, MisaConfig
+
+VERIFIED_SGLANG = ("0.5.17",)  # versions that the whole of it has served on a GPU
+VERIFIED_CAPABILITY = (9, 0)
+KERNEL_HEADS = (32, 64)  # index heads of GLM-5 and DeepSeek-V3.2
+KERNEL_ROUTED_HEADS = (4, 8, 16, 32, 64)
+HEAD_DIM = 128
+
+
+class AdmissionError(RuntimeError):
+    """A server that cannot select tokens as asked must not start. `problems` holds one sentence for each reason."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        super().__init__("sglang-misa stops the launch:\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One rank about to load a model."""
+
+    config: MisaConfig
+    is_dsa: bool  # SGLang's own is_deepseek_dsa
+    model: Any  # Hugging Face config
+    arguments: Any  # sglang ServerArgs, after its own defaults
+    device: str  # "cuda", "hip", "cpu", "npu", "xpu", …
+    capability: tuple[int, int] | None  # of a CUDA device
+
+    @property
+    def on_kernels(self) -> bool:
+        """Whether GPU kernels select, which are written for fewer shapes than the PyTorch reference."""
+        return self.device == "cuda" and self.config.backend != "torch"
+
+
+class _Argument(NamedTuple):
+    """A server argument that must keep one of the `allowed` values, and why."""
+
+    name: str
+    allowed: tuple[Any, ...]
+    why: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+_SPLIT = "this rank would hold only a part of the keys that a query sees"
+_EXTERNAL = "an external cache writes index-K pages behind the indexer, untested"
+ARGUMENTS = (
+    _Argument("enable_prefill_cp", (False,), _SPLIT),
+    _Argument("attn_cp_size", (1,), _SPLIT),
+    _Argument("dcp_size", (1,), _SPLIT),
+    _Argument("enable_dsa_cache_layer_split", (False,), "each rank would hold only some layers' index-K"),
+    _Argument("enable_hisparse", (False,), "its pool maps pages differently, untested"),
+    _Argument("enable_flexkv", (False,), _EXTERNAL),
+    _Argument("enable_lmcache", (False,), _EXTERNAL),
+    _Argument("radix_cache_backend", (None,), _EXTERNAL),
+    _Argument("speculative_eagle_topk", (None, 1), "tree drafts move index-K between pages behind the indexer"),
+    _Argument("enable_torch_compile", (False,), "Dynamo would trace through the hooks, untested"),
+)
+_BYPASS = (
+    "restored pages carry no means, and decode selects on the means as stored (prefill recomputes them, so it may stay)"
+)
+DECODE_ARGUMENTS = (
+    _Argument("enable_hierarchical_cache", (False,), _BYPASS),
+    _Argument("disaggregation_mode", ("null",), _BYPASS),
+)
+
+
+def _architecture(candidate: Candidate) -> Iterator[str]:
+    if not candidate.is_dsa:
+        name = (getattr(candidate.model, "architectures", None) or ["none"])[0]
+        yield (
+            "model: expected one that SGLang serves with DeepSeek Sparse Attention, got "
+            f"{name} with index_topk={getattr(candidate.model, 'index_topk', None)}; serve it without --misa-* flags"
+        )
+
+
+def _index_heads(candidate: Candidate) -> Iterator[str]:
+    heads = getattr(candidate.model, "index_n_heads", None)
+    if candidate.is_dsa and candidate.on_kernels and heads not in KERNEL_HEADS:
+        yield (
+            f"model: expected index_n_heads of {' or '.join(map(str, KERNEL_HEADS))} for the GPU kernels, got {heads}; "
+            "add --misa-backend torch"
+        )
+
+
+def _kernel_policies(candidate: Candidate) -> Iterator[str]:
+    if not (candidate.is_dsa and candidate.on_kernels):
+        return
+    prefill, decode = candidate.config.prefill, candidate.config.decode
+    way_out = "or add --misa-backend torch (any policy, far slower than stock)"
+    if prefill.blocks is not None and (prefill.heads is not None or prefill.candidates is not None):
+        yield (
+            "prefill.blocks: expected all heads and no candidates with it on GPU kernels, got "
+            f"heads={prefill.heads}, candidates={prefill.candidates}; set --misa-prefill-blocks all, {way_out}"
+        )
+    if prefill.heads is not None and prefill.heads not in KERNEL_ROUTED_HEADS:
+        yield f"prefill.heads: expected one of {KERNEL_ROUTED_HEADS} on GPU kernels, got {prefill.heads}; {way_out}"
+    if decode.active and decode.blocks is None:
+        yield (
+            "decode.blocks: expected a number, as decode is bound by the bytes of the keys it reads and fewer heads "
+            f"alone save none, got all; set --misa-decode-blocks, {way_out}"
+        )
+    if decode.blocks is not None:
+        if decode.candidates is not None:
+            yield f"decode.candidates: expected none, got {decode.candidates}: no GPU kernel re-ranks; {way_out}"
+        exact = (decode.blocks + 1) * decode.block_size
+        if decode.min_len > exact:
+            yield (
+                f"decode.min_len: expected at most (blocks + 1) × block_size = {exact}, the length up to which every "
+                f"token is kept anyway, got {decode.min_len}; lower --misa-decode-min-len, {way_out}"
+            )
+    forced = [n for n in ("index_init_tokens", "index_local_tokens") if getattr(candidate.model, n, 0)]
+    if forced and candidate.config.active:
+        yield f"model: expected no forced tokens on GPU kernels, got {' and '.join(forced)}; {way_out}"
+
+
+def _head_dim(candidate: Candidate) -> Iterator[str]:
+    size = getattr(candidate.model, "index_head_dim", None)
+    if candidate.is_dsa and size != HEAD_DIM:
+        yield f"model: expected index_head_dim {HEAD_DIM}, got {size}; serve it without --misa-* flags"
+
+
+def _pooled_keys(candidate: Candidate) -> Iterator[str]:
+    pooled = getattr(candidate.model, "index_kpool", None) or 1
+    if pooled > 1:
+        yield f"model: expected one index key a token, got index_kpool={pooled}; serve it without --misa-* flags"
+
+
+def _page_size(candidate: Candidate) -> Iterator[str]:
+    if candidate.is_dsa and candidate.arguments.page_size != PAGE:
+        yield f"--page-size: expected {PAGE}, got {candidate.arguments.page_size}; drop the flag, SGLang picks {PAGE}"
+
+
+def _device(candidate: Candidate) -> Iterator[str]:
+    if candidate.device not in ("cuda", "cpu"):
+        yield (
+            f"device: expected an NVIDIA GPU, or the CPU with the platform of this package, got {candidate.device}, "
+            "which scores through other code; serve without --misa-* flags"
+        )
+    elif candidate.on_kernels and candidate.capability != VERIFIED_CAPABILITY:
+        yield (
+            f"device: expected compute capability {_dotted(VERIFIED_CAPABILITY)} (Hopper) for the GPU kernels, got "
+            f"{_dotted(candidate.capability)}; add --misa-backend torch (slow, and untested on this GPU)"
+        )
+
+
+def _arguments(candidate: Candidate) -> Iterator[str]:
+    rules = ARGUMENTS + (DECODE_ARGUMENTS if candidate.config.decode.active else ())
+    for rule in rules:
+        value = getattr(candidate.arguments, rule.name)
+        if value not in rule.allowed:
+            also = "; or leave decode to stock DSA (--misa-decode-heads all --misa-decode-blocks all)"
+            allowed = " or ".join(map(repr, rule.allowed))
+            yield (
+                f"{rule.flag}: expected {allowed}, got {value!r}: {rule.why}; drop the flag"
+                + (also if rule in DECODE_ARGUMENTS else "")
+            )
+
+
+def _policies(candidate: Candidate) -> Iterator[str]:
+    if not candidate.is_dsa:
+        return
+    try:
+        candidate.config.check(index_heads=candidate.model.index_n_heads, topk=candidate.model.index_topk)
+    except ConfigError as error:
+        yield from error.problems
+
+
+CHECKS: tuple[Callable[[Candidate], Iterator[str]], ...] = (
+    _architecture,
+    _index_heads,
+    _kernel_policies,
+    _head_dim,
+    _pooled_keys,
+    _page_size,
+    _device,
+    _arguments,
+    _policies,
+)
+
+
+def check_version(version: str) -> None:
+    """Raise AdmissionError unless SGLang `version` is a verified one: nothing else can be known of another."""
+    if version not in VERIFIED_SGLANG:
+        verified = ", ".join(VERIFIED_SGLANG)
+        raise AdmissionError(
+            [f"SGLang: expected a verified version ({verified}), got {version}; install sglang=={VERIFIED_SGLANG[-1]}"]
+        )
+
+
+def problems(candidate: Candidate) -> list[str]:
+    """Every reason to refuse `candidate`, in the order of CHECKS."""
+    return [problem for check in CHECKS for problem in check(candidate)]
+
+
+def check(candidate: Candidate) -> None:
+    """Raise AdmissionError with every reason to refuse `candidate`."""
+    if found := problems(candidate):
+        raise AdmissionError(found)
+
+
+def _dotted(capability: tuple[int, int] | None) -> str:
+    return ".".join(map(str, capability)) if capability else "none"

@@ -1,0 +1,67 @@
+"""Recall of live selections against the dense indexer, measured on sampled rows of real prefill calls."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sglang_misa.config import Audit
+from sglang_misa.metrics import recorder
+
+logger = logging.getLogger(__name__)
+
+
+def overlap(dense: Tensor, chosen: Tensor, topk: int) -> tuple[float, float, float]:
+    """Recall, IoU and score mass kept of one row's selection.
+
+    dense [L]: scores of all heads over the visible tokens; chosen [L]: mask of the tokens selected.
+    Recall = |A∩B| / k and mass = Σ_A I / Σ_B I, with B the dense top k (k = min(topk, L)).
+    """
+    best = dense.topk(min(topk, dense.numel())).indices
+    wanted = torch.zeros_like(chosen).scatter_(0, best, True)
+    common = (wanted & chosen).sum().item()
+    total = dense[wanted].sum().item()
+    mass = dense[chosen].sum().item() / total if total else 1.0
+    return common / best.numel(), common / max(1, int((wanted | chosen).sum().item())), mass
+
+
+@dataclass
+class Auditor:
+    """Decides which calls are audited, and which layers have sunk below the floor for good."""
+
+    settings: Audit
+    dense_layers: set[int] = field(default_factory=set)
+    _calls: dict[int, int] = field(default_factory=dict)
+    _recall: dict[int, tuple[float, int]] = field(default_factory=dict)
+
+    def due(self, layer: int) -> bool:
+        """Whether this call of `layer` is one to audit (the first, then one in `every`)."""
+        if self.settings.rows == 0:
+            return False
+        count = self._calls.get(layer, 0)
+        self._calls[layer] = count + 1
+        return count % self.settings.every == 0
+
+    def rows(self, first: int, last: int) -> list[int]:
+        """Evenly spread rows of [first, last) to audit, the last one always among them."""
+        count = min(self.settings.rows, last - first)
+        return sorted({last - 1 - (last - first) * i // count for i in range(count)}) if count else []
+
+    def record(self, layer: int, results: list[tuple[float, float, float]]) -> None:
+        """Add the rows' (recall, IoU, mass) and act when the layer's mean recall is under the floor."""
+        for recall, iou, mass in results:
+            recorder.audited(layer, recall, iou, mass)
+        total, rows = self._recall.get(layer, (0.0, 0))
+        total, rows = total + sum(r for r, _, _ in results), rows + len(results)
+        self._recall[layer] = (total, rows)
+        if rows and total / rows < self.settings.floor and layer not in self.dense_layers:
+            sinking = f"layer {layer}: mean recall {total / rows:.3f} over {rows} rows is under {self.settings.floor}"
+            if self.settings.action == "dense":
+                self.dense_layers.add(layer)
+                recorder.layer_dense(layer)
+                logger.warning("%s; stock DSA selects for this layer until restart", sinking)
+            else:
+                logger.warning("%s; raise --misa-prefill-heads or set --misa-prefill-candidates", sinking)

@@ -1,0 +1,287 @@
+"""`--demo`: SGLang's own server with MISA on a tiny random model, a few long prompts, and a table of what happened.
+
+On a CUDA GPU the kernels select; without one, the PyTorch reference on the CPU platform.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sglang_misa import config as misa
+from sglang_misa import demo_model
+from sglang_misa.config import PHASES, Audit, MisaConfig, SelectionPolicy
+
+HOST = "127.0.0.1"
+NEW_TOKENS = 16
+START_LIMIT = 600.0  # seconds: a first start on a GPU builds kernels
+STOP_LIMIT = 20.0
+LOG_TAIL = 4000  # characters
+AUDIT = Audit(rows=4, every=1)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What differs between a GPU and a CPU."""
+
+    device: str
+    shape: demo_model.Shape
+    config: MisaConfig
+    flags: str
+    prompt: int  # characters of a prompt
+
+
+CPU = Setup(
+    device="CPU",
+    shape=demo_model.CPU,
+    config=MisaConfig(
+        prefill=SelectionPolicy(heads=8, block_size=64, min_len=128),
+        decode=SelectionPolicy(blocks=4, block_size=64, min_len=128),
+        audit=AUDIT,
+    ),
+    flags="--device cpu",
+    prompt=3000,
+)
+GPU = Setup(
+    device="GPU",
+    shape=demo_model.GPU,
+    config=MisaConfig(
+        prefill=SelectionPolicy(heads=8, block_size=128, min_len=2048),
+        decode=SelectionPolicy(blocks=64, block_size=128, min_len=2048),
+        audit=AUDIT,
+    ),
+    flags="--dsa-prefill-backend flashmla_sparse --dsa-decode-backend flashmla_sparse --kv-cache-dtype bfloat16 "
+    "--mem-fraction-static 0.5 --max-total-tokens 131072 --max-running-requests 4 --cuda-graph-max-bs-decode 4 "
+    "--disable-prefill-cuda-graph --grammar-backend none --sampling-backend pytorch --skip-server-warmup",
+    prompt=20000,
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one prompt cost, and which policy chose its tokens in each phase."""
+
+    prompt: str
+    tokens: int
+    cached: int
+    seconds: float
+    ran: dict[str, list[str]]
+
+
+def run(config: MisaConfig | None, arguments: Sequence[str], port: int, report: Path | None) -> int:
+    """Serve and measure; then serve until Ctrl-C, unless the environment has ONCE=1. Returns the exit status.
+
+    config: the user's, None for the demo's own; arguments: more flags for SGLang; report: where to write JSON.
+    """
+    console = Console()
+    setup = GPU if torch.cuda.is_available() else CPU
+    config = config or setup.config
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-misa"
+    log = cache / "demo.log"
+    url = f"http://{HOST}:{port}"
+    console.print(f"The server's log: {log}", markup=False, soft_wrap=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server is stopped too
+    try:
+        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
+            task = bar.add_task("Writing a tiny random DeepSeek-V3.2 model", total=None)
+            model = demo_model.ensure(cache, setup.shape)
+            bar.update(task, total=1, completed=1)
+            words = f"{setup.flags} --model-path {model} --host {HOST} --port {port}".split()
+            server = _Server([*arguments, *words], config, log)
+            try:
+                task = bar.add_task(f"Starting SGLang with MISA on the {setup.device}", total=None)
+                start_seconds = server.wait(f"{url}/health")
+                bar.update(task, total=1, completed=1)
+                prompts = list(_prompts(setup.prompt))
+                task = bar.add_task("Sending prompts", total=len(prompts))
+                answers = []
+                for name, text in prompts:
+                    answers.append(_ask(url, name, text))
+                    bar.advance(task)
+            except BaseException:
+                server.stop()
+                raise
+    except ServerError as error:
+        console.print(str(error), style="red", markup=False)
+        return 1
+    with server.running():
+        status = _status(url)
+        problems = list(_problems(config, status))
+        _print(console, setup, config, answers, status)
+        if report is not None:
+            facts = {
+                "device": setup.device,
+                "config": config.model_dump(),
+                "start_seconds": round(start_seconds, 1),
+                "prompts": [asdict(answer) for answer in answers],
+                "misa": status,
+                "problems": problems,
+            }
+            report.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        for problem in problems:
+            console.print(problem, style="red", markup=False)
+        if problems:
+            return 1
+        if os.environ.get("ONCE") != "1":
+            _serve(console, server, url)
+    return 0
+
+
+class ServerError(RuntimeError):
+    """The server ended, or did not answer in time; the end of its log is in the message."""
+
+
+class _Server:
+    """This package's launcher as a child, in a process group of its own."""
+
+    def __init__(self, arguments: Sequence[str], config: MisaConfig, log: Path):
+        self.log = log
+        environ = {**os.environ, misa.ENV: config.to_json()}
+        command = [sys.executable, "-m", "sglang_misa.launch_server", *arguments]
+        with log.open("w") as sink:
+            self.process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environ, start_new_session=True)
+
+    def wait(self, url: str) -> float:
+        """Seconds until `url` answers."""
+        start = time.monotonic()
+        while time.monotonic() - start < START_LIMIT:
+            if self.process.poll() is not None:
+                raise ServerError(f"The server ended with status {self.process.returncode}:\n{self._tail()}")
+            try:
+                _call(url)
+                return time.monotonic() - start
+            except OSError:
+                time.sleep(0.5)
+        raise ServerError(f"The server did not answer in {START_LIMIT:.0f} s:\n{self._tail()}")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the whole group, politely first."""
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, signum)
+                self.process.wait(STOP_LIMIT)
+            except ProcessLookupError:
+                return
+            except subprocess.TimeoutExpired:
+                continue
+
+    def _tail(self) -> str:
+        return self.log.read_text(errors="replace")[-LOG_TAIL:]
+
+
+def _prompts(length: int) -> Iterator[tuple[str, str]]:
+    """(name, text) of real text, this package's own source; two begin alike and one comes twice."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    first, second = source[:length], source[length : 2 * length]
+    shared = length * 2 // 3
+    yield "a long text", first
+    yield "the same beginning, another end", first[:shared] + second[: length - shared]
+    yield "another text", second
+    yield "the first text again", first
+
+
+def _ask(url: str, name: str, text: str) -> Answer:
+    before = _status(url)
+    body = {"text": text, "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}}
+    start = time.monotonic()
+    meta = _call(f"{url}/generate", body)["meta_info"]
+    seconds = time.monotonic() - start
+    ran = {phase: _paths(before["calls"][phase], calls) for phase, calls in _status(url)["calls"].items()}
+    return Answer(name, meta["prompt_tokens"], meta["cached_tokens"], round(seconds, 3), ran)
+
+
+def _paths(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
+    """The paths counted in between; a CUDA graph counts at capture only, so those are named where nothing else is."""
+    counted = [path for path, calls in after.items() if calls > before.get(path, 0)]
+    return counted or [path for path in after if path.startswith("captured:")]
+
+
+def _problems(config: MisaConfig, status: Mapping[str, Any]) -> Iterator[str]:
+    """Why the demo has not shown what it should."""
+    if not status["enabled"]:
+        yield f"MISA did not run: expected it enabled in /server_info, got {json.dumps(status)}"
+        return
+    for phase in PHASES:
+        policy, calls = config.policy(phase), status["calls"][phase]
+        if policy.active and not {policy.name, f"captured:{policy.name}"} & calls.keys():
+            yield f"MISA did not run: expected {policy.name} in {phase}, got {json.dumps(calls)}"
+    if not config.active:
+        yield "MISA did not run: expected a policy, got stock DSA in both phases; drop --misa-preset dsa"
+    elif not status["recall"]:
+        yield "recall was not measured: expected audited prefill rows, got none; set --misa-audit-rows and a policy"
+
+
+def _print(
+    console: Console, setup: Setup, config: MisaConfig, answers: Sequence[Answer], status: Mapping[str, Any]
+) -> None:
+    requests = Table(title=f"Prompts, {NEW_TOKENS} new tokens each, tiny random model on the {setup.device}")
+    for column in ("prompt", "tokens", "cached", "seconds", *PHASES):
+        requests.add_column(column, justify="right" if column in ("tokens", "cached", "seconds") else "left")
+    for answer in answers:
+        ran = [", ".join(answer.ran[phase]) or "-" for phase in PHASES]
+        requests.add_row(answer.prompt, str(answer.tokens), str(answer.cached), f"{answer.seconds:.2f}", *ran)
+    recall = Table(title=f"Recall of prefill ({config.prefill.name}) against the dense indexer")
+    for column in ("layer", "mean", "p10", "rows"):
+        recall.add_column(column, justify="right")
+    for layer, row in status["recall"].items():
+        recall.add_row(layer, f"{row['recall']:.3f}", f"{row['p10']:.3f}", str(row["rows"]))
+    console.print(requests)
+    console.print(recall)
+    console.print(
+        "The weights are random: this shows that the machinery runs, and says nothing about recall, quality or speed "
+        "on a real model."
+    )
+
+
+def _serve(console: Console, server: _Server, url: str) -> None:
+    body = json.dumps({"text": "Hello", "sampling_params": {"max_new_tokens": 8}})
+    console.print(f"Serving on {url} until Ctrl-C. Try:")
+    console.print(
+        f"  curl {url}/generate -H 'Content-Type: application/json' -d '{body}'", markup=False, soft_wrap=True
+    )
+    console.print(f"  curl {url}/server_info", soft_wrap=True)
+    try:
+        status = server.process.wait()
+    except KeyboardInterrupt:
+        return
+    raise SystemExit(f"The server ended with status {status}; see {server.log}")
+
+
+def _status(url: str) -> Any:
+    """What /server_info says of MISA; "enabled" is False where it says nothing."""
+    return _call(f"{url}/server_info")["internal_states"][0].get("misa") or {
+        "enabled": False,
+        "calls": {phase: {} for phase in PHASES},
+        "recall": {},
+    }
+
+
+def _call(url: str, body: Mapping[str, Any] | None = None) -> Any:
+    """GET, or POST of a JSON body; the parsed answer, None for an empty one."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=START_LIMIT) as answer:
+        return json.loads(answer.read() or "null")

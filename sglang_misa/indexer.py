@@ -1,0 +1,268 @@
+"""One indexer call of one layer: which rows stock DSA keeps (the gate), and the policy's selection of the rest.
+
+Two engines: `*_scores` is the reference, whose scores SGLang's own top-k finishes; `*_topk` are the GPU kernels, which
+select themselves. Nothing here knows SGLang: `patches/indexer.py` brings the tensors of a call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sglang_misa import reference
+from sglang_misa.block_stats import BlockStats
+from sglang_misa.config import PAGE, SelectionPolicy
+from sglang_misa.kernels import rerank, route, score_paged, score_ragged
+
+CANDIDATE_ROWS = 2048  # rows re-scored at once: at C = 8192 their candidates and scores are 128 MiB
+ROW_STRIDE = 4  # SGLang's top-k kernels want the row stride of fp32 logits to be a multiple of this
+
+
+@dataclass(frozen=True)
+class Span:
+    """One request's rows in an extend call, in host numbers."""
+
+    request: int
+    first_row: int
+    rows: int
+    first_key: int  # column of its first key among the gathered keys of all requests
+    length: int  # keys its last row sees
+
+    @property
+    def last_row(self) -> int:
+        return self.first_row + self.rows
+
+    def gate(self, min_len: int) -> int:
+        """First row that sees at least `min_len` keys: the rows before it are stock DSA's."""
+        seen_by_first = self.length - self.rows + 1
+        return self.first_row + min(max(min_len - seen_by_first, 0), self.rows)
+
+
+def spans(extend_lens: Sequence[int], seq_lens: Sequence[int]) -> list[Span]:
+    """The spans of a batch: `extend_lens` rows and `seq_lens` keys a request, both in batch order."""
+    result, row, key = [], 0, 0
+    for request, (rows, length) in enumerate(zip(extend_lens, seq_lens, strict=True)):
+        result.append(Span(request, row, rows, key, length))
+        row, key = row + rows, key + length
+    return result
+
+
+@dataclass(frozen=True)
+class RaggedCall:
+    """The tensors of one extend call, keys of all requests gathered one after another (S in all)."""
+
+    index_q: Tensor  # [T, H, 128] fp8
+    head_gates: Tensor  # [T, H] fp32
+    index_k: Tensor  # [S, 128] fp8
+    k_scale: Tensor  # [S] fp32
+    row_lens: Tensor  # [T] int32, keys each row sees
+    page_table: Tensor  # [requests, W] int32
+    seq_lens: Tensor  # [requests] int32, keys the last row of each request sees
+
+    def keys(self, span: Span) -> Tensor:
+        """Dequantised keys fp32 [L, 128] of one request."""
+        part = slice(span.first_key, span.first_key + span.length)
+        return self.index_k[part].float() * self.k_scale[part].unsqueeze(-1)
+
+
+def ragged_scores(
+    policy: SelectionPolicy, call: RaggedCall, span: Span, first: int, last: int, stats: BlockStats, layer: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Scores of rows [first, last) of one request, in row chunks: (start, end, fp32 [end - start, L padded to 4])."""
+    keys = torch.nn.functional.pad(call.keys(span), (0, 0, 0, -span.length % ROW_STRIDE)).unsqueeze(0)
+    means = stats.of(layer, call.page_table[span.request : span.request + 1, : span.length // PAGE])
+    for start, end in reference.row_chunks(last - first, keys.shape[1]):
+        rows = slice(first + start, first + end)
+        scores = reference.policy_scores(
+            policy,
+            call.index_q[rows].unsqueeze(0),
+            call.head_gates[rows].unsqueeze(0),
+            keys,
+            means,
+            call.row_lens[rows].unsqueeze(0),
+        )
+        yield rows.start, rows.stop, scores.squeeze(0)
+
+
+@dataclass(frozen=True)
+class OutputSpace:
+    """What is written for a chosen position: its physical slot, its place among the gathered keys, or itself."""
+
+    slots: Tensor | None = None  # [requests, W] int32, a page table of page size 1
+    offsets: Tensor | None = None  # [T] int32, added to positions
+
+
+def ragged_topk(
+    policy: SelectionPolicy,
+    call: RaggedCall,
+    span: Span,
+    first: int,
+    last: int,
+    stats: BlockStats,
+    layer: int,
+    space: OutputSpace,
+    out: Tensor,
+) -> None:
+    """Select for rows [first, last) of one request with the GPU kernels, into out[first:last] [T, k] int32.
+
+    MISA takes the top k of the routed heads' scores at once. MISA† re-scores the best C of them, HISA the tokens of the
+    kept blocks, with all heads, in passes of CANDIDATE_ROWS rows. `admission` says what has no kernel.
+    """
+    request, keys = slice(span.request, span.request + 1), slice(span.first_key, span.first_key + span.length)
+    pooled = route.pool_blocks(stats.means[layer], call.page_table[request], call.seq_lens[request], policy.block_size)
+    step = last - first if policy.direct_heads else CANDIDATE_ROWS
+    for start in range(first, last, step):
+        rows = slice(start, min(start + step, last))
+        index_q, gates, row_lens = call.index_q[rows], call.head_gates[rows].contiguous(), call.row_lens[rows]
+        only = torch.zeros_like(row_lens)  # every row is of the one request
+        target = {
+            "out": out[rows],
+            "page_table": None if space.slots is None else space.slots[request],
+            "row_batch": None if space.slots is None else only,
+            "offsets": None if space.offsets is None else space.offsets[rows],
+        }
+        found = (index_q, gates, pooled, only, row_lens)
+        index_k, k_scale = call.index_k[keys], call.k_scale[keys]
+        if policy.heads is not None:
+            head_ids, _ = route.route(*found, policy.heads, policy.block_size, policy.router)
+            routed = (index_q, gates, head_ids, index_k, k_scale, only, row_lens)
+            if policy.candidates is None:
+                score_ragged.topk_ragged(*routed, out.shape[1], **target)
+                continue
+            candidates = score_ragged.topk_ragged(*routed, policy.candidates)
+            counts = row_lens.clamp(max=policy.candidates)
+        else:
+            candidates, counts = block_tokens(policy, route.block_scores(*found, policy.block_size), row_lens)
+        scores = rerank.rerank(index_q, gates, index_k, k_scale, candidates, counts)
+        score_ragged.topk_rows(scores, candidates, counts, out.shape[1], **target)
+
+
+def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -> None:
+    """Build and run every prefill kernel of `policy` on a made-up request, so that no user waits for a compiler."""
+    length = 2 * topk
+    pages = -(-length // PAGE)
+    buffer = torch.zeros(pages, reference.PAGE_BYTES, dtype=torch.uint8, device=device)
+    stats = BlockStats([buffer], kernels=True)
+    table = torch.arange(pages, dtype=torch.int32, device=device).unsqueeze(0)
+    for rows, seen in ((64, length), (65, length - 1)):  # Triton builds apart for sizes that 16 does not divide
+        lens = torch.tensor([seen], dtype=torch.int32, device=device)
+        stats.heal(0, buffer, table, lens)
+        call = RaggedCall(
+            index_q=torch.zeros(rows, index_heads, reference.HEAD_DIM, device=device).to(torch.float8_e4m3fn),
+            head_gates=torch.ones(rows, index_heads, device=device),
+            index_k=torch.zeros(seen, reference.HEAD_DIM, device=device).to(torch.float8_e4m3fn),
+            k_scale=torch.ones(seen, device=device),
+            row_lens=torch.arange(seen - rows + 1, seen + 1, dtype=torch.int32, device=device),
+            page_table=table,
+            seq_lens=lens,
+        )
+        out = torch.empty(rows, topk, dtype=torch.int32, device=device)
+        ragged_topk(policy, call, Span(0, 0, rows, 0, seen), 0, rows, stats, 0, OutputSpace(), out)
+    torch.cuda.synchronize()
+
+
+def block_tokens(policy: SelectionPolicy, block_scores: Tensor, row_lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions int32 [T, (blocks + 1) · block_size] of the tokens in kept blocks and the tail, and their counts [T].
+
+    block_scores [T, M], row_lens [T]. Packed at the front, -1 behind.
+    """
+    assert policy.blocks is not None
+    size, complete = policy.block_size, row_lens // policy.block_size
+    best = reference.best_blocks(block_scores.unsqueeze(0), complete.unsqueeze(0), policy.blocks).squeeze(0)
+    best = torch.nn.functional.pad(best, (0, 1 + policy.blocks - best.shape[1]))
+    kept = complete.clamp(max=policy.blocks)
+    best.scatter_(1, kept.unsqueeze(1).long(), complete.unsqueeze(1).long())  # the tail follows the last kept block
+    counts = kept * size + row_lens % size
+    tokens = (best.unsqueeze(-1) * size + torch.arange(size, device=best.device)).flatten(1).int()
+    column = torch.arange(tokens.shape[1], device=best.device)
+    return tokens.masked_fill_(column >= counts.unsqueeze(1), -1), counts
+
+
+@functools.cache
+def _decode_scratch(
+    rows: int, width: int, blocks: int, block_size: int, device: torch.device
+) -> score_paged.DecodeScratch:
+    """One scratch a shape, shared by all layers. SGLang warms a shape up before capturing it, so none is captured."""
+    return score_paged.DecodeScratch.allocate(rows, width, blocks, block_size, device)
+
+
+def paged_topk(
+    policy: SelectionPolicy,
+    index_q: Tensor,
+    head_gates: Tensor,
+    buffer: Tensor,
+    page_table: Tensor,
+    row_lens: Tensor,
+    stats: BlockStats,
+    layer: int,
+    topk: int,
+    *,
+    positions: bool = False,
+) -> Tensor:
+    """Select for R decode rows with the GPU kernels: physical slots int32 [R, topk], or `positions` in the row.
+
+    Shapes as in `paged_scores`. Any policy that keeps blocks and takes the top k at once; a row with at most `blocks`
+    complete blocks equals DSA, which is the policy's length gate.
+    """
+    assert policy.blocks is not None
+    rows, width = page_table.shape
+    head_gates, head_ids = head_gates.contiguous(), None
+    if policy.heads is not None:
+        own = torch.arange(rows, dtype=torch.int32, device=index_q.device)
+        pooled = route.pool_blocks(stats.means[layer], page_table, row_lens, policy.block_size)
+        head_ids, _ = route.route(
+            index_q, head_gates, pooled, own, row_lens, policy.heads, policy.block_size, policy.router
+        )
+    out = torch.empty(rows, topk, dtype=torch.int32, device=index_q.device)
+    where = torch.empty_like(out) if positions else None
+    score_paged.decode_topk(
+        index_q,
+        head_gates,
+        buffer,
+        stats.means[layer],
+        page_table,
+        row_lens,
+        block_size=policy.block_size,
+        scratch=_decode_scratch(rows, width, policy.blocks, policy.block_size, index_q.device),
+        out=out,
+        positions=where,
+        head_ids=head_ids,
+    )
+    return out if where is None else where
+
+
+def paged_scores(
+    policy: SelectionPolicy,
+    index_q: Tensor,
+    head_gates: Tensor,
+    buffer: Tensor,
+    page_table: Tensor,
+    row_lens: Tensor,
+    stats: BlockStats,
+    layer: int,
+) -> Tensor:
+    """Scores fp32 [R, W * 64] of R decode rows, straight from the pages; capturable in a CUDA graph.
+
+    index_q [R, H, 128] fp8, head_gates [R, H] fp32, buffer [num_pages, 8448] uint8, page_table [R, W] int32 (stale past
+    ceil(len / 64)), row_lens [R] int32.
+    """
+    rows, width = page_table.shape
+    scores = torch.empty(rows, width * PAGE, dtype=torch.float32, device=buffer.device)
+    page = torch.arange(width, device=buffer.device)
+    for row in range(rows):
+        length = row_lens[row : row + 1]
+        pages = page_table[row].long().masked_fill(page * PAGE >= length, 0)
+        keys = reference.dequantize_pages(buffer[pages]).reshape(1, -1, reference.HEAD_DIM)
+        scores[row] = reference.gated_scores(
+            policy,
+            index_q[row].view(1, 1, *index_q.shape[1:]),
+            head_gates[row].view(1, 1, -1),
+            keys,
+            stats.of(layer, pages.unsqueeze(0)),
+            length.unsqueeze(0),
+        ).flatten()
+    return scores

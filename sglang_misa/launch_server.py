@@ -1,0 +1,214 @@
+"""Start SGLang's own server with `--misa-*` flags: python -m sglang_misa.launch_server [--misa-…] [SGLang's flags].
+
+What can be refused is refused here, before SGLang is imported: exit status 2 and a sentence for each mistake. Later
+failures are SGLang's or the plugin's: any other status but 0 says that the server did not start (or did not stay up).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sglang_misa import config as misa
+from sglang_misa.config import ConfigError, MisaConfig
+from sglang_misa.cpu import ENV as CPU_ENV
+
+PLUGIN, CPU_PLATFORM = "misa", "misa_cpu"  # our entry points, by the names that SGLANG_PLUGINS and SGLANG_PLATFORM use
+DEFAULT_PORT = 30000  # SGLang's
+REFUSED = 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the server, or the demo, until it ends; returns the exit status."""
+    ours, rest = _parser().parse_known_args(argv)
+    try:
+        misa.reject_unknown_flags(rest)
+        from_flags = misa.from_flags(ours)
+        chosen = from_flags or MisaConfig.from_env()
+        theirs = _peek(rest)
+        _raise_if(_port_problems(theirs))
+        if ours.demo:
+            return _demo(chosen, rest, theirs, ours.demo_report)
+        if chosen is not None:
+            _raise_if(_environment_problems(os.environ))
+        _check_model(chosen, theirs)
+        arguments = [*rest, *_keys(ours)]
+        if theirs.device == "cpu" and os.environ.get("SGLANG_PLATFORM", "") in ("", CPU_PLATFORM):
+            _raise_if(_cpu_problems())
+            os.environ.update({CPU_ENV: "1", "SGLANG_PLATFORM": CPU_PLATFORM})
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return REFUSED
+    if from_flags is not None:
+        os.environ[misa.ENV] = from_flags.to_json()
+    _serve(arguments)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_misa.launch_server",
+        description="SGLang's server with MISA token selection. Without --misa-* flags and SGLANG_MISA_CONFIG it is "
+        "stock SGLang; flags win over the variable.",
+        epilog="Every other flag is SGLang's and goes to it untouched: see python -m sglang.launch_server --help. "
+        "One is also read here: --device cpu serves on a machine without a GPU, for demos and tests.",
+        allow_abbrev=False,
+    )
+    misa.add_cli_flags(parser)
+    keys = parser.add_argument_group("keys")
+    keys.add_argument("--api-key-file", metavar="FILE", help="SGLang's --api-key, read from a file: not seen in ps")
+    keys.add_argument("--admin-api-key-file", metavar="FILE", help="the same for SGLang's --admin-api-key")
+    demo = parser.add_argument_group("demo")
+    demo.add_argument("--demo", action="store_true", help="measure MISA on a tiny random model, then serve it")
+    demo.add_argument("--demo-report", metavar="FILE", type=Path, help="write what the demo measured as JSON")
+    return parser
+
+
+def _demo(chosen: MisaConfig | None, rest: list[str], theirs: argparse.Namespace, report: Path | None) -> int:
+    if theirs.model_path is not None:
+        raise ConfigError(["--model-path: expected none, as --demo brings its model; drop one of the two"])
+    try:
+        from sglang_misa import demo
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            [f"--demo: expected the extras sglang and bench, got no {error.name}; install sglang-misa[sglang,bench]"]
+        ) from None
+    return demo.run(chosen, rest, theirs.port or DEFAULT_PORT, report)
+
+
+def _peek(words: Sequence[str]) -> argparse.Namespace:
+    """The few SGLang flags that are read here too; all stay in the words that SGLang gets."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    parser.add_argument("--model-path", "--model")
+    parser.add_argument("--json-model-override-args", default="{}")
+    parser.add_argument("--device")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int)
+    try:
+        return parser.parse_known_args(words)[0]
+    except argparse.ArgumentError as error:
+        raise ConfigError([str(error)]) from None
+
+
+def _port_problems(theirs: argparse.Namespace) -> Iterator[str]:
+    if theirs.port is None and theirs.config is not None:
+        return  # SGLang's own YAML file may name another
+    port = DEFAULT_PORT if theirs.port is None else theirs.port
+    family = socket.AF_INET6 if ":" in theirs.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((theirs.host, port))
+        except (OSError, OverflowError) as error:
+            yield f"--port: expected a free one on {theirs.host}, got {port} ({error}); choose another or free it"
+
+
+def _environment_problems(environ: Mapping[str, str]) -> Iterator[str]:
+    """Variables with which SGLang would leave our plugin out."""
+    plugins = environ.get("SGLANG_PLUGINS", "")
+    if plugins and PLUGIN not in (name.strip() for name in plugins.split(",")):
+        yield f"SGLANG_PLUGINS: expected a list with {PLUGIN}, got {plugins!r}; add {PLUGIN} or unset the variable"
+    platform = environ.get("SGLANG_PLATFORM", "")
+    if platform not in ("", CPU_PLATFORM):
+        yield (
+            f"SGLANG_PLATFORM: expected none or {CPU_PLATFORM}, got {platform!r}, with which SGLang leaves out every "
+            "package that brings another platform, this one too; unset it, or drop the --misa-* flags"
+        )
+
+
+def _cpu_problems() -> Iterator[str]:
+    import torch
+
+    if torch.cuda.is_available():
+        yield (
+            f"--device: expected a machine without a GPU for cpu, got {torch.cuda.device_count()} of them; drop the "
+            "flag, or hide them with CUDA_VISIBLE_DEVICES="
+        )
+
+
+def _check_model(chosen: MisaConfig | None, theirs: argparse.Namespace) -> None:
+    """Raise ConfigError where the model folder is missing, or its config.json cannot go with `chosen`."""
+    model = _model_config(theirs)
+    if chosen is None or model is None:
+        return
+    if model.get("index_topk") is None:
+        got = ", ".join(model.get("architectures") or ["no architecture"])
+        raise ConfigError(
+            [
+                f"--model-path: expected a model with DeepSeek Sparse Attention (index_topk in its config.json), got "
+                f"{got}; serve it without --misa-* flags"
+            ]
+        )
+    chosen.check(index_heads=model.get("index_n_heads"), topk=model["index_topk"])
+
+
+def _model_config(theirs: argparse.Namespace) -> Mapping[str, Any] | None:
+    """config.json of a local model folder with SGLang's overrides; None where another kind of path could be a model."""
+    if theirs.model_path is None:
+        return None
+    folder = Path(theirs.model_path).expanduser()
+    file = folder / "config.json"
+    name = theirs.model_path.count("/") == 1 and not theirs.model_path.startswith((".", "/", "~"))
+    if folder.is_file() or "://" in theirs.model_path or (name and not folder.exists()):
+        return None  # one file, an object store, a Hugging Face name
+    if not file.is_file():
+        raise ConfigError(
+            [
+                f"--model-path: expected a folder with config.json or a Hugging Face name (owner/model), got "
+                f"{theirs.model_path}; check the path"
+            ]
+        )
+    try:
+        model = json.loads(file.read_text(encoding="utf-8"))
+        return {**model, **model.get("text_config", {}), **json.loads(theirs.json_model_override_args)}
+    except (ValueError, OSError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            [f"{file}: expected a JSON object, and another in --json-model-override-args, got neither ({error})"]
+        ) from None
+
+
+def _keys(ours: argparse.Namespace) -> list[str]:
+    """SGLang's key flags, with the keys read from their files."""
+    words = []
+    for flag, path in (("--api-key", ours.api_key_file), ("--admin-api-key", ours.admin_api_key_file)):
+        if path is None:
+            continue
+        try:
+            found = Path(path).read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError([f"{flag}-file: expected a readable text file, got {path} ({error})"]) from None
+        if len(found) != 1:
+            raise ConfigError([f"{flag}-file: expected one key in {path}, got {len(found)} words; leave only the key"])
+        words.append(f"{flag}={found[0]}")
+    return words
+
+
+def _raise_if(problems: Iterator[str]) -> None:
+    if found := list(problems):
+        raise ConfigError(found)
+
+
+def _serve(arguments: Sequence[str]) -> None:
+    """SGLang's own launch, as `python -m sglang.launch_server` does it."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    try:
+        run_server(prepare_server_args(list(arguments)))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":  # SGLang's children import this module again
+    sys.exit(main(sys.argv[1:]))

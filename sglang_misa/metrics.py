@@ -1,0 +1,155 @@
+"""What this rank did: counts for /server_info and, under --enable-metrics, Prometheus metrics sglang_misa:*.
+
+Under CUDA graphs Python runs at capture only, so decode paths are counted once a captured shape (`captured:<policy>`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_misa import __version__
+from sglang_misa.config import PHASES, MisaConfig, Phase
+
+RECALL_BINS = 1000  # a layer's recalls are kept as a histogram of this resolution
+RECALL_BUCKETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.999, 1.0)
+LOW_PERCENTILE = 0.1
+
+
+@dataclass
+class _LayerRecall:
+    """Running sums over the audited rows of one layer."""
+
+    rows: int = 0
+    recall: float = 0.0
+    iou: float = 0.0
+    score_mass: float = 0.0
+    bins: Counter[int] = field(default_factory=Counter)
+
+    def add(self, recall: float, iou: float, score_mass: float) -> None:
+        self.rows += 1
+        self.recall += recall
+        self.iou += iou
+        self.score_mass += score_mass
+        self.bins[int(recall * RECALL_BINS)] += 1
+
+    def low(self) -> float:
+        """The recall that a tenth of the rows (at least one) do not exceed, rounded down to a bin."""
+        seen = 0
+        for bin_, count in sorted(self.bins.items()):
+            seen += count
+            if seen >= LOW_PERCENTILE * self.rows:
+                return bin_ / RECALL_BINS
+        return 0.0
+
+    def status(self) -> dict[str, float]:
+        return {
+            "recall": self.recall / self.rows,
+            "p10": self.low(),
+            "iou": self.iou / self.rows,
+            "score_mass": self.score_mass / self.rows,
+            "rows": self.rows,
+        }
+
+
+class Recorder:
+    """One rank's counts. Everything runs on the scheduler's only thread."""
+
+    def __init__(self) -> None:
+        self.block_stats_bytes = 0
+        self._armed: dict[str, Any] = {}
+        self._calls: dict[Phase, Counter[str]] = {phase: Counter() for phase in PHASES}
+        self._declined: Counter[str] = Counter()
+        self._recall: dict[int, _LayerRecall] = {}
+        self._dense_layers: set[int] = set()
+        self._exporter: _Exporter | None = None
+
+    def armed(self, config: MisaConfig, rank: int, ranks: int) -> None:
+        """This rank's hooks are in place: `rank` of `ranks` in its process group."""
+        policies = {phase: config.policy(phase).name for phase in PHASES}
+        self._armed = {"policy": policies, "rank": rank, "ranks": ranks}
+
+    def ran(self, phase: Phase, path: str) -> None:
+        """One indexer call of a layer took `path`: a policy's name, "dsa", or either after "captured:"."""
+        self._calls[phase][path] += 1
+        if self._exporter:
+            self._exporter.calls.labels(self._exporter.rank, phase, path).inc()
+
+    def declined(self, phase: Phase, reason: str) -> None:
+        """One call was left to stock DSA because of `reason`, a short word with dashes."""
+        self._declined[reason] += 1
+        if self._exporter:
+            self._exporter.declined.labels(self._exporter.rank, phase, reason).inc()
+
+    def audited(self, layer: int, recall: float, iou: float, score_mass: float) -> None:
+        """One row of `layer` was compared with the dense indexer; see `audit.overlap`."""
+        self._recall.setdefault(layer, _LayerRecall()).add(recall, iou, score_mass)
+        if self._exporter:
+            self._exporter.recall.labels(self._exporter.rank).observe(recall)
+
+    def layer_dense(self, layer: int) -> None:
+        """`layer` was given back to stock DSA for good."""
+        self._dense_layers.add(layer)
+        if self._exporter:
+            self._exporter.dense_layers.labels(self._exporter.rank).set(len(self._dense_layers))
+
+    def status(self) -> dict[str, Any]:
+        """Everything counted, in plain types; {"enabled": False, …} before `armed`."""
+        return {
+            "enabled": bool(self._armed),
+            "version": __version__,
+            **self._armed,
+            "calls": {phase: dict(counts) for phase, counts in self._calls.items()},
+            "declined": dict(self._declined),
+            "recall": {str(layer): rows.status() for layer, rows in sorted(self._recall.items())},
+            "dense_layers": sorted(self._dense_layers),
+            "block_stats_bytes": self.block_stats_bytes,
+        }
+
+    def export(self, config: MisaConfig, sglang: str, rank: int) -> None:
+        """Publish to Prometheus from now on. Only in a scheduler process: PROMETHEUS_MULTIPROC_DIR must be set."""
+        if self._exporter is None:
+            self._exporter = _Exporter(str(rank))
+            self._exporter.describe(config, sglang)
+
+    def publish_block_stats(self) -> None:
+        """Export the bytes of page means, once the pools stand."""
+        if self._exporter:
+            self._exporter.block_stats_bytes.labels(self._exporter.rank).set(self.block_stats_bytes)
+
+
+class _Exporter:
+    """The Prometheus metrics, each labelled with the rank. Importing prometheus_client fixes its storage, so: here."""
+
+    def __init__(self, rank: str):
+        from prometheus_client import Counter as Count
+        from prometheus_client import Gauge, Histogram
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"sglang_misa:{name}", text, ("rank", *labels), multiprocess_mode="mostrecent")
+
+        self.rank = rank
+        self.enabled = gauge("enabled", "1 where the hooks are live.")
+        self.build_info = gauge("build_info", "1, labelled with the versions.", "version", "sglang")
+        self.policy_info = gauge("policy_info", "1, labelled with the policy of the phase.", "phase", "policy")
+        self.routed_heads = gauge("routed_heads", "Index heads routed per query, 0 for all.", "phase")
+        self.block_stats_bytes = gauge("block_stats_bytes", "Bytes of page means beside the index-K pages.")
+        self.dense_layers = gauge("dense_layers", "Layers given back to stock DSA for low recall.")
+        self.calls = Count("sglang_misa:calls", "Indexer calls of a layer by path taken.", ("rank", "phase", "path"))
+        self.declined = Count("sglang_misa:declined", "Calls left to stock DSA.", ("rank", "phase", "reason"))
+        self.recall = Histogram(
+            "sglang_misa:recall_sampled", "Recall of audited rows.", ("rank",), buckets=RECALL_BUCKETS
+        )
+
+    def describe(self, config: MisaConfig, sglang: str) -> None:
+        self.enabled.labels(self.rank).set(1)
+        self.build_info.labels(self.rank, __version__, sglang).set(1)
+        self.dense_layers.labels(self.rank).set(0)
+        for phase in PHASES:
+            policy = config.policy(phase)
+            self.policy_info.labels(self.rank, phase, policy.name).set(1)
+            self.routed_heads.labels(self.rank, phase).set(policy.heads or 0)
+
+
+recorder = Recorder()

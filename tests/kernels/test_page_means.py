@@ -1,0 +1,120 @@
+"""Page means against plain fp32 PyTorch, on pools whose unused parts are hostile."""
+
+import pytest
+import torch
+
+from sglang_misa.kernels.page_means import update_last_page_means, update_page_means, update_slots
+
+PAGE, HEAD_DIM = 64, 128
+POISON = 7.0  # a bf16 value that no mean below takes: marks entries that must stay as they were
+LENGTHS = [0, 1, 63, 64, 65, 127, 128, 2047, 2048, 2049]
+
+
+def naive_page_means(pool: torch.Tensor) -> torch.Tensor:
+    """fp32 mean of the dequantised keys of every page of a pool [P, 8448]."""
+    keys = pool[:, : PAGE * HEAD_DIM].view(torch.float8_e4m3fn).float().view(-1, PAGE, HEAD_DIM)
+    scales = pool[:, PAGE * HEAD_DIM :].contiguous().view(torch.float32)
+    return (keys * scales[:, :, None]).mean(1)
+
+
+def make_pool(pages: int, device: str, seed: int = 0) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    keys = (torch.randn(pages, PAGE * HEAD_DIM, generator=rng) + 1.0).to(torch.float8_e4m3fn).view(torch.uint8)
+    scales = torch.rand(pages, PAGE, generator=rng).add_(0.5).view(torch.uint8)
+    return torch.cat([keys, scales], 1).to(device)
+
+
+def make_table(lengths: list[int], device: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A shuffled page table whose entries beyond each row's last page are hostile; lengths; pages in the pool."""
+    used = [-(-n // PAGE) for n in lengths]
+    ids = torch.randperm(sum(used) + 3, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
+    table = torch.tensor([-(2**31), -1, 2**31 - 1, 114514], dtype=torch.int32).repeat(len(lengths), max(used) // 4 + 1)
+    for row, count in enumerate(used):
+        table[row, :count] = ids[sum(used[:row]) : sum(used[: row + 1])]
+    return table.to(device), torch.tensor(lengths, dtype=torch.int32, device=device), len(ids)
+
+
+def assert_means(means: torch.Tensor, pool: torch.Tensor, written: set[int]) -> None:
+    """Pages in `written` hold the naive mean within bf16 rounding, all others are untouched."""
+    mask = torch.zeros(len(means), dtype=torch.bool)
+    mask[sorted(written)] = True
+    torch.testing.assert_close(means.cpu()[mask].float(), naive_page_means(pool.cpu())[mask], rtol=2**-7, atol=1e-6)
+    assert (means.cpu()[~mask] == POISON).all()
+
+
+def complete_pages(table: torch.Tensor, lengths: list[int], first: list[int]) -> set[int]:
+    return {int(p) for row, n in enumerate(lengths) for p in table[row, first[row] : max(n // PAGE, first[row])]}
+
+
+@pytest.mark.parametrize("first", [0, 1, 31, "row", 10**6])
+def test_update_page_means_writes_complete_pages_alone(device: str, first: int | str) -> None:
+    table, lens, pages = make_table(LENGTHS, device)
+    pool, means = make_pool(pages, device), torch.full((pages, HEAD_DIM), POISON, dtype=torch.bfloat16, device=device)
+    firsts = [i % 3 for i in range(len(LENGTHS))] if isinstance(first, str) else [first] * len(LENGTHS)
+    written = complete_pages(table, LENGTHS, firsts)
+    freed = [p for p in range(pages) if p not in complete_pages(table, LENGTHS, [0] * len(LENGTHS))]
+    pool[freed] = 0xFF  # NaN keys and NaN scales, in unfinished and in free pages
+
+    update_page_means(
+        pool,
+        means,
+        table,
+        lens,
+        torch.tensor(firsts, dtype=torch.int32, device=device) if isinstance(first, str) else first,
+    )
+    assert_means(means, pool, written)
+
+
+def test_last_page_and_slots_give_the_bits_of_the_full_pass(device: str) -> None:
+    table, lens, pages = make_table(LENGTHS, device)
+    pool = make_pool(pages, device)
+    healed, decoded, stored = (
+        torch.full((pages, HEAD_DIM), POISON, dtype=torch.bfloat16, device=device) for _ in range(3)
+    )
+    update_page_means(pool, healed, table, lens)
+    update_last_page_means(pool, decoded, table, lens)
+    last = {int(table[row, n // PAGE - 1]) for row, n in enumerate(LENGTHS) if n and n % PAGE == 0}
+    assert_means(decoded, pool, last)
+    assert torch.equal(decoded[sorted(last)], healed[sorted(last)])
+
+    row = LENGTHS.index(2049)
+    positions = torch.arange(100, 2049)
+    slots = table[row].cpu().long()[positions // PAGE] * PAGE + positions % PAGE
+    update_slots(pool, stored, torch.cat([slots, torch.tensor([-1, 0, slots[27]])]).to(device))
+    finished = {int(table[row, p]) for p in range(1, 32)}
+    assert_means(stored, pool, finished)
+    assert torch.equal(stored[sorted(finished)], healed[sorted(finished)])
+
+
+def test_a_page_among_many_is_read_at_its_64_bit_address(device: str) -> None:
+    """The byte offset of the last page is beyond 2^31 on a GPU; on the CPU a small pool stands in."""
+    pages = 2**31 // 8448 + 2 if device == "cuda" else 5
+    pool = torch.zeros(pages, 8448, dtype=torch.uint8, device=device)
+    pool[-1] = make_pool(1, device)[0]
+    means = torch.full((pages, HEAD_DIM), POISON, dtype=torch.bfloat16, device=device)
+    update_slots(pool, means, torch.tensor([pages * PAGE - 1], device=device))
+    assert_means(means[-1:], pool[-1:], {0})
+    assert (means[:-1] == POISON).all()
+
+
+def test_empty_batches_do_nothing(device: str) -> None:
+    pool = make_pool(2, device)
+    means = torch.full((2, HEAD_DIM), POISON, dtype=torch.bfloat16, device=device)
+    table = torch.zeros(0, 4, dtype=torch.int32, device=device)
+    lens = torch.zeros(0, dtype=torch.int32, device=device)
+    update_page_means(pool, means, table, lens)
+    update_last_page_means(pool, means, table, lens)
+    update_slots(pool, means, torch.zeros(0, dtype=torch.int64, device=device))
+    assert (means == POISON).all()
+
+
+def test_wrong_layouts_are_named(device: str) -> None:
+    pool = make_pool(2, device)
+    means = torch.empty(2, HEAD_DIM, dtype=torch.bfloat16, device=device)
+    lens = torch.ones(1, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="page_table"):
+        update_page_means(pool, means, torch.zeros(1, 4, dtype=torch.int64, device=device), lens)
+    with pytest.raises(ValueError, match=r"pool: expected contiguous torch.uint8 of shape \(2, 8448\)"):
+        update_page_means(pool[:, :100], means, torch.zeros(1, 4, dtype=torch.int32, device=device), lens)
+    with pytest.raises(ValueError, match="slots"):
+        update_slots(pool, means, torch.zeros(1, dtype=torch.int32, device=device))

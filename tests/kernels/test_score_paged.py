@@ -1,0 +1,284 @@
+"""Decode on pages: the kernels against a plain fp32 oracle that works on one row of logical keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sglang_misa.kernels.keep_blocks import KeepTuning
+from sglang_misa.kernels.score_paged import DecodeScratch, ScoreTuning, decode_topk
+
+PAGE, DIM, PAGE_BYTES = 64, 128, 8448
+LOWEST = torch.finfo(torch.float32).min
+EDGES = (0, 1, 63, 64, 65, 127, 128, 129, 2047, 2048, 2049)
+TOLERANCE = 1e-5  # of the largest score: fp32 sums in another order
+
+
+@dataclass(frozen=True)
+class Batch:
+    index_q: Tensor
+    head_gates: Tensor
+    pool: Tensor
+    page_means: Tensor
+    page_table: Tensor
+    seq_lens: Tensor
+
+    def keys(self, row: int) -> Tensor:
+        """The row's keys fp32 [len, 128], in logical order."""
+        length = int(self.seq_lens[row])
+        pages = self.pool[self.page_table[row, : -(-length // PAGE)].long()]
+        keys = pages[:, : PAGE * DIM].contiguous().view(torch.float8_e4m3fn).float().view(-1, PAGE, DIM)
+        scales = pages[:, PAGE * DIM :].contiguous().view(torch.float32)
+        return (keys * scales.unsqueeze(-1)).flatten(0, 1)[:length]
+
+    def means(self, row: int) -> Tensor:
+        return self.page_means[self.page_table[row, : int(self.seq_lens[row]) // PAGE].long()].float()
+
+
+def make(
+    lens: tuple[int, ...], *, heads: int = 32, width: int | None = None, seed: int = 0, device: str = "cpu"
+) -> Batch:
+    """Random rows. Whatever must not be read is hostile: pages that nobody owns and means of incomplete pages are NaN,
+    page-table entries past a row's end are huge or negative."""
+    random = torch.Generator().manual_seed(seed)
+    used = [-(-length // PAGE) for length in lens]
+    width = width or max(*used, 1)
+    num_pages = sum(used) + 5
+    ids = torch.randperm(num_pages - 1, generator=random)[: sum(used)] + 1  # page 0 belongs to padded rows
+    pool = torch.full((num_pages, PAGE_BYTES), 0x7F, dtype=torch.uint8)  # fp8 and fp32 NaN
+    pool[ids, : PAGE * DIM] = (
+        torch.randn(len(ids), PAGE * DIM, generator=random).to(torch.float8_e4m3fn).view(torch.uint8)
+    )
+    scales = torch.rand(len(ids), PAGE, generator=random) + 0.5
+    pool[ids, PAGE * DIM :] = scales.view(torch.uint8)
+    means = torch.full((num_pages, DIM), float("nan"), dtype=torch.bfloat16)
+    table = (
+        torch.tensor([2**31 - 1, -(2**31), -1, 10**9], dtype=torch.int32).repeat(len(lens), width)[:, :width].clone()
+    )
+    start = 0
+    for row, (length, count) in enumerate(zip(lens, used, strict=True)):
+        own = ids[start : start + count]
+        table[row, :count] = own.int()
+        full = own[: length // PAGE]
+        keys = pool[full, : PAGE * DIM].view(torch.float8_e4m3fn).float().view(-1, PAGE, DIM)
+        means[full] = (keys * pool[full, PAGE * DIM :].view(torch.float32).unsqueeze(-1)).mean(1).bfloat16()
+        start += count
+    index_q = torch.randn(len(lens), heads, DIM, generator=random).to(torch.float8_e4m3fn)
+    gates = torch.randn(len(lens), heads, generator=random)
+    parts = (index_q, gates, pool, means, table, torch.tensor(lens, dtype=torch.int32))
+    return Batch(*(part.to(device) for part in parts))
+
+
+def scores(batch: Batch, row: int, keys: Tensor, gates: Tensor | None = None) -> Tensor:
+    gates = batch.head_gates[row] if gates is None else gates
+    return gates @ torch.relu(batch.index_q[row].float() @ keys.T)
+
+
+@dataclass(frozen=True)
+class Result:
+    slots: Tensor
+    positions: Tensor
+    scratch: DecodeScratch
+
+    def row(self, row: int) -> Tensor:
+        """Positions taken in a row, checked for holes, order and padding."""
+        taken = self.positions[row]
+        count = int((taken >= 0).sum())
+        assert (taken[:count] >= 0).all()
+        assert (taken[count:] == -1).all()
+        assert (self.slots[row, count:] == -1).all()
+        assert (taken[:count].diff() > 0).all()
+        return taken[:count].long()
+
+
+def run(
+    batch: Batch,
+    *,
+    blocks: int,
+    block_size: int = 128,
+    k: int = 256,
+    scratch: DecodeScratch | None = None,
+    head_ids: Tensor | None = None,
+    keep: KeepTuning | None = None,
+    score: ScoreTuning | None = None,
+) -> Result:
+    rows, width = batch.page_table.shape
+    scratch = scratch or DecodeScratch.allocate(rows, width, blocks, block_size, batch.pool.device)
+    out = torch.empty(rows, k, dtype=torch.int32, device=batch.pool.device)
+    positions = torch.empty_like(out)
+    decode_topk(
+        batch.index_q,
+        batch.head_gates,
+        batch.pool,
+        batch.page_means,
+        batch.page_table,
+        batch.seq_lens,
+        block_size=block_size,
+        scratch=scratch,
+        out=out,
+        positions=positions,
+        head_ids=head_ids,
+        keep=keep,
+        score=score,
+    )
+    return Result(out, positions, scratch)
+
+
+def assert_best(chosen: Tensor, among: Tensor, ranked: Tensor, k: int) -> None:
+    """`chosen` are the min(k, n) positions of `among` with the highest `ranked` scores, up to rounding at the edge."""
+    assert len(chosen) == min(k, len(among)) == len(chosen.unique())
+    mask = torch.zeros(len(ranked), dtype=torch.bool, device=ranked.device)
+    mask[among] = True
+    assert mask[chosen].all()
+    left = mask.clone()
+    left[chosen] = False
+    if len(chosen) and left.any():
+        assert ranked[chosen].min() >= ranked[left].max() - TOLERANCE * ranked[mask].abs().max()
+
+
+def check_row(batch: Batch, result: Result, row: int, blocks: int, block_size: int, k: int) -> None:
+    """The kept blocks are the best by page means; the tokens are the best of the kept ones; slots name their pages."""
+    length = int(batch.seq_lens[row])
+    taken = result.row(row)
+    if length == 0:
+        assert len(taken) == 0
+        return
+    complete = length // block_size
+    count = min(complete, blocks) + (length % block_size > 0)
+    kept = result.scratch.kept.blocks[row, :count].long()
+    assert int(result.scratch.kept.lens[row]) == min(complete, blocks) * block_size + length % block_size
+    full = kept[kept < complete]
+    if complete > blocks:
+        assert full[0] == 0
+        assert full[-1] == complete - 1
+        pages = batch.means(row)[: complete * block_size // PAGE]
+        k_tilde = pages.view(complete, -1, DIM).mean(1)
+        middle = torch.arange(1, complete - 1, device=kept.device)
+        assert_best(full[1:-1], middle, scores(batch, row, k_tilde), blocks - 2)
+    else:
+        assert torch.equal(kept, torch.arange(count, device=kept.device))
+    position = torch.arange(length, device=kept.device)
+    visible = position[torch.isin(position // block_size, kept)]
+    assert_best(taken, visible, scores(batch, row, batch.keys(row)), k)
+    slots = batch.page_table[row, taken // PAGE] * PAGE + taken % PAGE
+    assert torch.equal(result.slots[row, : len(taken)].long(), slots.long())
+
+
+@pytest.mark.parametrize(
+    ("heads", "blocks", "block_size", "k"),
+    [(32, 4, 128, 256), (64, 3, 256, 512), (64, 9, 64, 100), (32, 2, 128, 256), (32, 4, 192, 300)],
+)
+def test_rows_of_every_length_match_the_oracle(device: str, heads: int, blocks: int, block_size: int, k: int) -> None:
+    batch = make(EDGES, heads=heads, width=40, device=device)
+    result = run(batch, blocks=blocks, block_size=block_size, k=k)
+    for row in range(len(EDGES)):
+        check_row(batch, result, row, blocks, block_size, k)
+
+
+@pytest.mark.parametrize(
+    ("keep", "score"),
+    [
+        (KeepTuning(pages=16), ScoreTuning(pages=1)),
+        (KeepTuning(pages=128), ScoreTuning(pages=4)),
+    ],
+)
+def test_the_cut_of_a_launch_changes_nothing(device: str, keep: KeepTuning, score: ScoreTuning) -> None:
+    batch = make((2049, 700, 64), device=device)
+    expected = run(batch, blocks=5)
+    result = run(batch, blocks=5, keep=keep, score=score)
+    assert torch.equal(result.positions, expected.positions)
+    assert torch.equal(result.slots, expected.slots)
+
+
+def test_blocks_for_all_is_dsa_and_few_tokens_are_all_taken(device: str) -> None:
+    lens = (0, 1, 255, 256, 257, 511, 639, 640, 767)
+    batch = make(lens, device=device)
+    result = run(batch, blocks=5)  # 5 · 128 + 127 tokens: every row is kept whole
+    for row, length in enumerate(lens):
+        everything = torch.arange(length, device=device)
+        taken = result.row(row)
+        if length <= 256:
+            assert torch.equal(taken, everything)
+        else:
+            assert_best(taken, everything, scores(batch, row, batch.keys(row)), 256)
+
+
+def test_physical_pages_and_stale_entries_do_not_matter(device: str) -> None:
+    batch = make((1500, 900, 129), device=device)
+    expected = run(batch, blocks=4)
+    order = torch.randperm(len(batch.pool), generator=torch.Generator().manual_seed(5)).to(device)
+    moved = torch.empty_like(order)
+    moved[order] = torch.arange(len(order), device=device)
+    used = torch.arange(batch.page_table.shape[1], device=device) < -(-batch.seq_lens[:, None] // PAGE)
+    table = torch.where(used, moved[batch.page_table.clamp(0, len(order) - 1).long()].int(), -12345)
+    result = run(replace(batch, pool=batch.pool[order], page_means=batch.page_means[order], page_table=table), blocks=4)
+    assert torch.equal(result.positions, expected.positions)
+
+
+def test_equal_scores_take_the_oldest_blocks_and_tokens(device: str) -> None:
+    batch = make((1409,), device=device)
+    batch = replace(batch, head_gates=torch.zeros_like(batch.head_gates))
+    result = run(batch, blocks=4)
+    assert result.scratch.kept.blocks[0].tolist() == [0, 1, 2, 10, 11]
+    assert torch.equal(result.row(0), torch.arange(256, device=device))
+
+
+@pytest.mark.parametrize("gate", [float("nan"), float("inf"), -float("inf")])
+def test_broken_gates_leave_no_holes(device: str, gate: float) -> None:
+    batch = make((1409, 700, 256, 65), device=device)
+    batch.head_gates[:, 0] = gate
+    result = run(batch, blocks=4)
+    again = run(batch, blocks=4)
+    for row, length in enumerate(batch.seq_lens.tolist()):
+        assert len(result.row(row)) == min(256, length)
+    assert torch.equal(result.slots, again.slots)
+
+
+def test_a_nan_score_wins_only_what_no_number_wants(device: str) -> None:
+    batch = make((640,), device=device)
+    scales = batch.pool[:, PAGE * DIM :].view(torch.float32)
+    page = int(batch.page_table[0, 1])
+    scales[page] = float("nan")
+    taken = run(batch, blocks=6).row(0)
+    assert not torch.isin(taken, torch.arange(64, 128, device=device)).any()
+    everything = run(batch, blocks=6, k=600).row(0)
+    ranked = scores(batch, 0, batch.keys(0)).nan_to_num(nan=LOWEST)
+    assert_best(everything, torch.arange(640, device=device), ranked, 600)
+
+
+def test_routed_heads_are_zero_gates_for_the_others(device: str) -> None:
+    batch = make((1409, 700), device=device)
+    ids = torch.tensor([[3, 30, 7, 0], [1, 2, 4, 31]], dtype=torch.int32, device=device)
+    result = run(batch, blocks=5, head_ids=ids)
+    for row in range(2):
+        gates = torch.zeros_like(batch.head_gates[row]).index_copy_(
+            0, ids[row].long(), batch.head_gates[row, ids[row].long()]
+        )
+        position = torch.arange(int(batch.seq_lens[row]), device=device)
+        kept = result.scratch.kept.blocks[row, : -(-int(result.scratch.kept.lens[row]) // 128)]
+        visible = position[torch.isin(position // 128, kept)]
+        assert_best(result.row(row), visible, scores(batch, row, batch.keys(row), gates), 256)
+
+
+def test_one_scratch_serves_every_step(device: str) -> None:
+    """A row grows over page and block edges and shrinks again; nothing of the step before shows."""
+    grown = make((1100, 1100), device=device)
+    scratch = DecodeScratch.allocate(2, grown.page_table.shape[1], 4, 128, torch.device(device))
+    for length in (126, 127, 128, 129, 639, 640, 641, 1023, 1024, 1025, 1, 704):
+        means = grown.page_means.clone()
+        batch = replace(grown, seq_lens=torch.tensor([length, max(1, length // 2)], dtype=torch.int32, device=device))
+        for row in range(2):
+            means[grown.page_table[row, int(batch.seq_lens[row]) // PAGE :].long()] = float("nan")
+        result = run(replace(batch, page_means=means), blocks=4, scratch=scratch)
+        for row in range(2):
+            check_row(batch, result, row, 4, 128, 256)
+        assert not scratch.kept.done.any()
+
+
+def test_too_few_blocks_for_k_is_refused(device: str) -> None:
+    batch = make((300,), device=device)
+    with pytest.raises(ValueError, match="change the number of blocks"):
+        run(batch, blocks=2, k=512)

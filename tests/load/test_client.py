@@ -1,0 +1,162 @@
+"""Streams on real sockets: the latency figures against the server's own clock, and every way a stream fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+
+from sglang_misa.bench.load import client
+
+ERROR_S = 0.003  # stated error of a latency at the client's best; the machine may add more to some, never take away
+PROMPT = list(range(100, 400))
+
+
+def body_of(api: str, count: int, prompt: list[int] | None = None) -> bytes:
+    ids = prompt or PROMPT
+    if api == "generate":
+        return json.dumps({"input_ids": ids, "sampling_params": {"max_new_tokens": count}, "stream": True}).encode()
+    content = {"messages": [{"role": "user", "content": "hi"}]} if api == "chat" else {"prompt": ids}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    return json.dumps(
+        {"model": "m", "max_tokens": count, "stream": True, "stream_options": options, **content}
+    ).encode()
+
+
+def ask(url, api="generate", count=8, bound=20.0, stall=20.0, body=None, at_once=1) -> list[client.Reply]:
+    async def go() -> list[client.Reply]:
+        replies = [client.Reply() for _ in range(at_once)]
+        async with client.session({}) as http:
+            data = body or body_of(api, count)
+            await asyncio.gather(*(client.exchange(http, url, api, data, bound, stall, r) for r in replies))
+        return replies
+
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize("api", ["generate", "completions", "chat"])
+def test_every_timestamp_agrees_with_the_server(mock, api):
+    server = mock(ttft=0.05, itl=0.01)
+    late_all, dispatch = [], []
+    for _ in range(3):
+        (reply,) = ask(server.url, api, count=10)
+        assert reply.error is None, reply.detail
+        ((arrived, *frames, done),) = server.sent().values()
+        assert len(reply.times) == len(frames) == 10
+        late = np.array(reply.times) - np.array(frames)
+        assert (late > 0).all()
+        late_all += late.tolist()
+        dispatch.append(arrived - reply.dispatched)
+        assert reply.done >= reply.times[-1]
+        assert reply.done >= done
+    assert min(late_all) < ERROR_S
+    assert np.median(late_all) < 5 * ERROR_S  # a shared machine
+    assert 0 < min(dispatch) < 5 * ERROR_S
+
+
+@pytest.mark.parametrize("api", ["generate", "completions", "chat"])
+def test_a_chunk_is_not_a_token(mock, api):
+    """Chunks of 4 tokens (speculative decoding): the counts come from the usage, not from the number of chunks."""
+    server = mock(chunk=4, itl=0.001)
+    (reply,) = ask(server.url, api, count=10)
+    assert reply.counts == [4, 8, 10]
+    assert reply.completion_tokens == 10
+    assert reply.exact
+
+
+def test_without_running_usage_the_total_is_spread_and_said_to_be(mock):
+    server = mock(chunk=4, continuous=False)
+    (reply,) = ask(server.url, "completions", count=12)
+    assert reply.counts == [4, 8, 12]
+    assert not reply.exact
+
+
+def test_the_role_is_no_token_and_reasoning_is(mock):
+    """The role-only frame comes 0.1 s before the first token, and its usage claims one already."""
+    server = mock(ttft=0.1, reasoning=3)
+    (reply,) = ask(server.url, "chat", count=6)
+    (sent,) = server.sent().values()
+    assert reply.counts == [1, 2, 3, 4, 5, 6]
+    assert reply.times[0] > sent[1]
+    assert reply.times[0] - reply.dispatched > 0.1
+    assert len(reply.text) == 6  # reasoning and content
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+def test_text_and_ids_are_whole_in_both_stream_styles(mock, incremental):
+    server = mock(incremental=incremental, answer="añb→c😀")
+    (reply,) = ask(server.url, count=12)
+    assert reply.text == "añb→c😀añb→c😀"
+    assert len(reply.output_ids) == 12
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7])
+@pytest.mark.parametrize("api", ["generate", "chat"])
+def test_frames_cut_anywhere(mock, api, cut):
+    """Cuts inside UTF-8 characters, JSON strings and the blank line between events."""
+    server = mock(cut=cut, answer="ñ→😀", itl=0.0)
+    (reply,) = ask(server.url, api, count=6)
+    assert reply.error is None, reply.detail
+    assert reply.text == "ñ→😀ñ→😀"
+    assert reply.counts == [1, 2, 3, 4, 5, 6]
+
+
+def test_huge_chunks(mock):
+    server = mock(pad=3_000_000, itl=0.0)
+    (reply,) = ask(server.url, count=4)
+    assert reply.error is None, reply.detail
+    assert reply.received > 12_000_000
+    assert reply.counts == [1, 2, 3, 4]
+
+
+def test_an_event_without_end_is_refused(mock, monkeypatch):
+    monkeypatch.setattr(client, "MAX_EVENT", 1_000_000)
+    server = mock(pad=3_000_000)
+    (reply,) = ask(server.url, count=2)
+    assert reply.error == "oversized"
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("429", "http_429"),
+        ("500", "http_500"),
+        ("reset", "early_close"),
+        ("early_close", "early_close"),
+        ("error_event", "server_error"),
+        ("bad_json", "bad_stream"),
+    ],
+)
+def test_errors_have_classes(mock, fault, kind):
+    server = mock(fault=fault)
+    (reply,) = ask(server.url, count=6)
+    assert reply.error in (kind, fault)
+    assert reply.done is not None
+
+
+def test_a_stall_is_told_from_a_timeout(mock):
+    server = mock(fault="stall")
+    (reply,) = ask(server.url, count=6, stall=0.3)
+    assert reply.error == "stall"
+    assert len(reply.times) == 2
+    server = mock(ttft=30.0)
+    (reply,) = ask(server.url, count=6, bound=0.3, stall=20.0)
+    assert reply.error == "timeout"
+
+
+def test_nobody_listening():
+    (reply,) = ask("http://127.0.0.1:1", count=1)
+    assert reply.error == "refused"
+
+
+def test_two_hundred_streams_at_once(mock):
+    """No connector limit: all of them are in the server at the same time."""
+    server = mock(ttft=1.5, itl=0.0)
+    replies = ask(server.url, count=2, at_once=200)
+    assert all(r.error is None for r in replies)
+    arrived = [times[0] for times in server.sent().values()]
+    first_token = min(r.times[0] for r in replies)
+    assert len(arrived) == 200
+    assert max(arrived) < first_token

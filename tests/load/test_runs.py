@@ -1,0 +1,323 @@
+"""Whole runs through the command line against mock servers: what comes out on disk is what is checked."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from sglang_misa.bench.load import cli, measure
+from sglang_misa.bench.load.cli import GATE_FAILED, INVALID, OK, USAGE, main
+
+MOCK = Path(__file__).with_name("mock_server.py")
+# The machine of a test run may be busy with other things: saturation has a test of its own.
+PATIENT = ["--max-lag-s", "5", "--max-cpu-share", "5"]
+SMALL = [*PATIENT, "--input-len", "1k", "--output-len", "8", "--requests", "4", "--warmup", "1"]
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(measure, "RESAMPLES", 300)
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def figures(folder: Path, arm: int = 0) -> dict:
+    return results(folder)["arms"][arm]["figures"]
+
+
+def units(folder: Path) -> list[dict]:
+    return sorted((json.loads(p.read_text()) for p in (folder / "units").glob("*.json")), key=lambda u: u["started"])
+
+
+def test_ab_finds_an_injected_delay_and_its_size(mocks, tmp_path, capsys):
+    """B waits 25 ms more before the first of its tokens, of 50: a ratio near 1.5, certain, in every artefact."""
+    a, b = mocks
+    a.script(ttft=0.05, itl=0.004)
+    b.script(ttft=0.075, itl=0.004)
+    servers = ["--a", a.url, "--b", b.url, "--names", "stock", "slow"]
+    grid = ["--contexts", "1k", "2k", "--concurrencies", "1", "2", "--blocks", "2", "--shared-prefix", "50"]
+    gates = ["--fail-if", "ttft_p50 > 1.2", "tpot_p50 > 1.5", "error_rate > 0"]
+    code = main(["ab", *servers, *SMALL, *grid, *gates, "--out", str(tmp_path)])
+    assert code == GATE_FAILED
+    assert [u["arm"] for u in units(tmp_path)] == ["stock", "slow"] * 8
+    result = results(tmp_path)
+    for cell in result["ratios"]:
+        by_metric = {r["metric"]: r for r in cell["ratios"]}
+        ttft = by_metric["ttft_p50"]
+        overhead = min(f["figures"]["ttft_p50"] for f in result["arms"] if f["arm"] == "stock") - 0.05
+        assert ttft["value"] == pytest.approx((0.075 + overhead) / (0.05 + overhead), rel=0.1)
+        assert ttft["low"] > 1
+        assert ttft["pairs"] == 8
+        assert by_metric["tpot_p50"]["value"] == pytest.approx(1.0, abs=0.15)
+    assert {g["gate"] for g in result["gates"] if g["failed"]} == {"ttft_p50 > 1.2"}
+    assert "slower in 4" in result["verdict"]
+    page = (tmp_path / "report.html").read_text()
+    assert result["verdict"].split(":")[0] in page
+    assert page.count("<svg") == len(list((tmp_path / "plots").glob("*.png"))) == 4
+    assert not re.search(r'(src|href)="http', page)
+    assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 16
+    assert len(list(csv.DictReader((tmp_path / "requests.csv").open()))) == 64
+    assert result["verdict"][:40] in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_equal_servers_show_no_gain(mocks, tmp_path):
+    for mock in mocks:
+        mock.script(ttft=0.03)
+    servers = ["--a", mocks[0].url, "--b", mocks[1].url]
+    assert (
+        main(["ab", *servers, "--blocks", "3", *SMALL, "--out", str(tmp_path), "--fail-if", "ttft_p50.low > 1.1"]) == OK
+    )
+    (cell,) = results(tmp_path)["ratios"]
+    assert cell["ratios"][0]["value"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_two_launch_commands_one_after_the_other(tmp_path, monkeypatch):
+    """Alternate mode starts and stops each server once a block; logs, plan and units carry no key."""
+    monkeypatch.setenv("LOAD_TEST_KEY", "very-secret-key")
+    flags = "--startup 0.3 --misa"
+    command = f"MARK=1 {sys.executable} {shlex.quote(str(MOCK))} --port {{port}} --api-key very-secret-key {flags}"
+    arguments = ["ab", "--a", f"{command} dsa", "--b", f"{command} misa", "--a-expect", "dsa", "--b-expect", "misa"]
+    arguments += ["--ab-mode", "alternate", "--blocks", "2", *SMALL, "--api-key-env", "LOAD_TEST_KEY"]
+    assert main([*arguments, "--out", str(tmp_path)]) == OK
+    assert [u["arm"] for u in units(tmp_path)] == ["A", "B", "A", "B"]
+    assert units(tmp_path)[1]["misa"]["prefill.misa"] > 0
+    for log in ("server-a.log", "server-b.log"):
+        assert (tmp_path / log).read_text().count("ready") == 2
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert b"very-secret-key" not in path.read_bytes(), path
+    text = (tmp_path / "server-a.log").read_text()
+    assert "api_key='***'" in text
+    assert main(["resume", str(tmp_path)]) == USAGE  # the stored commands lack the key
+
+
+def test_a_launched_server_leaves_nothing_behind(tmp_path):
+    """The launched process has a child that holds the port: the whole group goes."""
+    child = f"{sys.executable} {shlex.quote(str(MOCK))} --port"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = f"sh -c 'echo $$; {child} {port} & wait' --port {port}"
+    assert main(["run", command, *SMALL, "--out", str(tmp_path)]) == OK
+    group = int((tmp_path / "server-server.log").read_text().split()[0])
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)
+
+
+def test_a_server_that_dies_is_told_with_its_log(tmp_path, capsys):
+    command = f"{sys.executable} -c 'print(\"no GPU here\"); raise SystemExit(4)' --port 1"
+    assert main(["run", command, *SMALL, "--out", str(tmp_path)]) == USAGE
+    told = capsys.readouterr().err
+    assert "exit code 4" in told
+    assert "no GPU here" in told
+
+
+def test_resume_measures_only_what_is_missing(mocks, tmp_path):
+    mocks[0].script(ttft=0.01)
+    arguments = ["sweep", mocks[0].url, "--concurrencies", "1", "2", "--blocks", "2", *SMALL, "--out", str(tmp_path)]
+    assert main(arguments) == OK
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "units").iterdir()}
+    gone = sorted(before)[0]
+    gone.unlink()
+    assert main(["resume", str(tmp_path)]) == OK
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "units").iterdir()}
+    assert after.keys() == before.keys()
+    assert {p for p in after if after[p] != before[p]} == {gone}
+    assert main([*arguments, "--seed", "7"]) == OK  # another workload: nothing is taken over
+    assert len(list((tmp_path / "units").iterdir())) == 2 * len(before)
+
+
+def test_compare_pairs_two_earlier_runs(mocks, tmp_path):
+    for name, ttft in (("old", 0.03), ("new", 0.06)):
+        mocks[0].script(ttft=ttft)
+        assert main(["run", mocks[0].url, *SMALL, "--blocks", "2", "--out", str(tmp_path / name)]) == OK
+    out = tmp_path / "both"
+    gate = ["--fail-if", "ttft_p50 > 1.5"]
+    assert main(["compare", str(tmp_path / "old"), str(tmp_path / "new"), "--out", str(out), *gate]) == GATE_FAILED
+    assert results(out)["ratios"][0]["ratios"][0]["value"] == pytest.approx(2.0, rel=0.15)
+    assert "not interleaved" in (out / "report.html").read_text()
+    mocks[0].script()
+    assert main(["run", mocks[0].url, *SMALL, "--seed", "3", "--out", str(tmp_path / "other")]) == OK
+    assert main(["compare", str(tmp_path / "old"), str(tmp_path / "other"), "--out", str(out)]) == USAGE
+
+
+def test_the_servers_own_count_verifies_the_shared_prefix(mocks, tmp_path):
+    mocks[0].script(ttft=0.005)
+    share = ["--shared-prefix", "75", "--prefix-groups", "2", "--input-len", "2k", "--concurrency", "2"]
+    assert main(["run", mocks[0].url, *SMALL, *share, "--out", str(tmp_path)]) == OK
+    seen = figures(tmp_path)
+    assert seen["cached_share"] == seen["cached_wanted_share"] == 0.75
+    assert seen["cached_error_max"] == 0
+    assert seen["queue_s_p50"] == 0.25
+    assert seen["prefill_s_p50"] == pytest.approx(0.5)
+    assert seen["server_queue_s_mean"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("api", ["generate", "completions", "chat"])
+def test_turns_hit_what_went_before(mocks, tmp_path, api):
+    mocks[0].script(ttft=0.005, itl=0.0)
+    turns = ["--turns", "3", "--turn-len", "100", "--api", api, "--output-len", "40"]
+    assert main(["run", mocks[0].url, *SMALL, *turns, "--out", str(tmp_path)]) == OK
+    records = units(tmp_path)[0]["records"]
+    assert len(records) == 12
+    for r in records:
+        assert r["error"] is None
+        if r["turn"]:
+            assert r["cached_tokens"] >= 1024 // 64 * 64 - 64
+        if api != "chat":
+            assert r["prompt_tokens"] == r["prompt_wanted"] == 1024 + r["turn"] * 140
+            assert abs(r["cached_tokens"] - r["cached_wanted"]) <= 64
+        elif r["turn"] == 0:
+            assert r["prompt_tokens"] == 1024  # the template counted, the text fitted to it
+
+
+@pytest.mark.parametrize(("answer", "wrong"), [("needle", 0.0), ("", 1.0)])
+def test_needles_under_load(mocks, tmp_path, answer, wrong):
+    mocks[0].script(ttft=0.005, answer=answer)
+    run = ["run", mocks[0].url, *SMALL, "--needles", "2", "--output-len", "12", "--fail-if", "needle_wrong > 0.5"]
+    assert main([*run, "--concurrency", "2", "--out", str(tmp_path)]) == (GATE_FAILED if wrong else OK)
+    assert figures(tmp_path)["needle_wrong"] == wrong
+    assert figures(tmp_path)["needles"] == 4
+
+
+def test_a_faster_arm_that_fails_more_gets_no_verdict(mocks, tmp_path):
+    mocks[0].script(ttft=0.03)
+    mocks[1].script(ttft=0.01, fault="500", fault_every=4)
+    servers = ["--a", mocks[0].url, "--b", mocks[1].url, "--blocks", "2"]
+    assert (
+        main(["ab", *servers, *SMALL, "--warmup", "0", "--out", str(tmp_path), "--fail-if", "error_rate > 0"])
+        == GATE_FAILED
+    )
+    result = results(tmp_path)
+    assert result["verdict"].startswith("No verdict: at 1k")
+    assert result["arms"][1]["errors"] == {"http_500": 2}
+    assert result["arms"][1]["figures"]["error_rate"] == 0.25
+    assert "sk-echoed-back" not in "".join(p.read_text() for p in (tmp_path / "units").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "expect", "code"),
+    [
+        ({"misa": "misa"}, "misa", OK),
+        ({"misa": "misa", "misa_calls": False}, "misa", INVALID),
+        ({"misa": "misa"}, "hisa", USAGE),
+        ({"misa": "misa"}, "dsa", USAGE),
+        ({}, "misa", USAGE),
+        ({}, "dsa", OK),
+    ],
+)
+def test_the_arm_runs_what_it_claims(mocks, tmp_path, capsys, script, expect, code):
+    mocks[0].script(ttft=0.005, **script)
+    assert main(["run", mocks[0].url, *SMALL, "--expect", expect, "--out", str(tmp_path)]) == code
+    if code == INVALID:
+        assert "misa did not run" in results(tmp_path)["verdict"]
+    if code == USAGE:
+        assert "expected" in capsys.readouterr().err
+
+
+def test_a_saturated_client_is_no_result(mocks, tmp_path):
+    mocks[0].script(ttft=0.005)
+    assert main(["run", mocks[0].url, *SMALL, "--max-lag-s", "1e-7", "--out", str(tmp_path)]) == INVALID
+    assert "the client was saturated" in results(tmp_path)["verdict"]
+    assert main(["run", mocks[0].url, *SMALL, "--out", str(tmp_path)]) == OK  # invalid units are not kept
+
+
+def test_open_loop_keeps_its_times(mocks, tmp_path):
+    """A slow server does not slow the arrivals down: ten requests a second, each held for a second."""
+    mocks[0].script(ttft=1.0)
+    load = ["--arrival", "constant", "--rate", "10", "--requests", "10"]
+    assert main(["run", mocks[0].url, *SMALL, *load, "--out", str(tmp_path)]) == OK
+    records = units(tmp_path)[0]["records"]
+    assert [r["due"] for r in records] == pytest.approx([i / 10 for i in range(10)])
+    assert all(0 <= r["dispatched"] - r["due"] < 0.2 for r in records)
+    assert records[-1]["dispatched"] < records[0]["first"] + 0.2
+
+
+def test_bounds_hold(mocks, tmp_path):
+    """Nothing is sent after the duration, and what hangs is cut off."""
+    mocks[0].script(ttft=0.05)
+    start = time.monotonic()
+    bounds = [
+        "--requests",
+        "1000",
+        "--duration-s",
+        "0.5",
+        "--input-len",
+        "300",
+        "--text",
+        "ids",
+        "--request-timeout-s",
+        "1",
+    ]
+    assert main(["run", mocks[0].url, *PATIENT, "--output-len", "4", *bounds, "--out", str(tmp_path / "a")]) == OK
+    assert 3 <= figures(tmp_path / "a")["requests"] <= 12
+    mocks[0].script(fault="stall")
+    (tmp_path / "slo.toml").write_text("ttft = 1.0")
+    stuck = [*bounds, "--warmup", "0", "--slo", str(tmp_path / "slo.toml")]
+    assert main(["run", mocks[0].url, *PATIENT, "--output-len", "4", *stuck, "--out", str(tmp_path / "b")]) == INVALID
+    assert results(tmp_path / "b")["arms"][0]["errors"] in ({"timeout": 1}, {"stall": 1})
+    assert figures(tmp_path / "b")["slo_share"] == 0
+    assert time.monotonic() - start < 20
+
+
+def test_kept_load_surrounds_the_last_request(mocks, tmp_path):
+    mocks[0].script(ttft=0.05, itl=0.01)
+    keep = ["--cooldown", "keep", "--concurrency", "3", "--requests", "4"]
+    assert main(["run", mocks[0].url, *SMALL, *keep, "--out", str(tmp_path)]) == OK
+    assert figures(tmp_path)["requests"] == 4
+    assert len(mocks[0].sent()) > 4 + 1  # measured, warm-up, and the kept load
+
+
+def test_remote_targets_need_a_word(tmp_path, capsys):
+    assert main(["run", "http://8.8.8.8:80", *SMALL, "--out", str(tmp_path)]) == USAGE
+    assert "--allow-remote" in capsys.readouterr().err
+
+
+def test_text_needs_a_tokenizer(mocks, tmp_path, capsys):
+    mocks[0].script(tokenizer=False)
+    assert main(["run", mocks[0].url, *SMALL, "--out", str(tmp_path)]) == USAGE
+    assert "--text ids" in capsys.readouterr().err
+    assert (
+        main(["run", mocks[0].url, *SMALL, "--text", "ids", "--id-range", "100", "350", "--out", str(tmp_path)]) == OK
+    )
+
+
+def test_text_from_a_file(mocks, tmp_path):
+    mocks[0].script(ttft=0.005)
+    (tmp_path / "book.txt").write_text("Ein Märchen, das länger ist. " * 300, encoding="utf-8")
+    assert (
+        main(["run", mocks[0].url, *SMALL, "--text", str(tmp_path / "book.txt"), "--out", str(tmp_path / "out")]) == OK
+    )
+    assert figures(tmp_path / "out")["prompt_error_max"] == 0
+
+
+def test_the_plan_needs_no_server():
+    command = cli.Sweep(
+        server="http://127.0.0.1:1", grid=cli.Grid(contexts=("32k", "64k", "128k"), concurrencies=(1, 4, 16))
+    )
+    plan = cli.plan_of(command)
+    assert len({c.digest() for c in plan.cells}) == 9
+    assert urlsplit(plan.arms[0].server).port == 1
+
+
+def test_gaps_are_per_token_and_add_up(mocks, tmp_path):
+    """Chunks of 4 tokens at 10 ms a token: ITL is near 10 ms, not 40, and all gaps together are the stream's length."""
+    mocks[0].script(ttft=0.02, itl=0.01, chunk=4)
+    assert main(["run", mocks[0].url, *SMALL, "--output-len", "16", "--out", str(tmp_path)]) == OK
+    for r in units(tmp_path)[0]["records"]:
+        assert r["gap_tokens"] == [4, 4, 4]
+        spent = sum(gap * tokens for gap, tokens in zip(r["gaps"], r["gap_tokens"], strict=True))
+        assert spent == pytest.approx(r["last"] - r["first"], rel=1e-9)
+    assert 0.008 < figures(tmp_path)["itl_p50"] < 0.02

@@ -1,0 +1,90 @@
+"""The pool's hooks on SGLang's real pool and its real memory budget."""
+
+from importlib import metadata
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import DeepseekV3Config
+
+from sglang_misa import plugin
+from sglang_misa.block_stats import BlockStats
+from sglang_misa.config import PRESETS
+from sglang_misa.metrics import Recorder
+from sglang_misa.patches import pool as pool_hooks
+from sglang_misa.patches import register
+
+LAYERS, PAGES = 3, 5
+
+
+@pytest.fixture(autouse=True)
+def hooks(monkeypatch):
+    monkeypatch.setattr(pool_hooks, "recorder", Recorder())
+    runtime = plugin.Runtime(config=PRESETS["misa"], index_heads=64, topk=2048, device="cpu", rank=0, ranks=1)
+    monkeypatch.setattr(plugin, "_runtime", runtime)
+    register.apply(metadata.version("sglang"))
+    yield
+    register.undo()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def server_args():
+    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+
+    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device="cpu"))
+
+
+def make_pool():
+    from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
+
+    return DSATokenToKVPool(
+        PAGES * 64,
+        page_size=64,
+        kv_lora_rank=512,
+        dtype=torch.bfloat16,
+        qk_rope_head_dim=64,
+        layer_num=LAYERS,
+        device="cpu",
+        index_head_dim=128,
+        enable_memory_saver=False,
+        kv_cache_dim=576,
+    )
+
+
+def test_each_pool_owns_the_means_of_its_pages():
+    target, draft = make_pool(), make_pool()
+    assert target.misa_block_stats is not draft.misa_block_stats
+    assert [means.shape for means in target.misa_block_stats.means] == [
+        (buffer.shape[0], 128) for buffer in target.index_k_with_scale_buffer
+    ]
+    assert len(target.misa_block_stats.means) == LAYERS
+    pools = (target.misa_block_stats, draft.misa_block_stats)
+    assert pool_hooks.recorder.block_stats_bytes == sum(stats.nbytes for stats in pools)
+
+
+def cell_size(num_layers):
+    """DefaultPoolConfigurator._compute_cell_size of DeepSeek-V3.2 with a bf16 latent cache, in bytes a token."""
+    from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator
+    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.server_args import ServerArgs
+
+    model = DeepseekV3Config(architectures=["DeepseekV32ForCausalLM"], index_head_dim=128, index_topk=2048)
+    configurator = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=model, kv_lora_rank=512, qk_rope_head_dim=64),
+        kv_cache_dtype=torch.bfloat16,
+        use_mla_backend=True,
+        is_draft_worker=False,
+        server_args=ServerArgs(model_path="dummy", device="cpu"),
+    )
+    with get_parallel().override(attn_tp_size=1):
+        return DefaultPoolConfigurator._compute_cell_size(None, configurator, num_layers)
+
+
+@pytest.mark.parametrize("num_layers", [1, 61])
+def test_the_budget_pays_for_the_means(num_layers):
+    with_means = cell_size(num_layers)
+    register.undo()
+    without = cell_size(num_layers)
+    assert without == num_layers * (576 * 2 + 132)
+    assert (with_means - without) * 64 >= BlockStats.bytes_per_page() * num_layers
+    assert (with_means - without) <= without // 200, "half a percent"

@@ -1,0 +1,192 @@
+"""One SGLang server for the whole folder: this package's launcher, the tiny model, the CPU, MISA on."""
+
+import base64
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_misa import demo_model
+
+API_KEY = "serving-test-key"
+CONTEXT = 8192
+MIN_LEN = 100
+HEADS, BLOCKS, BLOCK = 8, 4, 64
+SELECTION = (
+    f"--misa-prefill-heads {HEADS} --misa-prefill-block-size {BLOCK} --misa-prefill-min-len {MIN_LEN} "
+    f"--misa-decode-blocks {BLOCKS} --misa-decode-block-size {BLOCK} --misa-decode-min-len {MIN_LEN} "
+    "--misa-audit-rows 4 --misa-audit-every 1"
+)
+START_LIMIT = 300
+
+
+@dataclass(frozen=True)
+class Generated:
+    text: str
+    ids: list[int]
+    prompt_tokens: int
+    cached_tokens: int
+    selected: np.ndarray  # [rows, layers, topk] int32 positions, -1 for none; empty unless asked for
+
+
+class Server:
+    """A started server and the requests that the tests send to it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, model: Path):
+        self.process, self.port, self.model = process, port, model
+
+    def request(self, path: str, body: Any = None, key: str = API_KEY) -> tuple[int, bytes]:
+        """(status, body) of a GET, or of a POST of JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        try:
+            self.send(connection, path, body, key)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    @staticmethod
+    def send(connection: http.client.HTTPConnection, path: str, body: Any, key: str = API_KEY) -> None:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body), headers)
+
+    def json(self, path: str, body: Any = None) -> Any:
+        status, answer = self.request(path, body)
+        assert status == 200, (status, answer)
+        return json.loads(answer)
+
+    def generate(self, prompt: str | list[int], new: int = 8, selections: bool = False) -> Generated:
+        """Greedy tokens after `prompt`, with the positions that each row of each layer attended to."""
+        body = {
+            "text" if isinstance(prompt, str) else "input_ids": prompt,
+            "sampling_params": {"max_new_tokens": new, "temperature": 0, "ignore_eos": True},
+            "return_indexer_topk": selections,
+        }
+        answer = self.json("/generate", body)
+        meta = answer["meta_info"]
+        raw = base64.b64decode(meta["indexer_topk"]) if selections else b""
+        shape = (-1, demo_model.CPU.layers, demo_model.CPU.index_topk)
+        selected = np.frombuffer(raw, dtype=np.int32).reshape(shape)
+        return Generated(answer["text"], answer["output_ids"], meta["prompt_tokens"], meta["cached_tokens"], selected)
+
+    def misa(self) -> dict[str, Any]:
+        return self.json("/server_info")["internal_states"][0]["misa"]
+
+    def flush(self) -> None:
+        status, answer = self.request("/flush_cache?timeout=20", {})
+        assert status == 200, answer
+
+    def healthy(self) -> bool:
+        """Whether it still generates."""
+        return self.process.poll() is None and len(self.generate("Still there?").ids) == 8
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a server, without what a developer or another test may have set."""
+    ours = ("SGLANG_MISA", "SGLANG_PLUGINS", "SGLANG_PLATFORM", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return {**kept, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", **changes}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, signum)
+            process.wait(20)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_model.ensure(tmp_path_factory.mktemp("model"), demo_model.CPU)
+
+
+@pytest.fixture(scope="session")
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(str(model / "model.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    key, log, port = folder / "key", folder / "log", free_port()
+    key.write_text(f"{API_KEY}\n")
+    command = (
+        f"{sys.executable} -m sglang_misa.launch_server {SELECTION} --api-key-file {key} --device cpu "
+        f"--model-path {model} --host 127.0.0.1 --port {port} --context-length {CONTEXT} --enable-return-indexer-topk"
+    )
+    with log.open("w") as sink:
+        process = subprocess.Popen(command.split(), stdout=sink, stderr=sink, env=environment(), start_new_session=True)
+    server = Server(process, port, model)
+    try:
+        deadline = time.monotonic() + START_LIMIT
+        while True:
+            assert process.poll() is None, f"status {process.returncode}:\n{log.read_text()[-4000:]}"
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            try:
+                if server.request("/health")[0] == 200:
+                    break
+            except OSError:
+                pass
+            time.sleep(0.5)
+        yield server
+    finally:
+        stop(process)
+
+
+@pytest.fixture
+def together() -> Callable[..., list[Any]]:
+    """Calls a function with every argument at once, each in a thread."""
+
+    def run(function: Callable[..., Any], arguments: list[Any]) -> list[Any]:
+        with ThreadPoolExecutor(len(arguments)) as pool:
+            return list(pool.map(function, arguments))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the launcher to its end with these words; the environment changes by keyword."""
+
+    def run(*words: Any, **changes: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sglang_misa.launch_server", *map(str, words)]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(**changes),
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=START_LIMIT)
+        finally:
+            stop(process)  # a server that should have refused
+        return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+    return run

@@ -1,0 +1,118 @@
+"""What a client sees of a server with MISA on, over real HTTP."""
+
+import http.client
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.serving
+
+TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
+CONTEXT = 8192  # the server's
+
+
+def test_status_names_the_policies_and_counts(server):
+    before = server.misa()
+    server.flush()
+    server.generate(TEXT[:700])
+    after = server.misa()
+    assert after["enabled"]
+    assert after["policy"] == {"prefill": "misa", "decode": "hisa"}
+    for phase, path in after["policy"].items():
+        assert after["calls"][phase][path] > before["calls"][phase].get(path, 0)
+    assert set(after["recall"]) == {"0", "1"}
+    assert all(0 < layer["recall"] <= 1 for layer in after["recall"].values())
+
+
+def test_short_prompts_are_stock(server):
+    server.flush()
+    before = server.misa()
+    server.generate("short", new=2)
+    after = server.misa()
+    assert after["calls"]["prefill"].get("misa", 0) == before["calls"]["prefill"].get("misa", 0)
+    assert after["calls"]["prefill"]["dsa"] > before["calls"]["prefill"].get("dsa", 0)
+
+
+def test_the_key_is_asked_for_and_not_in_the_process_list(server):
+    assert server.request("/v1/models", key="another")[0] == 401
+    assert server.request("/v1/models")[0] == 200
+    arguments = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+    assert b"--api-key-file" in arguments
+    assert b"serving-test-key" not in arguments
+
+
+def test_chat(server):
+    answer = server.json(
+        "/v1/chat/completions",
+        {"model": "m", "messages": [{"role": "user", "content": TEXT[:600]}], "max_tokens": 4, "temperature": 0},
+    )
+    assert answer["usage"]["prompt_tokens"] > 600
+    assert answer["usage"]["completion_tokens"] == 4
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_streaming_gives_what_a_whole_answer_gives(server):
+    server.generate(TEXT[:500])  # so that both find the prompt in the cache
+    whole = server.generate(TEXT[:500])
+    body = {
+        "text": TEXT[:500],
+        "sampling_params": {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True},
+        "stream": True,
+    }
+    status, answer = server.request("/generate", body)
+    assert status == 200
+    events = [line.removeprefix(b"data: ") for line in answer.split(b"\n\n") if line]
+    assert events[-1] == b"[DONE]"
+    assert len(events) > 2
+    assert json.loads(events[-2])["output_ids"] == whole.ids
+
+
+def test_flush_empties_the_cache(server):
+    server.flush()
+    prompt = TEXT[1000:1700]
+    assert server.generate(prompt).cached_tokens == 0
+    assert server.generate(prompt).cached_tokens == 640
+    server.flush()
+    assert server.generate(prompt).cached_tokens == 0
+
+
+def test_four_at_a_time(server, together):
+    prompts = [TEXT[start : start + 300 + start // 10] for start in (2000, 3000, 4000, 5000)]
+    server.flush()
+    for answer, prompt in zip(together(server.generate, prompts), prompts, strict=True):
+        assert len(answer.ids) == 8
+        assert answer.prompt_tokens >= len(prompt)
+    assert server.misa()["enabled"]
+
+
+def test_a_client_that_leaves_is_forgotten(server):
+    body = {
+        "text": TEXT[:400],
+        "sampling_params": {"max_new_tokens": 6000, "ignore_eos": True},
+        "stream": True,
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    server.send(connection, "/generate", body)
+    assert connection.getresponse().read1(64)
+    connection.close()
+    deadline = time.monotonic() + 20  # 6000 tokens would take minutes
+    while server.request("/flush_cache", {})[0] != 200:  # refused while a request runs
+        assert time.monotonic() < deadline, "the request still runs"
+        time.sleep(0.5)
+    assert server.healthy()
+
+
+def test_a_prompt_over_the_context_length(server):
+    status, answer = server.request("/generate", {"input_ids": [65] * (CONTEXT + 1)})
+    assert status == 400
+    assert str(CONTEXT) in answer.decode()
+    assert server.healthy()
+
+
+@pytest.mark.parametrize("body", [{"text": ""}, {"input_ids": []}, {"sampling_params": {}}])
+def test_an_empty_prompt(server, body):
+    status, answer = server.request("/generate", {**body, "sampling_params": {"max_new_tokens": 2}})
+    assert status in (200, 400), answer
+    assert server.healthy()

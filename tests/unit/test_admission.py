@@ -1,0 +1,149 @@
+"""Every refusal once, on SGLang's real ServerArgs and a real Hugging Face config."""
+
+import argparse
+import dataclasses
+
+import pytest
+from sglang.srt.configs.model_config import is_deepseek_dsa
+from sglang.srt.server_args import ServerArgs
+from transformers import DeepseekV3Config, LlamaConfig
+
+from sglang_misa import admission
+from sglang_misa.config import PRESETS, MisaConfig
+
+
+def model(**changes):
+    v32 = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
+    return DeepseekV3Config(architectures=["DeepseekV32ForCausalLM"], **{**v32, **changes})
+
+
+def arguments(**changes):
+    result = ServerArgs(model_path="dummy", page_size=64)
+    for name, value in changes.items():
+        setattr(result, name, value)
+    return result
+
+
+def candidate(hf=None, **changes):
+    hf = hf or model()
+    defaults = admission.Candidate(
+        config=PRESETS["misa-hisa"],
+        is_dsa=is_deepseek_dsa(hf),
+        model=hf,
+        arguments=arguments(),
+        device="cuda",
+        capability=(9, 0),
+    )
+    return dataclasses.replace(defaults, **changes)
+
+
+def policy(**phases):
+    return MisaConfig.model_validate(phases)
+
+
+TORCH = MisaConfig(prefill=PRESETS["misa"].prefill, backend="torch")
+
+ADMITTED = {
+    "V3.2 on Hopper": candidate(),
+    "GLM-5's 32 heads": candidate(model(index_n_heads=32)),
+    "PyTorch on another GPU, any head count": candidate(model(index_n_heads=16), config=TORCH, capability=(8, 9)),
+    "CPU": candidate(model(index_n_heads=8), device="cpu", capability=None),
+    "chain drafts": candidate(arguments=arguments(speculative_eagle_topk=1)),
+    "HiCache while decode is stock": candidate(
+        config=PRESETS["misa"], arguments=arguments(enable_hierarchical_cache=True)
+    ),
+    "PD while decode is stock": candidate(config=PRESETS["misa"], arguments=arguments(disaggregation_mode="prefill")),
+}
+
+REFUSED = {
+    "not DSA": (candidate(LlamaConfig(architectures=["LlamaForCausalLM"])), "LlamaForCausalLM"),
+    "V3 without an indexer": (candidate(DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"])), "index_topk=None"),
+    "head count": (candidate(model(index_n_heads=16)), "--misa-backend torch"),
+    "head size": (candidate(model(index_head_dim=64)), "got 64"),
+    "pooled keys": (candidate(model(index_kpool=4)), "index_kpool=4"),
+    "page size": (candidate(arguments=arguments(page_size=1)), "--page-size: expected 64, got 1"),
+    "AMD": (candidate(device="hip", capability=None), "got hip"),
+    "NPU": (candidate(device="npu", capability=None), "got npu"),
+    "XPU": (candidate(device="xpu", capability=None), "got xpu"),
+    "Blackwell": (candidate(capability=(10, 0)), "expected compute capability 9.0 (Hopper)"),
+    "Ada": (candidate(capability=(8, 9)), "got 8.9"),
+    "more heads than the model": (candidate(model(index_n_heads=4), config=TORCH), "prefill.heads: expected at most"),
+    "fewer candidates than k": (candidate(model(index_topk=16384), config=PRESETS["misa-hier"]), "16384, got 8192"),
+    "prefill blocks of routed heads on kernels": (
+        candidate(config=policy(prefill={"heads": 8, "blocks": 64})),
+        "prefill.blocks: expected all heads",
+    ),
+    "odd head counts on kernels": (candidate(config=policy(prefill={"heads": 7})), "(4, 8, 16, 32, 64)"),
+    "decode heads alone": (candidate(config=policy(decode={"heads": 8})), "fewer heads alone save none"),
+    "decode re-ranking on kernels": (
+        candidate(config=policy(decode={"blocks": 64, "candidates": 4096})),
+        "no GPU kernel re-ranks",
+    ),
+    "a decode gate that no kernel honours": (
+        candidate(config=policy(decode={"blocks": 64, "block_size": 128, "min_len": 9000})),
+        "at most (blocks + 1) × block_size = 8320",
+    ),
+    "forced tokens": (candidate(model(index_local_tokens=8)), "got index_local_tokens"),
+    **{
+        name: (candidate(arguments=arguments(**{name: value})), f"--{name.replace('_', '-')}: expected")
+        for name, value in {
+            "enable_prefill_cp": True,
+            "attn_cp_size": 2,
+            "dcp_size": 2,
+            "enable_dsa_cache_layer_split": True,
+            "enable_hisparse": True,
+            "enable_flexkv": True,
+            "enable_lmcache": True,
+            "radix_cache_backend": "flexkv",
+            "speculative_eagle_topk": 4,
+            "enable_torch_compile": True,
+            "enable_hierarchical_cache": True,
+            "disaggregation_mode": "decode",
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", ADMITTED)
+def test_admits(name):
+    admission.check(ADMITTED[name])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_with_one_reason(name):
+    subject, words = REFUSED[name]
+    (problem,) = admission.problems(subject)
+    assert words in problem
+    assert "got" in problem
+    assert ";" in problem, "says what to do"
+
+
+def test_every_argument_rule_is_exercised_and_names_a_real_flag():
+    rules = admission.ARGUMENTS + admission.DECODE_ARGUMENTS
+    assert {rule.name for rule in rules} <= set(REFUSED)
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    flags = {word for action in parser._actions for word in action.option_strings}
+    assert {rule.flag for rule in rules} <= flags
+
+
+def test_all_reasons_come_together():
+    subject = candidate(
+        model(index_n_heads=16), arguments=arguments(dcp_size=2, enable_lmcache=True), capability=(8, 0)
+    )
+    with pytest.raises(admission.AdmissionError) as caught:
+        admission.check(subject)
+    text = str(caught.value)
+    for words in ("index_n_heads", "--dcp-size", "--enable-lmcache", "compute capability"):
+        assert words in text
+    assert len(caught.value.problems) == 4
+
+
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.18", "0.5.17.post1", "0.0.0"])
+def test_refuses_an_unverified_version(version):
+    with pytest.raises(admission.AdmissionError, match=f"got {version}; install sglang==0.5.17"):
+        admission.check_version(version)
+
+
+def test_admits_the_verified_version():
+    admission.check_version("0.5.17")

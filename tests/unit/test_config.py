@@ -1,0 +1,180 @@
+"""Settings: flags ≡ JSON, and every kind of mistake is named with what to do."""
+
+import argparse
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_misa import config
+from sglang_misa.config import PAGE, PHASES, PRESETS, Audit, ConfigError, MisaConfig, SelectionPolicy
+
+sizes = st.integers(1, 64).map(lambda pages: pages * PAGE)
+heads = st.none() | st.integers(1, 128)
+
+
+@st.composite
+def policies(draw):
+    heads_, blocks = draw(heads), draw(st.none() | st.integers(2, 512))
+    block_size = draw(sizes)
+    most = None if blocks is None else blocks * block_size
+    candidates = None
+    if heads_ is not None or blocks is not None:
+        candidates = draw(st.none() | st.integers(1, most or 1 << 20))
+    return SelectionPolicy(
+        heads=heads_,
+        router=draw(st.sampled_from(["abs", "signed", "weight"])),
+        blocks=blocks,
+        candidates=candidates,
+        block_size=block_size,
+        min_len=draw(st.integers(0, 1 << 20)),
+    )
+
+
+audits = st.builds(
+    Audit,
+    rows=st.integers(0, 1000),
+    every=st.integers(1, 1000),
+    floor=st.floats(0, 1),
+    action=st.sampled_from(["log", "dense"]),
+)
+configs = st.builds(
+    MisaConfig,
+    prefill=policies(),
+    decode=policies(),
+    audit=audits,
+    backend=st.sampled_from(["auto", "triton", "torch"]),
+)
+
+
+def from_flags(*words):
+    parser = argparse.ArgumentParser()
+    config.add_cli_flags(parser)
+    return config.from_flags(parser.parse_args(words))
+
+
+def flags_of(wanted):
+    """The words that say `wanted` in full."""
+    words = ["--misa-preset", "dsa"]
+    none_words = {"heads": "all", "blocks": "all", "candidates": "none"}
+    for prefix, values in wanted.model_dump().items():
+        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
+            path = "-".join(filter(None, ("misa", prefix, name))).replace("_", "-")
+            words += [f"--{path}", none_words[name] if value is None else str(value)]
+    return words
+
+
+@given(configs)
+def test_flags_and_json_say_the_same(wanted):
+    assert MisaConfig.from_json(wanted.to_json(), "here") == wanted
+    assert from_flags(*flags_of(wanted)) == wanted
+
+
+@given(configs)
+def test_every_field_has_a_flag(wanted):
+    words = {word for word in flags_of(wanted) if word.startswith("--")}
+    assert words | {"--misa-config"} == set(config.flag_names())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_stand_in_the_variable_and_in_the_flag(name):
+    assert MisaConfig.from_env({config.ENV: name}) == PRESETS[name]
+    assert from_flags("--misa-preset", name) == PRESETS[name]
+
+
+@pytest.mark.parametrize("environ", [{}, {config.ENV: ""}, {config.ENV: "  "}])
+def test_no_variable_is_off(environ):
+    assert MisaConfig.from_env(environ) is None
+    assert from_flags() is None
+
+
+def test_a_file_is_a_starting_point_for_flags(tmp_path):
+    path = tmp_path / "misa.json"
+    path.write_text(PRESETS["misa-hier"].to_json())
+    assert from_flags("--misa-config", str(path), "--misa-prefill-heads", "16").prefill == SelectionPolicy(
+        heads=16, candidates=8192
+    )
+
+
+MISTAKES = {
+    "not JSON": ("{", "expected one JSON object or one of dsa, misa"),
+    "not an object": ("[1]", "the object"),
+    "string for a number": ({"prefill": {"heads": "8"}}, "prefill.heads: expected a valid integer, got '8'"),
+    "number for a word": ({"prefill": {"router": 1}}, "prefill.router: expected 'abs', 'signed' or 'weight', got 1"),
+    "float for an integer": ({"prefill": {"heads": 8.5}}, "prefill.heads"),
+    "true for a number": ({"prefill": {"heads": True}}, "prefill.heads"),
+    "a policy that is no object": ({"prefill": 8}, "prefill"),
+    "no heads": ({"prefill": {"heads": 0}}, "prefill.heads"),
+    "one block": ({"decode": {"blocks": 1}}, "decode.blocks"),
+    "half a page": (
+        {"decode": {"blocks": 64, "block_size": 96}},
+        "decode.block_size: expected a multiple of 64, got 96",
+    ),
+    "floor over one": ({"audit": {"floor": 1.5}}, "audit.floor"),
+    "unknown field": ({"prefill": {"head": 8}}, "prefill.head: unknown name, did you mean heads?"),
+    "unknown phase": ({"prefil": {}}, "prefil: unknown name, did you mean prefill?"),
+    "unknown audit": ({"audit": {"row": 1}}, "audit.row: unknown name, did you mean rows?"),
+    "re-ranking all heads": ({"decode": {"candidates": 8192}}, "decode.candidates: expected a policy that leaves"),
+    "more candidates than kept": (
+        {"prefill": {"blocks": 32, "block_size": 128, "candidates": 8192}},
+        "expected at most blocks × block_size = 4096 tokens, got 8192; raise --misa-prefill-blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_named(name):
+    data, words = MISTAKES[name]
+    text = data if isinstance(data, str) else json.dumps(data)
+    with pytest.raises(ConfigError) as caught:
+        MisaConfig.from_env({config.ENV: text})
+    (problem,) = caught.value.problems
+    assert words in problem
+
+
+IMPOSSIBLE = {
+    "more heads than the model": ({"heads": 65}, "heads: expected at most the model's 64 index heads, got 65"),
+    "fewer candidates than k": ({"heads": 8, "candidates": 1024}, "expected at least the model's index_topk = 2048"),
+    "fewer kept tokens than k": ({"blocks": 8, "block_size": 64}, "8 × 64 = 512"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_a_policy_impossible_for_the_model_is_named(name, phase):
+    policy, words = IMPOSSIBLE[name]
+    settings = MisaConfig.from_mapping({phase: policy}, "here")
+    settings.check()
+    with pytest.raises(ConfigError) as caught:
+        settings.check(index_heads=64, topk=2048)
+    (problem,) = caught.value.problems
+    assert problem.startswith(phase)
+    assert words in problem
+
+
+def test_all_mistakes_come_together():
+    with pytest.raises(ConfigError) as caught:
+        MisaConfig.from_mapping({"prefil": {}, "decode": {"blocks": 1}, "backend": "gpu"}, "here")
+    assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--misa-prefill-heads", "eight"], "--misa-prefill-heads: expected a whole number or 'all', got 'eight'"),
+        (["--misa-audit-floor", "high"], "--misa-audit-floor: expected a number, got 'high'"),
+        (["--misa-preset", "misa", "--misa-config", "x.json"], "drop one"),
+        (["--misa-config", "missing.json"], "expected a readable JSON file, got missing.json"),
+        (["--misa-prefill-blocks", "2", "--misa-prefill-candidates", "4096"], "expected at most blocks × block_size"),
+    ],
+)
+def test_a_mistaken_flag_is_named(words, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        from_flags(*words)
+
+
+def test_an_unknown_flag_gets_a_suggestion():
+    with pytest.raises(ConfigError, match="--misa-prefil-heads, did you mean --misa-prefill-heads"):
+        config.reject_unknown_flags(["--model-path", "x", "--misa-prefil-heads=8"])
+    config.reject_unknown_flags(["--misa-prefill-heads=8", "--tp", "8"])

@@ -1,0 +1,157 @@
+"""What the launcher refuses by itself, what it reads from SGLang's words, and that it stays light until then."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from sglang_misa import demo_model, launch_server
+from sglang_misa.config import ENV, ConfigError
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in (ENV, "SGLANG_PLUGINS", "SGLANG_PLATFORM", "SGLANG_MISA_CPU"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Writes config.json and returns its folder."""
+
+    def write(config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    return write
+
+
+@pytest.fixture
+def refused(port, capsys):
+    """The message of a launch that must be refused."""
+
+    def run(*words):
+        with_port = words if "--port" in words else (*words, "--port", port)
+        assert launch_server.main(with_port) == launch_server.REFUSED
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_help_needs_neither_torch_nor_sglang():
+    code = (
+        "import sys; from sglang_misa import launch_server as l\n"
+        "try: l.main(['--help'])\n"
+        "except SystemExit as end: print(end.code, [m for m in ('torch', 'sglang', 'rich') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == "0 []", run.stderr
+    assert "--misa-preset" in run.stdout
+    assert "Every other flag is SGLang's" in run.stdout
+
+
+def test_a_misspelt_flag(refused):
+    assert "did you mean --misa-prefill-heads?" in refused("--misa-prefill-head", "8")
+
+
+def test_impossible_settings(refused):
+    message = refused("--misa-prefill-heads", "many", "--misa-prefill-block-size", "x")
+    assert "--misa-prefill-heads: expected a whole number or 'all', got 'many'" in message
+    assert "--misa-prefill-block-size" in message
+
+
+def test_more_heads_than_the_model_has(refused, folder):
+    model = folder(demo_model.config(demo_model.CPU))
+    message = refused("--misa-preset", "misa", "--misa-prefill-heads", "65", "--model-path", model)
+    assert "expected at most the model's 64 index heads, got 65" in message
+
+
+def test_the_override_of_the_model_is_read(refused, folder):
+    model = folder(demo_model.config(demo_model.CPU))
+    override = json.dumps({"index_n_heads": 4})
+    message = refused("--misa-preset=misa", f"--model={model}", "--json-model-override-args", override)
+    assert "expected at most the model's 4 index heads, got 8" in message
+
+
+def test_a_model_without_sparse_attention(refused, folder):
+    message = refused("--misa-preset", "misa", "--model-path", folder(LLAMA))
+    assert "got LlamaForCausalLM; serve it without --misa-* flags" in message
+
+
+def test_the_variable_is_checked_like_flags(refused, folder, monkeypatch):
+    monkeypatch.setenv(ENV, "misa")
+    assert "got LlamaForCausalLM" in refused("--model-path", folder(LLAMA))
+
+
+def test_a_missing_folder_and_one_without_a_model(refused, tmp_path):
+    assert "got /no/such/folder" in refused("--model-path", "/no/such/folder")
+    assert "expected a folder with config.json" in refused("--model-path", str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"text"'])
+def test_a_broken_config(refused, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    assert "expected a JSON object" in refused("--model-path", str(tmp_path))
+
+
+def test_a_port_in_use(refused):
+    with socket.socket() as user:
+        user.bind(("127.0.0.1", 0))
+        user.listen()
+        taken = str(user.getsockname()[1])
+        assert f"expected a free one on 127.0.0.1, got {taken}" in refused("--port", taken)
+        assert f"got {taken}" in refused("--demo", "--port", taken)
+    assert "got 70000" in refused("--port", "70000")
+    assert "invalid int value: 'x'" in refused("--port", "x")
+
+
+@pytest.mark.parametrize(("name", "value"), [("SGLANG_PLUGINS", "other, another"), ("SGLANG_PLATFORM", "other")])
+def test_an_environment_that_leaves_the_plugin_out(refused, folder, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert f"{name}: expected" in refused("--misa-preset", "misa", "--model-path", "owner/model")
+    assert name not in refused("--model-path", "/no/such/folder")  # stock may
+
+
+def test_what_lets_the_plugin_in_passes():
+    assert list(launch_server._environment_problems({"SGLANG_PLUGINS": "other, misa"})) == []
+    assert list(launch_server._environment_problems({"SGLANG_PLATFORM": "misa_cpu"})) == []
+
+
+@pytest.mark.parametrize("path", ["owner/model", "s3://bucket/model"])
+def test_what_may_be_a_remote_model_is_left_to_sglang(path):
+    assert launch_server._model_config(launch_server._peek(["--model-path", path])) is None
+
+
+def test_keys_come_from_files(tmp_path):
+    file = tmp_path / "key"
+    file.write_text("secret\n")
+    ours, rest = launch_server._parser().parse_known_args(["--admin-api-key-file", str(file), "--tp", "8"])
+    assert launch_server._keys(ours) == ["--admin-api-key=secret"]
+    assert rest == ["--tp", "8"]
+    file.write_text("two words")
+    with pytest.raises(ConfigError, match="expected one key"):
+        launch_server._keys(ours)
+    file.unlink()
+    with pytest.raises(ConfigError, match="expected a readable text file"):
+        launch_server._keys(ours)
+
+
+def test_the_demo_brings_its_model(refused):
+    assert "--demo brings its model" in refused("--demo", "--model-path", "owner/model")
+
+
+def test_a_refusal_leaves_the_environment_alone(refused):
+    refused("--misa-preset", "misa", "--model-path", "/no/such/folder")
+    assert ENV not in os.environ

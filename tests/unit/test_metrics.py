@@ -1,0 +1,118 @@
+"""The counts in /server_info and in Prometheus are those of the calls made."""
+
+import json
+import subprocess
+import sys
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_misa.config import PRESETS
+from sglang_misa.metrics import Recorder
+
+phases = st.sampled_from(["prefill", "decode"])
+paths = st.sampled_from(["dsa", "misa", "captured:hisa"])
+calls = st.lists(st.tuples(phases, paths))
+fractions = st.floats(0, 1)
+rows = st.lists(st.tuples(fractions, fractions, fractions), min_size=1, max_size=200)
+
+
+@given(calls)
+def test_calls_are_counted_by_phase_and_path(made):
+    recorder = Recorder()
+    for call in made:
+        recorder.ran(*call)
+    counted = recorder.status()["calls"]
+    assert sum(sum(by_path.values()) for by_path in counted.values()) == len(made)
+    assert all(counted[phase][path] == made.count((phase, path)) for phase, path in made)
+
+
+@given(rows)
+def test_recall_is_the_mean_and_p10_bounds_a_tenth_of_the_rows(audited):
+    recorder = Recorder()
+    for row in audited:
+        recorder.audited(3, *row)
+    layer = recorder.status()["recall"]["3"]
+    assert layer["rows"] == len(audited)
+    for name, values in zip(("recall", "iou", "score_mass"), zip(*audited, strict=True), strict=True):
+        assert layer[name] == pytest.approx(sum(values) / len(values))
+    recalls = sorted(recall for recall, _, _ in audited)
+    tenth = recalls[-(-len(recalls) // 10) - 1]
+    assert layer["p10"] <= tenth < layer["p10"] + 0.0011
+
+
+def test_status_tells_off_from_on():
+    recorder = Recorder()
+    assert recorder.status()["enabled"] is False
+    recorder.armed(PRESETS["misa"], rank=1, ranks=4)
+    status = recorder.status()
+    assert (status["enabled"], status["rank"], status["ranks"]) == (True, 1, 4)
+    assert status["policy"] == {"prefill": "misa", "decode": "dsa"}
+
+
+def test_status_travels_as_msgpack():
+    recorder = Recorder()
+    recorder.armed(PRESETS["hisa"], rank=0, ranks=1)
+    recorder.ran("prefill", "hisa")
+    recorder.declined("prefill", "under-min-len")
+    recorder.audited(0, 1.0, 1.0, 1.0)
+    recorder.layer_dense(0)
+    recorder.block_stats_bytes = 256
+    status = recorder.status()
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(status)) == status
+    assert status["declined"] == {"under-min-len": 1}
+    assert status["dense_layers"] == [0]
+
+
+SCHEDULER = """
+import json, sys
+from prometheus_client import CollectorRegistry, multiprocess
+from sglang_misa.config import PRESETS
+from sglang_misa.metrics import recorder
+
+recorder.armed(PRESETS["misa-hisa"], rank=2, ranks=4)
+recorder.ran("prefill", "before-export")
+recorder.export(PRESETS["misa-hisa"], "0.5.17", 2)
+recorder.export(PRESETS["misa-hisa"], "0.5.17", 2)  # a draft worker's turn
+for _ in range(3):
+    recorder.ran("prefill", "misa-hisa-hier")
+recorder.declined("prefill", "under-min-len")
+recorder.audited(0, 0.97, 0.9, 1.0)
+recorder.layer_dense(0)
+recorder.block_stats_bytes = 512
+recorder.publish_block_stats()
+
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+samples = [s for metric in registry.collect() for s in metric.samples]
+print(json.dumps([[s.name, sorted(s.labels.items()), s.value] for s in samples]))
+"""
+
+
+def test_prometheus_gets_what_was_counted_since_export(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", SCHEDULER],
+        env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    samples = {
+        (name, *(value for label, value in labels if label != "rank")): value
+        for name, labels, value in json.loads(run.stdout)
+    }
+    assert samples["sglang_misa:enabled",] == 1
+    assert samples["sglang_misa:calls_total", "misa-hisa-hier", "prefill"] == 3
+    assert ("sglang_misa:calls_total", "before-export", "prefill") not in samples
+    assert samples["sglang_misa:declined_total", "prefill", "under-min-len"] == 1
+    assert samples["sglang_misa:routed_heads", "prefill"] == 8
+    assert samples["sglang_misa:routed_heads", "decode"] == 0
+    assert samples["sglang_misa:policy_info", "decode", "hisa"] == 1
+    assert samples["sglang_misa:block_stats_bytes",] == 512
+    assert samples["sglang_misa:dense_layers",] == 1
+    assert samples["sglang_misa:recall_sampled_count",] == 1
+    assert samples["sglang_misa:recall_sampled_bucket", "0.95"] == 0
+    assert samples["sglang_misa:recall_sampled_bucket", "0.975"] == 1
+    assert all(("rank", "2") in map(tuple, labels) for _, labels, _ in json.loads(run.stdout))

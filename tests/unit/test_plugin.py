@@ -1,0 +1,171 @@
+"""The entry point as SGLang calls it: off means off, and a mistake stops the process instead of being logged."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+
+import pytest
+from torch import distributed
+
+from sglang_misa import plugin
+from sglang_misa.admission import AdmissionError
+from sglang_misa.config import ENV, PRESETS
+
+# Loads every installed plugin as each process of a server does, and prints which hooked functions changed.
+LOAD = """
+import json, sys
+from sglang.srt.plugins import load_plugins
+from sglang_misa.patches import register
+
+entries = (register.LOAD_MODEL, *register.PATCHES)
+
+def functions():
+    result = {}
+    for patch in entries:
+        owner, name = register._locate(patch.target)
+        result[patch.target] = vars(owner)[name]
+    return result
+
+before = functions()
+load_plugins()
+after = functions()
+print(json.dumps([target for target in before if before[target] is not after[target]]))
+"""
+
+
+def python(code, **environ):
+    """Run `code` in a process of its own; a value of None removes the variable."""
+    merged = {**os.environ, **environ}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={name: value for name, value in merged.items() if value is not None},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_module_is_cheap_to_import():
+    heavy = ("torch", "sglang", "prometheus_client", "transformers")
+    run = python(f"import sys, sglang_misa.plugin; print([m for m in {heavy} if m in sys.modules])")
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_off_means_off():
+    run = python(LOAD, **{ENV: None})
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == []
+
+
+def test_an_empty_variable_is_off():
+    run = python(
+        "import sys; from sglang_misa import plugin; plugin.load(); print('sglang' in sys.modules)", **{ENV: " "}
+    )
+    assert run.stdout.strip() == "False", run.stderr
+
+
+def test_on_hooks_load_model_alone():
+    from sglang_misa.patches import register
+
+    run = python(LOAD, **{ENV: "misa"})
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == [register.LOAD_MODEL.target]
+
+
+MALFORMED = {
+    "broken JSON": ("{", "expected one JSON object"),
+    "unknown preset": ("mISA", "expected one JSON object or one of dsa, misa, misa-hier, hisa, misa-hisa"),
+    "unknown name": ('{"prefill": {"head": 8}}', "unknown name, did you mean heads?"),
+    "impossible": ('{"decode": {"candidates": 8192}}', "set --misa-decode-heads or --misa-decode-blocks"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_variable_is_named(monkeypatch, name):
+    value, words = MALFORMED[name]
+    monkeypatch.setenv(ENV, value)
+    with pytest.raises(SystemExit) as caught:
+        plugin.load()
+    assert "sglang-misa cannot use this configuration" in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_a_malformed_variable_gets_past_sglangs_loader():
+    run = python("from sglang.srt.plugins import load_plugins; load_plugins(); print('served')", **{ENV: "{"})
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-2].startswith("sglang-misa cannot use this configuration")
+    assert "served" not in run.stdout
+
+
+def test_an_unverified_sglang_stops_the_process(monkeypatch):
+    monkeypatch.setenv(ENV, "misa")
+    monkeypatch.setattr(plugin, "sglang_version", lambda: "0.5.99")
+    with pytest.raises(SystemExit, match=r"got 0\.5\.99"):
+        plugin.load()
+
+
+@pytest.fixture
+def disarmed(monkeypatch):
+    monkeypatch.setattr(plugin, "_runtime", None)
+
+
+def make_runtime(**changes):
+    values = {"config": PRESETS["misa"], "index_heads": 64, "topk": 2048, "device": "cpu", "rank": 0, "ranks": 1}
+    return plugin.Runtime(**{**values, **changes})
+
+
+def test_hooks_before_arming_raise(disarmed):
+    with pytest.raises(AdmissionError, match=r"before ModelRunner\.load_model"):
+        plugin.runtime()
+
+
+def test_arming_twice_alike_is_fine_and_otherwise_not(disarmed):
+    plugin.arm(make_runtime())
+    plugin.arm(make_runtime())
+    assert plugin.runtime() == make_runtime()
+    with pytest.raises(AdmissionError, match="expected one runtime a process"):
+        plugin.arm(make_runtime(index_heads=32))
+
+
+@pytest.fixture
+def meet():
+    """Lets the given ranks meet in a real store, each in a thread; returns the error of each, or None."""
+    from sglang_misa.patches import model_runner
+
+    def run(*runtimes):
+        port = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        errors = {}
+
+        def one(runtime):
+            store = distributed.TCPStore("127.0.0.1", port.port, is_master=False)
+            try:
+                model_runner._meet(store, runtime, timedelta(seconds=2))
+            except AdmissionError as error:
+                errors[runtime.rank] = str(error)
+
+        threads = [threading.Thread(target=one, args=(runtime,)) for runtime in runtimes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return errors
+
+    return run
+
+
+def test_ranks_armed_alike_meet(meet):
+    assert meet(*(make_runtime(rank=rank, ranks=3) for rank in range(3))) == {}
+
+
+def test_a_rank_that_is_not_armed_stops_the_others(meet):
+    errors = meet(make_runtime(rank=0, ranks=3), make_runtime(rank=2, ranks=3))
+    assert set(errors) == {0, 2}
+    assert all("expected all 3 ranks armed, got nothing from [1]" in text for text in errors.values())
+
+
+def test_a_rank_with_other_settings_stops_the_others(meet):
+    errors = meet(make_runtime(rank=0, ranks=2), make_runtime(rank=1, ranks=2, config=PRESETS["hisa"]))
+    assert "rank 1: expected the settings of rank 0" in errors[0]
+    assert "rank 0: expected the settings of rank 1" in errors[1]

@@ -1,0 +1,144 @@
+"""The invariants of the selection (h = H, zeroed weights, short rows, C ≥ L, chunks, …) on the reference."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_misa import reference
+from sglang_misa.config import PAGE, SelectionPolicy
+
+HEADS, TOPK = 32, 96
+
+
+class Case:
+    """One request: fp8 queries and keys, gates of both signs, page means of the keys; a row sees its own prefix."""
+
+    def __init__(self, seed: int, length: int, rows: int):
+        g = torch.Generator().manual_seed(seed)
+        self.q = torch.randn(1, rows, HEADS, 128, generator=g).to(torch.float8_e4m3fn)
+        self.gates = torch.randn(1, rows, HEADS, generator=g) * torch.rand(1, 1, HEADS, generator=g) ** 4
+        self.keys = torch.randn(1, length, 128, generator=g).to(torch.float8_e4m3fn).float()
+        self.means = self.keys[:, : length // PAGE * PAGE].unflatten(1, (-1, PAGE)).mean(2)
+        self.row_lens = torch.arange(length - rows + 1, length + 1).unsqueeze(0)
+
+    def scores(self, policy: SelectionPolicy, rows: slice = slice(None)) -> torch.Tensor:
+        return reference.policy_scores(
+            policy, self.q[:, rows], self.gates[:, rows], self.keys, self.means, self.row_lens[:, rows]
+        )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    length = draw(st.integers(1, 700))
+    return Case(draw(st.integers(0, 2**16)), length, draw(st.integers(1, min(length, 20))))
+
+
+def policies(**fixed: object) -> st.SearchStrategy[SelectionPolicy]:
+    axes = {
+        "heads": st.sampled_from([None, 1, 4, 8, HEADS]),
+        "blocks": st.sampled_from([None, 2, 4]),
+        "candidates": st.sampled_from([None, TOPK, 128]),
+        "block_size": st.sampled_from([64, 128]),
+        "router": st.sampled_from(["abs", "signed", "weight"]),
+    }
+    fixed_axes = {k: st.just(v) for k, v in fixed.items()}
+    return st.builds(SelectionPolicy, **(axes | {"min_len": st.just(0)} | fixed_axes))
+
+
+DSA = SelectionPolicy()
+
+
+@given(cases(), policies(heads=HEADS, blocks=None, candidates=None))
+def test_all_heads_routed_is_dsa(case: Case, policy: SelectionPolicy) -> None:
+    torch.testing.assert_close(case.scores(policy), case.scores(DSA), rtol=1e-5, atol=1e-4)
+
+
+@given(cases(), policies(blocks=None, candidates=None))
+def test_routed_heads_equal_all_heads_with_zeroed_gates(case: Case, policy: SelectionPolicy) -> None:
+    heads = policy.heads or HEADS
+    complete = case.row_lens // policy.block_size
+    k_tilde = reference.block_means(case.means, policy.block_size // PAGE)
+    statistic, _ = reference.block_statistics(case.q, case.gates, k_tilde, complete, policy.router)
+    ids = reference.top_heads(statistic, heads)
+    zeroed = torch.zeros_like(case.gates).scatter(2, ids, case.gates.gather(2, ids))
+    expected = reference.index_scores(case.q, zeroed, case.keys)
+    visible = torch.isfinite(case.scores(policy))
+    torch.testing.assert_close(case.scores(policy)[visible], expected[visible], rtol=1e-5, atol=1e-4)
+
+
+@given(cases(), policies())
+def test_a_row_always_has_enough_visible_tokens_and_never_an_invisible_one(case: Case, policy: SelectionPolicy) -> None:
+    finite = torch.isfinite(case.scores(policy))
+    assert not finite[torch.arange(finite.shape[-1]) >= case.row_lens.unsqueeze(-1)].any()
+    assert (finite.sum(-1) >= case.row_lens.clamp_max(TOPK)).all()
+
+
+@given(cases(), policies())
+def test_rows_no_longer_than_k_keep_every_token(case: Case, policy: SelectionPolicy) -> None:
+    short = case.row_lens[0] <= TOPK
+    finite = torch.isfinite(case.scores(policy)[0, short])
+    assert (finite.sum(-1) == case.row_lens[0, short]).all()
+
+
+@given(cases(), policies(blocks=None, candidates=4096))
+def test_candidates_that_cover_the_prefix_give_dsa(case: Case, policy: SelectionPolicy) -> None:
+    torch.testing.assert_close(case.scores(policy), case.scores(DSA))
+
+
+@given(cases(), policies(heads=None, blocks=64, candidates=None))
+def test_blocks_that_cover_the_prefix_give_dsa(case: Case, policy: SelectionPolicy) -> None:
+    torch.testing.assert_close(case.scores(policy), case.scores(DSA))
+
+
+@settings(max_examples=50)
+@given(cases(), policies(), st.data())
+def test_a_chunk_selects_what_the_whole_call_selects(case: Case, policy: SelectionPolicy, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, case.q.shape[1]))
+    parts = [case.scores(policy, part) for part in (slice(0, cut), slice(cut, None)) if part.stop != 0]
+    torch.testing.assert_close(torch.cat(parts, dim=1), case.scores(policy), rtol=1e-5, atol=1e-4)
+
+
+@given(cases(), policies())
+def test_bytes_after_a_row_change_nothing(case: Case, policy: SelectionPolicy) -> None:
+    before = case.scores(policy)[:, :1]
+    seen = int(case.row_lens[0, 0])
+    case.keys[:, seen:] = float("nan")
+    case.means[:, seen // PAGE :] = float("nan")
+    torch.testing.assert_close(case.scores(policy)[:, :1], before, rtol=1e-5, atol=1e-4)
+
+
+@given(cases(), policies())
+def test_nan_gates_never_make_holes(case: Case, policy: SelectionPolicy) -> None:
+    case.gates[..., ::3] = float("nan")
+    finite = torch.isfinite(case.scores(policy))
+    assert (finite.sum(-1) >= case.row_lens.clamp_max(TOPK)).all()
+
+
+def test_the_first_the_newest_and_the_tail_are_never_pruned() -> None:
+    case = Case(0, 64 * 9 + 5, 1)
+    scores = case.scores(SelectionPolicy(blocks=2, block_size=64, min_len=0))
+    kept = torch.isfinite(scores[0, 0]).nonzero().flatten().tolist()
+    assert kept == [*range(64), *range(64 * 8, 64 * 9 + 5)]
+
+
+def test_router_picks_the_heads_that_answer_the_blocks() -> None:
+    """Hand-made: head 3 answers the only block, head 5 has the larger weight but points away from it."""
+    q = torch.zeros(1, 1, HEADS, 128)
+    q[..., 3, 0], q[..., 5, 0] = 1.0, -1.0
+    gates = torch.zeros(1, 1, HEADS)
+    gates[..., 3], gates[..., 5] = -1.0, 2.0
+    k_tilde, complete = torch.eye(128)[:1].unsqueeze(0), torch.ones(1, 1, dtype=torch.int32)
+    for router, head in {"abs": 3, "weight": 5}.items():
+        statistic, _ = reference.block_statistics(q, gates, k_tilde, complete, router)
+        assert reference.top_heads(statistic, 1).item() == head
+    signed, _ = reference.block_statistics(q, gates, k_tilde, complete, "signed")
+    assert signed[0, 0, 3] < 0  # the signed router would suppress the head that answers
+
+
+def test_page_layout_round_trip() -> None:
+    keys = torch.randn(3, PAGE, 128).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, PAGE) + 0.1
+    pages = torch.cat([keys.view(torch.uint8).flatten(1), scales.view(torch.uint8).flatten(1)], dim=1)
+    assert pages.shape[1] == reference.PAGE_BYTES
+    torch.testing.assert_close(reference.dequantize_pages(pages), keys.float() * scales.unsqueeze(-1))
+    torch.testing.assert_close(reference.page_means(pages), (keys.float() * scales.unsqueeze(-1)).mean(1))
