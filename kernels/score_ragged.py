@@ -102,12 +102,14 @@ def plan(rows: int, keys: int, k: int, block_rows: int, multiprocessors: int, bu
         share = hits / (SUBS * splits)
         capacity = _aligned(share + SIGMAS * math.sqrt(share) + CHECK_ROOM, 4)
         row_bytes = max(splits * SUBS * capacity * 8, 4 * sampled)
-        for pass_blocks in range(1, blocks + 1):
+        even = {math.ceil(blocks / passes) for passes in range(1, 17)}
+        filled = {multiprocessors * waves // splits for waves in range(1, 17)}
+        for pass_blocks in sorted({1, *even, *filled}):
             pass_rows = pass_blocks * block_rows
             candidate = Plan(pass_rows, splits, stride, rank, capacity, room, sampled, 0)
             total = candidate.bulk_offset + pass_rows * row_bytes
-            if total > budget:
-                break
+            if total > budget or not 1 <= pass_blocks <= blocks:
+                continue
             full, rest = divmod(blocks, pass_blocks)
             waves = full * math.ceil(pass_blocks * splits / multiprocessors) + math.ceil(
                 rest * splits / multiprocessors
