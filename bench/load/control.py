@@ -115,10 +115,12 @@ class Control:
         tokens: list[int] = []
         for piece in _pieces(text):
             body = {"model": self.model, "prompt": piece, "add_special_tokens": False}
-            answer = self.json("POST", "/tokenize", body)
+            status, content = self.call("POST", "/tokenize", body=body)
+            answer = from_json(content) if status == 200 else None
             if not isinstance(answer, dict) or not isinstance(answer.get("tokens"), list):
                 raise LoadError(
-                    f"{self.url}/tokenize: expected the server's tokenizer, got none; "
+                    f"{self.url}/tokenize: expected token ids, got HTTP {status} (404: no such endpoint; 500 from "
+                    "SGLang: a tokenizer_config.json without model_max_length); "
                     "use --text ids, which needs no tokenizer"
                 )
             tokens += answer["tokens"]

@@ -160,9 +160,9 @@ def _ratios(outcome: Outcome) -> Figure:
     last = ""
     for label, ratio in rows:
         if label != last:
-            place += 1.1 if last else 0.0
+            place += 1.2 if last else 0.0
             last = label
-            ticks.append(place - 0.75)
+            ticks.append(place - 0.9)
             names.append(label)
         good = (ratio.value > 1) == (ratio.metric == "output_throughput")
         colour = "#8b929c" if not ratio.certain else COLOURS[2] if good else "#c0392b"

@@ -71,8 +71,7 @@ def write(plan: Plan, units: Sequence[Unit], outcome: Outcome, store: Store, key
 def page(plan: Plan, outcome: Outcome, svgs: dict[str, str], keys: Keys) -> str:
     """The report as one HTML document that loads nothing."""
     template = Template(files("sglang_misa.bench.load").joinpath("template.html").read_text(encoding="utf-8"))
-    red = not outcome.valid or any(g.failed for g in outcome.gates) or outcome.verdict.startswith("No verdict")
-    green = bool(outcome.ratios) and " is " in outcome.verdict
+    tone = "bad" if any(g.failed for g in outcome.gates) else outcome.tone
     heading = " against ".join(reversed(outcome.names)) if len(outcome.names) == 2 else outcome.names[0]
     sections = [
         _table("Gates", ["gate", "cell", "value", ""], _gates(outcome)),
@@ -95,7 +94,7 @@ def page(plan: Plan, outcome: Outcome, svgs: dict[str, str], keys: Keys) -> str:
             f"{plan.blocks} blocks × {len(plan.arms)} arms · servers {plan.mode if len(plan.arms) > 1 else 'single'} · "
             f"seed {plan.cells[0].workload.seed} · {plan.connection.api}"
         ),
-        tone="bad" if red else "good" if green else "",
+        tone=tone,
         verdict=html.escape(outcome.verdict),
         sections="\n".join(s for s in sections if s),
         plan=html.escape(json.dumps(keys.clean(plan.model_dump()), indent=1)),

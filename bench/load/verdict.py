@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,6 +13,7 @@ from sglang_misa.bench.load.runner import Unit
 from sglang_misa.bench.load.settings import Plan, Slo
 
 COMPARED = ("ttft_p50", "ttft_p90", "ttft_p99", "tpot_p50", "tpot_p90", "itl_p50", "itl_p99", "e2e_p50", "e2e_p99")
+Tone = Literal["good", "bad", "neutral"]
 TITLES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E"}
 
 
@@ -61,6 +63,7 @@ class Outcome(BaseModel):
     arms: tuple[ArmCell, ...]
     ratios: tuple[CellRatios, ...]
     verdict: str
+    tone: Tone
     valid: bool
     gates: tuple[GateResult, ...]
 
@@ -75,9 +78,9 @@ def judge(plan: Plan, units: Sequence[Unit]) -> Outcome:
     )
     ratios = tuple(_compare(plan, units, cell.digest(), cell.label) for cell in plan.cells) if len(names) == 2 else ()
     problems = sorted({f"{a.arm} at {a.label}: {p}" for a in arms for p in a.problems})
-    verdict = _verdict(plan, arms, ratios, problems)
+    verdict, tone = _verdict(plan, arms, ratios, problems)
     gates = tuple(_gate(Gate(text), cell.label, arms, ratios) for text in plan.fail_if for cell in plan.cells)
-    return Outcome(names=names, arms=arms, ratios=ratios, verdict=verdict, valid=not problems, gates=gates)
+    return Outcome(names=names, arms=arms, ratios=ratios, verdict=verdict, tone=tone, valid=not problems, gates=gates)
 
 
 def _pool(units: Sequence[Unit], slo: Slo | None) -> ArmCell:
@@ -128,27 +131,38 @@ def _faster(ratio: Ratio) -> float:
     return ratio.value if ratio.metric in RATES else 1 / ratio.value if ratio.value > 0 else math.nan
 
 
-def _verdict(plan: Plan, arms: Sequence[ArmCell], ratios: Sequence[CellRatios], problems: Sequence[str]) -> str:
-    """One sentence. No speed is claimed over a run that is invalid, or where B fails more than A."""
+def _verdict(
+    plan: Plan, arms: Sequence[ArmCell], ratios: Sequence[CellRatios], problems: Sequence[str]
+) -> tuple[str, Tone]:
+    """One sentence. No speed is claimed over an invalid run, over a single block, or where B fails more than A."""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problems:
-        return f"No verdict: {problems[0]}{more}."
+        return f"No verdict: {problems[0]}{more}.", "bad"
     if not ratios:
         failed = sum(a.figures["errors"] for a in arms)
         asked = sum(a.figures["requests"] for a in arms)
-        return (
+        told = (
             f"{plan.arms[0].name} answered {asked - failed:.0f} of {asked:.0f} requests in {len(plan.cells)} cell(s)."
         )
+        return told, "bad" if failed else "neutral"
     name_a, name_b = (arm.name for arm in plan.arms)
     for first, second in zip(arms[::2], arms[1::2], strict=True):
         for figure, what in (("error_rate", "failed"), ("needle_wrong", "answered wrongly")):
             left, right = first.figures.get(figure, 0.0), second.figures.get(figure, 0.0)
             if right > left:
-                return f"No verdict: at {first.label} {name_b} {what} {right:.1%} of its requests, {name_a} {left:.1%}."
+                told = f"at {first.label} {name_b} {what} {right:.1%} of its requests, {name_a} {left:.1%}"
+                return f"No verdict: {told}.", "bad"
     found = [(cell.label, r) for cell in ratios if (r := cell.of(plan.primary)) is not None]
-    if not found:
-        return f"No verdict: no pair of requests gives {title(plan.primary)} in both arms."
     metric, level = title(plan.primary), f"{plan.confidence:.0%}"
+    if not found:
+        return f"No verdict: no pair of requests gives {metric} in both arms.", "bad"
+    if plan.blocks < 2:
+        seen = ", ".join(f"{r.value:.3f} at {label}" for label, r in found)
+        told = f"one block cannot tell a difference from drift (ratios {name_b}/{name_a} of {metric}: {seen})"
+        return f"No verdict: {told}; use --blocks 5.", "neutral"
+    faster = [(label, r) for label, r in found if r.certain and _faster(r) > 1]
+    slower = [(label, r) for label, r in found if r.certain and _faster(r) < 1]
+    tone: Tone = "bad" if slower else "good" if faster else "neutral"
     if len(found) == 1:
         label, r = found[0]
         interval = (
@@ -156,17 +170,16 @@ def _verdict(plan: Plan, arms: Sequence[ArmCell], ratios: Sequence[CellRatios], 
             f"{r.pairs} pairs in {r.blocks} blocks"
         )
         if not r.certain:
-            return f"No difference shown between {name_a} and {name_b} in {metric} at {label} ({interval})."
-        return f"{name_b} is {_faster(r):.2f}× as fast as {name_a} in {metric} at {label} ({interval})."
-    faster = [(label, r) for label, r in found if r.certain and _faster(r) > 1]
-    slower = [(label, r) for label, r in found if r.certain and _faster(r) < 1]
+            return f"No difference shown between {name_a} and {name_b} in {metric} at {label} ({interval}).", tone
+        return f"{name_b} is {_faster(r):.2f}× as fast as {name_a} in {metric} at {label} ({interval}).", tone
     mean = math.exp(sum(math.log(_faster(r)) for _, r in found) / len(found))
     best, worst = max(found, key=lambda f: _faster(f[1])), min(found, key=lambda f: _faster(f[1]))
-    return (
+    told = (
         f"{name_b} is faster than {name_a} in {metric} in {len(faster)} of {len(found)} cells and slower in "
-        f"{len(slower)} ({level} CIs): {mean:.2f}× as fast in the geometric mean, "
-        f"from {_faster(worst[1]):.2f}× at {worst[0]} to {_faster(best[1]):.2f}× at {best[0]}."
+        f"{len(slower)} ({level} CIs): {mean:.2f}× as fast in the geometric mean, from {_faster(worst[1]):.2f}× at "
+        f"{worst[0]} to {_faster(best[1]):.2f}× at {best[0]}."
     )
+    return told, tone
 
 
 def _gate(gate: Gate, label: str, arms: Sequence[ArmCell], ratios: Sequence[CellRatios]) -> GateResult:

@@ -310,3 +310,14 @@ def test_the_plan_needs_no_server():
     plan = cli.plan_of(command)
     assert len({c.digest() for c in plan.cells}) == 9
     assert urlsplit(plan.arms[0].server).port == 1
+
+
+def test_gaps_are_per_token_and_add_up(mocks, tmp_path):
+    """Chunks of 4 tokens at 10 ms a token: ITL is near 10 ms, not 40, and all gaps together are the stream's length."""
+    mocks[0].script(ttft=0.02, itl=0.01, chunk=4)
+    assert main(["run", mocks[0].url, *SMALL, "--output-len", "16", "--out", str(tmp_path)]) == OK
+    for r in units(tmp_path)[0]["records"]:
+        assert r["gap_tokens"] == [4, 4, 4]
+        spent = sum(gap * tokens for gap, tokens in zip(r["gaps"], r["gap_tokens"], strict=True))
+        assert spent == pytest.approx(r["last"] - r["first"], rel=1e-9)
+    assert 0.008 < figures(tmp_path)["itl_p50"] < 0.02
