@@ -20,6 +20,7 @@
 #ifndef MISA_HEADS
 #define MISA_HEADS 8  // routed heads h: 4, 8, 16, 32 or 64
 #endif
+
 namespace misa {
 
 constexpr int DIM = 128;                              // head dimension = bytes of a key
