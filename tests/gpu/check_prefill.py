@@ -248,7 +248,7 @@ def rows_problem(rows=300, columns=16384, k=2048) -> str | None:
     inside = torch.arange(columns, device=DEVICE) < counts[:, None]
     ranks = (scores.double() + 0.0).nan_to_num(nan=-1e301, neginf=-1e300, posinf=1e300).masked_fill(~inside, -1e302)
     by_id = ids.long().argsort(1)
-    order = by_id.gather(1, ranks.gather(1, by_id).sort(1, descending=True, stable=True).indices[:, :k])
+    order = by_id.gather(1, ranks.gather(1, by_id).sort(dim=1, descending=True, stable=True).indices[:, :k])
     want = ids.gather(1, order).masked_fill(torch.arange(k, device=DEVICE) >= counts[:, None], -1)
     if not torch.equal(out.sort(1).values, want.sort(1).values):
         return f"{(out.sort(1).values != want.sort(1).values).any(1).sum().item()} of {rows} rows differ"
