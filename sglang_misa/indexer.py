@@ -7,6 +7,7 @@ select themselves. Nothing here knows SGLang: `patches/indexer.py` brings the te
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -148,7 +149,8 @@ def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -
     buffer = torch.zeros(pages, reference.PAGE_BYTES, dtype=torch.uint8, device=device)
     stats = BlockStats([buffer], kernels=True)
     table = torch.arange(pages, dtype=torch.int32, device=device).unsqueeze(0)
-    for rows, seen in ((64, length), (65, length - 1)):  # Triton builds apart for sizes that 16 does not divide
+    # Few rows and many have launches of their own, and Triton builds apart for sizes that 16 does not divide.
+    for rows, seen in itertools.product((64, 65, topk, topk - 1), (length, length - 1)):
         lens = torch.tensor([seen], dtype=torch.int32, device=device)
         stats.heal(0, buffer, table, lens)
         call = RaggedCall(
