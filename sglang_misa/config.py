@@ -181,8 +181,8 @@ class MisaConfig(BaseModel):
         return cls.from_json(text, ENV) if text.strip() else None
 
 
-# Prefill's length gates are where the kernels overtake stock on an H100 at H = 64 (bench/results): misa is measured at 0.6×
-# on 8K and 1.4× on 16K; the other two, measured at 32K and 128K, are put where the line between crosses 1.
+# Prefill's length gates are where the kernels overtake stock on an H100 at H = 64 (bench/results): misa is measured at
+# 0.6× on 8K and 1.4× on 16K; the other two, measured at 32K and 128K, are put where the line between crosses 1.
 PRESETS: dict[str, MisaConfig] = {
     "dsa": MisaConfig(),
     "misa": MisaConfig(prefill=SelectionPolicy(heads=8)),
