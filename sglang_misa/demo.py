@@ -245,7 +245,8 @@ def _print(
     for layer, row in status["recall"].items():
         recall.add_row(layer, f"{row['recall']:.3f}", f"{row['p10']:.3f}", str(row["rows"]))
     console.print(requests)
-    console.print(recall)
+    if recall.row_count:
+        console.print(recall)
     console.print(
         "The weights are random: this shows that the machinery runs, and says nothing about recall, quality or speed "
         "on a real model."
