@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .layout import expect
+
 PAGE = 64
 HEAD_DIM = 128
 PAGE_BYTES = PAGE * (HEAD_DIM + 4)
@@ -106,7 +108,7 @@ def update_page_means(
     rows, width = _check_table(page_table, seq_lens)
     per_row = isinstance(first_page, torch.Tensor)
     if per_row:
-        _expect("first_page", first_page, (rows,), torch.int32)
+        expect("first_page", first_page, (rows,), torch.int32)
     grid = (width if per_row else width - first_page, rows)
     if min(grid) > 0:
         page_means_fwd_kernel[grid](
@@ -156,7 +158,7 @@ def update_slots(pool: torch.Tensor, means: torch.Tensor, slots: torch.Tensor) -
     Raises ValueError for another layout.
     """
     views = _views(pool, means)
-    _expect("slots", slots, (slots.shape[0],), torch.int64)
+    expect("slots", slots, (slots.shape[0],), torch.int64)
     if len(slots):
         slot_page_means_fwd_kernel[(len(slots),)](
             *views, means, slots, PAGE=PAGE, HEAD_DIM=HEAD_DIM, PAGE_BYTES=PAGE_BYTES, num_warps=_WARPS
@@ -165,25 +167,17 @@ def update_slots(pool: torch.Tensor, means: torch.Tensor, slots: torch.Tensor) -
 
 def _views(pool: torch.Tensor, means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The pool's bytes as fp8 keys and as fp32 scales."""
-    _expect("pool", pool, (pool.shape[0], PAGE_BYTES), torch.uint8)
-    _expect("means", means, (pool.shape[0], HEAD_DIM), torch.bfloat16)
+    expect("pool", pool, (pool.shape[0], PAGE_BYTES), torch.uint8)
+    expect("means", means, (pool.shape[0], HEAD_DIM), torch.bfloat16)
     return pool.view(torch.float8_e4m3fn), pool.view(torch.float32)
 
 
 def _check_table(page_table: torch.Tensor, seq_lens: torch.Tensor) -> tuple[int, int]:
     rows, width = page_table.shape
-    _expect("seq_lens", seq_lens, (rows,), torch.int32)
+    expect("seq_lens", seq_lens, (rows,), torch.int32)
     if page_table.dtype != torch.int32 or page_table.stride(1) != 1:
         raise ValueError(
             f"page_table: expected int32 [B, W] with unit column stride, got {page_table.dtype} with strides "
             f"{page_table.stride()}; pass physical page ids, not token slots"
         )
     return rows, width
-
-
-def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name}: expected contiguous {dtype} of shape {shape}, got {tensor.dtype} of shape {tuple(tensor.shape)}"
-            f" with strides {tensor.stride()}"
-        )

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .layout import expect
+
 PAGE = 64
 HEAD_DIM = 128
 PAGE_BYTES = PAGE * (HEAD_DIM + 4)
@@ -102,8 +104,8 @@ def rerank(
     candidates [T, C] int32, columns in [0, S), packed at the front, any other value counts as none; counts [T] int32;
     out: where to write. Candidates and out may have padded rows. Raises ValueError for another layout.
     """
-    _expect("index_k", index_k, (index_k.shape[0], HEAD_DIM), torch.float8_e4m3fn)
-    _expect("k_scale", k_scale, (index_k.shape[0],), torch.float32)
+    expect("index_k", index_k, (index_k.shape[0], HEAD_DIM), torch.float8_e4m3fn)
+    expect("k_scale", k_scale, (index_k.shape[0],), torch.float32)
     return _launch(index_q, head_gates, index_k, k_scale, len(index_k), candidates, counts, out, paged=False)
 
 
@@ -119,7 +121,7 @@ def rerank_paged(
 
     pool [P, 8448] uint8: a page is 64 keys × 128 bytes of fp8 e4m3, then 64 fp32 scales; 64·P < 2^31.
     """
-    _expect("pool", pool, (pool.shape[0], PAGE_BYTES), torch.uint8)
+    expect("pool", pool, (pool.shape[0], PAGE_BYTES), torch.uint8)
     keys, scales = pool.view(torch.float8_e4m3fn), pool.view(torch.float32)
     return _launch(index_q, head_gates, keys, scales, len(pool) * PAGE, candidates, counts, out, paged=True)
 
@@ -142,11 +144,11 @@ def _launch(
         raise ValueError(f"index_q: expected {' or '.join(map(str, INDEX_HEADS))} index heads, got {index_heads}")
     if out is None:
         out = torch.empty(rows, width, dtype=torch.float32, device=index_q.device)
-    _expect("index_q", index_q, (rows, index_heads, HEAD_DIM), torch.float8_e4m3fn)
-    _expect("head_gates", head_gates, (rows, index_heads), torch.float32)
-    _expect("counts", counts, (rows,), torch.int32)
-    _expect_rows("candidates", candidates, (rows, width), torch.int32)
-    _expect_rows("out", out, (rows, width), torch.float32)
+    expect("index_q", index_q, (rows, index_heads, HEAD_DIM), torch.float8_e4m3fn)
+    expect("head_gates", head_gates, (rows, index_heads), torch.float32)
+    expect("counts", counts, (rows,), torch.int32)
+    expect("candidates", candidates, (rows, width), torch.int32, row_stride=True)
+    expect("out", out, (rows, width), torch.float32, row_stride=True)
     span = _SPAN if rows * triton.cdiv(width, _SPAN) >= _FILLING_PROGRAMS else _TILE
     if rows and width:
         rerank_fwd_kernel[(rows, triton.cdiv(width, span))](
@@ -173,17 +175,3 @@ def _launch(
             maxnreg=_MAXNREG,
         )
     return out
-
-
-def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-    _expect_rows(name, tensor, shape, dtype)
-
-
-def _expect_rows(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape or (tensor.numel() and tensor.stride(-1) != 1):
-        raise ValueError(
-            f"{name}: expected {dtype} of shape {shape} with unit column stride, got {tensor.dtype} of shape "
-            f"{tuple(tensor.shape)} with strides {tensor.stride()}"
-        )

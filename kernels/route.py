@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .layout import expect
+
 HEAD_DIM = 128
 PAGE = 64
 INDEX_HEADS = (32, 64)
@@ -229,8 +231,8 @@ def pool_blocks(
     block_pages = block_size // PAGE
     if block_size % PAGE or block_pages < 1:
         raise ValueError(f"block_size: expected a positive multiple of {PAGE}, got {block_size}")
-    _expect("means", means, (means.shape[0], HEAD_DIM), torch.bfloat16)
-    _expect("seq_lens", seq_lens, (rows,), torch.int32)
+    expect("means", means, (means.shape[0], HEAD_DIM), torch.bfloat16)
+    expect("seq_lens", seq_lens, (rows,), torch.int32)
     if page_table.dtype != torch.int32 or page_table.stride(1) != 1:
         raise ValueError(
             f"page_table: expected int32 [B, W] with unit column stride, got {page_table.dtype} with strides "
@@ -239,7 +241,7 @@ def pool_blocks(
     max_blocks = width // block_pages
     if out is None:
         out = torch.empty(rows, max_blocks, HEAD_DIM, dtype=torch.bfloat16, device=means.device)
-    _expect("out", out, (rows, max_blocks, HEAD_DIM), torch.bfloat16)
+    expect("out", out, (rows, max_blocks, HEAD_DIM), torch.bfloat16)
     if rows and max_blocks:
         pool_blocks_fwd_kernel[(max_blocks, rows)](
             means,
@@ -367,17 +369,9 @@ def _check_rows(
     rows, index_heads, _ = index_q.shape
     if index_heads not in INDEX_HEADS:
         raise ValueError(f"index_q: expected {' or '.join(map(str, INDEX_HEADS))} index heads, got {index_heads}")
-    _expect("index_q", index_q, (rows, index_heads, HEAD_DIM), torch.float8_e4m3fn)
-    _expect("head_gates", head_gates, (rows, index_heads), torch.float32)
-    _expect("block_means", block_means, (*block_means.shape[:2], HEAD_DIM), torch.bfloat16)
-    _expect("row_batch", row_batch, (rows,), torch.int32)
-    _expect("row_len", row_len, (rows,), torch.int32)
+    expect("index_q", index_q, (rows, index_heads, HEAD_DIM), torch.float8_e4m3fn)
+    expect("head_gates", head_gates, (rows, index_heads), torch.float32)
+    expect("block_means", block_means, (*block_means.shape[:2], HEAD_DIM), torch.bfloat16)
+    expect("row_batch", row_batch, (rows,), torch.int32)
+    expect("row_len", row_len, (rows,), torch.int32)
     return rows, index_heads
-
-
-def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name}: expected contiguous {dtype} of shape {shape}, got {tensor.dtype} of shape {tuple(tensor.shape)}"
-            f" with strides {tensor.stride()}"
-        )

@@ -9,32 +9,16 @@
 // Top k: (1) score every `stride`-th key, (2) take a quantile of that sample as the row's threshold, (3) score all keys and
 // append what passes to buffers that each thread owns alone, (4) take the exact top k of the appended, (5) rows that came
 // out short or overflowed are scored into memory and selected there. See score_ragged.py for the statistics.
-#include <tvm/ffi/tvm_ffi.h>
-
 #include <algorithm>
 #include <climits>
 #include <cstddef>
 
+#include "output.cuh"
 #include "select.cuh"
 #include "sm90.cuh"
 
 #ifndef MISA_HEADS
 #define MISA_HEADS 8  // routed heads h: 4, 8, 16, 32 or 64
-#endif
-#ifndef MISA_GROUPS
-#define MISA_GROUPS 4  // consumer warpgroups
-#endif
-#ifndef MISA_TILE
-#define MISA_TILE 64  // keys of a ring stage: 64 or 128
-#endif
-#ifndef MISA_STAGES
-#define MISA_STAGES 8
-#endif
-#ifndef MISA_DOUBLE
-#define MISA_DOUBLE 0  // two accumulators a warpgroup: the next tile multiplies while this one is folded
-#endif
-#ifndef MISA_SPLIT
-#define MISA_SPLIT 0  // the columns of a tile in two products: one multiplies while the other is folded
 #endif
 
 namespace misa {
@@ -48,18 +32,15 @@ constexpr int PASS_HEADS = HEADS / PASSES;
 constexpr int QUERIES = COLUMNS / PASS_HEADS;         // of a warpgroup
 constexpr int LANE_QUERIES = QUERIES / 4;             // of a thread
 constexpr int PAIRS = PASS_HEADS / 2;
-constexpr int GROUPS = MISA_GROUPS;
+constexpr int GROUPS = 2;                             // consumer warpgroups; more would leave no registers for two products
 constexpr int ROWS = GROUPS * QUERIES;                // of a block
-constexpr int TILE = MISA_TILE;
-constexpr int SUBTILES = TILE / KEYS;
-constexpr int STAGES = MISA_STAGES;
+constexpr int TILE = 128;                             // keys of a ring stage
+constexpr int STAGES = 4;
 constexpr int CONSUMERS = GROUPS * 128;
 constexpr int THREADS = CONSUMERS + 128;              // and one warpgroup whose first warp feeds
-constexpr int FEED_REGISTERS = GROUPS == 3 ? 32 : 24, FOLD_REGISTERS = GROUPS == 4 ? 112 : GROUPS == 3 ? 160 : 240;
+constexpr int FEED_REGISTERS = 24, FOLD_REGISTERS = 240;
 constexpr int SUBS = 32;                              // private buffers of a row and split: 4 warps × 8 lane rows
-constexpr int CHECK = 4;                              // 64-key tiles between two looks at the buffers' ends
-static_assert(!MISA_SPLIT || PASSES == 1, "a split product holds all heads of its queries");
-static_assert(!MISA_DOUBLE || (PASSES == 1 && SUBTILES == 2), "two accumulators hold the halves of a 128-key tile");
+constexpr int BURST = TILE / 32;                      // entries that one tile may bring to a private buffer
 
 // One launch of scoring: rows [first, first + rows), or row_list[first ...]; every stride-th key from `phase` on.
 struct Task {
@@ -237,13 +218,12 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
       if constexpr (MODE == Mode::Collect) {
         threshold[q] = live ? task.threshold[query] : INFINITY;
         offset[q] = offset0 + q * query_stride;
-        limit[q] = offset[q] + task.capacity - 2 * CHECK;
+        limit[q] = offset[q] + task.capacity - BURST;
       }
     }
 
-    // 64 keys against the columns from `column` on, as many as `d` holds.
-    const auto multiply = [&](auto& d, int stage, int sub, int column) {
-      const uint64_t a = a_tile + (stage * TILE + sub * KEYS) * DIM / 16, b = b_tile + column * DIM / 16;
+    const auto multiply = [&](float (&d)[64], int stage, int half, int pass) {
+      const uint64_t a = a_tile + (stage * TILE + half * KEYS) * DIM / 16, b = b_tile + pass * COLUMNS * DIM / 16;
       sm90::mma_fence();
       sm90::mma(d, a, b);
 #pragma unroll
@@ -251,28 +231,27 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
       sm90::mma_commit();
     };
 
-    const auto fold = [&](auto& d, float (&score)[LANE_QUERIES][2], int column) {
-      const int pass = column / COLUMNS, first_n = column % COLUMNS / 8;
+    const auto fold = [&](float (&d)[64], float (&score)[LANE_QUERIES][2], int pass) {
 #pragma unroll
-      for (int n = first_n; n < first_n + int(sizeof(d) / 16); ++n)
+      for (int n = 0; n < 16; ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int bit = 0; bit < 2; ++bit) {
-            const float x = d[(n - first_n) * 4 + half * 2 + bit];
+            const float x = d[n * 4 + half * 2 + bit];
             float& sum = score[n / PAIRS][half];
             sum = fmaf(x + fabsf(x), weight[pass][n / PAIRS][n % PAIRS * 2 + bit], sum);
           }
     };
 
-    const auto emit = [&](float (&score)[LANE_QUERIES][2], float scale0, float scale1, int key0, bool inside, int from = 0, int to = LANE_QUERIES) {
+    const auto emit = [&](float (&score)[LANE_QUERIES][2], float scale0, float scale1, int key0) {
       const int key = key0 + warp * 16 + lane_row;
 #pragma unroll
-      for (int q = from; q < to; ++q) score[q][0] *= scale0, score[q][1] *= scale1;
+      for (int q = 0; q < LANE_QUERIES; ++q) score[q][0] *= scale0, score[q][1] *= scale1;
       if constexpr (MODE == Mode::Collect) {
-        if (!inside) {
+        if (key0 < extent.all_lo || key0 + KEYS > extent.all_hi) {
 #pragma unroll
-          for (int q = from; q < to; ++q) {
+          for (int q = 0; q < LANE_QUERIES; ++q) {
             const int2 w = s.window[group][q * 4 + lane_query];
 #pragma unroll
             for (int half = 0; half < 2; ++half)
@@ -280,7 +259,7 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
           }
         }
 #pragma unroll
-        for (int q = from; q < to; ++q)
+        for (int q = 0; q < LANE_QUERIES; ++q)
 #pragma unroll
           for (int half = 0; half < 2; ++half)
             asm volatile(
@@ -297,7 +276,7 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
                 : "memory");
       } else {
 #pragma unroll
-        for (int q = from; q < to; ++q) {
+        for (int q = 0; q < LANE_QUERIES; ++q) {
           const int2 w = s.window[group][q * 4 + lane_query];
           float* out = task.logits + int64_t(first + q * 4 + lane_query) * task.ld - (task.from_start ? w.x : 0);
 #pragma unroll
@@ -307,7 +286,7 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
       }
     };
 
-    // Ends collecting where a buffer might not hold what the next CHECK tiles bring.
+    // Ends collecting where a buffer might not hold what the next tile brings.
     const auto guard = [&] {
       if constexpr (MODE == Mode::Collect) {
 #pragma unroll
@@ -316,84 +295,55 @@ __device__ __forceinline__ void consume(const Task& task, Smem& s, Ring& ring) {
     };
 
     const int tiles = item.begin < item.end ? (item.end - item.begin + task.splits - 1) / task.splits : 0;
-    const auto key_of = [&](int step) {
-      return (item.begin + step / SUBTILES * task.splits) * TILE + step % SUBTILES * KEYS;
-    };
     const auto release = [&] {
       __syncwarp();
       if (lane == 0) sm90::barrier_arrive(places.empty(ring.stage));
       ring.advance();
     };
-    const auto inside = [&](int key0) { return key0 >= extent.all_lo && key0 + KEYS <= extent.all_hi; };
-    if constexpr (MISA_SPLIT) {
-      // The second half of the columns multiplies while the first is folded.
-      float d0[32], d1[32];
-      for (int step = 0; step < tiles * SUBTILES; ++step) {
-        const int sub = step % SUBTILES, key0 = key_of(step);
-        if (sub == 0) sm90::barrier_wait(places.full(ring.stage), ring.parity);
-        multiply(d0, ring.stage, sub, 0);
-        multiply(d1, ring.stage, sub, COLUMNS / 2);
-        const int at = sub * KEYS + warp * 16 + lane_row;
-        const float scale0 = s.scale[ring.stage][at], scale1 = s.scale[ring.stage][at + 8];
-        float score[LANE_QUERIES][2] = {};
-        sm90::mma_wait<1>();
-        sm90::pin(d0);
-        fold(d0, score, 0);
-        emit(score, scale0, scale1, key0, inside(key0), 0, LANE_QUERIES / 2);
-        sm90::mma_wait<0>();
-        sm90::pin(d1);
-        if (sub == SUBTILES - 1) release();
-        fold(d1, score, COLUMNS / 2);
-        emit(score, scale0, scale1, key0, inside(key0), LANE_QUERIES / 2, LANE_QUERIES);
-        if (step % CHECK == CHECK - 1) guard();
-      }
-    } else if constexpr (!MISA_DOUBLE) {
-      float d[64];
-      for (int step = 0; step < tiles * SUBTILES; ++step) {
-        const int sub = step % SUBTILES, key0 = key_of(step);
-        if (sub == 0) sm90::barrier_wait(places.full(ring.stage), ring.parity);
-        const bool busy = key0 < extent.hi && key0 + KEYS > extent.lo;
-        const int at = sub * KEYS + warp * 16 + lane_row;
-        const float scale0 = s.scale[ring.stage][at], scale1 = s.scale[ring.stage][at + 8];
-        float score[LANE_QUERIES][2] = {};
-        if (busy) {
-#pragma unroll
-          for (int pass = 0; pass < PASSES; ++pass) {
-            multiply(d, ring.stage, sub, pass * COLUMNS);
-            sm90::mma_wait<0>();
-            sm90::pin(d);
-            if (pass + 1 < PASSES) fold(d, score, pass * COLUMNS);
-          }
-        }
-        if (sub == SUBTILES - 1) release();
-        if (busy) {
-          fold(d, score, (PASSES - 1) * COLUMNS);
-          emit(score, scale0, scale1, key0, inside(key0));
-          if (step % CHECK == CHECK - 1) guard();
-        }
-      }
-    } else {
-      // The second half tile multiplies while the first is folded.
-      float d0[64], d1[64];
-      for (int tile = 0; tile < tiles; ++tile) {
-        const int key0 = key_of(tile * 2);
-        sm90::barrier_wait(places.full(ring.stage), ring.parity);
+    // Two products are in flight: the second multiplies while the first is folded. They are the halves of a tile of keys, or
+    // of one half's heads where a query has more than a product holds. (Keeping one in flight from tile to tile would be
+    // better yet, but ptxas then makes them wait for each other.)
+    float d0[64], d1[64];
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int key0 = (item.begin + tile * task.splits) * TILE;
+      sm90::barrier_wait(places.full(ring.stage), ring.parity);
+      const float* scale = s.scale[ring.stage] + warp * 16 + lane_row;
+      const float scale0 = scale[0], scale1 = scale[8], scale2 = scale[KEYS], scale3 = scale[KEYS + 8];
+      float score0[LANE_QUERIES][2] = {}, score1[LANE_QUERIES][2] = {};
+      if constexpr (PASSES == 1) {
         multiply(d0, ring.stage, 0, 0);
         multiply(d1, ring.stage, 1, 0);
-        const float* scale = s.scale[ring.stage] + warp * 16 + lane_row;
-        const float scale0 = scale[0], scale1 = scale[8], scale2 = scale[KEYS], scale3 = scale[KEYS + 8];
-        float score[LANE_QUERIES][2] = {}, score1[LANE_QUERIES][2] = {};
         sm90::mma_wait<1>();
         sm90::pin(d0);
-        fold(d0, score, 0);
-        emit(score, scale0, scale1, key0, inside(key0));
+        fold(d0, score0, 0);
+        emit(score0, scale0, scale1, key0);
         sm90::mma_wait<0>();
         sm90::pin(d1);
         release();
         fold(d1, score1, 0);
-        emit(score1, scale2, scale3, key0 + KEYS, inside(key0 + KEYS));
-        guard();
+        emit(score1, scale2, scale3, key0 + KEYS);
+      } else {
+        multiply(d0, ring.stage, 0, 0);
+        multiply(d1, ring.stage, 0, 1);
+        sm90::mma_wait<1>();
+        sm90::pin(d0);
+        fold(d0, score0, 0);
+        sm90::mma_wait<0>();
+        sm90::pin(d1);
+        fold(d1, score0, 1);
+        emit(score0, scale0, scale1, key0);
+        multiply(d0, ring.stage, 1, 0);
+        multiply(d1, ring.stage, 1, 1);
+        sm90::mma_wait<1>();
+        sm90::pin(d0);
+        fold(d0, score1, 0);
+        sm90::mma_wait<0>();
+        sm90::pin(d1);
+        release();
+        fold(d1, score1, 1);
+        emit(score1, scale2, scale3, key0 + KEYS);
       }
+      guard();
     }
 
     if constexpr (MODE == Mode::Collect) {
@@ -423,21 +373,6 @@ __global__ void __launch_bounds__(THREADS, 1) score_kernel(const __grid_constant
   }
 }
 
-// Where a chosen key goes: its position in the row's window, shifted by the row's offset, or looked up in a page table.
-struct Output {
-  int32_t* out;               // [T, k]
-  int k;
-  const int32_t* page_table;  // [B, page_width] physical slot of each position, or null
-  const int32_t* row_batch;   // [T]
-  int64_t page_width;
-  const int32_t* offsets;     // [T] added to positions, or null
-
-  __device__ int place(int t, int position) const {
-    if (page_table) return page_table[row_batch[t] * page_width + position];
-    return offsets ? position + offsets[t] : position;
-  }
-};
-
 constexpr int CUT_THREADS = 256, SELECT_THREADS = 512;
 
 // Threshold of each row from its sampled scores; the first block also empties the list of failed rows.
@@ -461,7 +396,9 @@ __global__ void __launch_bounds__(CUT_THREADS)
       least = min(least, key), most = max(most, key);
     });
     const auto all = Block::range(smem, least, most, rank, n);
-    value = rank_value(Block::narrow(smem, all, [&](int j) { return staged[j]; }, n, 0, max(1, rank / 32)).lo);
+    const auto cut = Block::narrow(smem, all, [&](int j) { return staged[j]; }, n, 0, max(1, rank / 32));
+    // Where many scores tie at the cut (zeros, mostly), they are left out: better short than overflowing.
+    value = rank_value(cut.inside - cut.need <= max(1, rank / 8) ? cut.lo : cut.lo + 1);
   }
   if (threadIdx.x == 0) threshold[i] = value;
 }
@@ -578,13 +515,6 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 // ---- host -----------------------------------------------------------------------------------------------------------
 
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) TVM_FFI_THROW(RuntimeError) << what << ": " << cudaGetErrorString(status);
-}
-
-template <class T>
-T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
-
 // Rows of 128 bytes, `stride` rows apart, starting at row `phase`.
 CUtensorMap key_map(int64_t k, int keys, int stride, int phase) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -603,11 +533,6 @@ CUtensorMap key_map(int64_t k, int keys, int stride, int phase) {
                            CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) TVM_FFI_THROW(RuntimeError) << "cuTensorMapEncodeTiled: CUDA driver error " << int(status);
   return map;
-}
-
-template <class Kernel>
-void allow_shared(Kernel kernel, int bytes) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
 }
 
 struct Shape {
@@ -673,10 +598,6 @@ void collect(tvm::ffi::Array<int64_t> inputs, int64_t first, int64_t rows, int64
   task.threshold = pointer<float>(threshold), task.entries = pointer<uint2>(entries), task.counts = pointer<int32_t>(counts);
   task.capacity = int(capacity);
   launch_score<Mode::Collect>(task, call.k, pointer<CUstream_st>(stream));
-}
-
-Output output_of(tvm::ffi::Array<int64_t> output) {
-  return {pointer<int32_t>(output[0]), int(output[1]), pointer<int32_t>(output[2]), pointer<int32_t>(output[3]), output[4], pointer<int32_t>(output[5])};
 }
 
 void select(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, int64_t first, int64_t rows, int64_t splits,

@@ -16,42 +16,38 @@ An order of keys that defeats the sample (periodic in n keys) costs time in `red
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from sglang_misa.kernels.cuda_host import Target, build, expect
 
 HEAD_DIM = 128
 ROUTED_HEADS = (4, 8, 16, 32, 64)  # h that the kernel is built for; 64 serves full-head modes
 SCRATCH_BYTES = 256 << 20
 
-SAMPLE = 4096  # keys sampled at least, where one in 32 makes so many
+SAMPLE = 2048  # keys sampled at least, where one in 8 makes so many
 STRIDES = (8, 32)  # one key in so many is sampled, by length
 SAMPLED_AT_MOST = 49152  # scores that `threshold` holds
 SIGMAS = 4.5  # z: standard deviations of room on either side of an expected count
+TILE = 128  # keys that the scorer takes at once
 SUBS = 32  # private buffers of a row in each split
-CHECK_ROOM = 8  # entries that a buffer keeps free between two looks at its end
-SOURCES = ("score_ragged.cu", "select.cuh", "sm90.cuh")
+CHECK_ROOM = 4  # entries that a tile may bring to a buffer
 
 
-@dataclass(frozen=True)
-class Variant:
-    """How the scorer is built: consumer warpgroups, keys of a ring stage, ring stages, two accumulators a warpgroup, two products a tile."""
+def block_rows(heads: int) -> int:
+    """Query rows of one thread block of the scorer: two warpgroups, each with 128 columns or, of 64 heads, with 256."""
+    return 2 * (128 // min(heads, 32))
 
-    groups: int = 3
-    tile: int = 64
-    stages: int = 8
-    double: bool = False
-    split: bool = False
 
-    def rows(self, heads: int) -> int:
-        """Query rows of one thread block."""
-        return self.groups * (128 // min(heads, 32))
+def module(heads: int) -> Any:
+    """The compiled kernels for h routed heads."""
+    if heads not in ROUTED_HEADS:
+        raise ValueError(f"head_ids: expected one of {ROUTED_HEADS} routed heads a row, got {heads}; choose another h")
+    return build("score_ragged.cu", MISA_HEADS=heads)
 
 
 @dataclass(frozen=True)
@@ -106,12 +102,14 @@ def plan(rows: int, keys: int, k: int, block_rows: int, multiprocessors: int, bu
         share = hits / (SUBS * splits)
         capacity = _aligned(share + SIGMAS * math.sqrt(share) + CHECK_ROOM, 4)
         row_bytes = max(splits * SUBS * capacity * 8, 4 * sampled)
-        for pass_blocks in range(1, blocks + 1):
+        even = {math.ceil(blocks / passes) for passes in range(1, 17)}
+        filled = {multiprocessors * waves // splits for waves in range(1, 17)}
+        for pass_blocks in sorted({1, *even, *filled}):
             pass_rows = pass_blocks * block_rows
             candidate = Plan(pass_rows, splits, stride, rank, capacity, room, sampled, 0)
             total = candidate.bulk_offset + pass_rows * row_bytes
-            if total > budget:
-                break
+            if total > budget or not 1 <= pass_blocks <= blocks:
+                continue
             full, rest = divmod(blocks, pass_blocks)
             waves = full * math.ceil(pass_blocks * splits / multiprocessors) + math.ceil(
                 rest * splits / multiprocessors
@@ -125,40 +123,6 @@ def plan(rows: int, keys: int, k: int, block_rows: int, multiprocessors: int, bu
             f"scratch budget: expected at least about {need} bytes for k={k}, {keys} keys; got {budget}; raise it"
         )
     return best[1]
-
-
-@functools.cache
-def module(heads: int, variant: Variant = Variant()) -> Any:
-    """The compiled kernels for h routed heads; built at first use with nvcc and kept in tvm-ffi's cache."""
-    from tvm_ffi.cpp import load
-
-    if heads not in ROUTED_HEADS:
-        raise ValueError(f"routed heads: expected one of {ROUTED_HEADS}, got {heads}")
-    here = Path(__file__).resolve().parent
-    digest = hashlib.sha256(b"".join((here / name).read_bytes() for name in SOURCES)).hexdigest()[:12]
-    defines = {
-        "HEADS": heads,
-        "GROUPS": variant.groups,
-        "TILE": variant.tile,
-        "STAGES": variant.stages,
-        "DOUBLE": int(variant.double),
-        "SPLIT": int(variant.split),
-    }
-    name = "_".join(["misa_score_ragged", digest, *(f"{key.lower()}{value}" for key, value in defines.items())])
-    key, before = "TVM_FFI_CUDA_ARCH_LIST", os.environ.get("TVM_FFI_CUDA_ARCH_LIST")
-    os.environ[key] = "9.0a"  # wgmma and setmaxnreg exist under this name alone
-    try:
-        return load(
-            name,
-            cuda_files=[str(here / "score_ragged.cu")],
-            extra_cuda_cflags=["-O3", *(f"-DMISA_{key}={value}" for key, value in defines.items())],
-            extra_include_paths=[str(here)],
-        )
-    finally:
-        if before is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = before
 
 
 @functools.cache
@@ -179,15 +143,6 @@ def _scratch_of(device: torch.device, size: int) -> torch.Tensor:
     return _scratch[device]
 
 
-def _expect(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> None:
-    right = tensor.dim() == len(shape) and all(w is None or w == g for w, g in zip(shape, tensor.shape, strict=False))
-    if not (right and tensor.dtype in dtypes and tensor.is_contiguous() and tensor.is_cuda):
-        raise ValueError(
-            f"{name}: expected a contiguous CUDA tensor {list(shape)} of {' or '.join(map(str, dtypes))}, got "
-            f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device}, strides {tensor.stride()}; convert it first"
-        )
-
-
 @dataclass(frozen=True)
 class Problem:
     """The inputs of one call, checked. Shapes and dtypes as in `topk_ragged`."""
@@ -203,13 +158,13 @@ class Problem:
     def __post_init__(self) -> None:
         rows, heads = self.head_gates.shape
         fp8 = (torch.float8_e4m3fn, torch.uint8)
-        _expect("index_q", self.index_q, (rows, heads, HEAD_DIM), *fp8)
-        _expect("head_gates", self.head_gates, (rows, heads), torch.float32)
-        _expect("head_ids", self.head_ids, (rows, None), torch.int32)
-        _expect("index_k", self.index_k, (None, HEAD_DIM), *fp8)
-        _expect("k_scale", self.k_scale, (self.index_k.shape[0],), torch.float32)
-        _expect("ks", self.ks, (rows,), torch.int32)
-        _expect("ke", self.ke, (rows,), torch.int32)
+        expect("index_q", self.index_q, (rows, heads, HEAD_DIM), *fp8)
+        expect("head_gates", self.head_gates, (rows, heads), torch.float32)
+        expect("head_ids", self.head_ids, (rows, None), torch.int32)
+        expect("index_k", self.index_k, (None, HEAD_DIM), *fp8)
+        expect("k_scale", self.k_scale, (self.index_k.shape[0],), torch.float32)
+        expect("ks", self.ks, (rows,), torch.int32)
+        expect("ke", self.ke, (rows,), torch.int32)
 
     @property
     def rows(self) -> int:
@@ -232,56 +187,18 @@ class Problem:
         return [*(t.data_ptr() for t in tensors), int(self.head_gates.shape[1]), self.keys]
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where the chosen keys go and what is written for them."""
-
-    out: torch.Tensor  # [T, k] int32
-    page_table: torch.Tensor | None = None  # [B, W] int32: physical slot of a position
-    row_batch: torch.Tensor | None = None  # [T] int32: the row's request
-    offsets: torch.Tensor | None = None  # [T] int32: added to positions
-
-    def check(self, rows: int, k: int) -> None:
-        _expect("out", self.out, (rows, k), torch.int32)
-        if (self.page_table is None) != (self.row_batch is None):
-            raise ValueError(
-                "page_table and row_batch: expected both or neither; pass the request of each row beside its table"
-            )
-        if self.page_table is not None and self.offsets is not None:
-            raise ValueError("page_table and offsets: expected at most one, got both; choose PAGED or RAGGED output")
-        if self.page_table is not None and self.row_batch is not None:
-            _expect("page_table", self.page_table, (None, None), torch.int32)
-            _expect("row_batch", self.row_batch, (rows,), torch.int32)
-        if self.offsets is not None:
-            _expect("offsets", self.offsets, (rows,), torch.int32)
-
-    def arguments(self) -> list[int]:
-        def address(tensor: torch.Tensor | None) -> int:
-            return 0 if tensor is None else tensor.data_ptr()
-
-        width = 0 if self.page_table is None else int(self.page_table.shape[1])
-        return [
-            address(self.out),
-            int(self.out.shape[1]),
-            address(self.page_table),
-            address(self.row_batch),
-            width,
-            address(self.offsets),
-        ]
-
-
 Launch = tuple[str, Callable[[], Any]]
 
 
 class Ragged:
     """The launches of one `topk_ragged` call, by stage, so that a bench can time what serving runs."""
 
-    def __init__(self, problem: Problem, target: Target, budget: int = SCRATCH_BYTES, variant: Variant = Variant()):
+    def __init__(self, problem: Problem, target: Target, budget: int = SCRATCH_BYTES):
         self.problem, self.target = problem, target
-        self.kernels = module(problem.routed, variant)
+        self.kernels = module(problem.routed)
         self.k = int(target.out.shape[1])
         multiprocessors = _multiprocessors(problem.device)
-        self.plan = plan(problem.rows, problem.keys, self.k, variant.rows(problem.routed), multiprocessors, budget)
+        self.plan = plan(problem.rows, problem.keys, self.k, block_rows(problem.routed), multiprocessors, budget)
         # [number of failed rows, their list …, meeting counter of `redo`] then the plan's parts.
         self.lists = _aligned(4 * (problem.rows + 2))
         self.ld = _aligned(problem.keys, 4)  # of scores that `redo` writes
@@ -413,7 +330,6 @@ def score_ragged_logits(
     first: int = 0,
     rows: int | None = None,
     out: torch.Tensor | None = None,
-    variant: Variant = Variant(),
 ) -> torch.Tensor:
     """The scores that `topk_ragged` ranks, fp32 [rows, S], bit for bit; -inf outside [ks[t], ke[t]). Inputs as there.
 
@@ -425,10 +341,10 @@ def score_ragged_logits(
     if out is None:
         out = torch.full((rows, _aligned(problem.keys, 4)), -math.inf, device=problem.device)[:, : problem.keys]
     if rows > 0 and problem.keys > 0:
-        blocks = math.ceil(rows / variant.rows(problem.routed))
-        splits = max(1, min(_multiprocessors(problem.device) // blocks, math.ceil(problem.keys / variant.tile)))
+        blocks = math.ceil(rows / block_rows(problem.routed))
+        splits = max(1, min(_multiprocessors(problem.device) // blocks, math.ceil(problem.keys / TILE)))
         stream = torch.cuda.current_stream(problem.device).cuda_stream
-        module(problem.routed, variant).logits(
+        module(problem.routed).logits(
             problem.arguments(), first, rows, splits, 1, 0, out.data_ptr(), out.stride(0), False, stream
         )
     return out

@@ -13,11 +13,12 @@ __device__ __forceinline__ uint32_t rank_key(float score) {
   return score != score ? 0u : bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// A threshold just under `key`: scores whose key is at least `key` are above it.
+// The threshold above which are exactly the scores whose key is at least `key`.
 __device__ __forceinline__ float rank_value(uint32_t key) {
   constexpr uint32_t LOWEST = 0x007FFFFFu;  // key of -inf
   if (key <= LOWEST + 1) return -INFINITY;
-  const uint32_t under = key - 1;
+  constexpr uint32_t ZERO = 0x80000000u;
+  const uint32_t under = key == ZERO ? ZERO - 2 : key - 1;  // no score has the key below zero's: -0 equals +0
   return __uint_as_float(under >> 31 ? under & 0x7FFFFFFFu : ~under);
 }
 
@@ -135,22 +136,28 @@ struct Select {
     }
     if (threadIdx.x == 0) s.placed = 0, s.listed = 0;
     sync();
-    for (int base = threadIdx.x - lane; base < n; base += THREADS) {
-      const int i = base + lane;
-      const uint32_t k = i < n ? key(i) : 0;
-      const bool within = i < n && k >= r.lo && k <= r.hi;
-      bool chosen = i < n && k > r.hi;
-      if (within && all) chosen = true;
-      if (within && rank) {
-        const uint32_t at = atomicAdd(&s.listed, 1u);
-        s.keys[at] = k, s.index[at] = index(i), s.from[at] = i;
+    constexpr int BATCH = 4;
+    for (int base = threadIdx.x - lane; base < n; base += THREADS * BATCH) {
+      uint32_t keys[BATCH];
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j) keys[j] = base + lane + j * THREADS < n ? key(base + lane + j * THREADS) : 0;
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j) {
+        const int i = base + lane + j * THREADS;
+        const bool within = i < n && keys[j] >= r.lo && keys[j] <= r.hi;
+        bool chosen = i < n && keys[j] > r.hi;
+        if (within && all) chosen = true;
+        if (within && rank) {
+          const uint32_t at = atomicAdd(&s.listed, 1u);
+          s.keys[at] = keys[j], s.index[at] = index(i), s.from[at] = i;
+        }
+        if (within && !all && !rank) chosen = ~uint32_t(index(i)) >= last;
+        const uint32_t votes = __ballot_sync(~0u, chosen);
+        uint32_t place = 0;
+        if (lane == 0 && votes) place = atomicAdd(&s.placed, uint32_t(__popc(votes)));
+        place = __shfl_sync(~0u, place, 0) + __popc(votes & ((1u << lane) - 1));
+        if (chosen) emit(int(place), i);
       }
-      if (within && !all && !rank) chosen = ~uint32_t(index(i)) >= last;
-      const uint32_t votes = __ballot_sync(~0u, chosen);
-      uint32_t place = 0;
-      if (lane == 0 && votes) place = atomicAdd(&s.placed, uint32_t(__popc(votes)));
-      place = __shfl_sync(~0u, place, 0) + __popc(votes & ((1u << lane) - 1));
-      if (chosen) emit(int(place), i);
     }
     sync();
     if (rank) {

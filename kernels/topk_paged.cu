@@ -148,6 +148,8 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Row row) {
       }
     };
     while (inside > CANDIDATES) {
+#pragma unroll
+      for (int i = 0; i < 4 * GROUPS; ++i) asm volatile("" : "+f"(x[i]));  // computed anew each round: kept, it spills
       __syncthreads();
       if (threadIdx.x == 0) s.lowest = ~0ull, s.highest = 0;
       __syncthreads();
@@ -204,12 +206,16 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Row row) {
     uint32_t place = before + __reduce_add_sync(~0u, lane < warp ? count : 0u);
     before += __reduce_add_sync(~0u, count);
     place += (uint32_t(upto >> (8 * g)) & 0xFF) - __popc(chosen[g]);
+    if (!chosen[g]) continue;
+    const int first = 4 * (g * THREADS + threadIdx.x);  // the four share a page, so a block too
+    const int slot = page[g] * PAGE + first % PAGE;
+    const int32_t* blocks = row.blocks + r * (row.room / row.block);
+    const int position = positions ? blocks[first / row.block] * row.block + first % row.block : 0;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (!(chosen[g] >> e & 1)) continue;
-      const int token = 4 * (g * THREADS + threadIdx.x) + e;
-      slots[place] = page[g] * PAGE + token % PAGE;
-      if (positions) positions[place] = row.blocks[r * (row.room / row.block) + token / row.block] * row.block + token % row.block;
+      slots[place] = slot + e;
+      if (positions) positions[place] = position + e;
       ++place;
     }
   }

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 SEED = 20260
-FORMAT = 1  # raise when the written files change, so that an older folder in the cache is not used
+FORMAT = 2  # raise when the written files change, so that an older folder in the cache is not used
 INDEX_DIM, LATENT_DIM, ROPE_DIM, NOPE_DIM, V_DIM = 128, 512, 64, 128, 128  # fixed by SGLang's kernels
 GATE_SPREAD = 1.5  # standard deviation of the log size of an index head's gate
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
@@ -64,7 +64,7 @@ def write(folder: Path, shape: Shape) -> None:
     from safetensors.torch import save_file
 
     save_file(dict(weights(shape)), str(folder / "model.safetensors"), metadata={"format": "pt"})
-    _write_tokenizer(folder)
+    _write_tokenizer(folder, shape.context)
     (folder / "config.json").write_text(json.dumps(config(shape), indent=1), encoding="utf-8")
 
 
@@ -171,7 +171,7 @@ def weights(shape: Shape) -> Iterator[tuple[str, torch.Tensor]]:
     yield "lm_head.weight", normal(sizes["vocab_size"], shape.hidden)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _write_tokenizer(folder: Path, context: int) -> None:
     """One token a byte (ids 0-255), then the three special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -188,5 +188,6 @@ def _write_tokenizer(folder: Path) -> None:
         "pad_token": PAD,
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
+        "model_max_length": context,  # SGLang's /tokenize answers with an error without it
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")

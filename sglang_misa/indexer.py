@@ -16,7 +16,7 @@ from torch import Tensor
 from sglang_misa import reference
 from sglang_misa.block_stats import BlockStats
 from sglang_misa.config import PAGE, SelectionPolicy
-from sglang_misa.kernels import rerank, route, score_paged, score_ragged
+from sglang_misa.kernels import rerank, route, score_paged, score_ragged, topk_rows
 
 CANDIDATE_ROWS = 2048  # rows re-scored at once: at C = 8192 their candidates and scores are 128 MiB
 ROW_STRIDE = 4  # SGLang's top-k kernels want the row stride of fp32 logits to be a multiple of this
@@ -138,7 +138,7 @@ def ragged_topk(
         else:
             candidates, counts = block_tokens(policy, route.block_scores(*found, policy.block_size), row_lens)
         scores = rerank.rerank(index_q, gates, index_k, k_scale, candidates, counts)
-        score_ragged.topk_rows(scores, candidates, counts, out.shape[1], **target)
+        topk_rows.topk_rows(scores, candidates, counts, out.shape[1], **target)
 
 
 def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -> None:

@@ -17,10 +17,11 @@ H100 = 132
     rows=st.integers(1, 9000),
     keys=st.integers(1, 1 << 20),
     k=st.sampled_from([64, 512, 2048, 8192]),
-    block_rows=st.sampled_from([32, 48, 64]),
+    heads=st.sampled_from(sr.ROUTED_HEADS),
     budget=st.sampled_from([64 << 20, sr.SCRATCH_BYTES]),
 )
-def test_plan_fits_its_budget_and_holds_a_pass(rows, keys, k, block_rows, budget):
+def test_plan_fits_its_budget_and_holds_a_pass(rows, keys, k, heads, budget):
+    block_rows = sr.block_rows(heads)
     p = sr.plan(rows, keys, k, block_rows, H100, budget)
     assert p.bytes <= budget
     assert p.rows % block_rows == 0
@@ -34,8 +35,9 @@ def test_plan_fits_its_budget_and_holds_a_pass(rows, keys, k, block_rows, budget
 
 
 def test_plan_fills_the_chip_at_full_size():
-    p = sr.plan(8192, 131072, 2048, 64, H100)
-    blocks, pass_blocks = 8192 // 64, p.rows // 64
+    block_rows = sr.block_rows(8)
+    p = sr.plan(8192, 131072, 2048, block_rows, H100)
+    blocks, pass_blocks = 8192 // block_rows, p.rows // block_rows
     full, rest = divmod(blocks, pass_blocks)
     waves = full * math.ceil(pass_blocks * p.splits / H100) + math.ceil(rest * p.splits / H100)
     assert blocks / H100 / (waves / p.splits) > 0.95
@@ -51,14 +53,14 @@ def test_thresholds_neither_starve_nor_overflow(k):
     """On scores in random order, hits above the sample's rank stay between k and the room, in every buffer too."""
     generator = torch.Generator().manual_seed(k)
     keys = 1 << 17
-    p = sr.plan(8192, keys, k, 64, H100)
+    p = sr.plan(8192, keys, k, sr.block_rows(8), H100)
     for _ in range(50):
         scores = torch.rand(keys, generator=generator)
         threshold = scores[p.stride // 2 :: p.stride].topk(p.rank).values[-1]
         hits = (scores >= threshold).nonzero()[:, 0]
         assert k <= len(hits) <= p.room
-        # warp and lane row of the key in its 64-key tile; tiles go round the splits
-        buffer = hits // 64 % p.splits * sr.SUBS + hits % 64 // 16 * 8 + hits % 8
+        # warp and lane row of the key in its half tile; tiles go round the splits
+        buffer = hits // sr.TILE % p.splits * sr.SUBS + hits % 64 // 16 * 8 + hits % 8
         assert torch.bincount(buffer).max() <= p.capacity - sr.CHECK_ROOM
 
 

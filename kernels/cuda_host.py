@@ -1,0 +1,89 @@
+"""The host's side of the CUDA kernels: building at first use, checks of tensors, and where a top k is written."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HEADERS = ("output.cuh", "select.cuh", "sm90.cuh")
+
+
+@functools.cache
+def build(source: str, **defines: int) -> Any:
+    """The functions that `source`, a .cu file beside this one, exports with macros `defines`.
+
+    Compiled with nvcc for sm_90a at first use and kept in tvm-ffi's cache, under the digest of its sources.
+    """
+    from tvm_ffi.cpp import load
+
+    here = Path(__file__).resolve().parent
+    digest = hashlib.sha256(b"".join((here / name).read_bytes() for name in (source, *HEADERS))).hexdigest()[:12]
+    name = "_".join(["misa", Path(source).stem, digest, *(f"{key.lower()}{value}" for key, value in defines.items())])
+    key, before = "TVM_FFI_CUDA_ARCH_LIST", os.environ.get("TVM_FFI_CUDA_ARCH_LIST")
+    os.environ[key] = "9.0a"  # wgmma and setmaxnreg exist under this name alone
+    try:
+        return load(
+            name,
+            cuda_files=[str(here / source)],
+            extra_cuda_cflags=["-O3", *(f"-D{key}={value}" for key, value in defines.items())],
+            extra_include_paths=[str(here)],
+        )
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
+
+
+def expect(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> None:
+    """Raises ValueError unless `tensor` is contiguous, on a GPU, of `shape` (None: any) and of one of `dtypes`."""
+    right = tensor.dim() == len(shape) and all(w is None or w == g for w, g in zip(shape, tensor.shape, strict=False))
+    if not (right and tensor.dtype in dtypes and tensor.is_contiguous() and tensor.is_cuda):
+        raise ValueError(
+            f"{name}: expected a contiguous CUDA tensor {list(shape)} of {' or '.join(map(str, dtypes))}, got "
+            f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device}, strides {tensor.stride()}; convert it first"
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the chosen keys go and what is written for them."""
+
+    out: torch.Tensor  # [T, k] int32
+    page_table: torch.Tensor | None = None  # [B, W] int32: physical slot of a position
+    row_batch: torch.Tensor | None = None  # [T] int32: the row's request
+    offsets: torch.Tensor | None = None  # [T] int32: added to positions
+
+    def check(self, rows: int, k: int) -> None:
+        expect("out", self.out, (rows, k), torch.int32)
+        if (self.page_table is None) != (self.row_batch is None):
+            raise ValueError(
+                "page_table and row_batch: expected both or neither; pass the request of each row beside its table"
+            )
+        if self.page_table is not None and self.offsets is not None:
+            raise ValueError("page_table and offsets: expected at most one, got both; choose PAGED or RAGGED output")
+        if self.page_table is not None and self.row_batch is not None:
+            expect("page_table", self.page_table, (None, None), torch.int32)
+            expect("row_batch", self.row_batch, (rows,), torch.int32)
+        if self.offsets is not None:
+            expect("offsets", self.offsets, (rows,), torch.int32)
+
+    def arguments(self) -> list[int]:
+        def address(tensor: torch.Tensor | None) -> int:
+            return 0 if tensor is None else tensor.data_ptr()
+
+        width = 0 if self.page_table is None else int(self.page_table.shape[1])
+        return [
+            address(self.out),
+            int(self.out.shape[1]),
+            address(self.page_table),
+            address(self.row_batch),
+            width,
+            address(self.offsets),
+        ]
