@@ -1,6 +1,6 @@
 # Two doors: `make demo` and `make test`. Each needs Python 3.11 or 3.12 with pip on Linux x86_64, and nothing else.
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-$(shell sha256sum requirements.lock pyproject.toml | sha256sum | cut -c1-16)
 

@@ -13,7 +13,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,37 +88,38 @@ def run(config: MisaConfig | None, arguments: Sequence[str], port: int, report: 
     config: the user's, None for the demo's own; arguments: more flags for SGLang; report: where to write JSON.
     """
     console = Console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server is stopped too
+    try:
+        return _run(console, config, arguments, f"http://{HOST}:{port}", report)
+    except (ServerError, OSError) as error:  # OSError: the report's file, or a request to a server that just died
+        console.print(str(error), style="red", markup=False)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _run(console: Console, config: MisaConfig | None, arguments: Sequence[str], url: str, report: Path | None) -> int:
     setup = GPU if torch.cuda.is_available() else CPU
     config = config or setup.config
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-misa"
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("Writing a tiny random DeepSeek-V3.2 model", total=1)
+        model = demo_model.ensure(cache, setup.shape)
+        bar.advance(task)
+    words = f"{setup.flags} --model-path {model} --host {HOST} --port {url.rpartition(':')[2]}".split()
     log = cache / "demo.log"
-    url = f"http://{HOST}:{port}"
     console.print(f"The server's log: {log}", markup=False, soft_wrap=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server is stopped too
-    try:
+    with _Server([*arguments, *words], config, log) as server:
         with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
-            task = bar.add_task("Writing a tiny random DeepSeek-V3.2 model", total=None)
-            model = demo_model.ensure(cache, setup.shape)
-            bar.update(task, total=1, completed=1)
-            words = f"{setup.flags} --model-path {model} --host {HOST} --port {port}".split()
-            server = _Server([*arguments, *words], config, log)
-            try:
-                task = bar.add_task(f"Starting SGLang with MISA on the {setup.device}", total=None)
-                start_seconds = server.wait(f"{url}/health")
-                bar.update(task, total=1, completed=1)
-                prompts = list(_prompts(setup.prompt))
-                task = bar.add_task("Sending prompts", total=len(prompts))
-                answers = []
-                for name, text in prompts:
-                    answers.append(_ask(url, name, text))
-                    bar.advance(task)
-            except BaseException:
-                server.stop()
-                raise
-    except ServerError as error:
-        console.print(str(error), style="red", markup=False)
-        return 1
-    with server.running():
+            task = bar.add_task(f"Starting SGLang with MISA on the {setup.device}", total=1)
+            start_seconds = server.wait(f"{url}/health")
+            bar.advance(task)
+            prompts = list(_prompts(setup.prompt))
+            task = bar.add_task("Sending prompts", total=len(prompts))
+            answers = []
+            for name, text in prompts:
+                answers.append(_ask(url, name, text))
+                bar.advance(task)
         status = _status(url)
         problems = list(_problems(config, status))
         _print(console, setup, config, answers, status)
@@ -169,14 +169,10 @@ class _Server:
                 time.sleep(0.5)
         raise ServerError(f"The server did not answer in {START_LIMIT:.0f} s:\n{self._tail()}")
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self.stop()
+    def __enter__(self) -> _Server:
+        return self
 
-    def stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the whole group, politely first."""
         for signum in (signal.SIGTERM, signal.SIGKILL):
             try:
@@ -249,7 +245,8 @@ def _print(
     for layer, row in status["recall"].items():
         recall.add_row(layer, f"{row['recall']:.3f}", f"{row['p10']:.3f}", str(row["rows"]))
     console.print(requests)
-    console.print(recall)
+    if recall.row_count:
+        console.print(recall)
     console.print(
         "The weights are random: this shows that the machinery runs, and says nothing about recall, quality or speed "
         "on a real model."
@@ -267,7 +264,7 @@ def _serve(console: Console, server: _Server, url: str) -> None:
         status = server.process.wait()
     except KeyboardInterrupt:
         return
-    raise SystemExit(f"The server ended with status {status}; see {server.log}")
+    raise ServerError(f"The server ended with status {status}; see {server.log}")
 
 
 def _status(url: str) -> Any:
