@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pools import make_pool
 from transformers import DeepseekV3Config
 
 from sglang_misa import plugin
@@ -27,32 +28,8 @@ def hooks(monkeypatch):
     register.undo()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def server_args():
-    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
-
-    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device="cpu"))
-
-
-def make_pool():
-    from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
-
-    return DSATokenToKVPool(
-        PAGES * 64,
-        page_size=64,
-        kv_lora_rank=512,
-        dtype=torch.bfloat16,
-        qk_rope_head_dim=64,
-        layer_num=LAYERS,
-        device="cpu",
-        index_head_dim=128,
-        enable_memory_saver=False,
-        kv_cache_dim=576,
-    )
-
-
 def test_each_pool_owns_the_means_of_its_pages():
-    target, draft = make_pool(), make_pool()
+    target, draft = make_pool(PAGES, LAYERS)[0], make_pool(PAGES, LAYERS)[0]
     assert target.misa_block_stats is not draft.misa_block_stats
     assert [means.shape for means in target.misa_block_stats.means] == [
         (buffer.shape[0], 128) for buffer in target.index_k_with_scale_buffer

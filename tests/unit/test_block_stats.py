@@ -1,10 +1,10 @@
 """Page means over the life of pages, on SGLang's own KV pool and paged allocator."""
 
-import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from pools import make_pool
 
 from sglang_misa import reference
 from sglang_misa.block_stats import BlockStats
@@ -13,41 +13,12 @@ from sglang_misa.config import PAGE
 PAGES = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server_args() -> None:
-    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
-
-    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device="cpu"))
-
-
-def make_pool():
-    from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
-    from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
-
-    pool = DSATokenToKVPool(
-        size=PAGES * PAGE,
-        page_size=PAGE,
-        kv_lora_rank=512,
-        dtype=torch.bfloat16,
-        qk_rope_head_dim=64,
-        layer_num=1,
-        device="cpu",
-        index_head_dim=128,
-        enable_memory_saver=False,
-        kv_cache_dim=576,
-    )
-    allocator = PagedTokenToKVPoolAllocator(
-        PAGES * PAGE, page_size=PAGE, dtype=torch.bfloat16, device="cpu", kvcache=pool, need_sort=False
-    )
-    return pool, allocator
-
-
 class Pages(RuleBasedStateMachine):
     """Requests that extend, decode, rewind rejected drafts, share complete pages, finish and leave pages to others."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool, self.allocator = make_pool()
+        self.pool, self.allocator = make_pool(PAGES)
         self.buffer = self.pool.get_index_k_with_scale_buffer(0)
         self.buffer.random_(0, 256)  # freed pages hold anything, NaN included
         self.stats = BlockStats([self.buffer])
