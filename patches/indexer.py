@@ -52,24 +52,32 @@ def get_topk_ragged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) 
 
     buffer, stats, layer = _pool(layer_id)
     spans = indexer.spans(metadata.get_dsa_extend_len_cpu(), metadata.get_indexer_seq_len_cpu().tolist())
-    if config.prefill.active or config.decode.active:
-        stats.heal(layer, buffer, page_table, metadata.get_indexer_seq_len().int())
-    longest = max(span.length for span in spans)
-    reason = (
-        "policy-is-dsa"
-        if not config.prefill.active
-        else "recall-floor"
-        if layer_id in _auditor().dense_layers
-        else "under-min-len"
-        if longest < config.prefill.min_len
-        else None
-    )
+    reason = _why_stock(config.prefill, layer_id, spans)
     if reason is not None:
         recorder.declined("prefill", reason)
         recorder.ran("prefill", "dsa")
+        _update_written(call, stats, layer, buffer)
         return original(*args, **kwargs)
+    stats.heal(layer, buffer, page_table, metadata.get_indexer_seq_len().int())
     recorder.ran("prefill", config.prefill.name)
     return _Extend(self, layer_id, layer, call, stats).select(config.prefill, spans)
+
+
+def _why_stock(policy: SelectionPolicy, layer_id: int, spans: list[indexer.Span]) -> str | None:
+    """The reason for which stock DSA takes a whole extend call, or None."""
+    if not policy.active:
+        return "policy-is-dsa"
+    if layer_id in _auditor().dense_layers:
+        return "recall-floor"
+    if all(span.length < policy.min_len for span in spans):
+        return "under-min-len"
+    return None
+
+
+def _update_written(call: dict[str, Any], stats: BlockStats, layer: int, buffer: Tensor) -> None:
+    """Means of the pages that an extend call completed and routed nothing on: only decode will read them."""
+    if plugin.runtime().config.decode.active:
+        stats.update_written(layer, buffer, call["forward_batch"].out_cache_loc[: call.get("num_tokens")].long())
 
 
 class _Extend:
@@ -219,10 +227,8 @@ def forward_k_only(original: Callable[..., Tensor | None], *args: Any, **kwargs:
     """Indexer._forward_cuda_k_only: short prefills write index-K and select nothing; decode needs their page means."""
     call = _bind(original, args, kwargs)
     result = original(*args, **kwargs)
-    if plugin.runtime().config.decode.active:
-        batch = call["forward_batch"]
-        buffer, stats, layer = _pool(call["layer_id"])
-        stats.update_written(layer, buffer, batch.out_cache_loc[: call.get("num_tokens")].long())
+    buffer, stats, layer = _pool(call["layer_id"])
+    _update_written(call, stats, layer, buffer)
     recorder.ran("prefill", "dsa")
     recorder.declined("prefill", "all-tokens-visible")
     return result
