@@ -65,6 +65,10 @@ REFUSED = {
     "AMD": (candidate(device="hip", capability=None), "got hip"),
     "NPU": (candidate(device="npu", capability=None), "got npu"),
     "XPU": (candidate(device="xpu", capability=None), "got xpu"),
+    "kernels without a GPU": (
+        candidate(config=policy(prefill={"heads": 8}, backend="triton"), device="cpu", capability=None),
+        "--misa-backend: expected auto or torch",
+    ),
     "Blackwell": (candidate(capability=(10, 0)), "expected compute capability 9.0 (Hopper)"),
     "Ada": (candidate(capability=(8, 9)), "got 8.9"),
     "more heads than the model": (candidate(model(index_n_heads=4), config=TORCH), "prefill.heads: expected at most"),
