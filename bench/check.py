@@ -23,7 +23,7 @@ def same_selection(
     length = keys.shape[0]
     wanted = min(topk, length)
     chosen = chosen[chosen >= 0].long()
-    if chosen.unique().numel() != wanted or int(chosen.max()) >= length:
+    if len(chosen) != wanted or chosen.unique().numel() != wanted or int(chosen.max()) >= length:
         return False
     q, gates, row_lens = index_q[None, None], head_gates[None, None], torch.tensor([[length]], device=keys.device)
     complete = row_lens // policy.block_size
@@ -43,7 +43,7 @@ def same_selection(
         tied = ~forced & ((scores - cut).abs() <= NEAR * scores.abs().max())
         used = torch.zeros_like(kept)
         used[(chosen // policy.block_size).clamp_max(int(complete) - 1)] = True
-        if bool((used & ~kept & ~tied).any()):
+        if bool((used & ~kept & ~tied).any()) or int((used | forced).sum()) > policy.blocks:
             return False
         position = torch.arange(length, device=keys.device)
         tail = position >= int(complete) * policy.block_size

@@ -6,7 +6,7 @@ Bytes: 256 for every 64 tokens of prefix, where the keys themselves are 8448.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import triton
@@ -51,6 +51,10 @@ class KeptPages:
             scores=torch.empty(rows, triton.cdiv(table_width * PAGE, block_size), dtype=torch.float32, device=device),
             done=torch.zeros(rows, **ints),
         )
+
+    def first(self, rows: int) -> KeptPages:
+        """The same memory for the first `rows` rows."""
+        return KeptPages(*(getattr(self, field.name)[:rows] for field in fields(self)))
 
 
 @dataclass(frozen=True)

@@ -335,7 +335,7 @@ def _launch(
             block_means,
             row_batch,
             row_len,
-            row_len if head_ids is None else head_ids,
+            head_gates if head_ids is None else head_ids,  # unread, but as aligned as head ids: no other build
             head_gates if scores is None else scores,
             rows,
             max_blocks,

@@ -49,6 +49,10 @@ class DecodeScratch:
             logits=torch.empty(rows, (blocks + 1) * block_size, dtype=torch.float32, device=device),
         )
 
+    def first(self, rows: int) -> DecodeScratch:
+        """The same memory for the first `rows` rows."""
+        return DecodeScratch(self.kept.first(rows), self.logits[:rows])
+
 
 @dataclass(frozen=True)
 class ScoreTuning:

@@ -28,6 +28,7 @@ from sglang_misa.kernels.cuda_host import Target, build, expect
 HEAD_DIM = 128
 ROUTED_HEADS = (4, 8, 16, 32, 64)  # h that the kernel is built for; 64 serves full-head modes
 SCRATCH_BYTES = 256 << 20
+LISTS_BYTES = 1 << 20  # step in which the row lists grow
 
 SAMPLE = 2048  # keys sampled at least, where one in 8 makes so many
 STRIDES = (8, 32)  # one key in so many is sampled, by length
@@ -137,6 +138,8 @@ def _scratch_of(device: torch.device, size: int) -> torch.Tensor:
     """One buffer a device, grown when a call needs more; calls on one stream follow each other through it."""
     held = _scratch.get(device)
     if held is None or held.numel() < size:
+        if held is not None:
+            held.record_stream(torch.cuda.current_stream(device))  # launches queued here may still use it
         _scratch.pop(device, None)
         del held
         _scratch[device] = torch.empty(size, dtype=torch.uint8, device=device)
@@ -200,9 +203,10 @@ class Ragged:
         multiprocessors = _multiprocessors(problem.device)
         self.plan = plan(problem.rows, problem.keys, self.k, block_rows(problem.routed), multiprocessors, budget)
         # [number of failed rows, their list …, meeting counter of `redo`] then the plan's parts.
-        self.lists = _aligned(4 * (problem.rows + 2))
+        self.lists = _aligned(4 * (problem.rows + 2), LISTS_BYTES)
         self.ld = _aligned(problem.keys, 4)  # of scores that `redo` writes
-        size = self.lists + max(self.plan.bytes, self.plan.bulk_offset + 4 * self.ld)
+        # The whole budget at once: a warm-up before the KV pool is sized then leaves nothing to grow while serving.
+        size = self.lists + max(budget, self.plan.bulk_offset + 4 * self.ld)
         self.scratch = _scratch_of(problem.device, size)
         self.failed = self.scratch.data_ptr()
 

@@ -113,7 +113,7 @@ struct Select {
       sync();
       r.need -= s.above, r.inside = s.inside;
       r.lo += s.bin << shift;
-      r.hi = min(r.hi, r.lo + ((1u << shift) - 1));
+      r.hi = r.lo + min(r.hi - r.lo, (1u << shift) - 1);
       sync();
     }
     return r;

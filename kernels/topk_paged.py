@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-from pathlib import Path
-from typing import Any
-
 import torch
 
+from .cuda_host import build
 from .keep_blocks import PAGE, KeptPages
 
 MAX_ROW = 32768  # scores of a row: a thread block holds them in registers
@@ -40,7 +36,9 @@ def topk_paged(
         _topk_on_cpu(logits, kept, block_size, out, positions)
         return
     rows, room = logits.shape
-    _module().topk(
+    if rows == 0:
+        return
+    build("topk_paged.cu").topk(
         logits.data_ptr(),
         kept.lens.data_ptr(),
         kept.pages.data_ptr(),
@@ -53,16 +51,6 @@ def topk_paged(
         out.shape[1],
         torch.cuda.current_stream().cuda_stream,
     )
-
-
-@functools.cache
-def _module() -> Any:
-    """The compiled kernel; built at first use with nvcc and kept in tvm-ffi's cache."""
-    from tvm_ffi.cpp import load
-
-    source = Path(__file__).resolve().with_suffix(".cu")
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
-    return load(f"misa_topk_paged_{digest}", cuda_files=[str(source)])
 
 
 def _topk_on_cpu(

@@ -20,7 +20,8 @@ from sglang_misa.metrics import recorder
 
 
 @functools.cache
-def _auditor() -> audit.Auditor:
+def _auditor(stats: BlockStats) -> audit.Auditor:
+    """The auditor of one pool's layers: a draft model numbers its own from 0 again."""
     return audit.Auditor(plugin.runtime().config.audit)
 
 
@@ -52,22 +53,23 @@ def get_topk_ragged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) 
 
     buffer, stats, layer = _pool(layer_id)
     spans = indexer.spans(metadata.get_dsa_extend_len_cpu(), metadata.get_indexer_seq_len_cpu().tolist())
-    reason = _why_stock(config.prefill, layer_id, spans)
+    reason = _why_stock(config.prefill, _auditor(stats), layer_id, spans)
     if reason is not None:
         recorder.declined("prefill", reason)
         recorder.ran("prefill", "dsa")
         _update_written(call, stats, layer, buffer)
         return original(*args, **kwargs)
-    stats.heal(layer, buffer, page_table, metadata.get_indexer_seq_len().int())
+    extend = _Extend(self, layer_id, layer, call, stats)
+    stats.heal(layer, buffer, page_table, extend.call.seq_lens)
     recorder.ran("prefill", config.prefill.name)
-    return _Extend(self, layer_id, layer, call, stats).select(config.prefill, spans)
+    return extend.select(config.prefill, spans)
 
 
-def _why_stock(policy: SelectionPolicy, layer_id: int, spans: list[indexer.Span]) -> str | None:
+def _why_stock(policy: SelectionPolicy, auditor: audit.Auditor, layer_id: int, spans: list[indexer.Span]) -> str | None:
     """The reason for which stock DSA takes a whole extend call, or None."""
     if not policy.active:
         return "policy-is-dsa"
-    if layer_id in _auditor().dense_layers:
+    if layer_id in auditor.dense_layers:
         return "recall-floor"
     if all(span.length < policy.min_len for span in spans):
         return "under-min-len"
@@ -108,11 +110,13 @@ class _Extend:
         )
 
     def select(self, policy: SelectionPolicy, spans: list[indexer.Span]) -> Tensor:
+        dense_from = 0  # rows of whole requests under the gate join the next dense range
         for span in spans:
             gate = span.gate(policy.min_len)
-            self._dense(span.first_row, gate)
             if gate == span.last_row:
                 continue
+            self._dense(dense_from, gate)
+            dense_from = span.last_row
             if self.stats.kernels:
                 indexer.ragged_topk(
                     policy, self.call, span, gate, span.last_row, self.stats, self.layer, self.space, self.result
@@ -122,7 +126,8 @@ class _Extend:
                 policy, self.call, span, gate, span.last_row, self.stats, self.layer
             ):
                 self._finish(start, end, scores, self.ks.new_zeros(end - start))
-        if _auditor().due(self.layer_id):
+        self._dense(dense_from, spans[-1].last_row)
+        if _auditor(self.stats).due(self.layer_id):
             self._audit(policy, spans)
         return self.result
 
@@ -159,16 +164,18 @@ class _Extend:
         """Recall of sampled rows of this call against all heads over all tokens."""
         results = []
         for span in spans:
-            for row in _auditor().rows(span.gate(policy.min_len), span.last_row):
+            rows = _auditor(self.stats).rows(span.gate(policy.min_len), span.last_row)
+            keys = self.call.keys(span) if rows else self.call.k_scale
+            for row in rows:
                 length = span.length - (span.last_row - 1 - row)
                 dense = reference.index_scores(
                     self.call.index_q[row].unsqueeze(0).unsqueeze(0),
                     self.call.head_gates[row].unsqueeze(0).unsqueeze(0),
-                    self.call.keys(span)[:length].unsqueeze(0),
+                    keys[:length].unsqueeze(0),
                 ).flatten()
                 chosen = torch.isin(self._output_ids(span, row, length), self.result[row])
                 results.append(audit.overlap(dense, chosen, self.indexer.index_topk))
-        _auditor().record(self.layer_id, results)
+        _auditor(self.stats).record(self.layer_id, results)
 
     @functools.cached_property
     def space(self) -> indexer.OutputSpace:
@@ -220,7 +227,8 @@ def get_topk_paged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -
         scores = indexer.paged_scores(policy, *inputs)
         self._mask_init_and_local_tokens(scores, row_lens)
         result = metadata.topk_transform(scores, self.index_topk)
-    return torch.nn.functional.pad(result, (0, 0, 0, q_fp8.shape[0] - rows), value=-1)
+    padded = q_fp8.shape[0] - rows
+    return torch.nn.functional.pad(result, (0, 0, 0, padded), value=-1) if padded else result
 
 
 def forward_k_only(original: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:

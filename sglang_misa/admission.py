@@ -16,6 +16,8 @@ VERIFIED_SGLANG = ("0.5.17",)  # versions that the whole of it has served on a G
 VERIFIED_CAPABILITY = (9, 0)
 KERNEL_HEADS = (32, 64)  # index heads of GLM-5 and DeepSeek-V3.2
 KERNEL_ROUTED_HEADS = (4, 8, 16, 32, 64)
+KERNEL_CANDIDATES = 16384  # their selection runs in one thread block's shared memory
+KERNEL_KEPT = {"prefill": 49152, "decode": 32768}  # tokens of (blocks + 1) · block_size that one row's top-k holds
 HEAD_DIM = 128
 
 
@@ -68,6 +70,10 @@ ARGUMENTS = (
     _Argument("enable_lmcache", (False,), _EXTERNAL),
     _Argument("radix_cache_backend", (None,), _EXTERNAL),
     _Argument("speculative_eagle_topk", (None, 1), "tree drafts move index-K between pages behind the indexer"),
+    _Argument(
+        "pp_size", (1,), "a kernel of each layer waits for every multiprocessor, and a receive holds one, untested"
+    ),
+    _Argument("enable_pdmux", (False,), "a kernel needs every multiprocessor at once, untested"),
     _Argument("enable_torch_compile", (False,), "Dynamo would trace through the hooks, untested"),
 )
 _BYPASS = (
@@ -109,11 +115,17 @@ def _kernel_policies(candidate: Candidate) -> Iterator[str]:
         )
     if prefill.heads is not None and prefill.heads not in KERNEL_ROUTED_HEADS:
         yield f"prefill.heads: expected one of {KERNEL_ROUTED_HEADS} on GPU kernels, got {prefill.heads}; {way_out}"
-    if decode.active and decode.blocks is None:
-        yield (
-            "decode.blocks: expected a number, as decode is bound by the bytes of the keys it reads and fewer heads "
-            f"alone save none, got all; set --misa-decode-blocks, {way_out}"
-        )
+    if prefill.candidates is not None and prefill.candidates > KERNEL_CANDIDATES:
+        yield f"prefill.candidates: expected at most {KERNEL_CANDIDATES}, got {prefill.candidates}; {way_out}"
+    for phase, policy in (("prefill", prefill), ("decode", decode)):
+        kept = 0 if policy.blocks is None else (policy.blocks + 1) * policy.block_size
+        if kept > KERNEL_KEPT[phase]:
+            yield (
+                f"{phase}.blocks: expected (blocks + 1) × block_size of at most {KERNEL_KEPT[phase]} tokens, got "
+                f"{kept}; lower --misa-{phase}-blocks, {way_out}"
+            )
+    if decode.heads is not None:
+        yield f"decode.heads: expected all, as fewer save nothing on a GPU in decode, got {decode.heads}; {way_out}"
     if decode.blocks is not None:
         if decode.candidates is not None:
             yield f"decode.candidates: expected none, got {decode.candidates}: no GPU kernel re-ranks; {way_out}"
@@ -173,6 +185,14 @@ def _arguments(candidate: Candidate) -> Iterator[str]:
             )
 
 
+def _audit(candidate: Candidate) -> Iterator[str]:
+    if candidate.config.audit.action == "dense" and candidate.arguments.tp_size > 1:
+        yield (
+            "audit.action: expected log with tensor parallelism, as each rank judges alone and ranks could part, got "
+            f"dense with --tp {candidate.arguments.tp_size}; set --misa-audit-action log"
+        )
+
+
 def _policies(candidate: Candidate) -> Iterator[str]:
     if not candidate.is_dsa:
         return
@@ -191,6 +211,7 @@ CHECKS: tuple[Callable[[Candidate], Iterator[str]], ...] = (
     _page_size,
     _device,
     _arguments,
+    _audit,
     _policies,
 )
 

@@ -13,6 +13,8 @@ from sglang_misa.metrics import recorder
 
 logger = logging.getLogger(__name__)
 
+WINDOW = 64  # audited rows that are judged together: one bad row is no trend
+
 
 def overlap(dense: Tensor, chosen: Tensor, topk: int) -> tuple[float, float, float]:
     """Recall, IoU and score mass kept of one row's selection.
@@ -30,20 +32,20 @@ def overlap(dense: Tensor, chosen: Tensor, topk: int) -> tuple[float, float, flo
 
 @dataclass
 class Auditor:
-    """Decides which calls are audited, and which layers have sunk below the floor for good."""
+    """Decides which calls of one pool's layers are audited, and which layers have sunk below the floor for good."""
 
     settings: Audit
     dense_layers: set[int] = field(default_factory=set)
     _calls: dict[int, int] = field(default_factory=dict)
-    _recall: dict[int, tuple[float, int]] = field(default_factory=dict)
+    _window: dict[int, list[float]] = field(default_factory=dict)
 
     def due(self, layer: int) -> bool:
-        """Whether this call of `layer` is one to audit (the first, then one in `every`)."""
+        """Whether this call of `layer` is one to audit: one in `every`, not the same one in neighbouring layers."""
         if self.settings.rows == 0:
             return False
         count = self._calls.get(layer, 0)
         self._calls[layer] = count + 1
-        return count % self.settings.every == 0
+        return (count + layer) % self.settings.every == 0
 
     def rows(self, first: int, last: int) -> list[int]:
         """Evenly spread rows of [first, last) to audit, the last one always among them."""
@@ -51,17 +53,23 @@ class Auditor:
         return sorted({last - 1 - (last - first) * i // count for i in range(count)}) if count else []
 
     def record(self, layer: int, results: list[tuple[float, float, float]]) -> None:
-        """Add the rows' (recall, IoU, mass) and act when the layer's mean recall is under the floor."""
+        """Add the rows' (recall, IoU, mass); act when the mean of the layer's last WINDOW rows is under the floor."""
         for recall, iou, mass in results:
             recorder.audited(layer, recall, iou, mass)
-        total, rows = self._recall.get(layer, (0.0, 0))
-        total, rows = total + sum(r for r, _, _ in results), rows + len(results)
-        self._recall[layer] = (total, rows)
-        if rows and total / rows < self.settings.floor and layer not in self.dense_layers:
-            sinking = f"layer {layer}: mean recall {total / rows:.3f} over {rows} rows is under {self.settings.floor}"
-            if self.settings.action == "dense":
-                self.dense_layers.add(layer)
-                recorder.layer_dense(layer)
-                logger.warning("%s; stock DSA selects for this layer until restart", sinking)
-            else:
-                logger.warning("%s; raise --misa-prefill-heads or set --misa-prefill-candidates", sinking)
+        window = self._window.setdefault(layer, [])
+        window += [recall for recall, _, _ in results]
+        if len(window) < WINDOW:
+            return
+        mean = sum(window) / len(window)
+        window.clear()
+        if mean >= self.settings.floor or layer in self.dense_layers:
+            return
+        sinking = (
+            f"layer {layer}: mean recall {mean:.3f} over the last {WINDOW} audited rows is under {self.settings.floor}"
+        )
+        if self.settings.action == "dense":
+            self.dense_layers.add(layer)
+            recorder.layer_dense(layer)
+            logger.warning("%s; stock DSA selects for this layer until restart", sinking)
+        else:
+            logger.warning("%s; raise --misa-prefill-heads or set --misa-prefill-candidates", sinking)

@@ -70,13 +70,13 @@ class BlockStats:
     def update_newest(self, layer: int, buffer: Tensor, page_table: Tensor, row_lens: Tensor) -> None:
         """For each decode row, recompute its newest complete page if the row's newest token completed it.
 
-        page_table [R, W], row_lens [R]. Capturable: a row that completed nothing writes back what is there.
+        page_table [R, W], row_lens [R]. Capturable: a row that completed nothing writes the mean of page 0, SGLang's
+        dummy page, which nobody reads.
         """
         if self.kernels:
             page_means.update_last_page_means(buffer, self.means[layer], page_table, row_lens)
             return
         newest = (row_lens.long() // PAGE - 1).clamp_min(0)
-        pages = page_table.gather(1, newest.unsqueeze(1)).squeeze(1).long()
-        fresh = reference.page_means(buffer[pages]).bfloat16()
         completed = (row_lens > 0) & (row_lens % PAGE == 0)
-        self.means[layer][pages] = torch.where(completed.unsqueeze(1), fresh, self.means[layer][pages])
+        pages = torch.where(completed, page_table.gather(1, newest.unsqueeze(1)).squeeze(1), 0).long()
+        self.means[layer][pages] = reference.page_means(buffer[pages]).bfloat16()

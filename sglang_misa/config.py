@@ -145,6 +145,11 @@ class MisaConfig(BaseModel):
         problems = [
             p for phase in PHASES for p in self.policy(phase).problems(phase, index_heads=index_heads, topk=topk)
         ]
+        if self.audit.floor > 0 and self.audit.rows == 0:
+            problems.append(
+                f"audit.floor: expected audited rows with a floor, got rows=0 and floor={self.audit.floor}; "
+                "set --misa-audit-rows, or drop --misa-audit-floor"
+            )
         if problems:
             raise ConfigError(problems)
 

@@ -20,6 +20,7 @@ from sglang_misa.config import PAGE, SelectionPolicy
 from sglang_misa.kernels import rerank, route, score_paged, score_ragged, topk_rows
 
 CANDIDATE_ROWS = 2048  # rows re-scored at once: at C = 8192 their candidates and scores are 128 MiB
+WIDTH_STEP = 256  # pages to which the width of decode scratch is rounded up
 ROW_STRIDE = 4  # SGLang's top-k kernels want the row stride of fp32 logits to be a multiple of this
 
 
@@ -184,11 +185,22 @@ def block_tokens(policy: SelectionPolicy, block_scores: Tensor, row_lens: Tensor
     return tokens.masked_fill_(column >= counts.unsqueeze(1), -1), counts
 
 
-@functools.cache
 def _decode_scratch(
     rows: int, width: int, blocks: int, block_size: int, device: torch.device
 ) -> score_paged.DecodeScratch:
-    """One scratch a shape, shared by all layers. SGLang warms a shape up before capturing it, so none is captured."""
+    """Scratch for `rows` rows of `width` pages, shared by all layers.
+
+    Sizes are rounded up, for eager decode brings a new batch size or width at almost every step. SGLang warms a shape
+    up before capturing it, so no scratch is captured; none is freed, for captured graphs keep its address.
+    """
+    room = _decode_room(1 << (rows - 1).bit_length(), -(-width // WIDTH_STEP) * WIDTH_STEP, blocks, block_size, device)
+    return room.first(rows)
+
+
+@functools.cache
+def _decode_room(
+    rows: int, width: int, blocks: int, block_size: int, device: torch.device
+) -> score_paged.DecodeScratch:
     return score_paged.DecodeScratch.allocate(rows, width, blocks, block_size, device)
 
 
@@ -207,23 +219,16 @@ def paged_topk(
 ) -> Tensor:
     """Select for R decode rows with the GPU kernels: physical slots int32 [R, topk], or `positions` in the row.
 
-    Shapes as in `paged_scores`. Any policy that keeps blocks and takes the top k at once; a row with at most `blocks`
-    complete blocks equals DSA, which is the policy's length gate.
+    Shapes as in `paged_scores`. Any policy that keeps blocks, scores with all heads and takes the top k at once. A row
+    with at most `blocks` complete blocks equals DSA, which is the policy's length gate.
     """
     assert policy.blocks is not None
     rows, width = page_table.shape
-    head_gates, head_ids = head_gates.contiguous(), None
-    if policy.heads is not None:
-        own = torch.arange(rows, dtype=torch.int32, device=index_q.device)
-        pooled = route.pool_blocks(stats.means[layer], page_table, row_lens, policy.block_size)
-        head_ids, _ = route.route(
-            index_q, head_gates, pooled, own, row_lens, policy.heads, policy.block_size, policy.router
-        )
     out = torch.empty(rows, topk, dtype=torch.int32, device=index_q.device)
     where = torch.empty_like(out) if positions else None
     score_paged.decode_topk(
         index_q,
-        head_gates,
+        head_gates.contiguous(),
         buffer,
         stats.means[layer],
         page_table,
@@ -232,7 +237,6 @@ def paged_topk(
         scratch=_decode_scratch(rows, width, policy.blocks, policy.block_size, index_q.device),
         out=out,
         positions=where,
-        head_ids=head_ids,
     )
     return out if where is None else where
 

@@ -200,6 +200,10 @@ def _serve(arguments: Sequence[str]) -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
+    if os.environ.get(misa.ENV):
+        from sglang_misa.patches import register
+
+        _raise_if(iter(register.live([register.LOAD_MODEL.target])))
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree

@@ -48,6 +48,10 @@ def load() -> None:
         register.apply(sglang_version(), (register.LOAD_MODEL,))
     except (ConfigError, admission.AdmissionError) as error:
         raise SystemExit(str(error)) from None
+    except Exception as error:
+        raise SystemExit(
+            f"sglang-misa stops the launch: expected its hook to install, got {error!r}; reinstall sglang-misa"
+        ) from error
 
 
 def sglang_version() -> str:

@@ -78,7 +78,7 @@ REFUSED = {
         "prefill.blocks: expected all heads",
     ),
     "odd head counts on kernels": (candidate(config=policy(prefill={"heads": 7})), "(4, 8, 16, 32, 64)"),
-    "decode heads alone": (candidate(config=policy(decode={"heads": 8})), "fewer heads alone save none"),
+    "decode heads alone": (candidate(config=policy(decode={"heads": 8})), "fewer save nothing"),
     "decode re-ranking on kernels": (
         candidate(config=policy(decode={"blocks": 64, "candidates": 4096})),
         "no GPU kernel re-ranks",
@@ -86,6 +86,25 @@ REFUSED = {
     "a decode gate that no kernel honours": (
         candidate(config=policy(decode={"blocks": 64, "block_size": 128, "min_len": 9000})),
         "at most (blocks + 1) × block_size = 8320",
+    ),
+    "more candidates than a thread block holds": (
+        candidate(config=policy(prefill={"heads": 8, "candidates": 20480})),
+        "prefill.candidates: expected at most 16384",
+    ),
+    "more decode blocks than a row's top-k holds": (
+        candidate(config=policy(decode={"blocks": 300, "block_size": 128})),
+        "decode.blocks: expected (blocks + 1) × block_size of at most 32768",
+    ),
+    "more prefill blocks than a row's top-k holds": (
+        candidate(config=policy(prefill={"blocks": 500, "block_size": 128})),
+        "prefill.blocks: expected (blocks + 1) × block_size of at most 49152",
+    ),
+    "ranks that could part": (
+        candidate(
+            config=policy(prefill={"heads": 8}, audit={"rows": 4, "floor": 0.9, "action": "dense"}),
+            arguments=arguments(tp_size=8),
+        ),
+        "audit.action: expected log with tensor parallelism",
     ),
     "forced tokens": (candidate(model(index_local_tokens=8)), "got index_local_tokens"),
     **{
@@ -101,6 +120,8 @@ REFUSED = {
             "radix_cache_backend": "flexkv",
             "speculative_eagle_topk": 4,
             "enable_torch_compile": True,
+            "pp_size": 2,
+            "enable_pdmux": True,
             "enable_hierarchical_cache": True,
             "disaggregation_mode": "decode",
         }.items()

@@ -129,3 +129,13 @@ TestPages = Pages.TestCase
 def test_a_layer_without_indexer_costs_nothing() -> None:
     stats = BlockStats([torch.zeros(0, 8448, dtype=torch.uint8), torch.zeros(3, 8448, dtype=torch.uint8)])
     assert stats.nbytes == 3 * BlockStats.bytes_per_page() == 3 * 256
+
+
+def test_verify_rows_of_one_request_share_its_newest_page() -> None:
+    """Rows of 63, 64 and 65 tokens: the second completes the page, the third must not undo it."""
+    buffer = torch.zeros(3, 8448, dtype=torch.uint8)
+    buffer[1:, :8192] = torch.randn(2, 8192).to(torch.float8_e4m3fn).view(torch.uint8)
+    buffer[1:, 8192:] = torch.ones(2, 64).view(torch.uint8)
+    stats = BlockStats([buffer])
+    stats.update_newest(0, buffer, torch.tensor([[1, 2]] * 3), torch.tensor([63, 64, 65], dtype=torch.int32))
+    assert torch.equal(stats.means[0][1], reference.page_means(buffer[1:2])[0].bfloat16())
