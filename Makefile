@@ -23,7 +23,7 @@ gpu-test: install
 	$(BIN)/python tests/gpu/check_prefill.py
 	$(BIN)/python tests/gpu/check_decode.py
 	$(BIN)/python tests/gpu/check_route.py
-	$(BIN)/python tests/gpu/check_server.py --out build/gpu
+	$(BIN)/python tests/gpu/check_server.py --out build/gpu --exact-topk
 
 install: $(INSTALLED)
 
