@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .layout import expect
+
 HEADERS = ("output.cuh", "select.cuh", "sm90.cuh")
 
 
@@ -41,16 +43,6 @@ def build(source: str, **defines: int) -> Any:
             os.environ[key] = before
 
 
-def expect(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> None:
-    """Raises ValueError unless `tensor` is contiguous, on a GPU, of `shape` (None: any) and of one of `dtypes`."""
-    right = tensor.dim() == len(shape) and all(w is None or w == g for w, g in zip(shape, tensor.shape, strict=False))
-    if not (right and tensor.dtype in dtypes and tensor.is_contiguous() and tensor.is_cuda):
-        raise ValueError(
-            f"{name}: expected a contiguous CUDA tensor {list(shape)} of {' or '.join(map(str, dtypes))}, got "
-            f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device}, strides {tensor.stride()}; convert it first"
-        )
-
-
 @dataclass(frozen=True)
 class Target:
     """Where the chosen keys go and what is written for them."""
@@ -61,7 +53,7 @@ class Target:
     offsets: torch.Tensor | None = None  # [T] int32: added to positions
 
     def check(self, rows: int, k: int) -> None:
-        expect("out", self.out, (rows, k), torch.int32)
+        expect("out", self.out, (rows, k), torch.int32, cuda=True)
         if (self.page_table is None) != (self.row_batch is None):
             raise ValueError(
                 "page_table and row_batch: expected both or neither; pass the request of each row beside its table"
@@ -69,10 +61,10 @@ class Target:
         if self.page_table is not None and self.offsets is not None:
             raise ValueError("page_table and offsets: expected at most one, got both; choose PAGED or RAGGED output")
         if self.page_table is not None and self.row_batch is not None:
-            expect("page_table", self.page_table, (None, None), torch.int32)
-            expect("row_batch", self.row_batch, (rows,), torch.int32)
+            expect("page_table", self.page_table, (None, None), torch.int32, cuda=True)
+            expect("row_batch", self.row_batch, (rows,), torch.int32, cuda=True)
         if self.offsets is not None:
-            expect("offsets", self.offsets, (rows,), torch.int32)
+            expect("offsets", self.offsets, (rows,), torch.int32, cuda=True)
 
     def arguments(self) -> list[int]:
         def address(tensor: torch.Tensor | None) -> int:

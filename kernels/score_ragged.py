@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from sglang_misa.kernels.cuda_host import Target, build, expect
+from sglang_misa.kernels.cuda_host import Target, build
+from sglang_misa.kernels.layout import expect
 
 HEAD_DIM = 128
 ROUTED_HEADS = (4, 8, 16, 32, 64)  # h that the kernel is built for; 64 serves full-head modes
@@ -161,13 +162,13 @@ class Problem:
     def __post_init__(self) -> None:
         rows, heads = self.head_gates.shape
         fp8 = (torch.float8_e4m3fn, torch.uint8)
-        expect("index_q", self.index_q, (rows, heads, HEAD_DIM), *fp8)
-        expect("head_gates", self.head_gates, (rows, heads), torch.float32)
-        expect("head_ids", self.head_ids, (rows, None), torch.int32)
-        expect("index_k", self.index_k, (None, HEAD_DIM), *fp8)
-        expect("k_scale", self.k_scale, (self.index_k.shape[0],), torch.float32)
-        expect("ks", self.ks, (rows,), torch.int32)
-        expect("ke", self.ke, (rows,), torch.int32)
+        expect("index_q", self.index_q, (rows, heads, HEAD_DIM), *fp8, cuda=True)
+        expect("head_gates", self.head_gates, (rows, heads), torch.float32, cuda=True)
+        expect("head_ids", self.head_ids, (rows, None), torch.int32, cuda=True)
+        expect("index_k", self.index_k, (None, HEAD_DIM), *fp8, cuda=True)
+        expect("k_scale", self.k_scale, (self.index_k.shape[0],), torch.float32, cuda=True)
+        expect("ks", self.ks, (rows,), torch.int32, cuda=True)
+        expect("ke", self.ke, (rows,), torch.int32, cuda=True)
 
     @property
     def rows(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sglang_misa.kernels.cuda_host import Target, build, expect
+from sglang_misa.kernels.cuda_host import Target, build
+from sglang_misa.kernels.layout import expect
 
 MAX_COLUMNS = 49152  # scores of a row that shared memory holds
 
@@ -37,7 +38,7 @@ def topk_rows(
                 f"{MAX_COLUMNS} columns, got {list(tensor.shape)} of {tensor.dtype} on {tensor.device}, strides "
                 f"{tensor.stride()}; convert or split it first"
             )
-    expect("counts", counts, (rows,), torch.int32)
+    expect("counts", counts, (rows,), torch.int32, cuda=True)
     if out is None:
         out = torch.empty(rows, k, dtype=torch.int32, device=scores.device)
     target = Target(out, page_table, row_batch, offsets)
