@@ -14,10 +14,9 @@ import argparse
 import csv
 import functools
 import pathlib
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from sglang_misa import indexer, reference
 from sglang_misa.bench import check, stock
+from sglang_misa.bench.timing import event_us, graph_us
 from sglang_misa.block_stats import BlockStats
 from sglang_misa.config import PAGE, PRESETS, SelectionPolicy
 
@@ -86,46 +86,6 @@ def correct_rows(policy: SelectionPolicy, layer: Layer, stats: BlockStats, chose
             check.same_selection(policy, layer.index_q[row], layer.head_gates[row], keys, means, positions, TOPK)
         )
     return False not in verdicts and True in verdicts
-
-
-def event_us(call: Callable[[], object], repeats: int = 15) -> float:
-    """Median µs of `call` with a cold L2."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
-    return float(statistics.median(times))
-
-
-def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
-    """Median µs of one of `calls`, all replayed from one CUDA graph: several inputs, so that L2 does not hold one."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / len(calls))
-    return float(statistics.median(times))
 
 
 def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int) -> tuple[float, float, bool]:

@@ -57,7 +57,7 @@ def get_topk_ragged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) 
     if reason is not None:
         recorder.declined("prefill", reason)
         recorder.ran("prefill", "dsa")
-        _update_written(call, stats, layer, buffer)
+        _update_written(call)
         return original(*args, **kwargs)
     extend = _Extend(self, layer_id, layer, call, stats)
     stats.heal(layer, buffer, page_table, extend.call.seq_lens)
@@ -76,9 +76,10 @@ def _why_stock(policy: SelectionPolicy, auditor: audit.Auditor, layer_id: int, s
     return None
 
 
-def _update_written(call: dict[str, Any], stats: BlockStats, layer: int, buffer: Tensor) -> None:
+def _update_written(call: dict[str, Any]) -> None:
     """Means of the pages that an extend call completed and routed nothing on: only decode will read them."""
     if plugin.runtime().config.decode.active:
+        buffer, stats, layer = _pool(call["layer_id"])
         stats.update_written(layer, buffer, call["forward_batch"].out_cache_loc[: call.get("num_tokens")].long())
 
 
@@ -165,7 +166,9 @@ class _Extend:
         results = []
         for span in spans:
             rows = _auditor(self.stats).rows(span.gate(policy.min_len), span.last_row)
-            keys = self.call.keys(span) if rows else self.call.k_scale
+            if not rows:
+                continue
+            keys = self.call.keys(span)
             for row in rows:
                 length = span.length - (span.last_row - 1 - row)
                 dense = reference.index_scores(
@@ -188,12 +191,10 @@ class _Extend:
 
     def _output_ids(self, span: indexer.Span, row: int, length: int) -> Tensor:
         """What the transform emits for each of the `length` positions that `row` sees."""
-        position = torch.arange(length, device=self.result.device)
-        if self.space.offsets is not None:
-            return position + self.space.offsets[row]
         if self.space.slots is not None:
             return self.space.slots[span.request, :length]
-        return position
+        position = torch.arange(length, device=self.result.device)
+        return position if self.space.offsets is None else position + self.space.offsets[row]
 
 
 def _fused(metadata: Any) -> bool:
@@ -235,8 +236,7 @@ def forward_k_only(original: Callable[..., Tensor | None], *args: Any, **kwargs:
     """Indexer._forward_cuda_k_only: short prefills write index-K and select nothing; decode needs their page means."""
     call = _bind(original, args, kwargs)
     result = original(*args, **kwargs)
-    buffer, stats, layer = _pool(call["layer_id"])
-    _update_written(call, stats, layer, buffer)
+    _update_written(call)
     recorder.ran("prefill", "dsa")
     recorder.declined("prefill", "all-tokens-visible")
     return result

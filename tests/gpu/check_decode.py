@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from sglang_misa.bench.timing import graph_us
 from sglang_misa.kernels.keep_blocks import KeepTuning, keep_blocks
 from sglang_misa.kernels.score_paged import (
     DecodeScratch,
@@ -333,30 +333,6 @@ def check_graph(pool: Pool) -> None:
         expect(torch.equal(call.positions, eager.positions), f"replay {seed}: positions differ from eager")
 
 
-def replay_us(calls: list[Callable[[], None]]) -> float:
-    """Median µs of one of `calls`, all of them captured in one graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
-
-
 class Stock:
     """DeepGEMM's scoring and SGLang's top-k v2 as SGLang 0.5.17 calls them in decode, schedule and plan made before."""
 
@@ -428,8 +404,8 @@ def sweep(pool: Pool) -> list[dict[str, Any]]:
         for stage, cuts in (("keep", KEEP_CUTS), ("score", SCORE_CUTS)):
             for cut in cuts:
                 try:
-                    us = replay_us(
-                        [lambda call=call, cut=cut, stage=stage: getattr(call, stage)(cut) for call in calls]
+                    us = graph_us(
+                        [lambda call=call, cut=cut, stage=stage: getattr(call, stage)(cut) for call in calls], REPLAYS
                     )
                     calls[0].whole(**{stage: cut})
                     same = float(torch.isin(calls[0].out, expected).float().mean())
@@ -456,7 +432,7 @@ def table(pool: Pool, stock: Stock | None) -> list[dict[str, Any]]:
                 calls = [Call.of(one) for one in inputs]
                 row: dict[str, Any] = {"heads": heads, "batch": batch, "length": length}
                 for stage in ("keep", "score", "topk", "whole"):
-                    row[stage] = replay_us([getattr(call, stage) for call in calls])
+                    row[stage] = graph_us([getattr(call, stage) for call in calls], REPLAYS)
                 row["gb_s"] = floor_bytes(inputs[0]) / row["whole"] / 1e3
                 line = f"{heads:3d} {batch:5d} {length // KIB:3d}K |"
                 line += f" {row['keep']:5.1f} {row['score']:5.1f} {row['topk']:5.1f} {row['whole']:6.1f} |"
@@ -465,7 +441,7 @@ def table(pool: Pool, stock: Stock | None) -> list[dict[str, Any]]:
                     fit = max(2, min(len(inputs), int(8e9 // (batch * TABLE_WIDTH * PAGE * 4))))
                     kinds = list(zip(*(stock.calls(one)[:3] for one in inputs[:fit]), strict=True))
                     for name, kind in zip(("stock_score", "stock_topk", "stock"), kinds, strict=True):
-                        row[name] = replay_us(list(kind))
+                        row[name] = graph_us(kind, REPLAYS)
                     row["ratio"] = row["stock"] / row["whole"]
                     line += f" {row['stock_score']:11.1f} {row['stock_topk']:5.1f} {row['stock']:6.1f} |"
                     line += f" {row['ratio']:5.2f}"

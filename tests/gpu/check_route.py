@@ -8,11 +8,11 @@ wrong result ends the run. Times are medians of CUDA events with a cold L2.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 
 import torch
 
+from sglang_misa.bench.timing import event_us
 from sglang_misa.kernels.page_means import update_last_page_means, update_page_means, update_slots
 from sglang_misa.kernels.rerank import rerank, rerank_paged
 from sglang_misa.kernels.route import block_scores, pool_blocks, route
@@ -178,20 +178,6 @@ def check_graph(pool: torch.Tensor, table: torch.Tensor, index_q: torch.Tensor, 
             assert torch.equal(one, other), "replay differs from an eager call"
 
 
-def median_us(call: Callable[[], object]) -> float:
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
-    times = []
-    for _ in range(TIMED + 3):
-        flush.zero_()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times[3:])
-
-
 def main() -> None:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -240,7 +226,7 @@ def main() -> None:
         print(f"H={heads}: correct", flush=True)
     print(f"{torch.cuda.get_device_name()}, T={ROWS}, L={LENGTH}, block {BLOCK}; GB/s of the rerank are through L2")
     for name, call, flops, nbytes in timed:
-        us = median_us(call)
+        us = event_us(call, TIMED, FLUSH_BYTES)
         print(f"{name:36} {us:9.1f} us {flops / us * 1e-6:8.1f} TFLOPS {nbytes / us * 1e-3:8.1f} GB/s")
 
 

@@ -38,7 +38,7 @@ audits = st.builds(
     every=st.integers(1, 1000),
     floor=st.floats(0, 1),
     action=st.sampled_from(["log", "dense"]),
-)
+).filter(lambda audit: audit.rows > 0 or audit.floor == 0)  # a floor without rows is refused, see MISTAKES
 configs = st.builds(
     MisaConfig,
     prefill=policies(),
@@ -102,6 +102,10 @@ MISTAKES = {
     "string for a number": ({"prefill": {"heads": "8"}}, "prefill.heads: expected a valid integer, got '8'"),
     "number for a word": ({"prefill": {"router": 1}}, "prefill.router: expected 'abs', 'signed' or 'weight', got 1"),
     "float for an integer": ({"prefill": {"heads": 8.5}}, "prefill.heads"),
+    "a floor that nothing is measured against": (
+        {"audit": {"floor": 0.9}},
+        "audit.floor: expected audited rows with a floor, got rows=0",
+    ),
     "true for a number": ({"prefill": {"heads": True}}, "prefill.heads"),
     "a policy that is no object": ({"prefill": 8}, "prefill"),
     "no heads": ({"prefill": {"heads": 0}}, "prefill.heads"),
