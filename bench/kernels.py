@@ -107,8 +107,8 @@ def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int) -
     space = indexer.OutputSpace(slots=slots)
 
     def ours() -> Tensor:
-        stats.heal(0, layer.buffer, layer.page_table, lens)
-        indexer.ragged_topk(policy, call, span, 0, rows, stats, 0, space, out)
+        block_means = stats.heal(0, layer.buffer, layer.page_table, lens, policy.block_size)
+        indexer.ragged_topk(policy, call, span, 0, rows, block_means, space, out)
         return out
 
     correct = correct_rows(policy, layer, stats, ours())
@@ -122,7 +122,7 @@ def bench_decode(policy: SelectionPolicy, heads: int, batch: int, length: int) -
     layers = [make_layer(batch, heads, length, requests=batch, seed=s) for s in range(copies)]
     stats = [BlockStats([layer.buffer], kernels=True) for layer in layers]
     for layer, means in zip(layers, stats, strict=True):
-        means.heal(0, layer.buffer, layer.page_table, layer.row_lens)
+        means.heal(0, layer.buffer, layer.page_table, layer.row_lens, policy.block_size)
 
     def ours(layer: Layer, means: BlockStats) -> Tensor:
         means.update_newest(0, layer.buffer, layer.page_table, layer.row_lens)

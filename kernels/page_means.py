@@ -6,6 +6,8 @@ the same program on a page, so a mean has the same bits whether a page was fille
 
 All of them fit in a CUDA graph: grids come from shapes, lengths are read on the device, and page-table entries beyond
 a row's complete pages are never read.
+
+A block's mean, which prefill routes on, is that of the bf16 means of its `block_size / 64` pages, in bf16 again.
 """
 
 from __future__ import annotations
@@ -26,41 +28,44 @@ _WARPS = 4  # 64 bytes of keys a thread: four 16-byte loads in flight
 def _store_page_mean(
     p_keys, p_scales, p_means, i_page, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr
 ):
-    """Store the mean of physical page `i_page`; `p_keys` and `p_scales` view the same pool as fp8 and as fp32."""
+    """Store and return the mean of physical page `i_page`; `p_keys`, `p_scales` view one pool as fp8 and as fp32."""
     i_page = i_page.to(tl.int64)
     o_key, o_dim = tl.arange(0, PAGE), tl.arange(0, HEAD_DIM)
     # [PAGE, HEAD_DIM]
     b_key = tl.load(p_keys + i_page * PAGE_BYTES + o_key[:, None] * HEAD_DIM + o_dim[None, :]).to(tl.float32)
     # [PAGE]
     b_scale = tl.load(p_scales + i_page * (PAGE_BYTES // 4) + PAGE * HEAD_DIM // 4 + o_key)
-    b_mean = tl.sum(b_key * b_scale[:, None], axis=0) * (1.0 / PAGE)
-    tl.store(p_means + i_page * HEAD_DIM + o_dim, b_mean.to(p_means.dtype.element_ty))
+    b_mean = (tl.sum(b_key * b_scale[:, None], axis=0) * (1.0 / PAGE)).to(p_means.dtype.element_ty)
+    tl.store(p_means + i_page * HEAD_DIM + o_dim, b_mean)
+    return b_mean
 
 
-# Strides change from batch to batch and slices start anywhere: specialising on either would compile while serving.
-@triton.jit(
-    do_not_specialize=["first_page", "table_stride"], do_not_specialize_on_alignment=["p_table", "p_lens", "p_first"]
-)
+# Shapes change from batch to batch and slices start anywhere: specialising on either would compile while serving.
+@triton.jit(do_not_specialize=["table_stride", "max_blocks"], do_not_specialize_on_alignment=["p_table", "p_lens"])
 def page_means_fwd_kernel(
     p_keys,
     p_scales,
     p_means,
+    p_blocks,
     p_table,
     p_lens,
-    p_first,
-    first_page,
     table_stride,
-    FIRST_PER_ROW: tl.constexpr,
+    max_blocks,
+    BLOCK_PAGES: tl.constexpr,
     PAGE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
 ):
-    i_row = tl.program_id(1)
-    first = tl.load(p_first + i_row) if FIRST_PER_ROW else first_page
-    i_logical = first + tl.program_id(0)
-    if i_logical < tl.load(p_lens + i_row) // PAGE:
-        i_page = tl.load(p_table + i_row.to(tl.int64) * table_stride + i_logical)
-        _store_page_mean(p_keys, p_scales, p_means, i_page, PAGE, HEAD_DIM, PAGE_BYTES)
+    i_block, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first = i_block * BLOCK_PAGES
+    last = tl.minimum(first + BLOCK_PAGES, tl.load(p_lens + i_row) // PAGE)
+    b_sum = tl.zeros([HEAD_DIM], tl.float32)
+    for i_logical in range(first, last):
+        i_page = tl.load(p_table + i_row * table_stride + i_logical)
+        b_sum += _store_page_mean(p_keys, p_scales, p_means, i_page, PAGE, HEAD_DIM, PAGE_BYTES).to(tl.float32)
+    if last == first + BLOCK_PAGES:
+        b_mean = (b_sum * (1.0 / BLOCK_PAGES)).to(p_blocks.dtype.element_ty)
+        tl.store(p_blocks + (i_row * max_blocks + i_block) * HEAD_DIM + tl.arange(0, HEAD_DIM), b_mean)
 
 
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["p_table", "p_lens"])
@@ -96,35 +101,38 @@ def update_page_means(
     means: torch.Tensor,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    first_page: int | torch.Tensor = 0,
-) -> None:
-    """Recompute the means of every complete page p, first_page ≤ p < seq_len // 64, of each row, in one launch.
+    block_size: int,
+) -> torch.Tensor:
+    """Recompute the means of every complete page of each row; returns those of its complete blocks, in one launch.
 
     pool [P, 8448] uint8; means [P, 128] bf16, written at physical pages; page_table [B, W] int32 physical page ids;
-    seq_lens [B] int32 tokens, at most 64·W; first_page: one logical page for all rows, or [B] int32.
-    Bound by reading 8448 bytes a page. Raises ValueError for another layout.
+    seq_lens [B] int32 tokens, at most 64·W; block_size: tokens, a multiple of 64. Returns bf16 [B, W·64 // block_size,
+    128], undefined beyond a row's complete blocks. Bound by reading 8448 bytes a page. Raises ValueError for another
+    layout.
     """
     views = _views(pool, means)
     rows, width = _check_table(page_table, seq_lens)
-    per_row = isinstance(first_page, torch.Tensor)
-    if per_row:
-        expect("first_page", first_page, (rows,), torch.int32)
-    grid = (width if per_row else width - first_page, rows)
-    if min(grid) > 0:
-        page_means_fwd_kernel[grid](
+    block_pages = block_size // PAGE
+    if block_size % PAGE or block_pages < 1:
+        raise ValueError(f"block_size: expected a positive multiple of {PAGE}, got {block_size}")
+    max_blocks = width // block_pages
+    blocks = torch.empty(rows, max_blocks, HEAD_DIM, dtype=torch.bfloat16, device=means.device)
+    if rows and width:
+        page_means_fwd_kernel[(triton.cdiv(width, block_pages), rows)](
             *views,
             means,
+            blocks,
             page_table,
             seq_lens,
-            first_page if per_row else seq_lens,
-            0 if per_row else first_page,
             page_table.stride(0),
-            FIRST_PER_ROW=per_row,
+            max_blocks,
+            BLOCK_PAGES=block_pages,
             PAGE=PAGE,
             HEAD_DIM=HEAD_DIM,
             PAGE_BYTES=PAGE_BYTES,
             num_warps=_WARPS,
         )
+    return blocks
 
 
 def update_last_page_means(

@@ -60,9 +60,9 @@ def get_topk_ragged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) 
         _update_written(call)
         return original(*args, **kwargs)
     extend = _Extend(self, layer_id, layer, call, stats)
-    stats.heal(layer, buffer, page_table, extend.call.seq_lens)
+    block_means = stats.heal(layer, buffer, page_table, extend.call.seq_lens, config.prefill.block_size)
     recorder.ran("prefill", config.prefill.name)
-    return extend.select(config.prefill, spans)
+    return extend.select(config.prefill, spans, block_means)
 
 
 def _why_stock(policy: SelectionPolicy, auditor: audit.Auditor, layer_id: int, spans: list[indexer.Span]) -> str | None:
@@ -110,7 +110,7 @@ class _Extend:
             seq_lens=self.metadata.get_indexer_seq_len().int(),
         )
 
-    def select(self, policy: SelectionPolicy, spans: list[indexer.Span]) -> Tensor:
+    def select(self, policy: SelectionPolicy, spans: list[indexer.Span], block_means: Tensor) -> Tensor:
         dense_from = 0  # rows of whole requests under the gate join the next dense range
         for span in spans:
             gate = span.gate(policy.min_len)
@@ -119,9 +119,7 @@ class _Extend:
             self._dense(dense_from, gate)
             dense_from = span.last_row
             if self.stats.kernels:
-                indexer.ragged_topk(
-                    policy, self.call, span, gate, span.last_row, self.stats, self.layer, self.space, self.result
-                )
+                indexer.ragged_topk(policy, self.call, span, gate, span.last_row, block_means, self.space, self.result)
                 continue
             for start, end, scores in indexer.ragged_scores(
                 policy, self.call, span, gate, span.last_row, self.stats, self.layer

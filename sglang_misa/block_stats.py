@@ -43,16 +43,24 @@ class BlockStats:
         """Means [N, P, 128] of page ids [N, P], for pool-local `layer`. Ids must be valid, not stale."""
         return self.means[layer][page_table.long()]
 
-    def heal(self, layer: int, buffer: Tensor, page_table: Tensor, seq_lens: Tensor) -> None:
-        """Recompute every complete page of every request from `buffer` [num_pages, 8448] uint8.
+    def heal(self, layer: int, buffer: Tensor, page_table: Tensor, seq_lens: Tensor, block_size: int) -> Tensor:
+        """Recompute every complete page of every request from `buffer` [num_pages, 8448] uint8; returns block means.
 
-        page_table [requests, W] int32, seq_lens [requests] int32. The reference syncs with the host: prefill only.
+        page_table [requests, W] int32, seq_lens [requests] int32; block_size in tokens. Block means are bf16 [requests,
+        W * 64 // block_size, 128], undefined beyond a request's complete blocks. The reference syncs with the host:
+        prefill only.
         """
         if self.kernels:
-            page_means.update_page_means(buffer, self.means[layer], page_table, seq_lens)
-            return
-        for pages, length in zip(page_table, seq_lens.tolist(), strict=True):
-            self.update_pages(layer, buffer, pages[: length // PAGE])
+            return page_means.update_page_means(buffer, self.means[layer], page_table, seq_lens, block_size)
+        block_pages = block_size // PAGE
+        shape = len(page_table), page_table.shape[1] // block_pages, reference.HEAD_DIM
+        blocks = torch.empty(shape, dtype=torch.bfloat16, device=buffer.device)
+        for request, length in enumerate(seq_lens.tolist()):
+            pages = page_table[request : request + 1, : length // PAGE]
+            self.update_pages(layer, buffer, pages[0])
+            complete = reference.block_means(self.of(layer, pages), block_pages)
+            blocks[request, : complete.shape[1]] = complete[0]
+        return blocks
 
     def update_pages(self, layer: int, buffer: Tensor, pages: Tensor) -> None:
         """Recompute the means of `pages` [n] (any integer dtype) with the reference."""

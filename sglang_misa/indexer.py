@@ -104,18 +104,18 @@ def ragged_topk(
     span: Span,
     first: int,
     last: int,
-    stats: BlockStats,
-    layer: int,
+    block_means: Tensor,
     space: OutputSpace,
     out: Tensor,
 ) -> None:
     """Select for rows [first, last) of one request with the GPU kernels, into out[first:last] [T, k] int32.
 
-    MISA takes the top k of the routed heads' scores at once. MISA† re-scores the best C of them, HISA the tokens of the
-    kept blocks, with all heads, in passes of CANDIDATE_ROWS rows. `admission` says what has no kernel.
+    block_means bf16 [requests, M, 128] from `BlockStats.heal`. MISA takes the top k of the routed heads' scores
+    at once. MISA† re-scores the best C of them, HISA the tokens of the kept blocks, with all heads, in passes of
+    CANDIDATE_ROWS rows. `admission` says what has no kernel.
     """
     request, keys = slice(span.request, span.request + 1), slice(span.first_key, span.first_key + span.length)
-    pooled = route.pool_blocks(stats.means[layer], call.page_table[request], call.seq_lens[request], policy.block_size)
+    pooled = block_means[request]
     step = last - first if policy.direct_heads else CANDIDATE_ROWS
     for start in range(first, last, step):
         rows = slice(start, min(start + step, last))
@@ -130,7 +130,7 @@ def ragged_topk(
         found = (index_q, gates, pooled, only, row_lens)
         index_k, k_scale = call.index_k[keys], call.k_scale[keys]
         if policy.heads is not None:
-            head_ids, _ = route.route(*found, policy.heads, policy.block_size, policy.router)
+            head_ids = route.route(*found, policy.heads, policy.block_size, policy.router)
             routed = (index_q, gates, head_ids, index_k, k_scale, only, row_lens)
             if policy.candidates is None:
                 score_ragged.topk_ragged(*routed, out.shape[1], **target)
@@ -153,7 +153,7 @@ def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -
     # Few rows and many have launches of their own, and Triton builds apart for sizes that 16 does not divide.
     for rows, seen in itertools.product((64, 65, topk, topk - 1), (length, length - 1)):
         lens = torch.tensor([seen], dtype=torch.int32, device=device)
-        stats.heal(0, buffer, table, lens)
+        block_means = stats.heal(0, buffer, table, lens, policy.block_size)
         call = RaggedCall(
             index_q=torch.zeros(rows, index_heads, reference.HEAD_DIM, device=device).to(torch.float8_e4m3fn),
             head_gates=torch.ones(rows, index_heads, device=device),
@@ -164,7 +164,7 @@ def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -
             seq_lens=lens,
         )
         out = torch.empty(rows, topk, dtype=torch.int32, device=device)
-        ragged_topk(policy, call, Span(0, 0, rows, 0, seen), 0, rows, stats, 0, OutputSpace(), out)
+        ragged_topk(policy, call, Span(0, 0, rows, 0, seen), 0, rows, block_means, OutputSpace(), out)
     torch.cuda.synchronize()
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sglang_misa.block_stats import BlockStats
 from sglang_misa.kernels.page_means import update_last_page_means, update_page_means, update_slots
 
 PAGE, HEAD_DIM = 64, 128
@@ -42,27 +43,39 @@ def assert_means(means: torch.Tensor, pool: torch.Tensor, written: set[int]) -> 
     assert (means.cpu()[~mask] == POISON).all()
 
 
-def complete_pages(table: torch.Tensor, lengths: list[int], first: list[int]) -> set[int]:
-    return {int(p) for row, n in enumerate(lengths) for p in table[row, first[row] : max(n // PAGE, first[row])]}
+def complete_pages(table: torch.Tensor, lengths: list[int]) -> list[list[int]]:
+    """The complete pages of each row, in order."""
+    return [table[row, : n // PAGE].tolist() for row, n in enumerate(lengths)]
 
 
-@pytest.mark.parametrize("first", [0, 1, 31, "row", 10**6])
-def test_update_page_means_writes_complete_pages_alone(device: str, first: int | str) -> None:
+@pytest.mark.parametrize("block_size", [64, 192, 256, 2048, 4096])
+def test_update_page_means_writes_complete_pages_and_returns_complete_blocks(device: str, block_size: int) -> None:
     table, lens, pages = make_table(LENGTHS, device)
     pool, means = make_pool(pages, device), torch.full((pages, HEAD_DIM), POISON, dtype=torch.bfloat16, device=device)
-    firsts = [i % 3 for i in range(len(LENGTHS))] if isinstance(first, str) else [first] * len(LENGTHS)
-    written = complete_pages(table, LENGTHS, firsts)
-    freed = [p for p in range(pages) if p not in complete_pages(table, LENGTHS, [0] * len(LENGTHS))]
+    complete = complete_pages(table, LENGTHS)
+    written = {page for row in complete for page in row}
+    freed = [p for p in range(pages) if p not in written]
     pool[freed] = 0xFF  # NaN keys and NaN scales, in unfinished and in free pages
 
-    update_page_means(
-        pool,
-        means,
-        table,
-        lens,
-        torch.tensor(firsts, dtype=torch.int32, device=device) if isinstance(first, str) else first,
-    )
+    blocks = update_page_means(pool, means, table, lens, block_size)
     assert_means(means, pool, written)
+    block_pages = block_size // PAGE
+    assert blocks.shape == (len(LENGTHS), table.shape[1] // block_pages, HEAD_DIM)
+    for row, own in enumerate(complete):
+        count = len(own) // block_pages
+        of_pages = means[own[: count * block_pages]].float().view(count, block_pages, HEAD_DIM)
+        torch.testing.assert_close(blocks[row, :count].float(), of_pages.mean(1), rtol=2**-7, atol=1e-6)
+        assert blocks[row, count:].isnan().all(), "a block that is not complete was written"
+
+
+def test_both_engines_heal_alike(device: str) -> None:
+    """Kernel and reference agree on page and block means but for the rounding of a sum."""
+    table, lens, pages = make_table(LENGTHS, device)
+    pool = make_pool(pages, device)
+    engines = [BlockStats([pool], kernels=kernels) for kernels in (True, False)]
+    ours, theirs = (stats.heal(0, pool, table, lens, 256) for stats in engines)
+    torch.testing.assert_close(engines[0].means[0], engines[1].means[0], rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=1e-6, equal_nan=True)
 
 
 def test_last_page_and_slots_give_the_bits_of_the_full_pass(device: str) -> None:
@@ -71,7 +84,7 @@ def test_last_page_and_slots_give_the_bits_of_the_full_pass(device: str) -> None
     healed, decoded, stored = (
         torch.full((pages, HEAD_DIM), POISON, dtype=torch.bfloat16, device=device) for _ in range(3)
     )
-    update_page_means(pool, healed, table, lens)
+    update_page_means(pool, healed, table, lens, 256)
     update_last_page_means(pool, decoded, table, lens)
     last = {int(table[row, n // PAGE - 1]) for row, n in enumerate(LENGTHS) if n and n % PAGE == 0}
     assert_means(decoded, pool, last)
@@ -102,7 +115,7 @@ def test_empty_batches_do_nothing(device: str) -> None:
     means = torch.full((2, HEAD_DIM), POISON, dtype=torch.bfloat16, device=device)
     table = torch.zeros(0, 4, dtype=torch.int32, device=device)
     lens = torch.zeros(0, dtype=torch.int32, device=device)
-    update_page_means(pool, means, table, lens)
+    assert update_page_means(pool, means, table, lens, 64).shape == (0, 4, HEAD_DIM)
     update_last_page_means(pool, means, table, lens)
     update_slots(pool, means, torch.zeros(0, dtype=torch.int64, device=device))
     assert (means == POISON).all()
@@ -113,8 +126,10 @@ def test_wrong_layouts_are_named(device: str) -> None:
     means = torch.empty(2, HEAD_DIM, dtype=torch.bfloat16, device=device)
     lens = torch.ones(1, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="page_table"):
-        update_page_means(pool, means, torch.zeros(1, 4, dtype=torch.int64, device=device), lens)
+        update_page_means(pool, means, torch.zeros(1, 4, dtype=torch.int64, device=device), lens, 64)
     with pytest.raises(ValueError, match=r"pool: expected torch.uint8 of shape \(2, 8448\)"):
-        update_page_means(pool[:, :100], means, torch.zeros(1, 4, dtype=torch.int32, device=device), lens)
+        update_page_means(pool[:, :100], means, torch.zeros(1, 4, dtype=torch.int32, device=device), lens, 64)
+    with pytest.raises(ValueError, match="multiple of 64, got 100"):
+        update_page_means(pool, means, torch.zeros(1, 4, dtype=torch.int32, device=device), lens, 100)
     with pytest.raises(ValueError, match="slots"):
         update_slots(pool, means, torch.zeros(1, dtype=torch.int32, device=device))

@@ -1,0 +1,454 @@
+// MISA's router: the h of H index heads whose keys' scores a query is likely to owe most to, judged on pooled keys.
+//
+//   E[t, j] = |w[t, j]| · Σ_b ReLU(q[t, j] · k̃_b)        for b < row_len[t] / block_size; the h largest j are written
+//
+// The 64 rows of a matrix product are the heads of one query (of two, where H = 32), held in registers as bf16, and its
+// columns are 128 pooled keys in shared memory: the sum over keys then stays inside a thread until a query is finished.
+// A thread block owns a run of queries and keeps a chunk of pooled keys while its warpgroups pass all of them over it, so
+// that pooled keys are read once a block and queries once a chunk. Of the last warpgroup one warp feeds, planning all
+// work, and one warp for each of the others ranks heads while those go on to the next query.
+//
+// A row's sum is taken tile by tile in one order, whatever the rows beside it: its heads do not depend on the call's shape.
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <climits>
+#include <cstddef>
+
+#include "output.cuh"
+#include "sm90.cuh"
+
+#ifndef MISA_INDEX_HEADS
+#define MISA_INDEX_HEADS 64  // H: 32 or 64
+#endif
+
+namespace misa {
+
+constexpr int DIM = 128;                          // head dimension
+constexpr int HEADS = MISA_INDEX_HEADS;
+constexpr int LINES = 64;                         // rows of a matrix product: (query, head)
+constexpr int QUERIES = LINES / HEADS;            // of a unit, which a warpgroup takes at once
+constexpr int WARP_HEADS = HEADS / 32;            // of a lane when a warp ranks
+constexpr int TILE = 128;                         // pooled keys of a matrix product
+constexpr int TILE_BYTES = TILE * DIM * 2;
+constexpr int CHUNK = 5;                          // tiles that stay while the block's queries pass
+constexpr int GROUPS = 3;                         // consumer warpgroups
+constexpr int DEPTH = 2;                          // units on their way to each
+constexpr int UNITS = 64;                         // of a thread block at once
+constexpr int PLACES = (UNITS + GROUPS - 1) / GROUPS;
+constexpr int THREADS = (GROUPS + 1) * 128;
+constexpr int HELP_REGISTERS = 56, FOLD_REGISTERS = 152;
+
+enum Router : int { ABS, SIGNED, WEIGHT };
+
+struct Task {
+  const float* gates;        // [T, HEADS]
+  const int32_t* row_batch;  // [T]
+  const int32_t* row_len;    // [T]
+  int32_t* head_ids;         // [T, heads]
+  int rows, share, max_blocks, block_size, heads, router;
+
+  // Pooled keys that row t sees.
+  __device__ int blocks(int t) const { return min(max(row_len[t], 0) / block_size, max_blocks); }
+};
+
+// One pass of QUERIES queries over one chunk. row < 0 ends the work of a warpgroup.
+struct Unit {
+  int row, place;       // first query; the unit's place among those of its warpgroup in the run
+  int blocks[QUERIES];  // pooled keys in sight, -1 where there is no query
+  int base, tiles;      // the chunk's first pooled key and its tiles
+  int stage, parity;    // of the first tile in the ring
+  bool leaves;          // whether the warpgroup then frees the chunk's tiles
+  bool last;            // whether the sums are then complete
+};
+
+// A finished unit, for the warp that ranks.
+struct Report {
+  int row, place;
+  int blocks[QUERIES];
+};
+
+struct Smem {
+  alignas(1024) uint8_t keys[CHUNK][2][TILE * 128];  // two halves of 64 dimensions, 128-byte swizzle
+  alignas(1024) uint8_t queries[GROUPS][DEPTH][LINES * DIM];
+  float sums[GROUPS][PLACES][LINES];
+  Unit unit[GROUPS][DEPTH];
+  Report report[GROUPS];
+  uint64_t full[CHUNK], empty[CHUNK];
+  uint64_t given[GROUPS][DEPTH], taken[GROUPS][DEPTH];  // units
+  uint64_t summed[GROUPS], ranked[GROUPS];              // reports
+};
+
+static_assert(sizeof(Smem) <= 227 * 1024, "what a thread block may have on Hopper");
+
+// Shared-memory addresses. The shuffle tells the compiler that `base` is one value for the warp and not worth computing
+// again, so that addresses and descriptors stay in uniform registers.
+struct Places {
+  uint32_t base;
+  __device__ explicit Places(const Smem& s) : base(__shfl_sync(~0u, sm90::smem_address(&s), 0)) {}
+  __device__ uint32_t keys(int stage) const { return base + uint32_t(offsetof(Smem, keys)) + stage * TILE_BYTES; }
+  __device__ uint32_t queries(int group, int way) const {
+    return base + uint32_t(offsetof(Smem, queries)) + (group * DEPTH + way) * LINES * DIM;
+  }
+  __device__ uint32_t full(int stage) const { return base + uint32_t(offsetof(Smem, full)) + stage * 8; }
+  __device__ uint32_t empty(int stage) const { return base + uint32_t(offsetof(Smem, empty)) + stage * 8; }
+  __device__ uint32_t given(int group, int way) const {
+    return base + uint32_t(offsetof(Smem, given)) + (group * DEPTH + way) * 8;
+  }
+  __device__ uint32_t taken(int group, int way) const {
+    return base + uint32_t(offsetof(Smem, taken)) + (group * DEPTH + way) * 8;
+  }
+  __device__ uint32_t summed(int group) const { return base + uint32_t(offsetof(Smem, summed)) + group * 8; }
+  __device__ uint32_t ranked(int group) const { return base + uint32_t(offsetof(Smem, ranked)) + group * 8; }
+};
+
+template <int STAGES>
+struct Ring {
+  int stage = 0, parity = 0;
+  __device__ void advance() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+};
+
+__device__ __forceinline__ void barriers_init(const Places& places) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < CHUNK; ++i) {
+      sm90::barrier_init(places.full(i), 1);
+      sm90::barrier_init(places.empty(i), GROUPS * 4);
+    }
+    for (int g = 0; g < GROUPS; ++g) {
+      for (int way = 0; way < DEPTH; ++way) {
+        sm90::barrier_init(places.given(g, way), 1);
+        sm90::barrier_init(places.taken(g, way), 4);
+      }
+      sm90::barrier_init(places.summed(g), 4);
+      sm90::barrier_init(places.ranked(g), 1);
+    }
+    sm90::barrier_init_fence();
+  }
+  __syncthreads();
+}
+
+// Plans the thread block's work and loads what it needs: runs of rows of one request, chunk by chunk.
+struct Feeder {
+  const Task& task;
+  const CUtensorMap *q_map, *k_map;
+  Smem& s;
+  const Places places;
+  const int lane = threadIdx.x % 32;
+  Ring<CHUNK> ring;
+  int issued = 0;  // lane g counts the units of group g
+  int turn = 0;    // the group that the next run begins with
+
+  __device__ Feeder(const Task& task, const CUtensorMap* q_map, const CUtensorMap* k_map, Smem& s)
+      : task(task), q_map(q_map), k_map(k_map), s(s), places(s) {}
+
+  __device__ void issue(int group, const Unit& unit) {
+    const int count = __shfl_sync(~0u, issued, group), way = count % DEPTH;
+    sm90::barrier_wait(places.taken(group, way), count / DEPTH % 2 ^ 1);
+    if (lane == 0) {
+      s.unit[group][way] = unit;
+      if (unit.row < 0) {
+        sm90::barrier_arrive(places.given(group, way));
+      } else {
+        sm90::barrier_arrive_expect(places.given(group, way), LINES * DIM);
+        sm90::copy_box(places.queries(group, way), q_map, places.given(group, way), 0, unit.row * HEADS);
+      }
+    }
+    issued += lane == group;
+    __syncwarp();
+  }
+
+  __device__ void load_chunk(int first_key, int tiles, int idle_groups) {
+    for (int i = 0; i < tiles; ++i, ring.advance()) {
+      sm90::barrier_wait(places.empty(ring.stage), ring.parity ^ 1);
+      if (lane == 0) {
+        const uint32_t full = places.full(ring.stage), keys = places.keys(ring.stage);
+        sm90::barrier_arrive_expect(full, TILE_BYTES);
+        sm90::copy_box(keys, k_map, full, 0, first_key + i * TILE);
+        sm90::copy_box(keys + TILE_BYTES / 2, k_map, full, DIM / 2, first_key + i * TILE);
+      }
+      __syncwarp();
+      if (lane < idle_groups * 4) sm90::barrier_arrive(places.empty(ring.stage));  // in place of groups without a unit
+    }
+  }
+
+  // Rows [row, row + count) of request `batch`, which see at most `most` pooled keys.
+  __device__ void run(int row, int count, int batch, int most) {
+    const int units = (count + QUERIES - 1) / QUERIES, busy = min(units, GROUPS);
+    for (int base = 0; base == 0 || base < most; base += CHUNK * TILE) {
+      const int tiles = min((most - base + TILE - 1) / TILE, CHUNK);
+      const Ring<CHUNK> first = ring;
+      for (int u = 0; u < units; ++u) {
+        Unit unit{row + u * QUERIES, u / GROUPS, {}, base, tiles, first.stage, first.parity, u + GROUPS >= units,
+                  base + CHUNK * TILE >= most};
+#pragma unroll
+        for (int q = 0; q < QUERIES; ++q) unit.blocks[q] = u * QUERIES + q < count ? task.blocks(unit.row + q) : -1;
+        issue((turn + u) % GROUPS, unit);
+        if (u == busy - 1) load_chunk(batch * task.max_blocks + base, tiles, GROUPS - busy);
+      }
+    }
+    turn = (turn + units) % GROUPS;
+  }
+
+  __device__ void all() {
+    for (int begin = blockIdx.x * task.share; begin < task.rows; begin += gridDim.x * task.share) {
+      const int end = min(begin + task.share, task.rows);
+      for (int row = begin, count; row < end; row += count) {
+        const int batch = task.row_batch[row];
+        int most = 0;
+        count = end - row;
+        for (int i = lane; i < count; i += 32)
+          if (task.row_batch[row + i] != batch) count = i;
+        count = __reduce_min_sync(~0u, count);
+        for (int i = lane; i < count; i += 32) most = max(most, task.blocks(row + i));
+        run(row, count, batch, __reduce_max_sync(~0u, most));
+      }
+    }
+    for (int g = 0; g < GROUPS; ++g) issue(g, Unit{-1});
+  }
+};
+
+// A operand of one unit as bf16: rows lane/4 and lane/4 + 8 of the warp's 16, two dimensions a register.
+__device__ __forceinline__ void load_queries(uint32_t (&a)[DIM / 16][4], const uint8_t* queries) {
+  const int warp = threadIdx.x / 32 % 4, line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int k = 0; k < DIM / 16; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t* from = queries + (warp * 16 + line + i % 2 * 8) * DIM + (k ^ line) * 16 + i / 2 * 8 + pair;
+      uint32_t half2;
+      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(half2) : "h"(*reinterpret_cast<const uint16_t*>(from)));
+      const float2 both = __half22float2(reinterpret_cast<const __half2&>(half2));
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(a[k][i]) : "f"(both.y), "f"(both.x));
+    }
+}
+
+// Adds ReLU(d) of the first `limit` columns to the sums of the thread's two rows; a NaN is 0.
+template <bool MASKED>
+__device__ __forceinline__ void fold(const float (&d)[64], float (&sum)[2][2], int limit) {
+  const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < TILE / 8; ++n)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int bit = 0; bit < 2; ++bit) {
+        const float x = fmaxf(d[n * 4 + half * 2 + bit], 0.f);
+        sum[half][bit] += MASKED && n * 8 + column + bit >= limit ? 0.f : x;
+      }
+}
+
+__device__ __forceinline__ void consume(Smem& s) {
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // seen by the compiler as the same in all lanes
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, query = warp * 16 / HEADS;
+  const Places places(s);
+  const uint64_t b_tile = sm90::tile_descriptor(places.keys(0));
+
+  int report_parity = 0;
+  for (Ring<DEPTH> way;; way.advance()) {
+    sm90::barrier_wait(places.given(group, way.stage), way.parity);
+    const Unit unit = s.unit[group][way.stage];
+    const int blocks = s.unit[group][way.stage].blocks[query];  // of this warp's query
+    if (unit.row < 0) {
+      sm90::barrier_wait(places.ranked(group), report_parity ^ 1);
+      if (threadIdx.x % 128 == 0) s.report[group].row = -1;
+      __syncwarp();
+      if (lane == 0) sm90::barrier_arrive(places.summed(group));
+      return;
+    }
+    uint32_t a[DIM / 16][4];
+    load_queries(a, s.queries[group][way.stage]);
+    __syncwarp();
+    if (lane == 0) sm90::barrier_arrive(places.taken(group, way.stage));
+
+    const int sight = blocks - unit.base;
+    const int furthest = max(unit.blocks[0], unit.blocks[QUERIES - 1]) - unit.base;
+    float sum[2][2] = {};
+    Ring<CHUNK> ring{unit.stage, unit.parity};
+    const auto release = [&] {
+      if (unit.leaves) {
+        __syncwarp();
+        if (lane == 0) sm90::barrier_arrive(places.empty(ring.stage));
+      }
+      ring.advance();
+    };
+    for (int tile = 0; tile < unit.tiles; ++tile) {
+      const int stage = __shfl_sync(~0u, ring.stage, 0);
+      sm90::barrier_wait(places.full(stage), ring.parity);
+      if (tile * TILE >= furthest) {
+        release();
+        continue;
+      }
+      float d[64];
+      const uint64_t b = b_tile + stage * (TILE_BYTES / 16);
+      sm90::mma_fence();
+#pragma unroll
+      for (int k = 0; k < DIM / 16; ++k) sm90::mma_bf16(d, a[k], b + k / 4 * (TILE_BYTES / 2 / 16) + k % 4 * 2, k > 0);
+      sm90::mma_commit();
+      sm90::mma_wait<0>();
+      sm90::pin(d);
+      release();
+      if (sight >= (tile + 1) * TILE) fold<false>(d, sum, TILE);
+      else fold<true>(d, sum, sight - tile * TILE);
+    }
+
+    sm90::barrier_wait(places.ranked(group), report_parity ^ 1);  // earlier sums have been read
+    float* sums = s.sums[group][unit.place] + warp * 16 + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float total = sum[half][0] + sum[half][1];
+      total += __shfl_xor_sync(~0u, total, 1);
+      total += __shfl_xor_sync(~0u, total, 2);
+      if (lane % 4 == 0) sums[half * 8] = unit.base == 0 ? total : sums[half * 8] + total;
+    }
+    if (unit.last) {
+      if (threadIdx.x % 128 == 0) {
+        s.report[group].row = unit.row, s.report[group].place = unit.place;
+#pragma unroll
+        for (int q = 0; q < QUERIES; ++q) s.report[group].blocks[q] = unit.blocks[q];
+      }
+      __syncwarp();
+      if (lane == 0) sm90::barrier_arrive(places.summed(group));
+      report_parity ^= 1;
+    }
+  }
+}
+
+// Integers in the order of the numbers: -0 equals 0, and a NaN is below them all.
+__device__ __forceinline__ int order(float x) {
+  const int bits = x == 0.f ? 0 : __float_as_int(x);
+  return x != x ? INT_MIN : bits < 0 ? bits ^ INT_MAX : bits;
+}
+
+// Writes the `heads` heads with the largest keys, ascending; lane l brings those of heads l and l + 32. Among equals the
+// lower head goes first.
+__device__ __forceinline__ void choose(const int (&key)[WARP_HEADS], int heads, int32_t* out) {
+  const int lane = threadIdx.x % 32;
+  int before[WARP_HEADS] = {};
+#pragma unroll
+  for (int other = 0; other < 32; ++other)
+#pragma unroll
+    for (int i = 0; i < WARP_HEADS; ++i) {
+      const int theirs = __shfl_sync(~0u, key[i], other);
+#pragma unroll
+      for (int mine = 0; mine < WARP_HEADS; ++mine)
+        before[mine] += theirs > key[mine] || (theirs == key[mine] && (i < mine || (i == mine && other < lane)));
+    }
+#pragma unroll
+  for (int i = 0; i < WARP_HEADS; ++i) {
+    const uint32_t chosen = __ballot_sync(~0u, before[i] < heads);
+    if (before[i] < heads) out[__popc(chosen & ((1u << lane) - 1))] = i * 32 + lane;
+    out += __popc(chosen);
+  }
+}
+
+__device__ __forceinline__ void rank(const Task& task, const Smem& s, int group) {
+  const int lane = threadIdx.x % 32;
+  const Places places(s);
+  for (int parity = 0;; parity ^= 1) {
+    sm90::barrier_wait(places.summed(group), parity);
+    const Report report = s.report[group];
+    if (report.row < 0) return;
+    float total[QUERIES][WARP_HEADS];
+#pragma unroll
+    for (int q = 0; q < QUERIES; ++q)
+#pragma unroll
+      for (int i = 0; i < WARP_HEADS; ++i) total[q][i] = s.sums[group][report.place][q * HEADS + i * 32 + lane];
+    __syncwarp();
+    if (lane == 0) sm90::barrier_arrive(places.ranked(group));
+#pragma unroll
+    for (int q = 0; q < QUERIES; ++q) {
+      if (report.blocks[q] < 0) break;
+      const int64_t t = report.row + q;
+      int key[WARP_HEADS];
+#pragma unroll
+      for (int i = 0; i < WARP_HEADS; ++i) {
+        const float gate = task.gates[t * HEADS + i * 32 + lane];
+        const float weight = task.router == SIGNED ? gate : fabsf(gate);
+        key[i] = order(report.blocks[q] > 0 ? weight * total[q][i] : fabsf(gate));
+      }
+      choose(key, task.heads, task.head_ids + t * task.heads);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(THREADS, 1)
+    route_kernel(const __grid_constant__ Task task, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  Smem& s = *reinterpret_cast<Smem*>(raw);
+  barriers_init(Places(s));
+  if (threadIdx.x < GROUPS * 128) {
+    sm90::more_registers<FOLD_REGISTERS>();
+    consume(s);
+  } else {
+    sm90::fewer_registers<HELP_REGISTERS>();
+    const int helper = __shfl_sync(~0u, threadIdx.x / 32 - GROUPS * 4, 0);
+    if (helper == 0) Feeder(task, &q_map, &k_map, s).all();
+    else if (helper <= GROUPS) rank(task, s, helper - 1);
+  }
+}
+
+constexpr int WEIGHT_THREADS = 256;
+
+// Heads by |w| alone, where no pooled key has a say: one warp a row.
+__global__ void __launch_bounds__(WEIGHT_THREADS) weight_kernel(const __grid_constant__ Task task) {
+  const int64_t t = (int64_t(blockIdx.x) * WEIGHT_THREADS + threadIdx.x) / 32;
+  if (t >= task.rows) return;
+  int key[WARP_HEADS];
+#pragma unroll
+  for (int i = 0; i < WARP_HEADS; ++i) key[i] = order(fabsf(task.gates[t * HEADS + i * 32 + threadIdx.x % 32]));
+  choose(key, task.heads, task.head_ids + t * task.heads);
+}
+
+// ---- host -----------------------------------------------------------------------------------------------------------
+
+// Boxes of 128 bytes × `box` rows, swizzled, of a packed matrix.
+CUtensorMap tensor_map(int64_t address, CUtensorMapDataType type, int element, int64_t rows, int box) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found), "cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encode>(entry);
+  }();
+  const cuuint64_t extent[2] = {DIM, cuuint64_t(rows)}, pitch[1] = {cuuint64_t(DIM * element)};
+  const cuuint32_t shape[2] = {cuuint32_t(128 / element), cuuint32_t(box)}, step[2] = {1, 1};
+  CUtensorMap map;
+  const CUresult status = encode(&map, type, 2, pointer<void>(address), extent, pitch, shape, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) TVM_FFI_THROW(RuntimeError) << "cuTensorMapEncodeTiled: CUDA driver error " << int(status);
+  return map;
+}
+
+int multiprocessors() {
+  int device, count;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
+// Addresses on the device; q [rows, HEADS, DIM] e4m3, gates [rows, HEADS], pooled [requests, max_blocks, DIM] bf16.
+void route(int64_t q, int64_t gates, int64_t pooled, int64_t row_batch, int64_t row_len, int64_t head_ids, int64_t rows,
+           int64_t requests, int64_t max_blocks, int64_t block_size, int64_t heads, int64_t router, int64_t stream_address) {
+  const auto stream = pointer<CUstream_st>(stream_address);
+  Task task{pointer<float>(gates), pointer<int32_t>(row_batch), pointer<int32_t>(row_len), pointer<int32_t>(head_ids),
+            int(rows), 0, int(max_blocks), int(block_size), int(heads), int(router)};
+  if (router == WEIGHT || max_blocks == 0) {
+    weight_kernel<<<(rows * 32 + WEIGHT_THREADS - 1) / WEIGHT_THREADS, WEIGHT_THREADS, 0, stream>>>(task);
+    return check(cudaGetLastError(), "weight_kernel");
+  }
+  const int blocks = multiprocessors(), units = (task.rows + QUERIES - 1) / QUERIES;
+  const int rounds = (units + blocks * UNITS - 1) / (blocks * UNITS);
+  task.share = (units + blocks * rounds - 1) / (blocks * rounds) * QUERIES;
+  const int shares = (task.rows + task.share - 1) / task.share;
+  const CUtensorMap q_map = tensor_map(q, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, rows * HEADS, LINES);
+  const CUtensorMap k_map = tensor_map(pooled, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, requests * max_blocks, TILE);
+  allow_shared(route_kernel, sizeof(Smem));
+  route_kernel<<<std::min(shares, blocks), THREADS, sizeof(Smem), stream>>>(task, q_map, k_map);
+  check(cudaGetLastError(), "route_kernel");
+}
+
+}  // namespace misa
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(route, misa::route);
