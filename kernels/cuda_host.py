@@ -13,7 +13,7 @@ import torch
 
 from .layout import expect
 
-HEADERS = ("output.cuh", "select.cuh", "sm90.cuh")
+HEADERS = ("output.cuh", "score.cuh", "select.cuh", "sm90.cuh")
 
 
 @functools.cache

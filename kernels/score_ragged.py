@@ -9,7 +9,8 @@ the appended. Rows that collected fewer than k or overflowed a buffer are listed
 whatever the threshold was; a NaN ranks below every number.
 
 Statistics (`plan`): the r-th largest of a 1/n sample leaves about n·Gamma(r) keys above it. r solves r - z√r = k/n with
-z = 4.5, so a row comes out short with probability 3e-6; buffers hold z standard deviations more than the expected hits.
+z = 4.5, so a row comes out short with probability 3e-6; a row's and a buffer's room lie z and 6.5 standard deviations
+above what is expected, for a call has a quarter of a million buffers.
 An order of keys that defeats the sample (periodic in n keys) costs time in `redo`, not exactness.
 """
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,15 +34,20 @@ LISTS_BYTES = 1 << 20  # step in which the row lists grow
 SAMPLE = 2048  # keys sampled at least, where one in 8 makes so many
 STRIDES = (8, 32)  # one key in so many is sampled, by length
 SAMPLED_AT_MOST = 49152  # scores that `threshold` holds
-SIGMAS = 4.5  # z: standard deviations of room on either side of an expected count
+SIGMAS = 4.5  # z: standard deviations of room on either side of a row's expected count
+BUFFER_SIGMAS = 6.5  # the same for a private buffer, of which a call has a quarter of a million and more
 TILE = 128  # keys that the scorer takes at once
-SUBS = 32  # private buffers of a row in each split
-CHECK_ROOM = 4  # entries that a tile may bring to a buffer
+SECTOR = 4  # entries that are written at once
 
 
 def block_rows(heads: int) -> int:
-    """Query rows of one thread block of the scorer: two warpgroups, each with 128 columns or, of 64 heads, with 256."""
-    return 2 * (128 // min(heads, 32))
+    """Query rows of one thread block of the scorer: two warpgroups of 256 columns, of 4 heads three of 128."""
+    return 2 * 256 // heads if heads > 4 else 3 * 128 // heads
+
+
+def buffers(heads: int) -> int:
+    """Private buffers of a row in each split: two lanes share one, unless a thread has a single query."""
+    return 16 if heads < 64 else 32
 
 
 def module(heads: int) -> Any:
@@ -58,6 +63,7 @@ class Plan:
 
     rows: int
     splits: int
+    buffers: int  # of a row and split
     stride: int  # one key in so many is sampled
     rank: int  # of the threshold in the sample
     capacity: int  # entries of a private buffer
@@ -72,7 +78,7 @@ class Plan:
     @property
     def bulk_offset(self) -> int:
         """Where entries or logits begin; thresholds and counts lie before."""
-        return self.counts_offset + _aligned(4 * self.rows * self.splits * SUBS)
+        return self.counts_offset + _aligned(4 * self.rows * self.splits * self.buffers)
 
 
 def _aligned(count: float, to: int = 256) -> int:
@@ -80,10 +86,10 @@ def _aligned(count: float, to: int = 256) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def plan(rows: int, keys: int, k: int, block_rows: int, multiprocessors: int, budget: int = SCRATCH_BYTES) -> Plan:
+def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget: int = SCRATCH_BYTES) -> Plan:
     """Choose passes and splits that fill the chip within `budget` bytes of scratch.
 
-    Scratch of a pass = rows · max(splits · 32 · capacity · 8, 4 · keys / 32) + rows · (4 + splits · 128) bytes.
+    Scratch of a pass with B `buffers`: rows · (max(splits · B · capacity · 8, keys / 8) + 4 + splits · B · 4) bytes.
     Raises ValueError when one block of rows does not fit.
     """
     least, most = STRIDES
@@ -99,16 +105,17 @@ def plan(rows: int, keys: int, k: int, block_rows: int, multiprocessors: int, bu
     pass_cost, split_cost = (cost * 131072 / max(keys, 1) for cost in (0.02, 0.026 * rows / 8192))
 
     best: tuple[float, Plan] | None = None
-    blocks = math.ceil(rows / block_rows)
+    block, subs = block_rows(heads), buffers(heads)
+    blocks = math.ceil(rows / block)
     for splits in range(1, 17):
-        share = hits / (SUBS * splits)
-        capacity = _aligned(share + SIGMAS * math.sqrt(share) + CHECK_ROOM, 4)
-        row_bytes = max(splits * SUBS * capacity * 8, 4 * sampled)
+        share = rank * stride / (subs * splits)  # varies by itself, and with the row's threshold
+        capacity = _aligned(share + BUFFER_SIGMAS * math.sqrt(share + share**2 / rank) + 1, SECTOR)
+        row_bytes = max(splits * subs * capacity * 8, 4 * sampled)
         even = {math.ceil(blocks / passes) for passes in range(1, 17)}
         filled = {multiprocessors * waves // splits for waves in range(1, 17)}
         for pass_blocks in sorted({1, *even, *filled}):
-            pass_rows = pass_blocks * block_rows
-            candidate = Plan(pass_rows, splits, stride, rank, capacity, room, sampled, 0)
+            pass_rows = pass_blocks * block
+            candidate = Plan(pass_rows, splits, subs, stride, rank, capacity, room, sampled, 0)
             total = candidate.bulk_offset + pass_rows * row_bytes
             if total > budget or not 1 <= pass_blocks <= blocks:
                 continue
@@ -118,9 +125,9 @@ def plan(rows: int, keys: int, k: int, block_rows: int, multiprocessors: int, bu
             )
             cost = waves / splits + pass_cost * (full + (rest > 0)) + split_cost * splits
             if best is None or cost < best[0] - 1e-9:
-                best = cost, Plan(pass_rows, splits, stride, rank, capacity, room, sampled, total)
+                best = cost, Plan(pass_rows, splits, subs, stride, rank, capacity, room, sampled, total)
     if best is None:
-        need = block_rows * max(SUBS * _aligned(hits / SUBS, 4) * 8, 4 * sampled)
+        need = block * max(subs * _aligned(hits / subs, SECTOR) * 8, 4 * sampled)
         raise ValueError(
             f"scratch budget: expected at least about {need} bytes for k={k}, {keys} keys; got {budget}; raise it"
         )
@@ -191,97 +198,44 @@ class Problem:
         return [*(t.data_ptr() for t in tensors), int(self.head_gates.shape[1]), self.keys]
 
 
-Launch = tuple[str, Callable[[], Any]]
+SAMPLE_STAGE, THRESHOLD_STAGE, COLLECT_STAGE, SELECT_STAGE, REDO_STAGE = 1, 2, 4, 8, 16
+ALL_STAGES = 31
 
 
 class Ragged:
-    """The launches of one `topk_ragged` call, by stage, so that a bench can time what serving runs."""
+    """One `topk_ragged` call: its division and its scratch, so that a check can look between the stages."""
 
     def __init__(self, problem: Problem, target: Target, budget: int = SCRATCH_BYTES):
         self.problem, self.target = problem, target
-        self.kernels = module(problem.routed)
         self.k = int(target.out.shape[1])
         multiprocessors = _multiprocessors(problem.device)
-        self.plan = plan(problem.rows, problem.keys, self.k, block_rows(problem.routed), multiprocessors, budget)
+        self.plan = plan(problem.rows, problem.keys, self.k, problem.routed, multiprocessors, budget)
         # [number of failed rows, their list …, meeting counter of `redo`] then the plan's parts.
         self.lists = _aligned(4 * (problem.rows + 2), LISTS_BYTES)
         self.ld = _aligned(problem.keys, 4)  # of scores that `redo` writes
         # The whole budget at once: a warm-up before the KV pool is sized then leaves nothing to grow while serving.
         size = self.lists + max(budget, self.plan.bulk_offset + 4 * self.ld)
         self.scratch = _scratch_of(problem.device, size)
-        self.failed = self.scratch.data_ptr()
 
     def redone(self) -> int:
         """Rows that the last run had to redo (synchronises)."""
         return int(self.scratch[:4].view(torch.int32).item())
 
-    def launches(self) -> Iterator[Launch]:
-        problem, p, kernels = self.problem, self.plan, self.kernels
-        inputs, output = problem.arguments(), self.target.arguments()
-        stream = torch.cuda.current_stream(problem.device).cuda_stream
-        thresholds = self.failed + self.lists
-        counts, bulk = thresholds + p.counts_offset, thresholds + p.bulk_offset
-        stride, phase = p.stride, p.stride // 2
-        for first in range(0, problem.rows, p.rows):
-            rows = min(p.rows, problem.rows - first)
-            start = self.failed if first == 0 else 0
-            yield (
-                "sample",
-                functools.partial(
-                    kernels.logits, inputs, first, rows, p.splits, stride, phase, bulk, p.sampled, True, stream
-                ),
-            )
-            yield (
-                "threshold",
-                functools.partial(
-                    kernels.thresholds,
-                    inputs,
-                    first,
-                    rows,
-                    stride,
-                    phase,
-                    bulk,
-                    p.sampled,
-                    p.rank,
-                    self.k,
-                    thresholds,
-                    start,
-                    stream,
-                ),
-            )
-            yield (
-                "collect",
-                functools.partial(
-                    kernels.collect, inputs, first, rows, p.splits, thresholds, bulk, counts, p.capacity, stream
-                ),
-            )
-            yield (
-                "select",
-                functools.partial(
-                    kernels.select,
-                    inputs,
-                    output,
-                    first,
-                    rows,
-                    p.splits,
-                    bulk,
-                    counts,
-                    p.capacity,
-                    p.room,
-                    self.failed,
-                    stream,
-                ),
-            )
-        at_once = min(problem.rows, (self.scratch.numel() - self.lists - p.bulk_offset) // (4 * self.ld))
-        meeting = self.failed + 4 * (problem.rows + 1)
-        yield (
-            "redo",
-            functools.partial(kernels.redo, inputs, output, bulk, self.ld, at_once, self.failed, meeting, stream),
+    def run(self, stages: int = ALL_STAGES) -> None:
+        """Launch everything in one call of the host's side; `stages` is a sum of *_STAGE."""
+        p, failed = self.plan, self.scratch.data_ptr()
+        thresholds = failed + self.lists
+        at_once = min(self.problem.rows, (self.scratch.numel() - self.lists - p.bulk_offset) // (4 * self.ld))
+        numbers = (p.rows, p.splits, p.stride, p.rank, p.capacity, p.room, p.sampled, at_once, self.ld)
+        addresses = (failed, thresholds, thresholds + p.counts_offset, thresholds + p.bulk_offset)
+        module(self.problem.routed).topk(
+            self.problem.arguments(),
+            self.target.arguments(),
+            [*numbers, *addresses],
+            self.problem.rows,
+            stages,
+            torch.cuda.current_stream(self.problem.device).cuda_stream,
         )
-
-    def run(self) -> None:
-        for _, launch in self.launches():
-            launch()
 
 
 def topk_ragged(
@@ -349,7 +303,5 @@ def score_ragged_logits(
         blocks = math.ceil(rows / block_rows(problem.routed))
         splits = max(1, min(_multiprocessors(problem.device) // blocks, math.ceil(problem.keys / TILE)))
         stream = torch.cuda.current_stream(problem.device).cuda_stream
-        module(problem.routed).logits(
-            problem.arguments(), first, rows, splits, 1, 0, out.data_ptr(), out.stride(0), False, stream
-        )
+        module(problem.routed).logits(problem.arguments(), first, rows, splits, out.data_ptr(), out.stride(0), stream)
     return out

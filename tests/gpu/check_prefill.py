@@ -148,25 +148,24 @@ def stage_problems(p: sr.Problem, k: int) -> list[str]:
     assert p.rows <= plan.rows, "one pass"
     base = ragged.lists
     thresholds = ragged.scratch[base:][: 4 * p.rows].view(torch.float32)
-    counts = ragged.scratch[base + plan.counts_offset :][: 4 * p.rows * plan.splits * sr.SUBS].view(torch.int32)
+    counts = ragged.scratch[base + plan.counts_offset :][: 4 * p.rows * plan.splits * plan.buffers].view(torch.int32)
     sampled = ragged.scratch[base + plan.bulk_offset :][: 4 * p.rows * plan.sampled].view(torch.float32)
     ragged.scratch.fill_(0xFF)
     plain = logits_of(p, slice(0, p.rows))
-    stages = dict(ragged.launches())
-    stages["sample"]()
+    ragged.run(sr.SAMPLE_STAGE)
     want = plain[:, plan.stride // 2 :: plan.stride]
     got = sampled.view(p.rows, plan.sampled)[:, : want.shape[1]]
     wrong = ((got != want) & (want > -torch.inf)).sum().item()
     if wrong:
         problems.append(f"sample: {wrong} of {want.numel()} scores differ from the plain path")
-    stages["threshold"]()
+    ragged.run(sr.THRESHOLD_STAGE)
     above = (want > thresholds[:, None]).sum(1)
     # The rank is met within 1/8; where the cut falls on many zero scores (ReLU makes them) they are left out.
     few = (above < plan.rank) & (thresholds != 0)
     if (few | (above > plan.rank + plan.rank // 8)).any():
         low, high = above.min().item(), above.max().item()
         problems.append(f"threshold: expected {plan.rank}… of the sample above it, got {low} to {high}")
-    stages["collect"]()
+    ragged.run(sr.COLLECT_STAGE)
     hits, rows = (plain > thresholds[:, None]).sum(1), counts.view(p.rows, -1)
     if (rows < 0).any() or (rows.sum(1) != hits).any():
         worst = (rows.sum(1) - hits).abs().max().item()

@@ -22,21 +22,21 @@ H100 = 132
 )
 def test_plan_fits_its_budget_and_holds_a_pass(rows, keys, k, heads, budget):
     block_rows = sr.block_rows(heads)
-    p = sr.plan(rows, keys, k, block_rows, H100, budget)
+    p = sr.plan(rows, keys, k, heads, H100, budget)
     assert p.bytes <= budget
     assert p.rows % block_rows == 0
     # thresholds, counts, and then entries or sampled scores lie side by side
-    entries = p.rows * p.splits * sr.SUBS * p.capacity * 8
+    entries = p.rows * p.splits * p.buffers * p.capacity * 8
     assert p.bulk_offset + max(entries, 4 * p.rows * p.sampled) == p.bytes
     assert p.sampled * p.stride >= keys - p.stride // 2
     assert p.sampled <= sr.SAMPLED_AT_MOST + 4
-    assert p.splits * sr.SUBS <= 512  # `select` reads one count a thread
-    assert p.rows * p.splits * sr.SUBS * p.capacity < 2**32  # the scorer's offsets
+    assert p.splits * p.buffers <= 512  # `select` reads one count a thread
+    assert p.rows * p.splits * p.buffers * p.capacity < 2**32  # the scorer's offsets
 
 
 def test_plan_fills_the_chip_at_full_size():
     block_rows = sr.block_rows(8)
-    p = sr.plan(8192, 131072, 2048, block_rows, H100)
+    p = sr.plan(8192, 131072, 2048, 8, H100)
     blocks, pass_blocks = 8192 // block_rows, p.rows // block_rows
     full, rest = divmod(blocks, pass_blocks)
     waves = full * math.ceil(pass_blocks * p.splits / H100) + math.ceil(rest * p.splits / H100)
@@ -45,7 +45,7 @@ def test_plan_fills_the_chip_at_full_size():
 
 def test_plan_refuses_a_budget_that_holds_no_block():
     with pytest.raises(ValueError, match="raise it"):
-        sr.plan(8192, 131072, 2048, 64, H100, budget=1 << 20)
+        sr.plan(8192, 131072, 2048, 8, H100, budget=1 << 20)
 
 
 @pytest.mark.parametrize("k", [512, 2048, 8192])
@@ -53,15 +53,15 @@ def test_thresholds_neither_starve_nor_overflow(k):
     """On scores in random order, hits above the sample's rank stay between k and the room, in every buffer too."""
     generator = torch.Generator().manual_seed(k)
     keys = 1 << 17
-    p = sr.plan(8192, keys, k, sr.block_rows(8), H100)
+    p = sr.plan(8192, keys, k, 8, H100)
     for _ in range(50):
         scores = torch.rand(keys, generator=generator)
         threshold = scores[p.stride // 2 :: p.stride].topk(p.rank).values[-1]
         hits = (scores >= threshold).nonzero()[:, 0]
         assert k <= len(hits) <= p.room
-        # warp and lane row of the key in its half tile; tiles go round the splits
-        buffer = hits // sr.TILE % p.splits * sr.SUBS + hits % 64 // 16 * 8 + hits % 8
-        assert torch.bincount(buffer).max() <= p.capacity - sr.CHECK_ROOM
+        # warp and pair of lane rows of the key in its product; tiles go round the splits
+        buffer = hits // sr.TILE % p.splits * p.buffers + hits % 64 // 16 * 4 + hits % 8 // 2
+        assert torch.bincount(buffer).max() <= p.capacity
 
 
 def test_inputs_are_refused_with_what_was_expected():
