@@ -1,11 +1,12 @@
 """Kernel bench: the whole indexer of one layer, stock beside ours in one run, checked before it is timed.
 
     python -m sglang_misa.bench.kernels prefill [--lengths 32768 131072] [--rows 8192] [--index-heads 64] [--csv FILE]
-    python -m sglang_misa.bench.kernels decode  [--lengths 8192 131072] [--batches 1 16 64]
+    python -m sglang_misa.bench.kernels decode  [--lengths 8192 131072] [--batches 1 16 64] [--stages]
 
 Prefill is timed with events after a flush of the L2 cache, decode by replaying a CUDA graph over rotating inputs; both
 report medians. A wrong result is reported as such and not timed. Inputs are random, with heavy-tailed gates: they say
-what a shape costs, and nothing about the recall of a policy on a real model.
+what a shape costs, and nothing about the recall of a policy on a real model. `floor` is the time that the policy's
+arithmetic or bytes take at the chip's data-sheet rate; --stages adds the µs of every kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from sglang_misa import indexer, reference
 from sglang_misa.bench import check, stock
-from sglang_misa.bench.timing import event_us, graph_us
+from sglang_misa.bench.timing import event_us, graph_us, kernel_us
 from sglang_misa.block_stats import BlockStats
 from sglang_misa.config import PAGE, PRESETS, SelectionPolicy
 
@@ -33,6 +34,10 @@ COLUMNS = (
     *("gpu", "phase", "policy", "index_heads", "routed_heads", "candidates", "blocks", "rows", "length"),
     *("stock_us", "ours_us", "ratio", "correct", "commit"),
 )
+RATES = {  # data sheets: dense fp8 and bf16 FLOP/s, bytes/s
+    "NVIDIA H100 80GB HBM3": (1979e12, 989e12, 3.35e12),
+    "NVIDIA H200": (1979e12, 989e12, 4.8e12),
+}
 RESULTS = pathlib.Path(__file__).parent / "results" / "kernels.csv"
 CHECKED_ROWS = 24
 
@@ -88,8 +93,33 @@ def correct_rows(policy: SelectionPolicy, layer: Layer, stats: BlockStats, chose
     return False not in verdicts and True in verdicts
 
 
-def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int) -> tuple[float, float, bool]:
-    """Stock µs, ours µs and whether ours is right, for the last `rows` rows of a prompt of `length` tokens."""
+@dataclass(frozen=True)
+class Outcome:
+    """µs of stock and of ours, the latter nan unless its result was right; µs of our kernels; what must be done."""
+
+    stock_us: float
+    ours_us: float
+    correct: bool
+    floor_us: float
+    stages: dict[str, float]
+
+
+def floor_us(policy: SelectionPolicy, phase: str, heads: int, row_lens: Tensor) -> float:
+    """µs of the policy's arithmetic (prefill) or of its bytes (decode) at the chip's data-sheet rate; nan: unknown."""
+    fp8, bf16, memory = RATES.get(torch.cuda.get_device_name(), (float("nan"),) * 3)
+    seen, lens = float(row_lens.sum()), row_lens.double()
+    reach = (policy.blocks or 0) * policy.block_size
+    kept = seen if policy.blocks is None else float(lens.clamp(max=reach).sum())
+    if phase == "decode":
+        return (seen / PAGE * 256 + kept * 132) / memory * 1e6
+    pair = 2 * 128  # FLOP of a query head and a key
+    scored = (seen if policy.heads else kept) * (policy.heads or heads)
+    again = 0.0 if policy.candidates is None else float(lens.clamp(max=policy.candidates).sum()) * heads
+    return ((scored + again) * pair / fp8 + seen / policy.block_size * heads * pair / bf16) * 1e6
+
+
+def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int, stages: bool) -> Outcome:
+    """One indexer call for the last `rows` rows of a prompt of `length` tokens."""
     layer = make_layer(rows, heads, length, requests=1)
     pages = layer.page_table[0].long()
     index_k = layer.buffer[pages, : PAGE * 128].reshape(-1, 128).view(torch.float8_e4m3fn)[:length].contiguous()
@@ -112,11 +142,17 @@ def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int) -
         return out
 
     correct = correct_rows(policy, layer, stats, ours())
-    return event_us(baseline), event_us(ours) if correct else float("nan"), correct
+    return Outcome(
+        stock_us=event_us(baseline),
+        ours_us=event_us(ours) if correct else float("nan"),
+        correct=correct,
+        floor_us=floor_us(policy, "prefill", heads, layer.row_lens),
+        stages=kernel_us(ours) if stages else {},
+    )
 
 
-def bench_decode(policy: SelectionPolicy, heads: int, batch: int, length: int) -> tuple[float, float, bool]:
-    """Stock µs, ours µs and whether ours is right, for one decode step of `batch` requests of `length` tokens."""
+def bench_decode(policy: SelectionPolicy, heads: int, batch: int, length: int, stages: bool) -> Outcome:
+    """One decode step of `batch` requests of `length` tokens."""
     # Enough inputs that neither reader finds its keys in L2: ours reads 8K of a row, stock all of it.
     copies = max(1, min(64, (200 << 20) // (batch * min(length, 8192) * 132)))
     layers = [make_layer(batch, heads, length, requests=batch, seed=s) for s in range(copies)]
@@ -136,12 +172,18 @@ def bench_decode(policy: SelectionPolicy, heads: int, batch: int, length: int) -
     )
     baselines = [stock.decode(la.index_q, la.head_gates, la.buffer, la.page_table, la.row_lens, TOPK) for la in layers]
     mine = [functools.partial(ours, la, me) for la, me in zip(layers, stats, strict=True)]
-    return graph_us(baselines), graph_us(mine) if correct else float("nan"), correct
+    return Outcome(
+        stock_us=graph_us(baselines),
+        ours_us=graph_us(mine) if correct else float("nan"),
+        correct=correct,
+        floor_us=floor_us(policy, "decode", heads, layers[0].row_lens),
+        stages=kernel_us(mine[0]) if stages else {},
+    )
 
 
-def measure(phase: str, policy: SelectionPolicy, heads: int, rows: int, length: int) -> dict[str, object]:
+def measure(phase: str, policy: SelectionPolicy, heads: int, rows: int, length: int, stages: bool) -> dict[str, object]:
     bench = bench_prefill if phase == "prefill" else bench_decode
-    stock_us, ours_us, correct = bench(policy, heads, rows, length)
+    outcome = bench(policy, heads, rows, length, stages)
     torch.cuda.empty_cache()
     row = {
         "gpu": torch.cuda.get_device_name(),
@@ -153,13 +195,17 @@ def measure(phase: str, policy: SelectionPolicy, heads: int, rows: int, length: 
         "blocks": policy.blocks or "",
         "rows": rows,
         "length": length,
-        "stock_us": round(stock_us, 1),
-        "ours_us": round(ours_us, 1) if correct else "",
-        "ratio": round(stock_us / ours_us, 2) if correct else "",
-        "correct": correct,
+        "stock_us": round(outcome.stock_us, 1),
+        "ours_us": round(outcome.ours_us, 1) if outcome.correct else "",
+        "ratio": round(outcome.stock_us / outcome.ours_us, 2) if outcome.correct else "",
+        "correct": outcome.correct,
         "commit": commit(),
     }
-    print("  ".join(f"{name}={row[name]}" for name in COLUMNS[1:-1] if row[name] != ""), flush=True)
+    shown = [f"{name}={row[name]}" for name in COLUMNS[1:-1] if row[name] != ""]
+    print("  ".join(shown), f" floor_us={outcome.floor_us:.1f}  of_floor={outcome.floor_us / outcome.ours_us:.0%}")
+    for kernel, us in outcome.stages.items():
+        print(f"    {us:9.1f} us  {kernel}")
+    sys.stdout.flush()
     return row
 
 
@@ -191,11 +237,12 @@ def main() -> int:
     parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--rows", nargs="+", type=int, default=[8192], help="prefill: query rows of a call")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64], help="decode: requests of a step")
+    parser.add_argument("--stages", action="store_true", help="print the time of every kernel of ours")
     options = parser.parse_args()
     policies = [PRESETS[name].policy(options.phase) for name in options.policies or PRESETS]
     lengths = options.lengths or [8192, 32768, 65536, 131072]
     results = [
-        measure(options.phase, policy.model_copy(update={"min_len": 0}), heads, rows, length)
+        measure(options.phase, policy.model_copy(update={"min_len": 0}), heads, rows, length, options.stages)
         for policy in dict.fromkeys(p for p in policies if p.active)
         for heads in options.index_heads
         for length in lengths

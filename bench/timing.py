@@ -1,11 +1,13 @@
-"""How GPU work is timed: medians of events with a cold L2, or of CUDA-graph replays."""
+"""How GPU work is timed: medians of events with a cold L2, or of CUDA-graph replays; and kernel by kernel."""
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def event_us(call: Callable[[], object], repeats: int = 15, flush_bytes: int = 256 << 20) -> float:
@@ -30,6 +32,31 @@ def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
             call()
     graph.replay()
     return _median_us(graph.replay, repeats) / len(calls)
+
+
+def kernel_us(call: Callable[[], object], repeats: int = 5, flush_bytes: int = 256 << 20) -> dict[str, float]:
+    """Mean µs of each kernel in `call`, cold L2, by name; launches of one name are added up."""
+    flush = torch.empty(flush_bytes, dtype=torch.uint8, device="cuda")
+    call()
+    sums: dict[str, float] = {}
+    for _ in range(repeats):
+        flush.zero_()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            call()
+            torch.cuda.synchronize()
+        for event in sorted(trace.events(), key=lambda e: e.time_range.start):
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                name = _short(event.name)
+                sums[name] = sums.get(name, 0.0) + event.time_range.elapsed_us() / repeats
+    return sums
+
+
+def _short(kernel: str) -> str:
+    """`score_kernel<Hits>` of `void misa::score_kernel<misa::Hits>(misa::Task, …)`."""
+    plain = re.sub(r"^void |\(anonymous namespace\)::|\b(misa|at|native)::", "", kernel)
+    match = re.match(r"[\w: ]+(<[\w:]+>)?", plain)
+    return match.group().strip() if match else plain
 
 
 def _median_us(call: Callable[[], object], repeats: int, before: Callable[[], object] = lambda: None) -> float:

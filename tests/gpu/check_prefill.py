@@ -11,7 +11,6 @@ import argparse
 import faulthandler
 import json
 import os
-import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from sglang_misa.bench.timing import event_us, kernel_us
 from sglang_misa.kernels import score_ragged as sr
 from sglang_misa.kernels.cuda_host import Target, build
 from sglang_misa.kernels.topk_rows import topk_rows
@@ -337,67 +337,21 @@ def check(fast: bool) -> list[str]:
     return problems
 
 
-_flush: list[torch.Tensor] = []
-
-
-def flush_l2() -> None:
-    if not _flush:
-        _flush.append(torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE))
-    _flush[0].zero_()
-
-
-def time_stages(p: sr.Problem, k: int, repeats=7) -> dict[str, float]:
-    """Median milliseconds by stage (summed over passes), in total, and `floor`: the same scoring with no hit at all."""
+def time_stages(p: sr.Problem, k: int) -> dict[str, float]:
+    """Milliseconds of a call and of its kernels, summed over passes; rows redone, hits of a row, passes, splits."""
     ragged = sr.Ragged(p, Target(torch.empty(p.rows, k, dtype=torch.int32, device=DEVICE)))
     ragged.run()
-    samples: dict[str, list[float]] = {}
-    for _ in range(repeats):
-        flush_l2()
-        launches = list(ragged.launches())
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(launches) + 1)]
-        marks[0].record()
-        for (_, launch), mark in zip(launches, marks[1:], strict=True):
-            launch()
-            mark.record()
-        torch.cuda.synchronize()
-        sums: dict[str, float] = {}
-        for (name, _), begin, end in zip(launches, marks, marks[1:], strict=False):
-            sums[name] = sums.get(name, 0.0) + begin.elapsed_time(end)
-        flush_l2()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        ragged.run()
-        end.record()
-        torch.cuda.synchronize()
-        sums["total"] = begin.elapsed_time(end)
-        for name, value in sums.items():
-            samples.setdefault(name, []).append(value)
-    redone = ragged.redone()
-    counts = ragged.scratch[ragged.lists + ragged.plan.counts_offset :][: 4 * ragged.plan.splits * sr.SUBS * 64].view(
+    plan = ragged.plan
+    counts = ragged.scratch[ragged.lists + plan.counts_offset :][: 4 * plan.splits * plan.buffers * 64].view(
         torch.int32
     )
-    thresholds = ragged.scratch[ragged.lists :][: 4 * ragged.plan.rows].view(torch.float32)
-    hits = counts.clamp(min=0).view(64, -1).sum(1).float().mean().item()
-    collects = [launch for name, launch in ragged.launches() if name == "collect"]
-    floor = []
-    for _ in range(repeats):
-        thresholds.fill_(torch.inf)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush_l2()
-        begin.record()
-        for launch in collects:
-            launch()
-        end.record()
-        torch.cuda.synchronize()
-        floor.append(begin.elapsed_time(end))
-    result = {name: statistics.median(values) for name, values in samples.items()}
-    passes = len(collects)
-    return result | {
-        "floor": statistics.median(floor),
-        "redone": redone,
-        "hits": hits,
-        "passes": passes,
-        "splits": ragged.plan.splits,
+    return {
+        "total": event_us(ragged.run) / 1e3,
+        **{name: us / 1e3 for name, us in kernel_us(ragged.run).items()},
+        "redone": ragged.redone(),
+        "hits": counts.clamp(min=0).view(64, -1).sum(1).float().mean().item(),
+        "passes": -(-p.rows // plan.rows),
+        "splits": plan.splits,
     }
 
 
@@ -438,30 +392,9 @@ def main() -> int:
         cases += [(f"L=131072 k=2048 full h={h}", make(8192, 131072, h, windows=full, seed=33), 2048) for h in (4, 16)]
         cases += [("Q=2048 L=131072 k=2048 causal", make(2048, 131072, seed=34), 2048)]
         cases = cases[:1] if args.first else cases
-        columns = (
-            "total",
-            "sample",
-            "threshold",
-            "collect",
-            "floor",
-            "select",
-            "redo",
-            "redone",
-            "hits",
-            "passes",
-            "splits",
-        )
-        print(f"{'ms':<40}" + "".join(f"{c:>10}" for c in columns))
         for name, p, k in cases:
             report["timings"][name] = row = time_stages(p, k)
-            print(
-                f"{name:<40}"
-                + "".join(
-                    f"{row.get(c, 0):>10.3f}" if c not in ("redone", "hits", "passes", "splits") else f"{row[c]:>10.0f}"
-                    for c in columns
-                ),
-                flush=True,
-            )
+            print(f"{name:<32}" + "  ".join(f"{column} {value:.4g}" for column, value in row.items()), flush=True)
     print(f"{time.time() - began:.0f} s")
     if out:
         out.write_text(json.dumps(report, indent=1))
