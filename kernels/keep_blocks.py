@@ -16,6 +16,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .rank_select import MAX_ROW, kth_largest, places, ranked, wins_and_ties
 
 WIDE_LOAD = 4 * 32  # fp32 elements that a warp loads at once
+MIN_TILE = 16  # blocks that one tensor-core tile holds at least
+SHORT_ROW = 512  # rows of at most so many blocks are chosen from by code of their own: a wide table costs them nothing
 PAGE = 64  # tokens in a page of SGLang's index-K pool
 HEAD_DIM = 128
 
@@ -29,7 +31,8 @@ class KeptPages:
     pages:  int32 [R, (blocks + 1) · block_size / 64]  physical page ids; entries past ceil(lens / 64) are stale
     blocks: int32 [R, blocks + 1]  block numbers in the row; entries past ceil(lens / block_size) are stale
     lens:   int32 [R]  kept tokens of a row; a function of its length alone
-    scores: fp32 [R, ceil(table_width · 64 / block_size)]  scratch: block scores of the rows that had to choose
+    scores: fp32 [R, N]  scratch: block scores of the rows that had to choose; N is the power of two that holds the
+            blocks of a whole page table
     done:   int32 [R]  scratch: programs that have finished; zero between launches
     """
 
@@ -44,11 +47,12 @@ class KeptPages:
         """Room for `rows` rows of page tables with `table_width` columns. Allocate outside of graph capture: `done`
         must be zero before the first launch, and one object must not serve two streams at once."""
         ints = {"dtype": torch.int32, "device": device}
+        room = triton.next_power_of_2(triton.cdiv(table_width * PAGE, block_size))
         return cls(
             pages=torch.empty(rows, (blocks + 1) * block_size // PAGE, **ints),
             blocks=torch.empty(rows, blocks + 1, **ints),
             lens=torch.empty(rows, **ints),
-            scores=torch.empty(rows, triton.cdiv(table_width * PAGE, block_size), dtype=torch.float32, device=device),
+            scores=torch.empty(rows, room, dtype=torch.float32, device=device),
             done=torch.zeros(rows, **ints),
         )
 
@@ -59,7 +63,7 @@ class KeptPages:
 
 @dataclass(frozen=True)
 class KeepTuning:
-    """How a launch is cut: a program of `warps` warps scores the blocks of `pages` pages (16 at least)."""
+    """How a launch is cut: a program of `warps` warps scores the blocks of `pages` pages, MIN_TILE blocks at least."""
 
     pages: int = 64
     warps: int = 4
@@ -78,9 +82,10 @@ def keep_blocks(
 ) -> None:
     """Fill `out` with the best blocks of every row: the block filter of HISA (arXiv 2603.28458) on page means.
 
-    A block of B = `block_size` tokens scores Σ_j w_j · ReLU(q_j · k̃_b) with k̃_b the mean of its page means, over all H
-    heads. Of a row's len // B complete blocks the first and the newest are kept and the best between them, up to nb in
-    all; the tail behind them always. So len // B <= nb keeps everything. Ties fall to the older block, NaN never wins.
+    A block of B = `block_size` tokens scores Σ_j w_j · ReLU(q_j · k̃_b) over all H heads, k̃_b the mean of its page means
+    in bf16, as in prefill. Of a row's len // B complete blocks the first and the newest are kept and the best between
+    them, up to nb in all; the tail behind them always. So len // B <= nb keeps everything. Ties fall to the older
+    block, NaN never wins.
 
     index_q:    float8_e4m3fn [R, H, 128], contiguous; H = 16, 32, 64, …
     head_gates: fp32 [R, H], contiguous
@@ -89,15 +94,17 @@ def keep_blocks(
     seq_lens:   int32 [R], 0 <= len <= 64 · W
     """
     rows, heads, _ = index_q.shape
-    n_blocks = out.scores.shape[1]
-    n_pad = triton.next_power_of_2(n_blocks)
-    if n_pad > MAX_ROW:
-        raise ValueError(f"page_table: expected at most {MAX_ROW} blocks a row, got {n_pad}; use a larger block_size")
+    width, room = page_table.shape[1], out.scores.shape[1]
     pages = block_size // PAGE
-    pages_pad = triton.next_power_of_2(pages)
-    tile = max(1, tuning.pages // pages_pad)
+    blocks = triton.cdiv(width, pages)
+    if not blocks <= room <= MAX_ROW:
+        raise ValueError(
+            f"page_table: expected at most {min(room, MAX_ROW)} blocks a row, got {blocks}; use a larger block_size, "
+            "or scratch for this table"
+        )
+    tile = max(MIN_TILE, tuning.pages // triton.next_power_of_2(pages))
     interpreted = index_q.device.type == "cpu"
-    grid = (triton.cdiv(n_blocks, tile), rows)
+    grid = (triton.cdiv(blocks, tile), rows)
     _keep_kernel[grid](
         index_q,
         head_gates,
@@ -110,17 +117,17 @@ def keep_blocks(
         out.lens,
         out.done,
         page_table.stride(0),
-        page_table.shape[1],
+        width,
         HEADS=heads,
         DIM=HEAD_DIM,
         PAGES=pages,
-        PAGES_PAD=pages_pad,
+        PAGES_PAD=triton.next_power_of_2(pages),
         PAGE=PAGE,
         KEEP=out.blocks.shape[1] - 1,
         TILE=tile,
-        N_BLOCKS=n_blocks,
-        N_PAD=n_pad,
-        FOLD=min(n_pad, tuning.warps * WIDE_LOAD),
+        ROOM=room,
+        SHORT=min(room, SHORT_ROW),
+        WIDE=tuning.warps * WIDE_LOAD,
         EXACT=interpreted,
         **launch_options(interpreted, tuning.warps),
     )
@@ -147,6 +154,42 @@ def last_of(done, n):
 
 
 @triton.jit
+def _list_kept(
+    scores,
+    p_table,
+    kept_blocks,
+    kept_pages,
+    length,
+    WIDTH,
+    PAGES: tl.constexpr,
+    PAGES_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEEP: tl.constexpr,
+    N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Choose among the scores of one row's first N blocks, which hold its `length` tokens, and list what is kept."""
+    FOLD: tl.constexpr = min(N, WIDE)
+    n_full = length // (PAGES * PAGE)
+    o_n = tl.arange(0, N)
+    m_middle = (o_n > 0) & (o_n < n_full - 1)
+    # loaded without a mask so that loads stay wide: what the row has not written is replaced afterwards
+    score = tl.load(scores + o_n, cache_modifier=".cg")
+    o_i = tl.arange(0, PAGES_PAD)
+    o_p = o_n[:, None] * PAGES + o_i[None, :]
+    m_p = o_i[None, :] < PAGES
+    b_page = tl.load(p_table + o_p, mask=m_p & (o_p < WIDTH), other=0)
+    x = ranked(score, m_middle)
+    threshold, room = kth_largest(x, n_full - 2, KEEP - 2, FOLD)
+    # the first, the newest and the tail win without a contest, even against a threshold of +inf
+    certain = (o_n * (PAGES * PAGE) < length) & (m_middle == 0)
+    taken, place = places(tl.where(certain, 1, wins_and_ties(x, threshold)), room)
+    tl.store(kept_blocks + place, o_n, mask=taken)
+    p_kept = kept_pages + place[:, None] * PAGES + o_i[None, :]
+    tl.store(p_kept, b_page, mask=taken[:, None] & m_p & (o_p * PAGE < length))
+
+
+@triton.jit(do_not_specialize=["table_stride", "WIDTH"])
 def _keep_kernel(
     q,
     gates,
@@ -167,9 +210,9 @@ def _keep_kernel(
     PAGE: tl.constexpr,
     KEEP: tl.constexpr,
     TILE: tl.constexpr,
-    N_BLOCKS: tl.constexpr,
-    N_PAD: tl.constexpr,
-    FOLD: tl.constexpr,
+    ROOM: tl.constexpr,
+    SHORT: tl.constexpr,
+    WIDE: tl.constexpr,
     EXACT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -181,11 +224,12 @@ def _keep_kernel(
     p_table = table + i_r * table_stride
     o_h = tl.arange(0, HEADS)
     o_d = tl.arange(0, DIM)
-    o_k = tl.arange(0, TILE * PAGES_PAD)
-    b_b = i_t * TILE + o_k // PAGES_PAD
-    b_i = o_k % PAGES_PAD
+    o_b = i_t * TILE + tl.arange(0, TILE)
     # stale ids come along and are replaced below: the length is still on its way
-    b_id = tl.load(p_table + b_b * PAGES + b_i, mask=b_b * PAGES + b_i < WIDTH, other=0)
+    ids = ()
+    for i in tl.static_range(PAGES):
+        o_page = o_b * PAGES + i
+        ids += (tl.load(p_table + o_page, mask=o_page < WIDTH, other=0),)  # type: ignore[assignment]
     length = tl.load(seq_lens + i_r)
     n_full = length // (PAGES * PAGE)
     tail = length - n_full * (PAGES * PAGE)
@@ -195,38 +239,30 @@ def _keep_kernel(
         return
 
     if chooses:
-        o_b = i_t * TILE + tl.arange(0, TILE)
         m_b = (o_b > 0) & (o_b < n_full - 1)
-        m_k = (b_b > 0) & (b_b < n_full - 1) & (b_i < PAGES)
-        page = tl.where(m_k, b_id, 0).to(tl.int64)
-        b_k = tl.load(means + page[:, None] * DIM + o_d[None, :], mask=m_k[:, None], other=0.0)
         b_q = tl.load(q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :])  # [HEADS, DIM]
         b_w = tl.load(gates + i_r * HEADS + o_h)
+        b_k = tl.zeros([TILE, DIM], tl.float32)
+        for i in tl.static_range(PAGES):
+            page = tl.where(m_b, ids[i], 0).to(tl.int64)
+            b_k += tl.load(means + page[:, None] * DIM + o_d[None, :], mask=m_b[:, None], other=0.0).to(tl.float32)
+        if PAGES & (PAGES - 1):  # a power of two changes neither the rounding nor the order of scores
+            b_k *= 1.0 / PAGES
+        b_k = b_k.to(tl.bfloat16)
         # fp8 fits bf16, so the products are exact; the interpreter multiplies bf16 as integers, hence fp32 there
         if EXACT:
-            b_s = tl.dot(b_k.to(tl.float32), tl.trans(b_q.to(tl.float32)))  # [TILE · PAGES_PAD, HEADS]
+            b_s = tl.dot(b_k.to(tl.float32), tl.trans(b_q.to(tl.float32)))  # [TILE, HEADS]
         else:
             b_s = tl.dot(b_k, tl.trans(b_q.to(tl.float32).to(tl.bfloat16)))
-        # the sum of a block's page means instead of their mean: a positive factor changes no order
-        b_s = tl.sum(tl.reshape(b_s, [TILE, PAGES_PAD, HEADS]), 1)
         score = tl.sum(tl.maximum(b_s, 0.0) * b_w[None, :], 1)
-        tl.store(scores + i_r * N_BLOCKS + o_b, score, mask=m_b)
+        tl.store(scores + i_r * ROOM + o_b, score, mask=m_b)
 
     if last_of(done + i_r, n_programs):
-        o_n = tl.arange(0, N_PAD)
-        m_middle = (o_n > 0) & (o_n < n_full - 1)
-        # loads are masked by constants so that they stay wide: what a row has not written is replaced afterwards
-        score = tl.load(scores + i_r * N_BLOCKS + o_n, mask=o_n < N_BLOCKS, other=0.0, cache_modifier=".cg")
-        o_i = tl.arange(0, PAGES_PAD)
-        o_p = o_n[:, None] * PAGES + o_i[None, :]
-        m_p = o_i[None, :] < PAGES
-        b_page = tl.load(p_table + o_p, mask=m_p & (o_p < WIDTH), other=0)
-        x = ranked(score, m_middle)
-        threshold, room = kth_largest(x, n_full - 2, KEEP - 2, FOLD)
-        # the first, the newest and the tail win without a contest, even against a threshold of +inf
-        certain = (o_n * (PAGES * PAGE) < length) & (m_middle == 0)
-        taken, place = places(tl.where(certain, 1, wins_and_ties(x, threshold)), room)
-        tl.store(kept_blocks + i_r * (KEEP + 1) + place, o_n, mask=taken)
-        p_kept = kept_pages + (i_r * (KEEP + 1) + place[:, None]) * PAGES + o_i[None, :]
-        tl.store(p_kept, b_page, mask=taken[:, None] & m_p & (o_p * PAGE < length))
+        p_scores = scores + i_r * ROOM
+        p_blocks = kept_blocks + i_r * (KEEP + 1)
+        p_pages = kept_pages + i_r * ((KEEP + 1) * PAGES)
+        if length <= SHORT * (PAGES * PAGE):
+            _list_kept(p_scores, p_table, p_blocks, p_pages, length, WIDTH, PAGES, PAGES_PAD, PAGE, KEEP, SHORT, WIDE)
+        elif SHORT < ROOM:
+            _list_kept(p_scores, p_table, p_blocks, p_pages, length, WIDTH, PAGES, PAGES_PAD, PAGE, KEEP, ROOM, WIDE)
         tl.store(kept_lens + i_r, tl.minimum(n_full, KEEP) * (PAGES * PAGE) + tail)

@@ -12,6 +12,9 @@ A block's mean, which prefill routes on, is that of the bf16 means of its `block
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -70,8 +73,7 @@ def page_means_fwd_kernel(
 
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["p_table", "p_lens"])
 def last_page_means_fwd_kernel(
-    p_keys,
-    p_scales,
+    p_pools,
     p_means,
     p_table,
     p_lens,
@@ -81,10 +83,15 @@ def last_page_means_fwd_kernel(
     PAGE_BYTES: tl.constexpr,
 ):
     i_row = tl.program_id(0)
+    i_layer = tl.program_id(1)
     length = tl.load(p_lens + i_row)
     if (length > 0) & (length % PAGE == 0):
         i_page = tl.load(p_table + i_row.to(tl.int64) * table_stride + length // PAGE - 1)
-        _store_page_mean(p_keys, p_scales, p_means, i_page, PAGE, HEAD_DIM, PAGE_BYTES)
+        pool = tl.load(p_pools + i_layer)
+        keys = tl.multiple_of(pool.to(tl.pointer_type(tl.float8e4nv)), 16)
+        scales = tl.multiple_of(pool.to(tl.pointer_type(tl.float32)), 16)
+        means = tl.multiple_of(tl.load(p_means + i_layer).to(tl.pointer_type(tl.bfloat16)), 16)
+        _store_page_mean(keys, scales, means, i_page, PAGE, HEAD_DIM, PAGE_BYTES)
 
 
 @triton.jit(do_not_specialize_on_alignment=["p_slots"])
@@ -135,20 +142,42 @@ def update_page_means(
     return blocks
 
 
-def update_last_page_means(
-    pool: torch.Tensor, means: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor
-) -> None:
-    """Recompute the mean of the page that each row's newest token completed (seq_len a positive multiple of 64).
+@dataclass(frozen=True)
+class Layers:
+    """Where each layer's pool and means lie, for a launch that serves all of them. The tensors must outlive it.
 
-    For decode. pool [P, 8448] uint8; means [P, 128] bf16; page_table [R, W] int32; seq_lens [R] int32 with the new
-    token counted, at most 64·W. Raises ValueError for another layout.
+    pools, means: int64 [L] addresses on the device, of layers that have an indexer
     """
-    views = _views(pool, means)
+
+    pools: torch.Tensor
+    means: torch.Tensor
+
+    @classmethod
+    def of(cls, pools: Sequence[torch.Tensor], means: Sequence[torch.Tensor]) -> Layers:
+        """pools [P, 8448] uint8 and means [P, 128] bf16 of each layer; those with P = 0 are left out."""
+        pairs = [(pool, mean) for pool, mean in zip(pools, means, strict=True) if len(pool)]
+        for pool, mean in pairs:
+            _views(pool, mean)
+        device = pools[0].device
+        return cls(
+            *(
+                torch.tensor([t.data_ptr() for t in ts], dtype=torch.int64, device=device)
+                for ts in zip(*pairs, strict=True)
+            )
+        )
+
+
+def update_last_page_means(layers: Layers, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    """Recompute, in every layer, the mean of the page that each row's newest token completed (seq_len % 64 == 0).
+
+    For decode, once a step. page_table [R, W] int32; seq_lens [R] int32 with the new token counted, at most 64·W.
+    Raises ValueError for another layout.
+    """
     rows, _ = _check_table(page_table, seq_lens)
     if rows:
-        last_page_means_fwd_kernel[(rows,)](
-            *views,
-            means,
+        last_page_means_fwd_kernel[(rows, len(layers.pools))](
+            layers.pools,
+            layers.means,
             page_table,
             seq_lens,
             page_table.stride(0),

@@ -5,16 +5,16 @@ worth reading, `score_kept` scores their tokens, `topk_paged` selects.
 Bytes of a row: 4 a token of prefix for the means, 132 a kept token.
 
 Measured on an H100 beside SGLang's own scoring and top k (64 blocks of 128, H = 64, page table of 140,000 tokens,
-CUDA-graph replay, stock time / ours):
+CUDA-graph replay, stock time / ours; before the last changes of `keep_blocks` and `topk_paged`):
 
-    rows   8K     32K    64K    128K   at least as fast as stock from
-       1   0.85   1.01   1.03   1.29   32K
-       4   0.81   1.10   1.33   2.00   32K
-      16   0.79   1.63   2.61   3.52   32K
-      64   0.67   1.79   3.22   5.51   32K
+    rows   8K     16K    32K    64K    128K   at least as fast as stock from
+       1   0.91   0.79   1.12   1.11   1.42   32K
+       4   0.82   0.79   1.20   1.44   2.14   32K
+      16   0.92   1.09   1.82   2.85   3.94   16K
+      64   0.88   1.32   2.26   4.00   6.63   16K
 
-With H = 32 every ratio from 32K on is higher. Shorter rows cost less in stock DSA: a gate of 32,768 tokens is right for
-1 to 64 rows. Nothing between 8K and 32K, above 64 rows, or on another GPU is measured.
+H = 32 is within a tenth of that. The gate for all batches is 32,768 tokens. Between these lengths, above 64 rows, or on
+another GPU nothing is measured.
 """
 
 from __future__ import annotations
@@ -74,7 +74,6 @@ def decode_topk(
     scratch: DecodeScratch,
     out: torch.Tensor,
     positions: torch.Tensor | None = None,
-    head_ids: torch.Tensor | None = None,
     keep: KeepTuning | None = None,
     score: ScoreTuning | None = None,
 ) -> None:
@@ -93,7 +92,6 @@ def decode_topk(
     seq_lens:   int32 [R], 0 <= len <= 64 · W
     out:        int32 [R, k]: page · 64 + offset, in the order of the row, -1 behind the last
     positions:  int32 [R, k], optional: the same tokens as positions in the row
-    head_ids:   int32 [R, h], optional: routed heads, the only ones in token scores (block scores use all)
     """
     rows, topk = index_q.shape[0], out.shape[1]
     room = scratch.logits.shape[1]
@@ -120,7 +118,6 @@ def decode_topk(
         block_size=block_size,
         topk=topk,
         scratch=scratch,
-        head_ids=head_ids,
         tuning=score or ScoreTuning(),
     )
     topk_paged(scratch.logits, scratch.kept, block_size=block_size, out=out, positions=positions)
@@ -142,7 +139,6 @@ def score_kept(
     block_size: int,
     topk: int,
     scratch: DecodeScratch,
-    head_ids: torch.Tensor | None = None,
     tuning: ScoreTuning = ScoreTuning(),
 ) -> None:
     """Write scratch.logits: I[s] = k_scale[s] · Σ_j w_j · ReLU(q_j · k_s) of the tokens on `scratch.kept.pages`.
@@ -156,14 +152,12 @@ def score_kept(
     _score_kernel[(programs, rows)](
         index_q,
         head_gates,
-        index_q if head_ids is None else head_ids,
         pool.view(torch.float8_e4m3fn),
         pool.view(torch.float32),
         seq_lens,
         kept.pages,
         scratch.logits,
         HEADS=heads,
-        ROUTED=0 if head_ids is None else head_ids.shape[1],
         DIM=HEAD_DIM,
         PAGE=PAGE,
         PAGE_BYTES=pool.stride(0),
@@ -180,14 +174,12 @@ def score_kept(
 def _score_kernel(
     q,
     gates,
-    head_ids,
     keys,
     scales,
     seq_lens,
     kept_pages,
     logits,
     HEADS: tl.constexpr,
-    ROUTED: tl.constexpr,
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
@@ -210,10 +202,6 @@ def _score_kernel(
     n = tl.minimum(length // BLOCK, KEEP) * BLOCK + length % BLOCK
     b_q = tl.load(q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :], cache_modifier=".cg")  # [HEADS, DIM]
     b_w = tl.load(gates + i_r * HEADS + o_h, cache_modifier=".cg")
-    if ROUTED > 0:
-        o_i = tl.arange(0, ROUTED)
-        ids = tl.load(head_ids + i_r * ROUTED + o_i, cache_modifier=".cg")
-        b_w = tl.where(tl.sum((ids[None, :] == o_h[:, None]).to(tl.int32), 1) > 0, b_w, 0.0)
     b_qt = tl.trans(b_q)
     if PDL:
         gdc_wait()

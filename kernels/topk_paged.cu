@@ -41,6 +41,13 @@ __device__ __forceinline__ uint64_t order_of(float score, int token) {
   return uint64_t(key) << 16 | uint32_t(0xFFFF - token);
 }
 
+__device__ __forceinline__ float score_of(uint64_t order) {
+  const uint32_t key = uint32_t(order >> 16);
+  return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key);
+}
+
+__device__ __forceinline__ int token_of(uint64_t order) { return 0xFFFF - int(order & 0xFFFF); }
+
 __device__ __forceinline__ uint32_t inclusive(uint32_t value) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -89,7 +96,9 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Row row) {
     if (positions) positions[j] = -1;
   }
 
-  uint64_t cut = 0;  // tokens of at least this order are chosen
+  float least_chosen = 0.f;  // scores above it are chosen, and those equal to it up to token `last_tie`
+  int last_tie = 0;
+  const auto in_row = [&](int g) { return 4 * (g * THREADS + 32 * warp) < n; };  // any token of this warp's group
   float x[4 * GROUPS];
   asm volatile("griddepcontrol.wait;" ::: "memory");
   if (n > row.k) {
@@ -129,8 +138,12 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Row row) {
       return int(__float_as_uint(place + 8388608.f) & (BINS - 1));
     };
 #pragma unroll
-    for (int i = 0; i < 4 * GROUPS; ++i)
-      if (4 * ((i / 4) * THREADS + int(threadIdx.x)) + i % 4 < n) atomicAdd(&s.bins[bin_of(x[i])], 1u);
+    for (int g = 0; g < GROUPS; ++g) {
+      if (!in_row(g)) continue;
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (4 * (g * THREADS + int(threadIdx.x)) + e < n) atomicAdd(&s.bins[bin_of(x[4 * g + e])], 1u);
+    }
     __syncthreads();
     find_bin(s, row.k);
     uint32_t rank = row.k - s.above, inside = s.inside;
@@ -176,7 +189,7 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Row row) {
       if (larger == rank - 1) s.cut = own;
     }
     __syncthreads();
-    cut = s.cut;
+    least_chosen = score_of(s.cut), last_tie = token_of(s.cut);
   }
 
   // Places: tokens in order, four a thread and group; the counts of four groups fit one word, 8 bits each.
@@ -185,10 +198,13 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Row row) {
 #pragma unroll
   for (int g = 0; g < GROUPS; ++g) {
     chosen[g] = 0;
+    if (!in_row(g)) continue;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int token = 4 * (g * THREADS + threadIdx.x) + e;
-      if (token < n && (n <= row.k || order_of(x[4 * g + e], token) >= cut)) chosen[g] |= 1u << e;
+      const float score = x[4 * g + e];
+      const bool wins = n <= row.k || score > least_chosen || (score == least_chosen && token <= last_tie);
+      if (token < n && wins) chosen[g] |= 1u << e;
     }
     packed |= uint64_t(__popc(chosen[g])) << (8 * g);
   }

@@ -13,10 +13,11 @@ from sglang.srt.layers.attention.dsa import dsa_indexer
 from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
 from torch import Tensor
 
-from sglang_misa import audit, indexer, plugin, reference
+from sglang_misa import audit, decode_gate, indexer, plugin, reference
 from sglang_misa.block_stats import BlockStats
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.metrics import recorder
+from sglang_misa.patches.forward_batch import longest
 
 
 @functools.cache
@@ -201,7 +202,7 @@ def _fused(metadata: Any) -> bool:
 
 
 def get_topk_paged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Indexer._get_topk_paged: decode, target_verify and draft_extend rows, eager or captured."""
+    """Indexer._get_topk_paged: decode, target_verify and draft_extend rows, eager or captured. The gate chooses."""
     policy = plugin.runtime().config.decode
     call = _bind(original, args, kwargs)
     captured = "captured:" if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing() else ""
@@ -209,16 +210,39 @@ def get_topk_paged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -
         recorder.ran("decode", captured + "dsa")
         return original(*args, **kwargs)
 
-    self, batch, metadata, q_fp8 = call["self"], call["forward_batch"], call["metadata"], call["q_fp8"]
+    self, batch, metadata = call["self"], call["forward_batch"], call["metadata"]
     mode = batch.forward_mode
     expanded = mode.is_target_verify() or mode.is_draft_extend_v2()
     row_lens = metadata.get_seqlens_expanded() if expanded else metadata.get_seqlens_int32()
-    rows = sum(metadata.get_dsa_extend_len_cpu())
     page_table = metadata.get_page_table_64()
     buffer, stats, layer = _pool(call["layer_id"])
-    stats.update_newest(layer, buffer, page_table, row_lens)
+    if not stats.kernels:  # the reference routes on the page that this step completed
+        stats.update_newest(layer, buffer, page_table, row_lens)
+    if decode_gate.is_stock(policy, longest(batch)):
+        recorder.ran("decode", captured + "dsa")
+        if not captured:
+            recorder.declined("decode", "under-min-len")
+        result = original(*args, **kwargs)
+    else:
+        recorder.ran("decode", captured + policy.name)
+        result = _select_paged(policy, call, buffer, page_table, row_lens, stats, layer)
+    if stats.kernels:
+        stats.end_layer(page_table, row_lens, last=self.misa_last)
+    return result
 
-    recorder.ran("decode", captured + policy.name)
+
+def _select_paged(
+    policy: SelectionPolicy,
+    call: dict[str, Any],
+    buffer: Tensor,
+    page_table: Tensor,
+    row_lens: Tensor,
+    stats: BlockStats,
+    layer: int,
+) -> Tensor:
+    """The policy's selection for the rows of a decode call, padded to the rows of its queries."""
+    self, metadata, q_fp8 = call["self"], call["metadata"], call["q_fp8"]
+    rows = sum(metadata.get_dsa_extend_len_cpu())
     inputs = (q_fp8[:rows], call["weights"].squeeze(-1)[:rows], buffer, page_table, row_lens, stats, layer)
     if stats.kernels:
         result = indexer.paged_topk(policy, *inputs, self.index_topk, positions=not _fused(metadata))

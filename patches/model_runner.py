@@ -33,13 +33,14 @@ def load_model(original: Callable[..., None], self: Any) -> None:
     original(self)
     if not self.is_draft_worker or is_deepseek_dsa(self.model_config.hf_config):
         _raise_if([*_indexer_problems(self.model), *register.live()])
+        _mark_last(self.model)
     runtime = plugin.runtime()
     if runtime.kernels and runtime.config.prefill.active and not self.is_draft_worker:
         indexer.warm_up(runtime.config.prefill, runtime.index_heads, runtime.topk, runtime.device)
 
 
 def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """ModelRunner.init_cuda_graphs: the last look before this rank serves."""
+    """ModelRunner.init_cuda_graphs: the last look before this rank serves, and one at the graphs."""
     problems = register.live()
     if not self.is_draft_worker and not hasattr(self.token_to_kv_pool, "misa_block_stats"):
         problems.append(
@@ -50,6 +51,9 @@ def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwa
         _meet(distributed.distributed_c10d._get_default_store(), plugin.runtime(), MEETING)
     recorder.publish_block_stats()
     original(self, *args, **kwargs)
+    stats = getattr(self.token_to_kv_pool, "misa_block_stats", None)
+    if stats is not None and stats.behind:
+        _raise_if(["expected captured decode steps to end with their page means, got none; report this model"])
 
 
 def _arm(runner: Any) -> None:
@@ -117,6 +121,23 @@ def _indexer_problems(model: nn.Module) -> Iterator[str]:
         for weight, tensor in module.named_parameters():
             if tensor.is_floating_point() and not tensor.float().isfinite().all():
                 yield f"{name}.{weight}: expected finite weights, got NaN or infinity; check the checkpoint's files"
+
+
+def _mark_last(model: nn.Module) -> None:
+    """Set `misa_last` on every indexer: True on the one that a step runs last, in whose hook the step's upkeep is done.
+
+    Layers that share another's selection (`skip_topk`) run none, but for a NextN layer.
+    """
+    from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+
+    running = []
+    for name, module in model.named_modules():
+        if isinstance(module, Indexer):
+            module.misa_last = False
+            attention = model.get_submodule(name.rpartition(".")[0])
+            if not getattr(attention, "skip_topk", False) or getattr(attention, "is_nextn", False):
+                running.append(module)
+    max(running, key=lambda module: module.layer_id).misa_last = True
 
 
 def _meet(store: distributed.Store, runtime: plugin.Runtime, timeout: timedelta) -> None:

@@ -52,6 +52,10 @@ class Patch:
 _NO_EXTENSION_POINT = "none: SGLang has no extension point for choosing an indexer"
 _UNTIL_EXTENSION_POINT = "SGLang lets a plugin register a DSA indexer"
 
+_GRAPHS = "sglang.srt.model_executor.runner_backend.full_cuda_graph_backend"
+_NO_GRAPH_VARIANTS = "none: SGLang's graph variants are its own (LoRA), and a plugin cannot add one"
+_UNTIL_GRAPH_VARIANTS = "a plugin can add a variant of a decode graph and choose it at replay"
+
 LOAD_MODEL = Patch(
     target="sglang.srt.model_executor.model_runner:ModelRunner.load_model",
     wrapper="sglang_misa.patches.model_runner:load_model",
@@ -135,6 +139,42 @@ PATCHES = (
         upstream="none: SGLang has no start-up check for plugins",
         remove_when="the patch of ModelRunner.load_model is removed",
         signatures=(("0.5.15", "self, capture_decode_cuda_graph="),),
+    ),
+    Patch(
+        target="sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
+        wrapper="sglang_misa.patches.forward_batch:init_new",
+        why="speculative decoding under the overlap scheduler keeps no lengths on the host, and the gate needs one",
+        how="after: misa_longest = tokens of the longest request as of the step before, where seq_lens_cpu is None",
+        upstream=_NO_GRAPH_VARIANTS,
+        remove_when="a batch always has a bound of its lengths on the host",
+        signatures=(
+            ("0.5.15", "cls, batch, model_runner"),
+            (
+                "0.5.16",
+                "cls, batch, model_runner, *, capture_hidden_mode=, return_hidden_states_before_norm",
+            ),
+        ),
+    ),
+    Patch(
+        target=f"{_GRAPHS}:FullCudaGraphBackend.capture_one",
+        wrapper="sglang_misa.patches.cuda_graph:capture_one",
+        why="a CUDA graph cannot choose a selection by length, and below a length stock DSA is the faster one",
+        how="around: captures decode shapes by the policy, and once more with stock DSA under a key of its own",
+        upstream=_NO_GRAPH_VARIANTS,
+        remove_when=_UNTIL_GRAPH_VARIANTS,
+        signatures=(
+            ("0.5.15", "self, shape_key, forward_fn, dummies=, post_warmup_hook="),
+            ("0.5.17", "self, shape_key, forward_fn, capture_inputs=, post_warmup_hook="),
+        ),
+    ),
+    Patch(
+        target=f"{_GRAPHS}:FullCudaGraphBackend.replay",
+        wrapper="sglang_misa.patches.cuda_graph:replay",
+        why="the host knows the lengths of a step, and with them which of the two graphs is right",
+        how="before: replaces the key by that of the stock variant under the length gate",
+        upstream=_NO_GRAPH_VARIANTS,
+        remove_when=_UNTIL_GRAPH_VARIANTS,
+        signatures=(("0.5.15", "self, shape_key, static_forward_batch, **kwargs"),),
     ),
     Patch(
         target="sglang.srt.managers.scheduler:Scheduler.get_internal_state",

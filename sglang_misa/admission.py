@@ -126,15 +126,8 @@ def _kernel_policies(candidate: Candidate) -> Iterator[str]:
             )
     if decode.heads is not None:
         yield f"decode.heads: expected all, as fewer save nothing on a GPU in decode, got {decode.heads}; {way_out}"
-    if decode.blocks is not None:
-        if decode.candidates is not None:
-            yield f"decode.candidates: expected none, got {decode.candidates}: no GPU kernel re-ranks; {way_out}"
-        exact = (decode.blocks + 1) * decode.block_size
-        if decode.min_len > exact:
-            yield (
-                f"decode.min_len: expected at most (blocks + 1) × block_size = {exact}, the length up to which every "
-                f"token is kept anyway, got {decode.min_len}; lower --misa-decode-min-len, {way_out}"
-            )
+    if decode.blocks is not None and decode.candidates is not None:
+        yield f"decode.candidates: expected none, got {decode.candidates}: no GPU kernel re-ranks; {way_out}"
     forced = [n for n in ("index_init_tokens", "index_local_tokens") if getattr(candidate.model, n, 0)]
     if forced and candidate.config.active:
         yield f"model: expected no forced tokens on GPU kernels, got {' and '.join(forced)}; {way_out}"
@@ -185,6 +178,24 @@ def _arguments(candidate: Candidate) -> Iterator[str]:
             )
 
 
+def _decode_steps(candidate: Candidate) -> Iterator[str]:
+    """What the gate and the upkeep of page means take for granted of decode steps."""
+    if not (candidate.config.decode.active and candidate.on_kernels):
+        return
+    graphs = candidate.arguments.cuda_graph_config  # None means SGLang's default, full
+    if graphs is not None and graphs.decode.backend == "breakable":
+        yield (
+            "--cuda-graph-backend-decode: expected full, got breakable: the length gate chooses between two full "
+            "graphs; drop the flag, or leave decode to stock DSA (--misa-decode-blocks all)"
+        )
+    drafts = candidate.arguments.speculative_num_draft_tokens or 0
+    if drafts > PAGE:
+        yield (
+            f"--speculative-num-draft-tokens: expected at most {PAGE}, got {drafts}: a step may complete one page a "
+            "request; lower it, or leave decode to stock DSA (--misa-decode-blocks all)"
+        )
+
+
 def _audit(candidate: Candidate) -> Iterator[str]:
     if candidate.config.audit.action == "dense" and candidate.arguments.tp_size > 1:
         yield (
@@ -211,6 +222,7 @@ CHECKS: tuple[Callable[[Candidate], Iterator[str]], ...] = (
     _page_size,
     _device,
     _arguments,
+    _decode_steps,
     _audit,
     _policies,
 )

@@ -29,6 +29,8 @@ class BlockStats:
         self.means = [
             torch.zeros(b.shape[0], reference.HEAD_DIM, dtype=torch.bfloat16, device=b.device) for b in index_buffers
         ]
+        self.behind = False  # whether a decode step has selected in a layer and not come to `end_layer`'s last one
+        self._layers = page_means.Layers.of(index_buffers, self.means) if kernels else None
 
     @staticmethod
     def bytes_per_page() -> int:
@@ -76,15 +78,24 @@ class BlockStats:
             self.update_pages(layer, buffer, slots[slots % PAGE == PAGE - 1] // PAGE)
 
     def update_newest(self, layer: int, buffer: Tensor, page_table: Tensor, row_lens: Tensor) -> None:
-        """For each decode row, recompute its newest complete page if the row's newest token completed it.
+        """For each decode row, recompute one layer's newest complete page if the row's newest token completed it.
 
-        page_table [R, W], row_lens [R]. Capturable: a row that completed nothing writes the mean of page 0, SGLang's
-        dummy page, which nobody reads.
+        page_table [R, W], row_lens [R]. The reference; capturable: a row that completed nothing writes the mean of page
+        0, SGLang's dummy page, which nobody reads.
         """
-        if self.kernels:
-            page_means.update_last_page_means(buffer, self.means[layer], page_table, row_lens)
-            return
         newest = (row_lens.long() // PAGE - 1).clamp_min(0)
         completed = (row_lens > 0) & (row_lens % PAGE == 0)
         pages = torch.where(completed, page_table.gather(1, newest.unsqueeze(1)).squeeze(1), 0).long()
         self.means[layer][pages] = reference.page_means(buffer[pages]).bfloat16()
+
+    def end_layer(self, page_table: Tensor, row_lens: Tensor, *, last: bool) -> None:
+        """A decode step's layer has its selection; after the `last` one, `update_newest` of all layers by one kernel.
+
+        That is in time: block pruning reads no mean of a page that the same step completes. Such a page lies in the
+        row's newest complete block, which is kept unseen, or in the tail behind it, for a request's rows of one step
+        (a token and its drafts) are at most 64.
+        """
+        self.behind = not last
+        if last:
+            assert self._layers is not None
+            page_means.update_last_page_means(self._layers, page_table, row_lens)

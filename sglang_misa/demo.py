@@ -205,7 +205,10 @@ def _ask(url: str, name: str, text: str) -> Answer:
     start = time.monotonic()
     meta = _call(f"{url}/generate", body)["meta_info"]
     seconds = time.monotonic() - start
-    ran = {phase: _paths(before["calls"][phase], calls) for phase, calls in _status(url)["calls"].items()}
+    after = _status(url)
+    ran = {phase: _paths(before["calls"][phase], calls) for phase, calls in after["calls"].items()}
+    if replayed := _paths(before["replays"], after["replays"]):
+        ran["decode"] = replayed
     return Answer(name, meta["prompt_tokens"], meta["cached_tokens"], round(seconds, 3), ran)
 
 

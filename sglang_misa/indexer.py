@@ -220,7 +220,7 @@ def paged_topk(
     """Select for R decode rows with the GPU kernels: physical slots int32 [R, topk], or `positions` in the row.
 
     Shapes as in `paged_scores`. Any policy that keeps blocks, scores with all heads and takes the top k at once. A row
-    with at most `blocks` complete blocks equals DSA, which is the policy's length gate.
+    with at most `blocks` complete blocks equals DSA. The length gate is the step's (`decode_gate`), not a row's.
     """
     assert policy.blocks is not None
     rows, width = page_table.shape
@@ -263,7 +263,7 @@ def paged_scores(
         length = row_lens[row : row + 1]
         pages = page_table[row].long().masked_fill(page * PAGE >= length, 0)
         keys = reference.dequantize_pages(buffer[pages]).reshape(1, -1, reference.HEAD_DIM)
-        scores[row] = reference.gated_scores(
+        scores[row] = reference.policy_scores(
             policy,
             index_q[row].view(1, 1, *index_q.shape[1:]),
             head_gates[row].view(1, 1, -1),

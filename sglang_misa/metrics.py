@@ -1,6 +1,7 @@
 """What this rank did: counts for /server_info and, under --enable-metrics, Prometheus metrics sglang_misa:*.
 
-Under CUDA graphs Python runs at capture only, so decode paths are counted once a captured shape (`captured:<policy>`).
+Under CUDA graphs the indexer's Python runs at capture only, so decode calls are counted once a captured shape
+(`captured:<policy>`). Where a shape has a graph for each side of the decode gate, every replay is counted by its side.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Recorder:
         self._armed: dict[str, Any] = {}
         self._calls: dict[Phase, Counter[str]] = {phase: Counter() for phase in PHASES}
         self._declined: Counter[str] = Counter()
+        self._replays: Counter[str] = Counter()
         self._recall: dict[int, _LayerRecall] = {}
         self._dense_layers: set[int] = set()
         self._exporter: _Exporter | None = None
@@ -68,13 +70,20 @@ class Recorder:
     def armed(self, config: MisaConfig, rank: int, ranks: int) -> None:
         """This rank's hooks are in place: `rank` of `ranks` in its process group."""
         policies = {phase: config.policy(phase).name for phase in PHASES}
-        self._armed = {"policy": policies, "rank": rank, "ranks": ranks}
+        gates = {phase: config.policy(phase).min_len for phase in PHASES if config.policy(phase).active}
+        self._armed = {"policy": policies, "min_len": gates, "rank": rank, "ranks": ranks}
 
     def ran(self, phase: Phase, path: str) -> None:
         """One indexer call of a layer took `path`: a policy's name, "dsa", or either after "captured:"."""
         self._calls[phase][path] += 1
         if self._exporter:
             self._exporter.calls.labels(self._exporter.rank, phase, path).inc()
+
+    def replayed(self, path: str) -> None:
+        """One decode step replayed the graph of `path`: "dsa" under the length gate, else the policy's name."""
+        self._replays[path] += 1
+        if self._exporter:
+            self._exporter.replays.labels(self._exporter.rank, path).inc()
 
     def declined(self, phase: Phase, reason: str) -> None:
         """One call was left to stock DSA because of `reason`, a short word with dashes."""
@@ -102,6 +111,7 @@ class Recorder:
             **self._armed,
             "calls": {phase: dict(counts) for phase, counts in self._calls.items()},
             "declined": dict(self._declined),
+            "replays": dict(self._replays),
             "recall": {str(layer): rows.status() for layer, rows in sorted(self._recall.items())},
             "dense_layers": sorted(self._dense_layers),
             "block_stats_bytes": self.block_stats_bytes,
@@ -138,6 +148,7 @@ class _Exporter:
         self.dense_layers = gauge("dense_layers", "Layers given back to stock DSA for low recall.")
         self.calls = Count("sglang_misa:calls", "Indexer calls of a layer by path taken.", ("rank", "phase", "path"))
         self.declined = Count("sglang_misa:declined", "Calls left to stock DSA.", ("rank", "phase", "reason"))
+        self.replays = Count("sglang_misa:replays", "Decode graphs replayed by side of the gate.", ("rank", "path"))
         self.recall = Histogram(
             "sglang_misa:recall_sampled", "Recall of audited rows.", ("rank",), buckets=RECALL_BUCKETS
         )

@@ -156,17 +156,6 @@ def policy_scores(
     return scores
 
 
-def gated_scores(
-    policy: SelectionPolicy, index_q: Tensor, head_gates: Tensor, keys: Tensor, means: Tensor, row_lens: Tensor
-) -> Tensor:
-    """`policy_scores`, with the scores of stock DSA for rows that see fewer than `policy.min_len` keys."""
-    scores = policy_scores(policy, index_q, head_gates, keys, means, row_lens)
-    if policy.min_len == 0:
-        return scores
-    dense = policy_scores(SelectionPolicy(), index_q, head_gates, keys, means, row_lens)
-    return torch.where((row_lens < policy.min_len).unsqueeze(-1), dense, scores)
-
-
 def row_chunks(rows: int, length: int) -> Iterator[tuple[int, int]]:
     """Row ranges whose fp32 [rows, length] scores stay within the chunk budget."""
     step = max(1, _CHUNK_ELEMENTS // max(1, length))

@@ -186,10 +186,10 @@ def misa_problem(expect: str, info: Mapping[str, Any]) -> str | None:
 
 
 def misa_calls(info: Mapping[str, Any]) -> dict[str, int]:
-    """Indexer calls by path since the start, summed over ranks: `prefill.misa` → n, whatever the nesting."""
+    """Indexer calls and decode graphs replayed by path since the start, summed over ranks: `prefill.misa` → n."""
     total: dict[str, int] = {}
     for rank in misa_status(info):
-        for path, count in _leaves(rank.get("calls"), ()):
+        for path, count in _leaves({**(rank.get("calls") or {}), "replay": rank.get("replays")}, ()):
             total[path] = total.get(path, 0) + count
     return total
 

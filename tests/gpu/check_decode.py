@@ -1,6 +1,6 @@
-"""Decode on a GPU: correctness at full size, then graph-replay times of every stage, cut and shape beside stock.
+"""Decode on a GPU: correctness at full size and over 10,000 steps, then graph-replay times beside stock.
 
-    python tests/gpu/check_decode.py            # everything, under two minutes
+    python tests/gpu/check_decode.py            # everything, under three minutes
     python tests/gpu/check_decode.py --no-sweep # the default cuts only
 
 Nothing is timed after a wrong result. Stock (DeepGEMM's paged scoring and SGLang's top-k v2) is timed in the same run
@@ -11,6 +11,7 @@ holds one call for each of several input sets, together larger than L2 where the
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sglang_misa.bench.timing import graph_us
 from sglang_misa.kernels.keep_blocks import KeepTuning, keep_blocks
+from sglang_misa.kernels.page_means import Layers, update_last_page_means
 from sglang_misa.kernels.score_paged import (
     DecodeScratch,
     ScoreTuning,
@@ -40,9 +42,10 @@ PAGE, DIM, PAGE_BYTES = 64, 128, 8448
 TABLE_WIDTH = 2188  # pages of a 140,000-token context: the table is that wide however short the rows are
 TOPK = 2048
 BLOCKS, BLOCK_SIZE = 64, 128
-POOL_PAGES = 1 << 18  # 2.2 GB
+POOL_PAGES = (1 << 18) + 64  # 2.2 GB, 128 rows of 128K and a little
 MAX_SETS = 64
 REPLAYS = 15
+LAYERS = 61  # of DeepSeek-V3.2
 SCORE_TOLERANCE = 2e-3  # of the largest score: the tensor cores add fp8 products with fewer than fp32's bits
 KIB = 1024
 
@@ -230,7 +233,7 @@ def check(call: Call, what: str) -> None:
         if complete > BLOCKS:
             expect(full[0] == 0 and full[-1] == complete - 1, f"{name}: first and newest block")
             pages = inputs.page_table[row, : complete * BLOCK_SIZE // PAGE].long()
-            k_tilde = inputs.page_means[pages].float().view(complete, -1, DIM).mean(1)
+            k_tilde = inputs.page_means[pages].float().view(complete, -1, DIM).mean(1).bfloat16().float()
             middle = torch.arange(1, complete - 1, device=blocks.device)
             best(full[1:-1], middle, row_scores(inputs, row, k_tilde), BLOCKS - 2, f"{name}: blocks")
         else:
@@ -333,6 +336,199 @@ def check_graph(pool: Pool) -> None:
         expect(torch.equal(call.positions, eager.positions), f"replay {seed}: positions differ from eager")
 
 
+@dataclass(frozen=True)
+class Walk:
+    """What a random walk of `requests` is: each step writes `drafts` tokens a request, of which 1 to all stay.
+
+    A request past its `limit` starts over at a random length of `restart`: the limits and restarts go round.
+    """
+
+    requests: int
+    drafts: int
+    steps: int
+    limits: tuple[int, ...] = (16_300, 16_300, 2_300, 8_700)
+    restarts: tuple[tuple[int, int], ...] = ((0, 9_000), (12_000, 16_000), (0, 70), (8_000, 8_320))
+
+    @property
+    def rows(self) -> int:
+        return self.requests * self.drafts
+
+    def lens(self, seed: int) -> Tensor:
+        """Row lengths int32 [steps, rows] of every step."""
+        random = torch.Generator().manual_seed(seed)
+
+        def draw(low: int, high: int) -> int:
+            return int(torch.randint(low, high, (1,), generator=random))
+
+        kind = [request % len(self.limits) for request in range(self.requests)]
+        length = [draw(*self.restarts[k]) for k in kind]
+        accepted = torch.randint(1, self.drafts + 1, (self.steps, self.requests), generator=random).tolist()
+        result = []
+        for step in range(self.steps):
+            result.append([length[r] + d + 1 for r in range(self.requests) for d in range(self.drafts)])
+            for r, k in enumerate(kind):
+                length[r] += accepted[step][r]
+                if length[r] + self.drafts > self.limits[k]:
+                    length[r] = draw(self.restarts[k][0], min(self.restarts[k][1], length[r] - self.drafts))
+        return torch.tensor(result, dtype=torch.int32)
+
+
+class Walker:
+    """One walk on the device: `step` writes keys, selects, brings the means up to date and judges. No host in between.
+
+    Truth are the keys in fp32 in logical order, beside the pages that the kernels read.
+    """
+
+    TOKENS = 1 << 14
+    FLAWS = ("means", "kept count", "forced blocks", "kept blocks", "count", "order", "tokens kept", "tokens", "slots")
+
+    def __init__(self, walk: Walk, heads: int, seed: int):
+        torch.manual_seed(seed)
+        self.walk, pages, device = walk, self.TOKENS // PAGE, "cuda"
+        stored = torch.randn(walk.requests * pages + 1, PAGE, DIM, device=device).to(torch.float8_e4m3fn)
+        scales = torch.rand(len(stored), PAGE, device=device) + 0.5
+        self.ids = (torch.randperm(len(stored) - 1, device=device) + 1).view(walk.requests, pages)
+        dense = stored.float() * scales.unsqueeze(-1)
+        self.keys = dense[self.ids].view(walk.requests, self.TOKENS, DIM)
+        pool = torch.cat([stored.flatten(1).view(torch.uint8), scales.view(torch.uint8)], 1)
+        means = dense.mean(1).bfloat16()
+        self.lens = walk.lens(seed).to(device)
+        self.at = torch.zeros(1, dtype=torch.int64, device=device)
+        self.flaws = torch.zeros(walk.steps, len(self.FLAWS), dtype=torch.bool, device=device)
+        rows = walk.rows
+        self.table = torch.full((rows, TABLE_WIDTH), 2**31 - 1, dtype=torch.int32, device=device)
+        self.table[:, :pages] = self.ids.repeat_interleave(walk.drafts, 0).int()
+        self.layers = Layers.of([pool], [means])
+        self.inputs = Inputs(
+            torch.zeros(rows, heads, DIM, device=device).to(torch.float8_e4m3fn),
+            torch.zeros(rows, heads, device=device),
+            pool,
+            means,
+            self.table.clone(),
+            self.lens[0].clone(),
+        )
+        self.call = Call.of(self.inputs, positions=True)
+
+    def step(self) -> None:
+        i = self.inputs
+        i.seq_lens.copy_(self.lens.index_select(0, self.at).squeeze(0))
+        i.index_q.copy_(torch.randn(i.index_q.shape, device="cuda"))
+        i.head_gates.copy_(torch.randn(i.head_gates.shape, device="cuda") * 0.1 + 0.05)
+        stale = torch.arange(TABLE_WIDTH, device="cuda") * PAGE >= i.seq_lens.unsqueeze(1)
+        i.page_table.copy_(self.table.masked_fill(stale, -(2**31)))
+        self.write()
+        self.call.whole()
+        update_last_page_means(self.layers, i.page_table, i.seq_lens)
+        self.flaws.index_copy_(0, self.at, torch.stack(self.judge()).unsqueeze(0))
+        self.at += 1
+
+    def write(self) -> None:
+        """A random key at the newest position of each row."""
+        i, rows = self.inputs, self.walk.rows
+        key = (torch.randn(rows, DIM, device="cuda") * 1.5).to(torch.float8_e4m3fn)
+        scale = torch.rand(rows, 1, device="cuda") + 0.5
+        position = i.seq_lens.long() - 1
+        page = self.table.gather(1, (position // PAGE).unsqueeze(1)).squeeze(1).long()
+        for start, part in (
+            (page * PAGE_BYTES + position % PAGE * DIM, key.view(torch.uint8)),
+            (page * PAGE_BYTES + PAGE * DIM + position % PAGE * 4, scale.view(torch.uint8)),
+        ):
+            i.pool.view(-1)[start.unsqueeze(1) + torch.arange(part.shape[1], device="cuda")] = part
+        request = torch.arange(rows, device="cuda") // self.walk.drafts
+        self.keys[request, position] = key.float() * scale
+
+    def scores(self, keys: Tensor) -> Tensor:
+        """Index scores fp32 [rows, n] of keys [requests, n, DIM]."""
+        q = self.inputs.index_q.float().view(self.walk.requests, -1, DIM)
+        dots = torch.relu(q @ keys.mT).view(self.walk.rows, -1, keys.shape[1])
+        return (self.inputs.head_gates.unsqueeze(1) @ dots).squeeze(1)
+
+    def judge(self) -> list[Tensor]:
+        """One truth value for each of FLAWS, over all rows."""
+        i, kept, infinity = self.inputs, self.call.scratch.kept, float("inf")
+        length = i.seq_lens.unsqueeze(1)
+        complete, tail = length // BLOCK_SIZE, length % BLOCK_SIZE
+
+        truth = self.keys.view(len(self.ids), -1, PAGE, DIM).mean(2)
+        means = i.page_means[self.ids].float()
+        newest = i.seq_lens.view(self.walk.requests, -1)[:, -1:]
+        whole = torch.arange(means.shape[1], device="cuda") < newest // PAGE
+        stale = ((means - truth).abs() > 2**-7 * truth.abs() + 1e-5).any(-1) & whole
+
+        block = torch.arange(self.TOKENS // BLOCK_SIZE, device="cuda")
+        count = complete.clamp(max=BLOCKS) + (tail > 0)
+        listed = torch.arange(kept.blocks.shape[1], device="cuda") < count
+        mask = marked(kept.blocks, listed, len(block))
+        middle = (block > 0) & (block < complete - 1)
+        forced = (block == 0) & (length > 0) | (block == complete - 1) | (block == complete) & (tail > 0)
+        k_tilde = means.view(len(self.ids), len(block), -1, DIM).mean(2).bfloat16().float()
+        block_scores = self.scores(k_tilde)
+
+        position = torch.arange(self.TOKENS, device="cuda")
+        allowed = mask.repeat_interleave(BLOCK_SIZE, 1) & (position < length)
+        assert self.call.positions is not None
+        taken, slots = self.call.positions.long(), self.call.out
+        there = torch.arange(TOPK, device="cuda") < length
+        chosen = marked(taken, there, self.TOKENS)
+        token_scores = self.scores(self.keys)
+        safe = taken.clamp(0, self.TOKENS - 1)
+        expected = (self.table.gather(1, safe // PAGE) * PAGE + safe % PAGE).masked_fill(~there, -1)
+
+        def beaten(scores: Tensor, among: Tensor, by: Tensor) -> Tensor:
+            """Rows in which one of `among` that is not in `by` scores higher than one that is."""
+            left = scores.masked_fill(~(among & ~by), -infinity).amax(1)
+            worst = scores.masked_fill(~(among & by), infinity).amin(1)
+            return left - worst > SCORE_TOLERANCE * scores.masked_fill(~among, 0).abs().amax(1)
+
+        flaws = (
+            stale,
+            (mask.sum(1, keepdim=True) != count) | (kept.lens != kept_tokens(i.seq_lens)).unsqueeze(1),
+            forced & ~mask | mask & ~(middle | forced),
+            beaten(block_scores, middle, mask),
+            (taken >= 0) != there,
+            (taken.diff(dim=1) <= 0) & there[:, 1:],
+            chosen & ~allowed,
+            beaten(token_scores, allowed, chosen),
+            expected != slots,
+        )
+        return [flaw.any() for flaw in flaws]
+
+
+def marked(index: Tensor, listed: Tensor, size: int) -> Tensor:
+    """Mask bool [rows, size] of the `listed` entries of index [rows, n]."""
+    mask = torch.zeros(len(index), size + 1, dtype=torch.bool, device=index.device)
+    return mask.scatter_(1, index.long().clamp(0, size).masked_fill(~listed, size), True)[:, :size]
+
+
+def kept_tokens(lens: Tensor) -> Tensor:
+    return (lens // BLOCK_SIZE).clamp(max=BLOCKS) * BLOCK_SIZE + lens % BLOCK_SIZE
+
+
+def check_walks() -> None:
+    """10,000 random steps, captured once and replayed: decode rows, and verify rows whose drafts may be rejected."""
+    for heads, walk in ((64, Walk(requests=16, drafts=1, steps=6000)), (32, Walk(requests=8, drafts=3, steps=4000))):
+        began = time.time()
+        walker = Walker(walk, heads, seed=heads)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            walker.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            walker.step()
+        eager = Call.of(walker.inputs, positions=True, poison=True)
+        for step in range(1, walk.steps):
+            graph.replay()
+            if step % 100 == 0:
+                eager.whole()
+                expect(torch.equal(eager.out, walker.call.out), f"{walk}, step {step}: replay differs from eager")
+        bad = walker.flaws.nonzero().tolist()
+        expect(not bad, f"{walk}: {len(bad)} flaws, the first " + str([(s, walker.FLAWS[f]) for s, f in bad[:5]]))
+        expect(int(walker.at) == walk.steps, f"{walk}: expected {walk.steps} steps, got {int(walker.at)}")
+        print(f"{walk.steps} steps of {walk.requests} requests, {walk.drafts} rows each: {time.time() - began:.0f} s")
+
+
 class Stock:
     """DeepGEMM's scoring and SGLang's top-k v2 as SGLang 0.5.17 calls them in decode, schedule and plan made before."""
 
@@ -357,7 +553,7 @@ class Stock:
         def score() -> None:
             logits = self.deep_gemm.fp8_paged_mqa_logits(
                 inputs.index_q.unsqueeze(1), keys, inputs.head_gates, lens_2d, table, schedule,
-                TABLE_WIDTH * PAGE, clean_logits=False,
+                table.shape[1] * PAGE, clean_logits=False,
             )  # fmt: skip
             if inputs.rows == 1:
                 logits = logits.as_strided(logits.shape, ((logits.shape[1] + 3) // 4 * 4, 1))
@@ -422,31 +618,54 @@ def sweep(pool: Pool) -> list[dict[str, Any]]:
 
 
 def table(pool: Pool, stock: Stock | None) -> list[dict[str, Any]]:
-    """The default cuts over batch × length × H, beside stock."""
+    """The default cuts over batch × length × H, beside stock; the largest batches and lengths for H = 64 alone."""
     rows: list[dict[str, Any]] = []
     print("  H batch    L | keep score  topk  whole | stock score  topk   both | ratio  GB/s")
-    for heads in (64, 32):
-        for batch in (1, 4, 16, 64):
-            for length in (8 * KIB, 16 * KIB, 32 * KIB, 64 * KIB, 128 * KIB):
-                inputs = [pool.inputs([length - 3 * i] * batch, heads, i) for i in range(sets_for(batch, length))]
-                calls = [Call.of(one) for one in inputs]
-                row: dict[str, Any] = {"heads": heads, "batch": batch, "length": length}
-                for stage in ("keep", "score", "topk", "whole"):
-                    row[stage] = graph_us([getattr(call, stage) for call in calls], REPLAYS)
-                row["gb_s"] = floor_bytes(inputs[0]) / row["whole"] / 1e3
-                line = f"{heads:3d} {batch:5d} {length // KIB:3d}K |"
-                line += f" {row['keep']:5.1f} {row['score']:5.1f} {row['topk']:5.1f} {row['whole']:6.1f} |"
-                if stock is not None:
-                    # logits of all sets live at once: as many as fit in 8 GB
-                    fit = max(2, min(len(inputs), int(8e9 // (batch * TABLE_WIDTH * PAGE * 4))))
-                    kinds = list(zip(*(stock.calls(one)[:3] for one in inputs[:fit]), strict=True))
-                    for name, kind in zip(("stock_score", "stock_topk", "stock"), kinds, strict=True):
-                        row[name] = graph_us(kind, REPLAYS)
-                    row["ratio"] = row["stock"] / row["whole"]
-                    line += f" {row['stock_score']:11.1f} {row['stock_topk']:5.1f} {row['stock']:6.1f} |"
-                    line += f" {row['ratio']:5.2f}"
-                print(f"{line} {row['gb_s']:6.0f}", flush=True)
-                rows.append(row)
+    near = [(h, b, n * KIB) for h in (64, 32) for b in (1, 4, 16, 64) for n in (8, 16, 32, 64, 128)]
+    far = [(64, 128, n * KIB) for n in (32, 64, 128)] + [(64, b, 256 * KIB) for b in (1, 16, 64)]
+    for heads, batch, length in near + far:
+        width = max(TABLE_WIDTH, length // PAGE)
+        inputs = [pool.inputs([length - 3 * i] * batch, heads, i, width) for i in range(sets_for(batch, length))]
+        calls = [Call.of(one) for one in inputs]
+        row: dict[str, Any] = {"heads": heads, "batch": batch, "length": length}
+        for stage in ("keep", "score", "topk", "whole"):
+            row[stage] = graph_us([getattr(call, stage) for call in calls], REPLAYS)
+        row["gb_s"] = floor_bytes(inputs[0]) / row["whole"] / 1e3
+        line = f"{heads:3d} {batch:5d} {length // KIB:3d}K |"
+        line += f" {row['keep']:5.1f} {row['score']:5.1f} {row['topk']:5.1f} {row['whole']:6.1f} |"
+        if stock is not None:
+            # logits of all sets live at once: as many as fit in 8 GB
+            fit = max(2, min(len(inputs), int(8e9 // (batch * width * PAGE * 4))))
+            kinds = list(zip(*(stock.calls(one)[:3] for one in inputs[:fit]), strict=True))
+            for name, kind in zip(("stock_score", "stock_topk", "stock"), kinds, strict=True):
+                row[name] = graph_us(kind, REPLAYS)
+            row["ratio"] = row["stock"] / row["whole"]
+            line += f" {row['stock_score']:11.1f} {row['stock_topk']:5.1f} {row['stock']:6.1f} |"
+            line += f" {row['ratio']:5.2f}"
+        print(f"{line} {row['gb_s']:6.0f}", flush=True)
+        rows.append(row)
+    return rows
+
+
+def upkeep(pool: Pool) -> list[dict[str, Any]]:
+    """What the page means of all layers add to a step: one launch behind the selections of its layers."""
+    rows: list[dict[str, Any]] = []
+    means = torch.empty_like(pool.means)
+    layers = Layers.of([pool.pages] * LAYERS, [means] * LAYERS)
+    for batch in (1, 4, 16, 64):
+        for name, length in (("idle", 32 * KIB - 3), ("every row completes a page", 32 * KIB)):
+            sets = [pool.inputs([length] * batch, 64, i) for i in range(min(LAYERS, sets_for(batch, length)))]
+            calls = [Call.of(one) for one in sets]
+            step = [calls[i % len(calls)].whole for i in range(LAYERS)]
+            update = functools.partial(update_last_page_means, layers, sets[-1].page_table, sets[-1].seq_lens)
+            without, alone = graph_us(step, REPLAYS) * LAYERS, graph_us([update] * 8, REPLAYS)
+            added = graph_us([*step, update], REPLAYS) * (LAYERS + 1) - without
+            rows.append({"batch": batch, "case": name, "step_us": without, "added_us": added, "alone_us": alone})
+            print(
+                f"  {batch:3d} rows, {LAYERS} layers, {name}: {without:7.1f} µs, means add {added:5.1f} "
+                f"({added / without:.2%}), alone {alone:.1f}",
+                flush=True,
+            )
     return rows
 
 
@@ -460,6 +679,7 @@ def main() -> int:
         check_topk()
         check_all(pool)
         check_graph(pool)
+        check_walks()
     except Wrong as error:
         print(f"WRONG, nothing timed: {error}")
         return 1
@@ -471,6 +691,7 @@ def main() -> int:
         stock = None
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "blocks": BLOCKS, "block_size": BLOCK_SIZE}
     result["table"] = table(pool, stock)
+    result["upkeep"] = upkeep(pool)
     if not arguments.no_sweep:
         result["sweep"] = sweep(pool)
     if os.environ.get("OUT"):

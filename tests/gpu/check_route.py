@@ -14,7 +14,7 @@ import torch
 
 from sglang_misa import reference
 from sglang_misa.bench.timing import event_us
-from sglang_misa.kernels.page_means import update_last_page_means, update_page_means, update_slots
+from sglang_misa.kernels.page_means import Layers, update_last_page_means, update_page_means, update_slots
 from sglang_misa.kernels.rerank import rerank, rerank_paged
 from sglang_misa.kernels.route import ROUTERS, Router, block_scores, route
 
@@ -59,7 +59,7 @@ def check_means(pool: torch.Tensor, table: torch.Tensor, dense: torch.Tensor) ->
 
     decoded, stored = torch.zeros_like(means), torch.zeros_like(means)
     rows = torch.arange(1, PAGES + 1, device=DEVICE)
-    update_last_page_means(pool, decoded, table.expand(PAGES, -1).contiguous(), ints(rows * PAGE))
+    update_last_page_means(Layers.of([pool], [decoded]), table.expand(PAGES, -1).contiguous(), ints(rows * PAGE))
     update_slots(pool, stored, (table[0].long()[:, None] * PAGE + torch.arange(PAGE, device=DEVICE)).flatten())
     for name, other in (("decode", decoded), ("slots", stored)):
         assert torch.equal(other[table[0]], means[table[0]]), f"{name}: other bits than the full pass"
@@ -272,12 +272,13 @@ def main() -> None:
 
     timed: list[tuple[str, Callable[[], object], float, float]] = [
         ("update_page_means, 2048 pages", lambda: update_page_means(*healed, ints_length, BLOCK), 0, LENGTH * 132),
-        ("update_last_page_means, 64 rows", lambda: update_last_page_means(pool, means, table64, lens64), 0, 64 * 8448),
+        ("update_last_page_means, 64 rows", lambda: update_last_page_means(layers, table64, lens64), 0, 64 * 8448),
         ("update_slots, 8192 slots", lambda: update_slots(pool, means, slots), 0, 128 * 8448),
     ]
     healed = pool, means, table
     ints_length, lens64 = ints([LENGTH]), ints([LENGTH] * 64)
     table64 = table.expand(64, -1).contiguous()
+    layers = Layers.of([pool], [means])
     slots = (table[0, -128:].long()[:, None] * PAGE + torch.arange(PAGE, device=DEVICE)).flatten()
     for heads in (64, 32):
         q, w = make_rows(heads)

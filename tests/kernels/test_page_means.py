@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sglang_misa.block_stats import BlockStats
-from sglang_misa.kernels.page_means import update_last_page_means, update_page_means, update_slots
+from sglang_misa.kernels.page_means import Layers, update_last_page_means, update_page_means, update_slots
 
 PAGE, HEAD_DIM = 64, 128
 POISON = 7.0  # a bf16 value that no mean below takes: marks entries that must stay as they were
@@ -85,7 +85,7 @@ def test_last_page_and_slots_give_the_bits_of_the_full_pass(device: str) -> None
         torch.full((pages, HEAD_DIM), POISON, dtype=torch.bfloat16, device=device) for _ in range(3)
     )
     update_page_means(pool, healed, table, lens, 256)
-    update_last_page_means(pool, decoded, table, lens)
+    update_last_page_means(Layers.of([pool], [decoded]), table, lens)
     last = {int(table[row, n // PAGE - 1]) for row, n in enumerate(LENGTHS) if n and n % PAGE == 0}
     assert_means(decoded, pool, last)
     assert torch.equal(decoded[sorted(last)], healed[sorted(last)])
@@ -97,6 +97,33 @@ def test_last_page_and_slots_give_the_bits_of_the_full_pass(device: str) -> None
     finished = {int(table[row, p]) for p in range(1, 32)}
     assert_means(stored, pool, finished)
     assert torch.equal(stored[sorted(finished)], healed[sorted(finished)])
+
+
+def test_one_launch_serves_every_layer_that_has_an_indexer(device: str) -> None:
+    """Each layer's page gets the mean of its own bytes; a layer without pages is passed over."""
+    table, lens, pages = make_table(LENGTHS, device)
+    pools = [make_pool(pages, device, seed) for seed in range(3)]
+    pools.insert(1, pools[0][:0])
+    means = [torch.full((len(p), HEAD_DIM), POISON, dtype=torch.bfloat16, device=device) for p in pools]
+    update_last_page_means(Layers.of(pools, means), table, lens)
+    last = {int(table[row, n // PAGE - 1]) for row, n in enumerate(LENGTHS) if n and n % PAGE == 0}
+    for pool, mean in zip(pools, means, strict=True):
+        if len(pool):
+            assert_means(mean, pool, last)
+
+
+def test_a_decode_step_ends_with_the_means_of_all_its_layers(device: str) -> None:
+    table, lens, pages = make_table(LENGTHS, device)
+    pools = [make_pool(pages, device, seed) for seed in range(2)]
+    stats = BlockStats(pools, kernels=True)
+    last = sorted({int(table[row, n // PAGE - 1]) for row, n in enumerate(LENGTHS) if n and n % PAGE == 0})
+    stats.end_layer(table, lens, last=False)
+    assert stats.behind
+    assert not any(mean.any() for mean in stats.means)
+    stats.end_layer(table, lens, last=True)
+    assert not stats.behind
+    for pool, mean in zip(pools, stats.means, strict=True):
+        torch.testing.assert_close(mean[last].float(), naive_page_means(pool)[last], rtol=2**-7, atol=1e-6)
 
 
 def test_a_page_among_many_is_read_at_its_64_bit_address(device: str) -> None:
@@ -116,7 +143,7 @@ def test_empty_batches_do_nothing(device: str) -> None:
     table = torch.zeros(0, 4, dtype=torch.int32, device=device)
     lens = torch.zeros(0, dtype=torch.int32, device=device)
     assert update_page_means(pool, means, table, lens, 64).shape == (0, 4, HEAD_DIM)
-    update_last_page_means(pool, means, table, lens)
+    update_last_page_means(Layers.of([pool], [means]), table, lens)
     update_slots(pool, means, torch.zeros(0, dtype=torch.int64, device=device))
     assert (means == POISON).all()
 

@@ -48,8 +48,9 @@ def test_apply_then_undo_leaves_the_identical_functions():
     assert register.live() == []
     for patch in ENTRIES:
         assert found(patch) is not before[patch.target]
-        assert found(patch).__wrapped__ is before[patch.target]
-        assert register.fingerprint(found(patch)) == patch.signature(VERSION)
+        function = register._function(found(patch))
+        assert function.__wrapped__ is register._function(before[patch.target])
+        assert register.fingerprint(function) == patch.signature(VERSION)
     register.undo()
     assert {patch.target: found(patch) for patch in ENTRIES} == before
     assert len(register.live()) == len(register.PATCHES)
@@ -136,7 +137,8 @@ def test_a_hook_put_over_ours_is_seen_and_survives_undo(indexer):
     with pytest.raises(AdmissionError):
         register.undo()
     assert indexer._get_topk_paged is sabotage
-    assert not any(hasattr(found(patch), "__wrapped__") for patch in register.PATCHES), "the others are back"
+    functions = [register._function(found(patch)) for patch in register.PATCHES]
+    assert not any(hasattr(function, "__wrapped__") for function in functions), "the others are back"
     indexer._get_topk_paged = ours
     register.undo()
     assert indexer._get_topk_paged is original

@@ -35,6 +35,19 @@ def test_short_prompts_are_stock(server):
     assert after["calls"]["prefill"]["dsa"] > before["calls"]["prefill"].get("dsa", 0)
 
 
+def test_decode_is_stock_until_a_request_of_the_step_is_long(server):
+    """The prompt ends two tokens under the gate: the first steps are stock's, the rest the policy's."""
+    server.flush()
+    before = server.misa()
+    layers, under = 2, 2
+    server.generate([65] * (before["min_len"]["decode"] - under - 1), new=8)
+    after = server.misa()
+    calls = {
+        path: after["calls"]["decode"].get(path, 0) - before["calls"]["decode"].get(path, 0) for path in ("dsa", "hisa")
+    }
+    assert calls == {"dsa": layers * under, "hisa": layers * (7 - under)}
+
+
 def test_the_key_is_asked_for_and_not_in_the_process_list(server):
     assert server.request("/v1/models", key="another")[0] == 401
     assert server.request("/v1/models")[0] == 200

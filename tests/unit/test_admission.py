@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 from sglang.srt.configs.model_config import is_deepseek_dsa
+from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 from sglang.srt.server_args import ServerArgs
 from transformers import DeepseekV3Config, LlamaConfig
 
@@ -48,7 +49,11 @@ ADMITTED = {
     "GLM-5's 32 heads": candidate(model(index_n_heads=32)),
     "PyTorch on another GPU, any head count": candidate(model(index_n_heads=16), config=TORCH, capability=(8, 9)),
     "CPU": candidate(model(index_n_heads=8), device="cpu", capability=None),
-    "chain drafts": candidate(arguments=arguments(speculative_eagle_topk=1)),
+    "chain drafts": candidate(arguments=arguments(speculative_eagle_topk=1, speculative_num_draft_tokens=64)),
+    "no graphs": candidate(
+        arguments=arguments(cuda_graph_config=CudaGraphConfig(decode=PhaseConfig(backend="disabled")))
+    ),
+    "any decode gate": candidate(config=policy(decode={"blocks": 64, "block_size": 128, "min_len": 1 << 20})),
     "HiCache while decode is stock": candidate(
         config=PRESETS["misa"], arguments=arguments(enable_hierarchical_cache=True)
     ),
@@ -83,9 +88,13 @@ REFUSED = {
         candidate(config=policy(decode={"blocks": 64, "candidates": 4096})),
         "no GPU kernel re-ranks",
     ),
-    "a decode gate that no kernel honours": (
-        candidate(config=policy(decode={"blocks": 64, "block_size": 128, "min_len": 9000})),
-        "at most (blocks + 1) × block_size = 8320",
+    "graphs in segments": (
+        candidate(arguments=arguments(cuda_graph_config=CudaGraphConfig(decode=PhaseConfig(backend="breakable")))),
+        "--cuda-graph-backend-decode: expected full",
+    ),
+    "more drafts than a page": (
+        candidate(arguments=arguments(speculative_num_draft_tokens=65)),
+        "--speculative-num-draft-tokens: expected at most 64, got 65",
     ),
     "more candidates than a thread block holds": (
         candidate(config=policy(prefill={"heads": 8, "candidates": 20480})),

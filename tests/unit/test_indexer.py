@@ -38,7 +38,7 @@ def paged_case(seed: int, lens: list[int], width: int):
     return q, gates, buffer, table, torch.tensor(lens, dtype=torch.int32), stats
 
 
-POLICY = SelectionPolicy(heads=4, blocks=3, block_size=64, min_len=100)
+POLICY = SelectionPolicy(heads=4, blocks=3, block_size=64)
 
 
 @given(st.integers(0, 1000), st.lists(st.integers(0, 600), min_size=1, max_size=3))
@@ -48,7 +48,7 @@ def test_decode_rows_select_what_extend_rows_of_the_same_length_select(seed: int
     for row, length in enumerate(lens):
         pages = table[row, : -(-length // PAGE)]
         keys = reference.dequantize_pages(buffer[pages]).reshape(1, -1, 128)
-        alone = reference.gated_scores(
+        alone = reference.policy_scores(
             POLICY,
             q[row, None, None],
             gates[row, None, None],

@@ -59,11 +59,14 @@ def test_status_travels_as_msgpack():
     recorder.declined("prefill", "under-min-len")
     recorder.audited(0, 1.0, 1.0, 1.0)
     recorder.layer_dense(0)
+    recorder.replayed("hisa")
     recorder.block_stats_bytes = 256
     status = recorder.status()
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(status)) == status
     assert status["declined"] == {"under-min-len": 1}
     assert status["dense_layers"] == [0]
+    assert status["replays"] == {"hisa": 1}
+    assert status["min_len"] == {"prefill": 40960, "decode": 32768}
 
 
 SCHEDULER = """
@@ -79,6 +82,7 @@ recorder.export(PRESETS["misa-hisa"], "0.5.17", 2)  # a draft worker's turn
 for _ in range(3):
     recorder.ran("prefill", "misa-hisa-hier")
 recorder.declined("prefill", "under-min-len")
+recorder.replayed("dsa")
 recorder.audited(0, 0.97, 0.9, 1.0)
 recorder.layer_dense(0)
 recorder.block_stats_bytes = 512
@@ -107,6 +111,7 @@ def test_prometheus_gets_what_was_counted_since_export(tmp_path):
     assert samples["sglang_misa:calls_total", "misa-hisa-hier", "prefill"] == 3
     assert ("sglang_misa:calls_total", "before-export", "prefill") not in samples
     assert samples["sglang_misa:declined_total", "prefill", "under-min-len"] == 1
+    assert samples["sglang_misa:replays_total", "dsa"] == 1
     assert samples["sglang_misa:routed_heads", "prefill"] == 8
     assert samples["sglang_misa:routed_heads", "decode"] == 0
     assert samples["sglang_misa:policy_info", "decode", "hisa"] == 1

@@ -1,0 +1,50 @@
+"""SGLang's full CUDA graphs: decode shapes are captured with both selections, and a replay takes the right one.
+
+The second variant costs one more graph of the same kernels: its activations lie in the memory pool that all graphs
+share, so what it adds is the graph's own nodes, and the two warm-ups and one capture of each shape at start-up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from sglang_misa import decode_gate, plugin
+from sglang_misa.metrics import recorder
+from sglang_misa.patches.forward_batch import longest
+
+STOCK = "misa-stock"
+
+
+def stock_key(key: Any) -> Any:
+    """The ShapeKey under which the stock variant of the graph at `key` is kept."""
+    label = STOCK if key.variant_label is None else f"{key.variant_label}-{STOCK}"
+    return dataclasses.replace(key, variant_label=label)
+
+
+def capture_one(
+    original: Callable[..., None], self: Any, shape_key: Any, forward_fn: Any, *args: Any, **kwargs: Any
+) -> None:
+    """FullCudaGraphBackend.capture_one: by the policy at the key itself, and once more with stock DSA.
+
+    Graphs in which nothing asks the gate, such as prefill's, stay single.
+    """
+    with decode_gate.capturing(stock=False) as capture:
+        original(self, shape_key, forward_fn, *args, **kwargs)
+    if capture.asked and plugin.runtime().config.decode.min_len > 0:
+        with decode_gate.capturing(stock=True):
+            original(self, stock_key(shape_key), forward_fn, *args, **kwargs)
+
+
+def replay(original: Callable[..., Any], self: Any, shape_key: Any, static_forward_batch: Any, **kwargs: Any) -> Any:
+    """FullCudaGraphBackend.replay: the variant that the gate names for this batch's lengths on the host."""
+    stock = stock_key(shape_key)
+    if stock in self._graphs:
+        policy = plugin.runtime().config.decode
+        tokens = longest(static_forward_batch)
+        is_stock = decode_gate.is_stock(policy, tokens)
+        unknown = f"{policy.name}:unknown-length"
+        recorder.replayed("dsa" if is_stock else unknown if tokens is None else policy.name)
+        shape_key = stock if is_stock else shape_key
+    return original(self, shape_key, static_forward_batch, **kwargs)

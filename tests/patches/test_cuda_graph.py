@@ -1,0 +1,120 @@
+"""The two variants of a decode graph, on SGLang's own backend; CUDA's graphs, which need a GPU, have a stand-in."""
+
+import contextlib
+from array import array
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.model_executor.runner.shape_key import ShapeKey
+from sglang.srt.model_executor.runner_backend.full_cuda_graph_backend import FullCudaGraphBackend
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_misa import decode_gate, plugin
+from sglang_misa.config import MisaConfig, SelectionPolicy
+from sglang_misa.metrics import Recorder
+from sglang_misa.patches import cuda_graph, forward_batch, register
+
+MIN_LEN = 1000
+POLICY = SelectionPolicy(blocks=4, block_size=64, min_len=MIN_LEN)
+KEYS = [ShapeKey(size=8), ShapeKey(size=1), ShapeKey(size=8, variant_label="lora")]
+
+
+class Graph:
+    """Counts its replays."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    fresh = Recorder()
+    monkeypatch.setattr(cuda_graph, "recorder", fresh)
+    return fresh
+
+
+@pytest.fixture
+def backend(monkeypatch, recorder):
+    """SGLang's backend with our hooks, and CUDA's own part replaced."""
+    register.apply(plugin.sglang_version())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    arm(monkeypatch, POLICY)
+    device = SimpleNamespace(synchronize=lambda: None, graph=lambda **_: contextlib.nullcontext())
+    runner = SimpleNamespace(
+        device_module=device, model_runner=SimpleNamespace(tp_group=SimpleNamespace(barrier=lambda: None))
+    )
+    yield FullCudaGraphBackend(runner)
+    register.undo()
+
+
+def arm(monkeypatch, decode):
+    runtime = plugin.Runtime(MisaConfig(decode=decode), 64, 2048, "cuda", 0, 1)
+    monkeypatch.setattr(plugin, "_runtime", runtime)
+
+
+def step():
+    """A decode forward: what its selection is made by."""
+    return "stock" if decode_gate.is_stock(POLICY, 1) else "policy"
+
+
+def batch(*lengths):
+    return SimpleNamespace(seq_lens_cpu=torch.tensor(lengths, dtype=torch.int64))
+
+
+def test_each_shape_has_both_graphs_and_the_longest_request_chooses(backend, recorder):
+    for key in KEYS:
+        backend.capture_one(key, step)
+    assert len(backend._graphs) == 2 * len(KEYS)
+    for key in KEYS:
+        assert backend.can_run(None, key)
+        for lengths, expected in (
+            ((5, MIN_LEN - 1), "stock"),
+            ((5, MIN_LEN), "policy"),
+            ((), "stock"),  # an idle data-parallel rank
+        ):
+            assert backend.replay(key, batch(*lengths)) == expected
+        assert backend.replay(key, SimpleNamespace(seq_lens_cpu=None)) == "policy"
+    assert [graph.replays for graph in backend._graphs.values()] == [2, 2] * len(KEYS)
+    assert recorder.status()["replays"] == {"dsa": 6, "hisa": 3, "hisa:unknown-length": 3}
+
+
+def test_without_lengths_on_the_host_the_tokens_of_its_requests_count(backend, recorder):
+    """Speculative decoding under the overlap scheduler, on SGLang's own requests."""
+    backend.capture_one(KEYS[0], step)
+    request = Req("r", "", array("q", range(MIN_LEN - 2)), SamplingParams())
+    for token, expected in ((1, "stock"), (2, "policy")):
+        request.output_ids.append(token)
+        forward = forward_batch.init_new(
+            lambda cls, schedule: SimpleNamespace(seq_lens_cpu=None), None, SimpleNamespace(reqs=[request])
+        )
+        assert backend.replay(KEYS[0], forward) == expected
+
+
+def test_a_graph_without_decode_rows_stays_single(backend, recorder):
+    backend.capture_one(KEYS[0], lambda: "prefill")
+    assert list(backend._graphs) == [KEYS[0]]
+    assert backend.replay(KEYS[0], batch(5)) == "prefill"
+    assert recorder.status()["replays"] == {}
+
+
+def test_without_a_gate_there_is_nothing_to_choose(backend, monkeypatch):
+    arm(monkeypatch, POLICY.model_copy(update={"min_len": 0}))
+    backend.capture_one(KEYS[0], step)
+    assert list(backend._graphs) == [KEYS[0]]
+    assert backend.replay(KEYS[0], batch(5)) == "policy"
+
+
+def test_a_failed_capture_leaves_the_gate_open(backend):
+    def broken():
+        step()
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        backend.capture_one(KEYS[0], broken)
+    assert decode_gate.is_stock(POLICY, MIN_LEN - 1)
+    assert not decode_gate.is_stock(POLICY, MIN_LEN)
