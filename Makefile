@@ -21,6 +21,7 @@ lint: install
 # On a machine with one Hopper GPU.
 gpu-test: install
 	$(BIN)/python tests/gpu/check_prefill.py
+	$(BIN)/python tests/gpu/check_rerank.py
 	$(BIN)/python tests/gpu/check_decode.py
 	$(BIN)/python tests/gpu/check_route.py
 	$(BIN)/python tests/gpu/check_server.py --out build/gpu --exact-topk

@@ -1,177 +1,199 @@
-"""Exact all-head DSA scores of each row's candidates: the second pass of MISA† (arXiv 2605.07363).
+"""MISA† (arXiv 2605.07363): the best C keys of a row by its routed heads, and of those the exact top k by all (CUDA).
 
-    score[t,c] = k_scale[s] · Σ_j w[t,j] · ReLU(q[t,j]·k[s]),  s = candidates[t,c]
+    routed[t,l] = k_scale[l] · Σ_{j in head_ids[t]} w[t,j] · ReLU(q[t,j]·k[l])     full[t,l]: the same over all heads
 
-Keys are gathered, 128 bytes each, through L2, which holds the index keys of a 128K prefix. Candidates lie on
-tensor-core rows and heads on columns, so that the sum over heads stays nearly inside a thread. As in DeepGEMM, ReLU of
-a NaN is 0.
+In passes over a bounded number of rows: 1. `sample` and 2. `threshold` as in score_ragged, for C; 3. `mark` scores all
+keys with the routed heads and sets one bit for each that passes; 4. `rerank`, a thread block a row, lists the marked
+keys, gathers each once from L2 and multiplies it with all heads, the routed ones first, so that both scores fall out
+of one product; it cuts the list to the best C by the one and takes the top k by the other. 5. `redo` marks the rows
+that came out short, or longer than a block can list, with exactly their best C and goes through 4 again.
+
+A listed key costs 8 bytes of shared memory: its low 16 bits (keys are listed in segments of 65536), its full score,
+and its routed score in 16 bits of a window that `threshold` puts around the cut; where several keys share the last
+place there, they are scored once more and ranked in full. So neither set depends on the threshold.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 
-from .layout import expect
+from sglang_misa.kernels import score_ragged as sr
+from sglang_misa.kernels.cuda_host import Target, build
 
-PAGE = 64
-HEAD_DIM = 128
-PAGE_BYTES = PAGE * (HEAD_DIM + 4)
 INDEX_HEADS = (32, 64)
+CANDIDATES = 16384  # C at most
+KEYS = 1 << 22  # of a call at most: 64 segments
 
-_TILE = 128  # candidates a step
-_WARPS = 4
-_STAGES = 3  # candidate ids one step ahead of their keys, keys one ahead of the tensor cores
-_MAXNREG = 128  # four programs an SM
-_SPAN = 1024  # candidates a program: amortises loading the row's queries
-_FILLING_PROGRAMS = 528  # four on each of an H100's 132 SMs; calls with fewer are split finer
-
-
-# Shapes change from batch to batch and slices start anywhere: specialising on either would compile while serving.
-@triton.jit(
-    do_not_specialize=["keys", "width", "span", "row_stride", "out_stride"],
-    do_not_specialize_on_alignment=["p_scales", "p_candidates", "p_counts", "p_out"],
-)
-def rerank_fwd_kernel(
-    p_q,
-    p_gate,
-    p_keys,
-    p_scales,
-    p_candidates,
-    p_counts,
-    p_out,
-    keys,
-    width,
-    span,
-    row_stride,
-    out_stride,
-    H: tl.constexpr,
-    TILE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGED: tl.constexpr,
-    PAGE: tl.constexpr,
-    PAGE_BYTES: tl.constexpr,
-):
-    # Neighbouring rows, whose candidates overlap, run side by side on the same stretch of keys.
-    i_row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * span
-    last = tl.minimum(first + span, width)
-    stop = tl.minimum(tl.load(p_counts + i_row), last)
-    o_head, o_dim, o_tile = tl.arange(0, H), tl.arange(0, HEAD_DIM), tl.arange(0, TILE)
-    p_candidate = p_candidates + i_row * row_stride
-    p_score = p_out + i_row * out_stride
-    # [HEAD_DIM, H]
-    b_q = tl.trans(tl.load(p_q + (i_row * H + o_head)[:, None] * HEAD_DIM + o_dim[None, :]))
-    # [H]
-    b_gate = tl.load(p_gate + i_row * H + o_head)
-
-    for start in range(first, stop, TILE):
-        o_candidate = start + o_tile
-        i_key = tl.load(p_candidate + o_candidate, mask=o_candidate < stop, other=-1)
-        m_key = (i_key >= 0) & (i_key < keys)
-        i_key = tl.where(m_key, i_key, 0).to(tl.int64)
-        if PAGED:
-            o_key = i_key // PAGE * PAGE_BYTES + i_key % PAGE * HEAD_DIM
-            o_scale = i_key // PAGE * (PAGE_BYTES // 4) + PAGE * HEAD_DIM // 4 + i_key % PAGE
-        else:
-            o_key, o_scale = i_key * HEAD_DIM, i_key
-        # [TILE, HEAD_DIM]
-        b_key = tl.load(p_keys + o_key[:, None] + o_dim[None, :], mask=m_key[:, None], other=0.0)
-        b_scale = tl.load(p_scales + o_scale, mask=m_key, other=0.0)
-        # [TILE, H]
-        b_x = tl.maximum(tl.dot(b_key, b_q), 0.0)
-        b_score = tl.sum(b_x * b_gate[None, :], axis=1) * b_scale
-        tl.store(p_score + o_candidate, tl.where(m_key, b_score, float("-inf")), mask=o_candidate < last)
-
-    for start in range(first + tl.cdiv(tl.maximum(stop - first, 0), TILE) * TILE, last, TILE):
-        o_candidate = start + o_tile
-        tl.store(p_score + o_candidate, tl.full([TILE], float("-inf"), tl.float32), mask=o_candidate < last)
+SAMPLE = 4096  # keys of a row that are sampled, unless the stride's bounds say otherwise
+STRIDES = (8, 24)  # one key in so many
+SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10  # of a multiprocessor, and the system's of each block on it
+FIXED_BYTES, LISTED_BYTES = 12288, 8  # of a block, and for each key that it can list
+MARKED_KEYS, MARK_BYTES = 128, 64  # a tile of the scorer's ring, for four rows
+SPLITS = range(1, 17)
+SPLIT_COST = 0.01  # of a scan, for every further split of its keys
+SAMPLE_STAGE, THRESHOLD_STAGE, MARK_STAGE, RERANK_STAGE, REDO_STAGE = 1, 2, 4, 8, 16
+ALL_STAGES = 31
 
 
-def rerank(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    index_k: torch.Tensor,
-    k_scale: torch.Tensor,
-    candidates: torch.Tensor,
-    counts: torch.Tensor,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """All-head scores fp32 [T, C] of each row's candidates among contiguous keys; -inf where there is none.
-
-    index_q [T, H, 128] fp8 e4m3, H ∈ {32, 64}; head_gates [T, H] fp32; index_k [S, 128] fp8 e4m3; k_scale [S] fp32;
-    candidates [T, C] int32, columns in [0, S), packed at the front, any other value counts as none; counts [T] int32;
-    out: where to write. Candidates and out may have padded rows. Raises ValueError for another layout.
-    """
-    expect("index_k", index_k, (index_k.shape[0], HEAD_DIM), torch.float8_e4m3fn)
-    expect("k_scale", k_scale, (index_k.shape[0],), torch.float32)
-    return _launch(index_q, head_gates, index_k, k_scale, len(index_k), candidates, counts, out, paged=False)
-
-
-def rerank_paged(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    pool: torch.Tensor,
-    candidates: torch.Tensor,
-    counts: torch.Tensor,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """As `rerank`, with candidates [T, C] int32 that are physical slots, 64·page + offset, of SGLang's index-K pool.
-
-    pool [P, 8448] uint8: a page is 64 keys × 128 bytes of fp8 e4m3, then 64 fp32 scales; 64·P < 2^31.
-    """
-    expect("pool", pool, (pool.shape[0], PAGE_BYTES), torch.uint8)
-    keys, scales = pool.view(torch.float8_e4m3fn), pool.view(torch.float32)
-    return _launch(index_q, head_gates, keys, scales, len(pool) * PAGE, candidates, counts, out, paged=True)
-
-
-def _launch(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    index_k: torch.Tensor,
-    k_scale: torch.Tensor,
-    keys: int,
-    candidates: torch.Tensor,
-    counts: torch.Tensor,
-    out: torch.Tensor | None,
-    *,
-    paged: bool,
-) -> torch.Tensor:
-    rows, index_heads, _ = index_q.shape
-    width = candidates.shape[1]
-    if index_heads not in INDEX_HEADS:
-        raise ValueError(f"index_q: expected {' or '.join(map(str, INDEX_HEADS))} index heads, got {index_heads}")
-    if out is None:
-        out = torch.empty(rows, width, dtype=torch.float32, device=index_q.device)
-    expect("index_q", index_q, (rows, index_heads, HEAD_DIM), torch.float8_e4m3fn)
-    expect("head_gates", head_gates, (rows, index_heads), torch.float32)
-    expect("counts", counts, (rows,), torch.int32)
-    expect("candidates", candidates, (rows, width), torch.int32, row_stride=True)
-    expect("out", out, (rows, width), torch.float32, row_stride=True)
-    span = _SPAN if rows * triton.cdiv(width, _SPAN) >= _FILLING_PROGRAMS else _TILE
-    if rows and width:
-        rerank_fwd_kernel[(rows, triton.cdiv(width, span))](
-            index_q,
-            head_gates,
-            index_k,
-            k_scale,
-            candidates,
-            counts,
-            out,
-            keys,
-            width,
-            span,
-            candidates.stride(0),
-            out.stride(0),
-            H=index_heads,
-            TILE=_TILE,
-            HEAD_DIM=HEAD_DIM,
-            PAGED=paged,
-            PAGE=PAGE,
-            PAGE_BYTES=PAGE_BYTES,
-            num_warps=_WARPS,
-            num_stages=_STAGES,
-            maxnreg=_MAXNREG,
+def module(heads: int, index_heads: int) -> Any:
+    """The compiled kernels for h routed of H index heads."""
+    if index_heads not in INDEX_HEADS or heads not in sr.ROUTED_HEADS or heads > index_heads:
+        raise ValueError(
+            f"heads: expected h of {sr.ROUTED_HEADS}, at most H of {INDEX_HEADS}, got h={heads}, H={index_heads}; "
+            "choose another h"
         )
+    return build("rerank.cu", MISA_HEADS=heads, MISA_INDEX_HEADS=index_heads)
+
+
+def listable(blocks: int) -> int:
+    """Keys that each of `blocks` thread blocks on one multiprocessor can list."""
+    return (SHARED_BYTES // blocks - RESERVED_BYTES - FIXED_BYTES) // LISTED_BYTES // 32 * 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Division of one call's work: `rows` rows a pass, each row's keys in `splits` interleaved shares."""
+
+    rows: int
+    splits: int
+    stride: int  # one key in so many is sampled
+    rank: int  # of the threshold in the sample
+    room: int  # keys of a row that a block can list
+    sampled: int  # columns of the sampled scores
+    spans_offset: int  # in bytes: thresholds lie before
+    marks_offset: int
+    scores_offset: int  # of failed rows' scores, `ld` columns apart
+    ld: int
+
+
+@functools.lru_cache(maxsize=256)
+def plan(
+    rows: int, keys: int, candidates: int, block_rows: int, multiprocessors: int, budget: int = sr.SCRATCH_BYTES
+) -> Plan:
+    """Choose the sample so that two blocks a multiprocessor can list what passes, and splits that fill the chip.
+
+    Scratch of a pass = rows · max(keys / 8, 4 · keys / stride) + 12 · rows bytes, in as few passes as `budget` allows.
+    Raises ValueError when one block of rows does not fit.
+    """
+    least, most = STRIDES
+    wanted, room = min(max(keys // SAMPLE, least), most), listable(2)
+    fits = [n for n in range(least, wanted + 1) if _most_hits(candidates, n) <= room]
+    stride, room = (max(fits), room) if fits else (most, listable(1))
+    stride = max(stride, math.ceil(keys / sr.SAMPLED_AT_MOST))
+    rank = _rank(candidates, stride)
+    sampled = sr.aligned(keys / stride, 4)
+    row_bytes = max(math.ceil(keys / MARKED_KEYS) * MARK_BYTES // 4, 4 * sampled)
+    blocks = math.ceil(rows / block_rows)
+    fitting = (budget - 4096) // (block_rows * (row_bytes + 12))
+    if fitting < 1:
+        raise ValueError(
+            f"scratch budget: expected at least {block_rows * (row_bytes + 12) + 4096} bytes for {keys} keys, got "
+            f"{budget}; raise it"
+        )
+    pass_blocks = math.ceil(blocks / math.ceil(blocks / fitting))
+    splits = min(SPLITS, key=lambda n: math.ceil(pass_blocks * n / multiprocessors) / n + SPLIT_COST * (n - 1))
+    rows = pass_blocks * block_rows
+    spans = sr.aligned(4 * rows)
+    marks = spans + sr.aligned(8 * rows)
+    return Plan(
+        rows=rows,
+        splits=splits,
+        stride=stride,
+        rank=rank,
+        room=room,
+        sampled=sampled,
+        spans_offset=spans,
+        marks_offset=marks,
+        scores_offset=marks + sr.aligned(rows * row_bytes),
+        ld=sr.aligned(keys, 4),
+    )
+
+
+def _rank(candidates: int, stride: int) -> int:
+    """The r of a 1/stride sample above whose r-th score lie at least C keys: r - z√r = C / stride."""
+    return math.ceil(((sr.SIGMAS + math.sqrt(sr.SIGMAS**2 + 4 * candidates / stride)) / 2) ** 2)
+
+
+def _most_hits(candidates: int, stride: int) -> float:
+    """Keys above that score, hardly ever more."""
+    rank = _rank(candidates, stride)
+    return (rank + sr.SIGMAS * math.sqrt(rank)) * stride
+
+
+class Reranked:
+    """One `topk_reranked` call: its division and its scratch, so that a check can look between the stages."""
+
+    def __init__(self, problem: sr.Problem, candidates: int, target: Target, budget: int = sr.SCRATCH_BYTES):
+        self.problem, self.candidates, self.target = problem, candidates, target
+        processors = sr.multiprocessors(problem.device)
+        self.plan = plan(problem.rows, problem.keys, candidates, sr.block_rows(problem.routed), processors, budget)
+        # [number of failed rows, their list …, meeting counter of `redo`] then the plan's parts.
+        self.lists = sr.aligned(4 * (problem.rows + 2), sr.LISTS_BYTES)
+        size = self.lists + max(budget, self.plan.scores_offset + 4 * self.plan.ld)
+        self.scratch = sr.scratch_of(problem.device, size)
+
+    def redone(self) -> int:
+        """Rows that the last pass had to redo (synchronises)."""
+        return int(self.scratch[:4].view(torch.int32).item())
+
+    def run(self, stages: int = ALL_STAGES) -> None:
+        """Launch everything in one call of the host's side; `stages` is a sum of *_STAGE."""
+        p, failed = self.plan, self.scratch.data_ptr()
+        base = failed + self.lists
+        at_once = min(self.problem.rows, (self.scratch.numel() - self.lists - p.scores_offset) // (4 * p.ld))
+        numbers = (p.rows, p.splits, p.stride, p.rank, self.candidates, p.room, at_once, p.sampled, p.ld)
+        addresses = (failed, base, base + p.spans_offset, base + p.marks_offset, base + p.scores_offset)
+        module(self.problem.routed, int(self.problem.head_gates.shape[1])).topk(
+            self.problem.arguments(),
+            self.target.arguments(),
+            self.problem.rows,
+            [*numbers, *addresses],
+            stages,
+            torch.cuda.current_stream(self.problem.device).cuda_stream,
+        )
+
+
+def topk_reranked(
+    index_q: torch.Tensor,
+    head_gates: torch.Tensor,
+    head_ids: torch.Tensor,
+    index_k: torch.Tensor,
+    k_scale: torch.Tensor,
+    ks: torch.Tensor,
+    ke: torch.Tensor,
+    candidates: int,
+    k: int,
+    *,
+    out: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    row_batch: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    budget: int = sr.SCRATCH_BYTES,
+) -> torch.Tensor:
+    """Of each row's best C = `candidates` keys by its routed heads, the exact top k by all heads; int32 [T, k].
+
+    Tensors, windows [ks, ke), what is returned and scratch as in `score_ragged.topk_ragged`, but head_ids ascend in
+    each row and H is one of `INDEX_HEADS`. k ≤ C ≤ `CANDIDATES`, at most `KEYS` keys. Rows of at most C keys are scored
+    with all heads throughout. Ties: the smaller position wins, and NaN scores come last, in either choice. Never
+    synchronises. Raises ValueError on shapes, dtypes, layout or limits.
+    Mirrors SGLang's fp8_mqa_logits + topk_transform; MISA (2605.07363).
+    """
+    problem = sr.Problem(index_q, head_gates, head_ids, index_k, k_scale, ks, ke)
+    if not k <= candidates <= CANDIDATES:
+        raise ValueError(f"candidates: expected k={k} to {CANDIDATES}, got {candidates}; choose another C")
+    if problem.keys > KEYS:
+        raise ValueError(f"index_k: expected at most {KEYS} keys, got {problem.keys}; score them with all heads")
+    if out is None:
+        out = torch.empty(problem.rows, k, dtype=torch.int32, device=problem.device)
+    target = Target(out, page_table, row_batch, offsets)
+    target.check(problem.rows, k)
+    if problem.keys == 0:
+        return out.fill_(-1)
+    if problem.rows > 0:
+        Reranked(problem, candidates, target, budget).run()
     return out

@@ -2,8 +2,7 @@
 // that sample as the row's threshold, (3) score all keys and append what passes to buffers that each thread owns alone,
 // (4) take the exact top k of the appended, (5) rows that came out short or overflowed are scored into memory and selected
 // there. See score_ragged.py for the statistics.
-#include "score.cuh"
-#include "select.cuh"
+#include "threshold.cuh"
 
 namespace misa {
 
@@ -132,35 +131,7 @@ struct Hits {
   };
 };
 
-constexpr int CUT_THREADS = 256, SELECT_THREADS = 512;
-
-// Threshold of each row from its sampled scores; the first block also empties the list of failed rows.
-__global__ void __launch_bounds__(CUT_THREADS)
-    threshold_kernel(const __grid_constant__ Task task, const __grid_constant__ Logits sample, int rank, int k, float* threshold, int32_t* failed) {
-  using Block = Select<CUT_THREADS>;
-  extern __shared__ __align__(16) uint32_t staged[];
-  __shared__ Block::Smem smem;
-  const int i = blockIdx.x, t = task.row(i);
-  if (failed && i == 0 && threadIdx.x == 0) *failed = 0;
-  const int2 w = task.window(i);
-  const int length = min(task.ends[t], task.keys) - max(task.starts[t], 0), n = w.y - w.x;
-  float value = -INFINITY;
-  if (length <= k) {
-    value = INFINITY;  // every visible token is taken: nothing to collect
-  } else if (n > rank) {
-    const float* logits = sample.out + i * sample.ld;
-    uint32_t least = ~0u, most = 0;
-    Block::each([&](int j) { return rank_key(__ldcg(logits + j)); }, n, [&](uint32_t key, int j) {
-      staged[j] = key;
-      least = min(least, key), most = max(most, key);
-    });
-    const auto all = Block::range(smem, least, most, rank, n);
-    const auto cut = Block::narrow(smem, all, [&](int j) { return staged[j]; }, n, 0, max(1, rank / 32));
-    // Where many scores tie at the cut (zeros, mostly), they are left out: better short than overflowing.
-    value = rank_value(cut.inside - cut.need <= max(1, rank / 8) ? cut.lo : cut.lo + 1);
-  }
-  if (threadIdx.x == 0) threshold[i] = value;
-}
+constexpr int SELECT_THREADS = 512;
 
 // Exact top k of each row's appended entries; a row that cannot be answered from them goes on the failed list.
 __global__ void __launch_bounds__(SELECT_THREADS)
@@ -212,19 +183,6 @@ __global__ void __launch_bounds__(SELECT_THREADS)
   const auto all = Block::range(smem, least, most, k, total);
   Block::top(smem, all, [&](int j) { return keys[j]; }, [&](int j) { return index[j]; }, total,
              [&](int place, int j) { out[place] = output.place(t, index[j] - start); });
-}
-
-// The folding warpgroups of all blocks of a cooperative grid meet here; `meeting` counts arrivals since the launch began.
-__device__ __forceinline__ void meet(int32_t* meeting, int& round) {
-  __threadfence();
-  sm90::named_barrier(0, CONSUMERS);
-  if (threadIdx.x == 0) {
-    atomicAdd(meeting, 1);
-    const int due = ++round * gridDim.x;
-    while (*reinterpret_cast<volatile int32_t*>(meeting) < due) __nanosleep(64);
-    __threadfence();
-  }
-  sm90::named_barrier(0, CONSUMERS);
 }
 
 // Failed rows, `at_once` of them at a time: all their scores into memory, then the exact top k.
@@ -314,7 +272,7 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm:
     if (stages & THRESHOLD) {
       const int bytes = plan.sampled * 4;
       allow_shared(threshold_kernel, bytes);
-      threshold_kernel<<<task.rows, CUT_THREADS, bytes, stream>>>(sampling, sample, plan.rank, out.k, plan.threshold, first == 0 ? plan.failed : nullptr);
+      threshold_kernel<<<task.rows, CUT_THREADS, bytes, stream>>>(sampling, sample, plan.rank, out.k, plan.threshold, nullptr, first == 0 ? plan.failed : nullptr);
       check(cudaGetLastError(), "threshold_kernel");
     }
     if (stages & COLLECT) launch_score(task, call.k, hits, shape, stream);

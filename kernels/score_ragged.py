@@ -73,15 +73,15 @@ class Plan:
 
     @property
     def counts_offset(self) -> int:
-        return _aligned(4 * self.rows)
+        return aligned(4 * self.rows)
 
     @property
     def bulk_offset(self) -> int:
         """Where entries or logits begin; thresholds and counts lie before."""
-        return self.counts_offset + _aligned(4 * self.rows * self.splits * self.buffers)
+        return self.counts_offset + aligned(4 * self.rows * self.splits * self.buffers)
 
 
-def _aligned(count: float, to: int = 256) -> int:
+def aligned(count: float, to: int = 256) -> int:
     return math.ceil(count / to) * to
 
 
@@ -98,8 +98,8 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
     root = (SIGMAS + math.sqrt(SIGMAS**2 + 4 * k / stride)) / 2
     rank = math.ceil(root**2)
     hits = (rank + SIGMAS * math.sqrt(rank)) * stride  # hardly ever more
-    sampled = _aligned(keys / stride, 4)
-    room = _aligned(hits)
+    sampled = aligned(keys / stride, 4)
+    room = aligned(hits)
     # Beside its scan a pass costs launches and a tail, and every split costs the samplers and `select` a share;
     # in units of one scan of 128K keys by one block, as measured on an H100.
     pass_cost, split_cost = (cost * 131072 / max(keys, 1) for cost in (0.02, 0.026 * rows / 8192))
@@ -109,7 +109,7 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
     blocks = math.ceil(rows / block)
     for splits in range(1, 17):
         share = rank * stride / (subs * splits)  # varies by itself, and with the row's threshold
-        capacity = _aligned(share + BUFFER_SIGMAS * math.sqrt(share + share**2 / rank) + 1, SECTOR)
+        capacity = aligned(share + BUFFER_SIGMAS * math.sqrt(share + share**2 / rank) + 1, SECTOR)
         row_bytes = max(splits * subs * capacity * 8, 4 * sampled)
         even = {math.ceil(blocks / passes) for passes in range(1, 17)}
         filled = {multiprocessors * waves // splits for waves in range(1, 17)}
@@ -127,7 +127,7 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
             if best is None or cost < best[0] - 1e-9:
                 best = cost, Plan(pass_rows, splits, subs, stride, rank, capacity, room, sampled, total)
     if best is None:
-        need = block * max(subs * _aligned(hits / subs, SECTOR) * 8, 4 * sampled)
+        need = block * max(subs * aligned(hits / subs, SECTOR) * 8, 4 * sampled)
         raise ValueError(
             f"scratch budget: expected at least about {need} bytes for k={k}, {keys} keys; got {budget}; raise it"
         )
@@ -135,14 +135,14 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 _scratch: dict[torch.device, torch.Tensor] = {}
 
 
-def _scratch_of(device: torch.device, size: int) -> torch.Tensor:
+def scratch_of(device: torch.device, size: int) -> torch.Tensor:
     """One buffer a device, grown when a call needs more; calls on one stream follow each other through it."""
     held = _scratch.get(device)
     if held is None or held.numel() < size:
@@ -208,14 +208,14 @@ class Ragged:
     def __init__(self, problem: Problem, target: Target, budget: int = SCRATCH_BYTES):
         self.problem, self.target = problem, target
         self.k = int(target.out.shape[1])
-        multiprocessors = _multiprocessors(problem.device)
-        self.plan = plan(problem.rows, problem.keys, self.k, problem.routed, multiprocessors, budget)
+        processors = multiprocessors(problem.device)
+        self.plan = plan(problem.rows, problem.keys, self.k, problem.routed, processors, budget)
         # [number of failed rows, their list …, meeting counter of `redo`] then the plan's parts.
-        self.lists = _aligned(4 * (problem.rows + 2), LISTS_BYTES)
-        self.ld = _aligned(problem.keys, 4)  # of scores that `redo` writes
+        self.lists = aligned(4 * (problem.rows + 2), LISTS_BYTES)
+        self.ld = aligned(problem.keys, 4)  # of scores that `redo` writes
         # The whole budget at once: a warm-up before the KV pool is sized then leaves nothing to grow while serving.
         size = self.lists + max(budget, self.plan.bulk_offset + 4 * self.ld)
-        self.scratch = _scratch_of(problem.device, size)
+        self.scratch = scratch_of(problem.device, size)
 
     def redone(self) -> int:
         """Rows that the last run had to redo (synchronises)."""
@@ -298,10 +298,10 @@ def score_ragged_logits(
     problem = Problem(index_q, head_gates, head_ids, index_k, k_scale, ks, ke)
     rows = problem.rows - first if rows is None else rows
     if out is None:
-        out = torch.full((rows, _aligned(problem.keys, 4)), -math.inf, device=problem.device)[:, : problem.keys]
+        out = torch.full((rows, aligned(problem.keys, 4)), -math.inf, device=problem.device)[:, : problem.keys]
     if rows > 0 and problem.keys > 0:
         blocks = math.ceil(rows / block_rows(problem.routed))
-        splits = max(1, min(_multiprocessors(problem.device) // blocks, math.ceil(problem.keys / TILE)))
+        splits = max(1, min(multiprocessors(problem.device) // blocks, math.ceil(problem.keys / TILE)))
         stream = torch.cuda.current_stream(problem.device).cuda_stream
         module(problem.routed).logits(problem.arguments(), first, rows, splits, out.data_ptr(), out.stride(0), stream)
     return out

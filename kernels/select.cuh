@@ -78,7 +78,9 @@ struct Select {
     least = __reduce_min_sync(~0u, least), most = __reduce_max_sync(~0u, most);
     if (threadIdx.x % 32 == 0) atomicMin(&s.least, least), atomicMax(&s.most, most);
     sync();
-    return {s.least, s.most, rank, n};
+    const Range all{s.least, s.most, rank, n};
+    sync();  // who comes back for another range must not clear this one before it is read
+    return all;
   }
 
   // Narrows a range until it holds at most `few` elements, at most `slack` more than needed, or a single key.

@@ -75,11 +75,6 @@ class SelectionPolicy(BaseModel):
         """Whether this policy differs from stock DSA at all (a re-ranking of all-head scores changes nothing)."""
         return self.heads is not None or self.blocks is not None
 
-    @property
-    def direct_heads(self) -> bool:
-        """Whether the top k of the routed heads' scores over all tokens is the selection (plain MISA)."""
-        return self.heads is not None and self.blocks is None and self.candidates is None
-
     def problems(self, phase: Phase, *, index_heads: int | None = None, topk: int | None = None) -> Iterator[str]:
         """Sentences for what is impossible in this policy, alone or with a model's `index_heads` H and `topk` k."""
         flag = f"--misa-{phase}"

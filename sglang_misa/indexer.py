@@ -17,9 +17,8 @@ from torch import Tensor
 from sglang_misa import reference
 from sglang_misa.block_stats import BlockStats
 from sglang_misa.config import PAGE, SelectionPolicy
-from sglang_misa.kernels import rerank, route, score_paged, score_ragged, topk_rows
+from sglang_misa.kernels import rerank, route, score_paged, score_ragged, topk_blocks
 
-CANDIDATE_ROWS = 2048  # rows re-scored at once: at C = 8192 their candidates and scores are 128 MiB
 WIDTH_STEP = 256  # pages to which the width of decode scratch is rounded up
 ROW_STRIDE = 4  # SGLang's top-k kernels want the row stride of fp32 logits to be a multiple of this
 
@@ -111,36 +110,33 @@ def ragged_topk(
     """Select for rows [first, last) of one request with the GPU kernels, into out[first:last] [T, k] int32.
 
     block_means bf16 [requests, M, 128] from `BlockStats.heal`. MISA takes the top k of the routed heads' scores
-    at once. MISA† re-scores the best C of them, HISA the tokens of the kept blocks, with all heads, in passes of
-    CANDIDATE_ROWS rows. `admission` says what has no kernel.
+    at once. MISA† re-scores the best C of them, HISA the tokens of the kept blocks, with all heads. `admission`
+    says what has no kernel.
     """
-    request, keys = slice(span.request, span.request + 1), slice(span.first_key, span.first_key + span.length)
-    pooled = block_means[request]
-    step = last - first if policy.direct_heads else CANDIDATE_ROWS
-    for start in range(first, last, step):
-        rows = slice(start, min(start + step, last))
-        index_q, gates, row_lens = call.index_q[rows], call.head_gates[rows].contiguous(), call.row_lens[rows]
-        only = torch.zeros_like(row_lens)  # every row is of the one request
-        target = {
-            "out": out[rows],
-            "page_table": None if space.slots is None else space.slots[request],
-            "row_batch": None if space.slots is None else only,
-            "offsets": None if space.offsets is None else space.offsets[rows],
-        }
-        found = (index_q, gates, pooled, only, row_lens)
-        index_k, k_scale = call.index_k[keys], call.k_scale[keys]
-        if policy.heads is not None:
-            head_ids = route.route(*found, policy.heads, policy.block_size, policy.router)
-            routed = (index_q, gates, head_ids, index_k, k_scale, only, row_lens)
-            if policy.candidates is None:
-                score_ragged.topk_ragged(*routed, out.shape[1], **target)
-                continue
-            candidates = score_ragged.topk_ragged(*routed, policy.candidates)
-            counts = row_lens.clamp(max=policy.candidates)
-        else:
-            candidates, counts = block_tokens(policy, route.block_scores(*found, policy.block_size), row_lens)
-        scores = rerank.rerank(index_q, gates, index_k, k_scale, candidates, counts)
-        topk_rows.topk_rows(scores, candidates, counts, out.shape[1], **target)
+    rows, request = slice(first, last), slice(span.request, span.request + 1)
+    keys = slice(span.first_key, span.first_key + span.length)
+    index_q, gates, row_lens = call.index_q[rows], call.head_gates[rows].contiguous(), call.row_lens[rows]
+    index_k, k_scale = call.index_k[keys], call.k_scale[keys]
+    only = torch.zeros_like(row_lens)  # every row is of the one request, and sees it from its first key
+    target = {
+        "out": out[rows],
+        "page_table": None if space.slots is None else space.slots[request],
+        "row_batch": None if space.slots is None else only,
+        "offsets": None if space.offsets is None else space.offsets[rows],
+    }
+    found, topk = (index_q, gates, block_means[request], only, row_lens), out.shape[1]
+    if policy.heads is None:
+        assert policy.blocks is not None
+        scores = route.block_scores(*found, policy.block_size)
+        tensors = (index_q, gates, index_k, k_scale, scores, only, row_lens)
+        topk_blocks.topk_blocks(*tensors, policy.blocks, policy.block_size, topk, **target)
+        return
+    head_ids = route.route(*found, policy.heads, policy.block_size, policy.router)
+    routed = (index_q, gates, head_ids, index_k, k_scale, only, row_lens)
+    if policy.candidates is None:
+        score_ragged.topk_ragged(*routed, topk, **target)
+    else:
+        rerank.topk_reranked(*routed, policy.candidates, topk, **target)
 
 
 def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -> None:
@@ -166,23 +162,6 @@ def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -
         out = torch.empty(rows, topk, dtype=torch.int32, device=device)
         ragged_topk(policy, call, Span(0, 0, rows, 0, seen), 0, rows, block_means, OutputSpace(), out)
     torch.cuda.synchronize()
-
-
-def block_tokens(policy: SelectionPolicy, block_scores: Tensor, row_lens: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions int32 [T, (blocks + 1) · block_size] of the tokens in kept blocks and the tail, and their counts [T].
-
-    block_scores [T, M], row_lens [T]. Packed at the front, -1 behind.
-    """
-    assert policy.blocks is not None
-    size, complete = policy.block_size, row_lens // policy.block_size
-    best = reference.best_blocks(block_scores.unsqueeze(0), complete.unsqueeze(0), policy.blocks).squeeze(0)
-    best = torch.nn.functional.pad(best, (0, 1 + policy.blocks - best.shape[1]))
-    kept = complete.clamp(max=policy.blocks)
-    best.scatter_(1, kept.unsqueeze(1).long(), complete.unsqueeze(1).long())  # the tail follows the last kept block
-    counts = kept * size + row_lens % size
-    tokens = (best.unsqueeze(-1) * size + torch.arange(size, device=best.device)).flatten(1).int()
-    column = torch.arange(tokens.shape[1], device=best.device)
-    return tokens.masked_fill_(column >= counts.unsqueeze(1), -1), counts
 
 
 def _decode_scratch(

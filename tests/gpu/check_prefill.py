@@ -20,8 +20,7 @@ import torch
 
 from sglang_misa.bench.timing import event_us, kernel_us
 from sglang_misa.kernels import score_ragged as sr
-from sglang_misa.kernels.cuda_host import Target, build
-from sglang_misa.kernels.topk_rows import topk_rows
+from sglang_misa.kernels.cuda_host import Target
 
 DEVICE = "cuda"
 
@@ -225,40 +224,6 @@ def hostile():
     yield "NaN and -inf keys", change(p, k_scale=scale.clone()), False
 
 
-def rows_problem(rows=300, columns=16384, k=2048) -> str | None:
-    """`topk_rows` against a stable sort: ragged counts, shuffled ids, ties, ±inf, NaN, strided scores, a page table."""
-    g = torch.Generator(DEVICE).manual_seed(77)
-    wide = torch.randn(rows, columns + 4, device=DEVICE, generator=g)
-    scores = wide[:, :columns]
-    scores[1::7] = scores[1::7].round()  # ties by the hundred
-    scores[2::7] = 1.5
-    scores[3::7, ::2] = torch.nan
-    scores[4::7, 100:] = -torch.inf
-    scores[5::7, ::5] = torch.inf
-    ids = torch.rand(rows, columns, device=DEVICE, generator=g).argsort(1).int()
-    counts = torch.randint(0, columns + 1, (rows,), device=DEVICE, generator=g).int()
-    counts[:4] = torch.tensor([0, k, k + 1, columns])
-    table = torch.randperm(2 * columns, device=DEVICE, generator=g).int().view(2, columns)
-    batch = torch.randint(0, 2, (rows,), device=DEVICE, generator=g).int()
-    out = topk_rows(scores, ids, counts, k)
-    paged = topk_rows(scores, ids, counts, k, page_table=table, row_batch=batch)
-    shifted = topk_rows(scores, ids, counts, k, offsets=batch)
-    # Ties go to the smaller id: sort by id, then stably by score.
-    inside = torch.arange(columns, device=DEVICE) < counts[:, None]
-    ranks = (scores.double() + 0.0).nan_to_num(nan=-1e301, neginf=-1e300, posinf=1e300).masked_fill(~inside, -1e302)
-    by_id = ids.long().argsort(1)
-    order = by_id.gather(1, ranks.gather(1, by_id).sort(dim=1, descending=True, stable=True).indices[:, :k])
-    want = ids.gather(1, order).masked_fill(torch.arange(k, device=DEVICE) >= counts[:, None], -1)
-    if not torch.equal(out.sort(1).values, want.sort(1).values):
-        return f"{(out.sort(1).values != want.sort(1).values).any(1).sum().item()} of {rows} rows differ"
-    slots = torch.where(want >= 0, table[batch.long()].gather(1, want.clamp(min=0).long()), -1)
-    if not torch.equal(paged.sort(1).values, slots.sort(1).values):
-        return "the page table's slots differ"
-    if not torch.equal(shifted.sort(1).values, torch.where(want >= 0, want + batch[:, None], -1).sort(1).values):
-        return "the offsets differ"
-    return None
-
-
 def check(fast: bool) -> list[str]:
     problems: list[str] = []
 
@@ -325,7 +290,6 @@ def check(fast: bool) -> list[str]:
     windows, rows, keys = requests([(50, 7000), (20, 30000), (100, 100)])
     p = make(rows, keys, windows=windows, seed=13)
     note("uneven requests", selection_problem(p, run(p, 2048)[0], 2048))
-    note("top k of rows", rows_problem())
     p = make(300, 50000, seed=23)
     sets = {hash(run(p, 2048)[0].sort(1).values.cpu().numpy().tobytes()) for _ in range(20)}
     if len(sets) != 1:
@@ -365,7 +329,7 @@ def main() -> int:
     faulthandler.dump_traceback_later(150, exit=True)  # a kernel that waits for ever leaves a trace
     os.environ["TVM_FFI_CUDA_ARCH_LIST"] = "9.0a"  # builds run side by side
     with ThreadPoolExecutor(8) as pool:
-        builds = [pool.submit(sr.module, heads) for heads in sr.ROUTED_HEADS] + [pool.submit(build, "topk_rows.cu")]
+        builds = [pool.submit(sr.module, heads) for heads in sr.ROUTED_HEADS]
         for built in builds:
             built.result()
     print(f"{torch.cuda.get_device_name()}: built {len(builds)} modules in {time.time() - began:.0f} s", flush=True)

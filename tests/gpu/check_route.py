@@ -1,4 +1,4 @@
-"""Checks page means, routing, block scores and re-scoring on a GPU, then times them.
+"""Checks page means, routing and block scores on a GPU, then times them.
 
     python tests/gpu/check_route.py
 
@@ -15,14 +15,13 @@ import torch
 from sglang_misa import reference
 from sglang_misa.bench.timing import event_us
 from sglang_misa.kernels.page_means import Layers, update_last_page_means, update_page_means, update_slots
-from sglang_misa.kernels.rerank import rerank, rerank_paged
 from sglang_misa.kernels.route import ROUTERS, Router, block_scores, route
 
 DEVICE = "cuda"
 PAGE, HEAD_DIM, PAGE_BYTES = 64, 128, 8448
 ROWS, LENGTH, BLOCK, HEADS = 8192, 131072, 256, 8
 PAGES = LENGTH // PAGE
-CANDIDATES, CHECKED_ROWS, ORACLE_ROWS = 8192, 512, 256
+ORACLE_ROWS = 256
 REPEATS, TIMED = 20, 20
 FLUSH_BYTES = 1 << 30  # also keeps the GPU busy while the host launches the timed call
 
@@ -189,47 +188,6 @@ def check_order(
             assert torch.equal(again, whole[name]), f"{name}: repeat differs"
 
 
-def check_rerank(
-    index_q: torch.Tensor, gates: torch.Tensor, pool: torch.Tensor, table: torch.Tensor
-) -> Callable[[bool], object]:
-    """Checks 512 rows; returns a call on all rows, contiguous or paged, to time."""
-    rows = pool[table[0]]
-    keys = rows[:, : PAGE * HEAD_DIM].contiguous().view(torch.float8_e4m3fn).view(-1, HEAD_DIM)
-    scale = rows[:, PAGE * HEAD_DIM :].contiguous().view(torch.float32).flatten()
-    ids = torch.empty(ROWS, CANDIDATES, dtype=torch.int32, device=DEVICE)
-    for row in range(ROWS):
-        ids[row] = torch.randperm(LENGTH, device=DEVICE)[:CANDIDATES].sort().values
-    slots = table[0][ids // PAGE] * PAGE + ids % PAGE
-    counts = torch.full((ROWS,), CANDIDATES, dtype=torch.int32, device=DEVICE)
-    some = counts[:CHECKED_ROWS].clone()
-    some[:9] = ints([0, 1, 63, 64, 65, 127, 128, 8191, 8192])
-    n = CHECKED_ROWS
-    ids[n - 1, :3] = ints([-1, -(2**31), 2**31 - 1])
-    slots[n - 1, :3] = ids[n - 1, :3]
-    got = rerank(index_q[:n], gates[:n], keys, scale, ids[:n], some)
-    assert torch.equal(got, rerank_paged(index_q[:n], gates[:n], pool, slots[:n], some)), "paged differs"
-    few = torch.cat([rerank(index_q[r : r + 1], gates[r : r + 1], keys, scale, ids[r : r + 1], some[r : r + 1])
-                     for r in range(16)])  # fmt: skip
-    assert torch.equal(got[:16], few), "scores depend on the rows beside"
-    valid = (torch.arange(CANDIDATES, device=DEVICE) < some[:, None]) & (ids[:n] >= 0) & (ids[:n] < LENGTH)
-    wanted = torch.full_like(got, -torch.inf)
-    for row in range(n):
-        safe = ids[row].where(valid[row], 0).long()
-        x = (keys[safe].float() @ index_q[row].float().T).relu()
-        wanted[row] = (x @ gates[row] * scale[safe]).where(valid[row], -torch.inf)
-    # fp8 tensor cores keep about 14 bits while they accumulate; scores are around 100.
-    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=0.5)
-    x, y = got.where(valid, 0.0).double(), wanted.where(valid, 0.0).double()
-    difference = 1 - 2 * (x * y).sum() / (x * x + y * y).sum()
-    assert difference < 1e-5, f"scores differ from fp32 by {difference:.1e} of their energy"
-    out = torch.empty(ROWS, CANDIDATES, device=DEVICE)
-    return lambda paged: (
-        rerank_paged(index_q, gates, pool, slots, counts, out)
-        if paged
-        else rerank(index_q, gates, keys, scale, ids, counts, out)
-    )
-
-
 def check_graph(pool: torch.Tensor, table: torch.Tensor, index_q: torch.Tensor, gates: torch.Tensor) -> None:
     """Captured means, routing and block scores of 64 requests follow lengths that change between replays."""
     rows = 64
@@ -287,8 +245,7 @@ def main() -> None:
         check_order(q, w, pooled, one_request, lens)
         check_order(q, w, ragged, ragged_batch, ragged_lens)
         check_graph(pool, table, q, w)
-        flops, key_flops = 2.0 * ROWS * heads * HEAD_DIM * LENGTH / BLOCK, 2.0 * ROWS * heads * HEAD_DIM * CANDIDATES
-        again = check_rerank(q, w, pool, table)
+        flops = 2.0 * ROWS * heads * HEAD_DIM * LENGTH / BLOCK
         args = (q, w, pooled, one_request, lens)
         short = (q, w, pooled, one_request, lens - 3 * LENGTH // 4)
         few = (q[:64], w[:64], pooled, one_request[:64], lens64)
@@ -298,11 +255,9 @@ def main() -> None:
             (f"block_scores, H={heads}", lambda a=args: block_scores(*a, BLOCK), flops, 0),
             (f"block_scores, 64 rows, H={heads}", lambda a=few: block_scores(*a, BLOCK), flops / ROWS * 64, 0),
             (f"route, 64 rows, H={heads}", lambda a=few: route(*a, HEADS, BLOCK), flops / ROWS * 64, 0),
-            (f"rerank, C=8192, H={heads}", lambda f=again: f(False), key_flops, ROWS * CANDIDATES * 132),
-            (f"rerank_paged, C=8192, H={heads}", lambda f=again: f(True), key_flops, ROWS * CANDIDATES * 132),
         ]
         print(f"H={heads}: correct", flush=True)
-    print(f"{torch.cuda.get_device_name()}, T={ROWS}, L={LENGTH}, block {BLOCK}; GB/s of the rerank are through L2")
+    print(f"{torch.cuda.get_device_name()}, T={ROWS}, L={LENGTH}, block {BLOCK}")
     for name, call, flops, nbytes in timed:
         us = event_us(call, TIMED, FLUSH_BYTES)
         print(f"{name:36} {us:9.1f} us {flops / us * 1e-6:8.1f} TFLOPS {nbytes / us * 1e-3:8.1f} GB/s")

@@ -72,18 +72,3 @@ def test_permuting_physical_pages_changes_nothing() -> None:
     table[valid] = order[table[valid]]
     after = indexer.paged_scores(POLICY, q, gates, shuffled, table, row_lens, moved, 0)
     assert torch.equal(before, after)
-
-
-@given(st.integers(0, 1000), st.lists(st.integers(0, 700), min_size=1, max_size=4))
-def test_block_tokens_are_the_tokens_the_reference_keeps(seed: int, lens: list[int]) -> None:
-    policy = SelectionPolicy(blocks=3, block_size=64, min_len=0)
-    row_lens = torch.tensor(lens, dtype=torch.int32)
-    block_scores = torch.randn(len(lens), 10, generator=torch.Generator().manual_seed(seed))
-    tokens, counts = indexer.block_tokens(policy, block_scores, row_lens)
-    complete = row_lens // 64
-    kept = reference.keep_blocks(block_scores[None], complete[None], 3)[0]
-    for row, length in enumerate(lens):
-        blocks = kept[row].nonzero().flatten().tolist()
-        expected = [b * 64 + i for b in blocks for i in range(64)] + list(range(length // 64 * 64, length))
-        assert sorted(tokens[row, : counts[row]].tolist()) == expected
-        assert (tokens[row, counts[row] :] == -1).all()

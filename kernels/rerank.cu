@@ -1,0 +1,362 @@
+// MISA†: the best C keys of a row by its routed heads, and of those the exact top k by all heads.
+//
+// (1) Sample and threshold as in score_ragged.cu, for C. (2) The scorer marks what passes: one bit a row and key. (3) One block
+// a row lists the marked keys, scores them with all heads, routed heads first, so that both scores fall out of one product, cuts
+// the list to the best C by the one and takes the top k by the other. (4) Rows with fewer marks than C, or more than a block
+// holds, are scored into memory, marked again with exactly their best C, and go through (3) once more.
+#include "rank.cuh"
+#include "threshold.cuh"
+
+#ifndef MISA_INDEX_HEADS
+#define MISA_INDEX_HEADS 64  // H: 32 or 64
+#endif
+
+namespace misa {
+
+constexpr int ALL_HEADS = MISA_INDEX_HEADS;
+constexpr int SEGMENT = 1 << 16, SEGMENTS = 64;  // keys are listed by their low 16 bits, segment by segment
+constexpr int WORD_KEYS = 32;                    // neighbouring keys whose marks lie in 16 bytes
+constexpr int BATCH_WORDS = 8;                   // a thread's, of a segment
+static_assert(BATCH_WORDS * WORD_KEYS * RANKERS == SEGMENT);
+
+// One bit a row and key, as the scorer's ballots make them: [rows / 4][tiles of 64 keys][warp][half] words of four rows, in which
+// bit 4·key + row stands for key warp · 16 + half · 8 + key of the tile.
+struct Marks {
+  uint32_t* words;
+  int first;  // row of the first bit
+  int rows;
+  int tiles;
+  __device__ uint32_t* group(int i) const { return words + int64_t(i / 4) * tiles * 8; }
+};
+
+struct Mark {
+  const float* threshold;
+  Marks marks;
+
+  struct Shared {};
+
+  struct Lane {
+    const Marks& marks;
+    const Seat seat;
+    float threshold[LANE_QUERIES];
+    uint2* to;  // of the row group that this lane stores, or null
+
+    __device__ Lane(const Mark& sink, Shared&, const Task& task, const Seat& seat) : marks(sink.marks), seat(seat) {
+      const int lane = threadIdx.x % 32, i = seat.first + lane * 4;
+#pragma unroll
+      for (int q = 0; q < LANE_QUERIES; ++q) threshold[q] = seat.query(q) < task.rows ? sink.threshold[seat.query(q)] : INFINITY;
+      to = lane < LANE_QUERIES && i < task.rows ? reinterpret_cast<uint2*>(marks.group(i)) + seat.warp : nullptr;
+    }
+    __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool inside, const int2* windows) {
+      if (!inside) drop_outside(score, seat, key0, windows);
+      uint2 own{};
+#pragma unroll
+      for (int q = 0; q < LANE_QUERIES; ++q) {
+        const uint32_t low = __ballot_sync(~0u, score[q][0] > threshold[q]), high = __ballot_sync(~0u, score[q][1] > threshold[q]);
+        if (threadIdx.x % 32 == q) own = {low, high};
+      }
+      if (to) to[key0 / KEYS * 4] = own;
+    }
+    __device__ void finish() {}
+  };
+};
+
+struct RerankSmem : RankSmem<ALL_HEADS> {
+  int ends[SEGMENTS];  // of each segment in the list
+  int counted;
+};
+
+// The listed keys of a row, in segments.
+struct Listed {
+  const uint16_t* low;
+  const int* ends;
+  int base;         // of the first segment
+
+  struct Cursor {  // for ascending places
+    const uint16_t* low;
+    const int* next;
+    int base, end;
+    __device__ int operator()(int i) {
+      while (i >= end) base += SEGMENT, end = *next++;
+      return base + low[i];
+    }
+  };
+  __device__ Cursor cursor() const { return {low, ends + 1, base, ends[0]}; }
+  __device__ int find(int i) const { return cursor()(i); }
+};
+
+// Some of them, in any order.
+struct Some {
+  const Listed& list;
+  const int* from;
+  struct Cursor {
+    const Some& some;
+    __device__ int operator()(int i) const { return some.list.find(some.from[i]); }
+  };
+  __device__ Cursor cursor() const { return {*this}; }
+};
+
+// Lists the marked keys of row i in [start, end); returns how many there are, more than `room` if they do not fit.
+__device__ __forceinline__ int list_marked(RerankSmem& s, const Marks& marks, int i, int start, int end, int room, uint16_t* low) {
+  const uint4* from = reinterpret_cast<const uint4*>(marks.group(i));
+  const int first = start / SEGMENT, last = (end - 1) / SEGMENT, bit = i % 4;
+  int listed = 0;
+  for (int segment = first; segment <= last && listed <= room; ++segment) {
+    uint4 raw[BATCH_WORDS];
+#pragma unroll
+    for (int j = 0; j < BATCH_WORDS; ++j) {
+      const int word = (segment * BATCH_WORDS + j) * RANKERS + threadIdx.x;
+      // What lies outside the window's tiles was never written.
+      raw[j] = word >= start / WORD_KEYS && word <= (end - 1) / WORD_KEYS ? __ldcg(from + word) : uint4{0, 0, 0, 0};
+    }
+    uint32_t marked[BATCH_WORDS], own = 0;
+#pragma unroll
+    for (int j = 0; j < BATCH_WORDS; ++j) {
+      constexpr uint32_t ROW = 0x11111111u;
+      marked[j] = (raw[j].x >> bit & ROW) | (raw[j].y >> bit & ROW) << 1 | (raw[j].z >> bit & ROW) << 2 | (raw[j].w >> bit & ROW) << 3;
+      own += __popc(marked[j]);
+    }
+    const int after = Ranks::scan(s.select, own);
+    if (threadIdx.x == RANKERS - 1) s.counted = after;
+    int at = listed + after - int(own);
+#pragma unroll
+    for (int j = 0; j < BATCH_WORDS; ++j) {
+      const int key = (j * RANKERS + threadIdx.x) * WORD_KEYS;
+      for (uint32_t rest = marked[j]; rest; rest &= rest - 1, ++at) {
+        const int b = __ffs(rest) - 1;
+        if (at < room) low[at] = uint16_t(key + b % 4 * 8 + b / 4);
+      }
+    }
+    __syncthreads();
+    listed += s.counted;
+    if (threadIdx.x == 0) s.ends[segment - first] = listed;
+  }
+  return listed;
+}
+
+struct Rerank {
+  Keys in;
+  Output output;
+  Marks marks;
+  const Span* spans;        // [rows of the pass]
+  const int32_t* row_list;  // or null: all rows of the pass
+  const int32_t* listed;    // their number
+  int candidates, room;     // C, and what a block can list
+  int32_t* failed;          // count, then rows
+};
+
+// Shared memory of a block, and for each key that it can list.
+constexpr int FIXED_BYTES = 12288, LISTED_BYTES = 8;  // as rerank.py counts them
+static_assert(sizeof(RerankSmem) <= FIXED_BYTES);
+
+__global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __grid_constant__ Rerank job) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  using Scorer = Rescorer<ALL_HEADS, HEADS>;
+  RerankSmem& s = *reinterpret_cast<RerankSmem*>(raw);
+  uint32_t* full = reinterpret_cast<uint32_t*>(raw + FIXED_BYTES);
+  uint16_t* low = reinterpret_cast<uint16_t*>(full + job.room);
+  uint16_t* routed = low + job.room;
+
+  const int count = job.row_list ? *job.listed : job.marks.rows, candidates = job.candidates;
+  for (int row = blockIdx.x; row < count; row += gridDim.x) {
+    __syncthreads();  // the last row's list has been read
+    const int t = job.row_list ? job.row_list[row] : job.marks.first + row, i = t - job.marks.first;
+    if (take_all(job.in, job.output, t)) continue;
+    Scorer scorer{s, job.in, t};
+    uint4 piece[Scorer::CHUNKS];
+    scorer.fetch(piece);
+    scorer.order();
+
+    const int start = job.in.start(t), length = job.in.length(t);
+    const Listed list{low, s.ends, start / SEGMENT * SEGMENT};
+    int n = length;
+    if (length <= candidates) {
+      for (int j = threadIdx.x; j < n; j += RANKERS) low[j] = uint16_t(start + j);
+      if (threadIdx.x < SEGMENTS) s.ends[threadIdx.x] = min(list.base - start + (int(threadIdx.x) + 1) * SEGMENT, n);
+    } else {
+      n = list_marked(s, job.marks, i, start, start + length, job.room, low);
+    }
+    const auto fail = [&] {
+      if (threadIdx.x == 0) job.failed[1 + atomicAdd(job.failed, 1)] = t;
+    };
+    if (n < min(candidates, length) || n > job.room) {
+      fail();
+      continue;
+    }
+    __syncthreads();
+    scorer.stage(piece);
+    __syncthreads();
+    const Span span = job.spans[i];
+    scorer.score(n, list, [&](int j, bool all, float score) {
+      if (all) full[j] = full_key(score);
+      else routed[j] = uint16_t(span.place(rank_key(score)));
+    });
+    __syncthreads();
+
+    // The cut: all keys above it stay, and `need` of those at it, in 16 bits of their routed scores.
+    uint32_t least = ~0u, most = 0;
+    if (n > candidates) {
+      const auto cut = Ranks::narrow(s.select, {0, Span::LAST, uint32_t(candidates), uint32_t(n)}, [&](int j) { return uint32_t(routed[j]); }, n, 0, 0);
+      const bool tied = cut.inside > cut.need;
+      if (tied && cut.inside > Ranks::LIST) {
+        fail();
+        continue;
+      }
+      if (threadIdx.x == 0) s.select.listed = 0;
+      __syncthreads();
+      Ranks::each([&](int j) { return full[j]; }, n, [&](uint32_t key, int j) {
+        const uint32_t at = routed[j];
+        if (at < cut.lo) {
+          full[j] = OUT;
+          return;
+        }
+        least = min(least, key), most = max(most, key);
+        if (tied && at == cut.lo) s.select.from[atomicAdd(&s.select.listed, 1u)] = j;
+      });
+      __syncthreads();
+      if (tied) {  // the same heads once more, now in full precision
+        scorer.fetch(piece);
+        scorer.stage(piece);
+        __syncthreads();
+        const Some some{list, s.select.from};
+        scorer.score(cut.inside, some, [&](int j, bool all, float score) {
+          if (!all) s.select.keys[j] = rank_key(score), s.select.index[j] = list.find(s.select.from[j]);
+        });
+        __syncthreads();
+        if (threadIdx.x < cut.inside) {
+          const uint32_t key = s.select.keys[threadIdx.x], index = s.select.index[threadIdx.x];
+          uint32_t before = 0;
+          for (int j = 0; j < cut.inside; ++j) before += s.select.keys[j] > key || (s.select.keys[j] == key && s.select.index[j] < index);
+          if (before >= cut.need) full[s.select.from[threadIdx.x]] = OUT;
+        }
+        __syncthreads();
+      }
+      write_top(s.select, job.output, job.in, t, full, n, candidates, least, most, list);
+    } else {
+      Ranks::each([&](int j) { return full[j]; }, n, [&](uint32_t key, int) { least = min(least, key), most = max(most, key); });
+      write_top(s.select, job.output, job.in, t, full, n, n, least, most, list);
+    }
+  }
+}
+
+// Marks failed rows, `at_once` of them at a time, with exactly their best C keys by all their scores in memory.
+__global__ void __launch_bounds__(THREADS, 1)
+    mark_exactly_kernel(const __grid_constant__ Task whole, const __grid_constant__ CUtensorMap map, const __grid_constant__ Logits scores,
+                        const __grid_constant__ Marks marks, int candidates, int at_once, const int32_t* failed, int32_t* meeting) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  using Block = Select<CONSUMERS>;
+  __shared__ Block::Smem smem;
+  const int count = *failed;
+  if (count == 0) return;
+  auto& shared = *reinterpret_cast<Shared<Logits>*>(raw);
+  barriers_init(shared.scorer);
+  Ring ring;
+  const auto part = [&](int first) {
+    Task task = whole;
+    task.row_list = failed + 1, task.first = first, task.rows = min(at_once, count - first);
+    task.splits = max(1, int(gridDim.x) / ((task.rows + ROWS - 1) / ROWS));
+    return task;
+  };
+  if (threadIdx.x >= CONSUMERS) {
+    sm90::fewer_registers<FEED_REGISTERS>();
+    if (threadIdx.x < CONSUMERS + 32)
+      for (int first = 0; first < count; first += at_once) feed(part(first), &map, shared.scorer, ring);
+    return;
+  }
+  sm90::more_registers<FOLD_REGISTERS>();
+  const Turn turn(consumer_group());
+  int round = 0;
+  for (int first = 0; first < count; first += at_once) {
+    const Task task = part(first);
+    consume(task, scores, shared, turn, ring);
+    meet(meeting, round);
+    for (int row = blockIdx.x; row < task.rows; row += gridDim.x) {
+      const int i = task.row(row) - marks.first;
+      const int2 w = task.window(row);
+      uint32_t* words = marks.group(i);
+      const uint32_t others = ~(0x11111111u << i % 4);  // three more rows have bits in the same words
+      for (int word = w.x / 8 + threadIdx.x; word <= (w.y - 1) / 8; word += CONSUMERS) atomicAnd(words + word, others);
+      const float* logits = scores.out + row * scores.ld;
+      const auto key = [&](int j) { return rank_key(__ldcg(logits + j)); };
+      uint32_t least = ~0u, most = 0;
+      Block::each(key, w.y - w.x, [&](uint32_t k, int) { least = min(least, k), most = max(most, k); });
+      const auto all = Block::range(smem, least, most, candidates, w.y - w.x);
+      Block::top(smem, all, key, [](int j) { return j; }, w.y - w.x, [&](int, int j) {
+        const int at = w.x + j;
+        atomicOr(words + at / 8, 1u << (at % 8 * 4 + i % 4));
+      });
+    }
+    meet(meeting, round);
+  }
+}
+
+// ---- host -----------------------------------------------------------------------------------------------------------
+
+enum Stage { SAMPLE = 1, THRESHOLD = 2, MARK = 4, RERANK = 8, REDO = 16 };
+
+// How a call's work is divided, and its scratch; as rerank.py lays it out.
+struct Plan {
+  int rows, splits, stride, rank, candidates, room, at_once;
+  int64_t sampled, ld;  // row strides of sampled scores and of those of failed rows
+  int32_t* failed;      // count, rows, meeting counter
+  float* threshold;
+  Span* spans;
+  void *marks, *scores;
+  explicit Plan(const tvm::ffi::Array<int64_t>& v)
+      : rows(int(v[0])), splits(int(v[1])), stride(int(v[2])), rank(int(v[3])), candidates(int(v[4])), room(int(v[5])), at_once(int(v[6])),
+        sampled(v[7]), ld(v[8]), failed(pointer<int32_t>(v[9])), threshold(pointer<float>(v[10])), spans(pointer<Span>(v[11])),
+        marks(pointer<void>(v[12])), scores(pointer<void>(v[13])) {}
+};
+
+// The launches of all passes over `total` rows; `stages` chooses among them, for a bench.
+void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, int64_t total, tvm::ffi::Array<int64_t> division, int64_t stages, int64_t stream_address) {
+  const Inputs call(inputs);
+  const Plan plan(division);
+  const Shape shape;
+  const auto stream = pointer<CUstream_st>(stream_address);
+  const Task& whole = call.task;
+  const Output out = output_of(output);
+  const Keys keys{whole.q, whole.gates, whole.head_ids, pointer<uint8_t>(call.k), whole.scale, whole.starts, whole.ends, whole.keys, 0};
+  const int bytes = FIXED_BYTES + plan.room * LISTED_BYTES, sample_bytes = int(plan.sampled) * 4;
+  int32_t* meeting = plan.failed + plan.rows + 1;
+  allow_shared(threshold_kernel, sample_bytes);
+  allow_shared(rerank_kernel, bytes);
+  allow_shared(mark_exactly_kernel, sizeof(Shared<Logits>));
+  for (int first = 0; first < total; first += plan.rows) {
+    const int rows = std::min(plan.rows, int(total) - first);
+    const Task task = call.rows(first, rows, plan.splits);
+    const Marks marks{static_cast<uint32_t*>(plan.marks), first, rows, (whole.keys + TILE - 1) / TILE * (TILE / KEYS)};
+    Task sampling = task;
+    sampling.stride = plan.stride, sampling.phase = plan.stride / 2;
+    const Logits sample{static_cast<float*>(plan.marks), plan.sampled, true};
+    if (stages & SAMPLE) launch_score(sampling, call.k, sample, shape, stream);
+    if (stages & THRESHOLD) {
+      threshold_kernel<<<rows, CUT_THREADS, sample_bytes, stream>>>(sampling, sample, plan.rank, plan.candidates, plan.threshold, plan.spans, plan.failed);
+      check(cudaGetLastError(), "threshold_kernel");
+    }
+    if (stages & MARK) launch_score(task, call.k, Mark{plan.threshold, marks}, shape, stream);
+    Rerank job{keys, out, marks, plan.spans, nullptr, nullptr, plan.candidates, plan.room, plan.failed};
+    if (stages & RERANK) {
+      rerank_kernel<<<rows, RANKERS, bytes, stream>>>(job);
+      check(cudaGetLastError(), "rerank_kernel");
+    }
+    if (stages & REDO) {
+      Task all = task;
+      Marks to = marks;
+      Logits scores{static_cast<float*>(plan.scores), plan.ld, true};
+      CUtensorMap map = key_map(call.k, whole.keys, 1, 0);
+      int candidates = plan.candidates, at_once = plan.at_once;
+      int32_t *list = plan.failed, *meet_at = meeting;
+      check(cudaMemsetAsync(meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
+      void* arguments[] = {&all, &map, &scores, &to, &candidates, &at_once, &list, &meet_at};
+      check(cudaLaunchCooperativeKernel(mark_exactly_kernel, dim3(shape.multiprocessors), dim3(THREADS), arguments, sizeof(Shared<Logits>), stream), "mark_exactly_kernel");
+      job.row_list = plan.failed + 1, job.listed = plan.failed;
+      rerank_kernel<<<std::min(rows, RANK_BLOCKS * shape.multiprocessors), RANKERS, bytes, stream>>>(job);
+      check(cudaGetLastError(), "rerank_kernel");
+    }
+  }
+}
+
+}  // namespace misa
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk, misa::topk);

@@ -1,0 +1,98 @@
+// HISA: the tokens of a row's best blocks, and of those the exact top k by all heads. One thread block a row.
+#include <cfloat>
+
+#include "rank.cuh"
+
+#ifndef MISA_INDEX_HEADS
+#define MISA_INDEX_HEADS 64  // H: 32 or 64
+#endif
+
+namespace misa {
+
+constexpr int ALL_HEADS = MISA_INDEX_HEADS;
+constexpr int PAGE = 64;  // tokens that are listed as one; a block is a few
+
+struct Blocks {
+  Keys in;
+  Output output;
+  const float* scores;  // [T, pitch] of complete blocks
+  int64_t pitch;
+  int size, kept, room;  // tokens of a block, blocks to keep, tokens that can be listed
+};
+
+// Listed tokens: the first key of each page of them. All pages are whole but the last.
+struct Pages {
+  const int* first;
+  __device__ int find(int i) const { return first[i / PAGE] + i % PAGE; }
+  struct Cursor {
+    const int* first;
+    __device__ int operator()(int i) const { return first[i / PAGE] + i % PAGE; }
+  };
+  __device__ Cursor cursor() const { return {first}; }
+};
+
+// Shared memory of a block that lists `room` tokens.
+constexpr int blocks_bytes(int room) { return int(sizeof(RankSmem<ALL_HEADS>)) + room * 4 + (room + PAGE - 1) / PAGE * 4; }
+
+__global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __grid_constant__ Blocks job) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  using Scorer = Rescorer<ALL_HEADS, 0>;
+  RankSmem<ALL_HEADS>& s = *reinterpret_cast<RankSmem<ALL_HEADS>*>(raw);
+  uint32_t* full = reinterpret_cast<uint32_t*>(raw + sizeof(s));
+  int* pages = reinterpret_cast<int*>(full + job.room);
+
+  const int t = blockIdx.x;
+  if (take_all(job.in, job.output, t)) return;
+  Scorer scorer{s, job.in, t};
+  uint4 piece[Scorer::CHUNKS];
+  scorer.fetch(piece);
+  scorer.order();
+
+  const int start = job.in.start(t), length = job.in.length(t), complete = length / job.size, kept = min(complete, job.kept);
+  const int each = job.size / PAGE, tail = length - complete * job.size, n = kept * job.size + tail;
+  if (complete > kept) {
+    const float* scores = job.scores + t * job.pitch;
+    // The first and the newest block stay in any case; NaN and -inf rank as the lowest number.
+    constexpr uint32_t ALWAYS = ~0u;
+    const auto key = [&](int b) { return b == 0 || b == complete - 1 ? ALWAYS : rank_key(fminf(fmaxf(__ldg(scores + b), -FLT_MAX), FLT_MAX)); };
+    uint32_t least = ALWAYS, most = 0;
+    Ranks::each(key, complete, [&](uint32_t k, int) {
+      least = min(least, k);
+      if (k != ALWAYS) most = max(most, k);
+    });
+    auto cut = Ranks::range(s.select, least, most, kept, complete);
+    if (kept > 2) cut.need -= 2, cut.inside -= 2;
+    else cut.hi = ALWAYS;
+    Ranks::top(s.select, cut, key, [](int b) { return b; }, complete, [&](int place, int b) {
+      for (int p = 0; p < each; ++p) pages[place * each + p] = start + b * job.size + p * PAGE;
+    });
+  } else {
+    for (int p = threadIdx.x; p < complete * each; p += RANKERS) pages[p] = start + p * PAGE;
+  }
+  for (int p = threadIdx.x; p * PAGE < tail; p += RANKERS) pages[kept * each + p] = start + complete * job.size + p * PAGE;
+  __syncthreads();
+  scorer.stage(piece);
+  __syncthreads();
+  const Pages list{pages};
+  scorer.score(n, list, [&](int j, bool, float score) { full[j] = full_key(score); });
+  __syncthreads();
+  uint32_t least = ~0u, most = 0;
+  Ranks::each([&](int j) { return full[j]; }, n, [&](uint32_t k, int) { least = min(least, k), most = max(most, k); });
+  write_top(s.select, job.output, job.in, t, full, n, n, least, most, list);
+}
+
+// `inputs`: addresses of q, gates, k, scale, starts, ends, and the number of keys. `scores` lie `pitch` apart.
+void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, int64_t rows, int64_t scores, int64_t pitch, int64_t size, int64_t blocks,
+          int64_t room, int64_t stream) {
+  const Keys keys{pointer<uint8_t>(inputs[0]), pointer<float>(inputs[1]), nullptr, pointer<uint8_t>(inputs[2]), pointer<float>(inputs[3]),
+                  pointer<int32_t>(inputs[4]), pointer<int32_t>(inputs[5]), int(inputs[6]), 0};
+  const int bytes = blocks_bytes(int(room));
+  allow_shared(blocks_kernel, bytes);
+  blocks_kernel<<<rows, RANKERS, bytes, pointer<CUstream_st>(stream)>>>(
+      Blocks{keys, output_of(output), pointer<float>(scores), pitch, int(size), int(blocks), int(room)});
+  check(cudaGetLastError(), "blocks_kernel");
+}
+
+}  // namespace misa
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk, misa::topk);
