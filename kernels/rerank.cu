@@ -264,11 +264,10 @@ __global__ void __launch_bounds__(THREADS, 1)
     return;
   }
   sm90::more_registers<FOLD_REGISTERS>();
-  const Turn turn(consumer_group());
   int round = 0;
   for (int first = 0; first < count; first += at_once) {
     const Task task = part(first);
-    consume(task, scores, shared, turn, ring);
+    consume(task, scores, shared, ring);
     meet(meeting, round);
     for (int row = blockIdx.x; row < task.rows; row += gridDim.x) {
       const int i = task.row(row) - marks.first;

@@ -133,7 +133,7 @@ class Reranked:
         processors = sr.multiprocessors(problem.device)
         self.plan = plan(problem.rows, problem.keys, candidates, sr.block_rows(problem.routed), processors, budget)
         # [number of failed rows, their list …, meeting counter of `redo`] then the plan's parts.
-        self.lists = sr.aligned(4 * (problem.rows + 2), sr.LISTS_BYTES)
+        self.lists = sr.aligned(4 * (self.plan.rows + 2), sr.LISTS_BYTES)
         size = self.lists + max(budget, self.plan.scores_offset + 4 * self.plan.ld)
         self.scratch = sr.scratch_of(problem.device, size)
 

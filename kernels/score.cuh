@@ -4,8 +4,8 @@
 //
 // A product is 64 keys (rows) × 256 columns, the columns being the (query, head) pairs of one warpgroup's QUERIES queries,
 // ordered so that in the m64n256 accumulator fragment a thread holds every head of its own queries: no lane is shuffled.
-// One warp feeds a ring of key tiles; every warpgroup reads each tile for its own queries. The warpgroups multiply in turns:
-// left alone they fall into step, all multiplying and then all folding, and the tensor cores idle half of the time.
+// One warp feeds a ring of key tiles; every warpgroup reads each tile for its own queries and runs at its own pace. (Making
+// them take turns at the tensor cores changed nothing: while one multiplies, the other's FP32 instructions take 2.4 cycles.)
 #pragma once
 #include <algorithm>
 #include <climits>
@@ -14,9 +14,6 @@
 #include "output.cuh"
 #include "sm90.cuh"
 
-#ifndef MISA_TURN
-#define MISA_TURN 1
-#endif
 #ifndef MISA_HEADS
 #define MISA_HEADS 8  // routed heads h: 4, 8, 16, 32 or 64
 #endif
@@ -82,17 +79,6 @@ struct Places {
   __device__ uint32_t empty(int stage) const { return base + uint32_t(offsetof(Smem, empty)) + stage * 8; }
   __device__ uint32_t keys(int stage) const { return base + uint32_t(offsetof(Smem, keys)) + stage * TILE * DIM; }
   __device__ uint32_t scale(int stage) const { return base + uint32_t(offsetof(Smem, scale)) + stage * TILE * 4; }
-};
-
-// Turns of the warpgroups at the tensor cores, as named barriers: `group` waits for its own, then wakes the next.
-struct Turn {
-  int group;
-  static __device__ int barrier(int group) { return 1 + GROUPS + group; }
-  __device__ explicit Turn(int group) : group(group) {
-    if (group == GROUPS - 1) sm90::named_arrive(barrier(0), 256);
-  }
-  __device__ void wait() const { sm90::named_barrier(barrier(group), 256); }
-  __device__ void pass() const { sm90::named_arrive(barrier(group + 1 == GROUPS ? 0 : group + 1), 256); }
 };
 
 struct Ring {
@@ -191,15 +177,14 @@ __device__ __forceinline__ void load_queries(const Task& task, int first, uint8_
   }
 }
 
-__device__ __forceinline__ int consumer_group() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }  // seen as one value for the warp
-
 // A sink says what becomes of scores. Its Lane, made once an item and thread, is called for each product with
 // take(scores[LANE_QUERIES][2], the product's first key, whether all keys are inside all windows, windows[QUERIES]), and
 // once as finish() after the item's tiles.
 template <class Sink>
-__device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shared<Sink>& shared, const Turn& turn, Ring& ring) {
+__device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shared<Sink>& shared, Ring& ring) {
   Smem& s = shared.scorer;
-  const int group = turn.group, lane = threadIdx.x % 32;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // seen by the compiler as one value for the warp
+  const int lane = threadIdx.x % 32;
   const Places places(s);
   const uint64_t b = sm90::tile_descriptor(places.base + group * COLUMNS * DIM);
   const uint64_t a_tile = sm90::tile_descriptor(places.keys(0));
@@ -235,22 +220,13 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
         const float scales[2] = {scale[seat.key(0)], scale[seat.key(1)]};
         const uint64_t a = a_tile + (ring.stage * TILE + product * KEYS) * DIM / 16;
         float d[COLUMNS / 2];
-#if MISA_TURN
-        turn.wait();
-#endif
         sm90::mma_fence();
         sm90::mma(d, a, b);
 #pragma unroll
         for (int k = 1; k < DIM / 32; ++k) sm90::mma_add(d, a + k * 2, b + k * 2);
         sm90::mma_commit();
-#if MISA_TURN == 1
-        turn.pass();
-#endif
         sm90::mma_wait<0>();
         sm90::pin(d);
-#if MISA_TURN == 2
-        turn.pass();
-#endif
         if (product == TILE / KEYS - 1) {
           __syncwarp();
           if (lane == 0) sm90::barrier_arrive(places.empty(ring.stage));
@@ -331,7 +307,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x < CONSUMERS + 32) feed(task, &map, shared.scorer, ring);
   } else {
     sm90::more_registers<FOLD_REGISTERS>();
-    consume(task, sink, shared, Turn(consumer_group()), ring);
+    consume(task, sink, shared, ring);
   }
 }
 

@@ -6,42 +6,107 @@
 
 namespace misa {
 
-constexpr int OWNERS = LANE_QUERIES > 1 ? 2 : 1;  // neighbouring lanes that divide their queries between them
-constexpr int OWN = LANE_QUERIES / OWNERS;        // queries of which a thread appends the hits
-constexpr int SUBS = 32 / OWNERS;                 // private buffers of a row in each split
-constexpr int SECTOR = 4;                         // entries written at once: L2 takes whole sectors five times as fast as parts
+// What passed: (score, key) in buffers that threads own alone, so that there are no atomics.
+struct HitBuffers {
+  const float* threshold;  // [rows]
+  uint2* entries;          // [rows, splits, buffers, capacity] of (score bits, key)
+  int32_t* counts;         // [rows, splits, buffers]; -1 marks an overflow
+  int capacity;            // a multiple of SECTOR
+  int buffers;             // of a row in each split
+};
 
-// What is above the row's threshold, appended to buffers that threads own alone; it gathers in shared memory first.
-struct Hits {
-  const float* threshold;   // [rows]
-  uint2* entries;           // [rows, splits, SUBS, capacity] of (score bits, key)
-  int32_t* counts;          // [rows, splits, SUBS]; -1 marks an overflow
-  int capacity;             // a multiple of SECTOR
+constexpr int SECTOR = 4;  // entries that L2 takes as fast as one: it writes whole sectors
 
-  static constexpr int BURST = 2 * OWNERS;                  // entries that one product may bring to a buffer
-  static constexpr int SLOTS = 96 * 1024 / (OWN * CONSUMERS * int(sizeof(uint2))) / SECTOR * SECTOR;
-  static_assert(SLOTS - BURST >= SECTOR);
+// What is above the row's threshold goes to memory one by one: the cheapest for the scorer, as long as few pass.
+struct FewHits : HitBuffers {
+  static constexpr int BUFFERS = 32;  // 4 warps × 8 lane rows
+  static constexpr int BURST = 2;     // entries that one product may bring to a buffer
+
+  struct Shared {};
+
+  struct Lane {
+    const HitBuffers& to;
+    const Seat seat;
+    const int rows, splits;
+    const uint32_t pitch, begin;  // entries between this thread's buffers, and the first buffer's first
+    float threshold[LANE_QUERIES];
+    uint32_t place[LANE_QUERIES];  // of the next entry
+
+    __device__ Lane(const FewHits& sink, Shared&, const Task& task, const Seat& seat)
+        : to(sink), seat(seat), rows(task.rows), splits(task.splits), pitch(4u * task.splits * BUFFERS * sink.capacity),
+          begin(((uint32_t(seat.query(0)) * task.splits + seat.split) * BUFFERS + seat.warp * 8 + seat.lane_row) * sink.capacity) {
+#pragma unroll
+      for (int q = 0; q < LANE_QUERIES; ++q) {
+        threshold[q] = seat.query(q) < rows ? to.threshold[seat.query(q)] : INFINITY;
+        place[q] = begin + q * pitch;
+      }
+    }
+    // The last place from which a whole burst still fits.
+    __device__ uint32_t limit(int q) const { return begin + q * pitch + to.capacity - BURST; }
+
+    __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool inside, const int2* windows) {
+      if (!inside) drop_outside(score, seat, key0, windows);
+      // A predicated store and no branch; the volatile asm keeps the compiler from making one.
+#pragma unroll
+      for (int q = 0; q < LANE_QUERIES; ++q)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          asm volatile(
+              "{\n"
+              ".reg .pred hit;\n"
+              ".reg .u64 place;\n"
+              "setp.gt.f32 hit, %1, %2;\n"
+              "mad.wide.u32 place, %0, 8, %4;\n"
+              "@hit st.global.v2.b32 [place], {%1, %3};\n"
+              "@hit add.u32 %0, %0, 1;\n"
+              "}\n"
+              : "+r"(place[q])
+              : "f"(score[q][half]), "f"(threshold[q]), "r"(key0 + seat.key(half)), "l"(to.entries)
+              : "memory");
+      // Ends collecting where a buffer might not hold the next burst.
+#pragma unroll
+      for (int q = 0; q < LANE_QUERIES; ++q) threshold[q] = place[q] > limit(q) ? INFINITY : threshold[q];
+    }
+    __device__ void finish() {
+#pragma unroll
+      for (int q = 0; q < LANE_QUERIES; ++q)
+        if (seat.query(q) < rows)
+          to.counts[(int64_t(seat.query(q)) * splits + seat.split) * BUFFERS + seat.warp * 8 + seat.lane_row] =
+              place[q] > limit(q) ? -1 : int(place[q] - begin - q * pitch);
+    }
+  };
+};
+
+// The same, gathered in shared memory and written by sectors: appends of 8 bytes stop at 25 G/s on an H100, which is what
+// limits the scorer where many pass. Neighbouring lanes divide their queries, for there is no room for a sector of each.
+struct ManyHits : HitBuffers {
+  static constexpr int OWNERS = LANE_QUERIES > 1 ? 2 : 1;
+  static constexpr int OWN = LANE_QUERIES / OWNERS;  // queries of which a thread appends the hits
+  static constexpr int BUFFERS = 32 / OWNERS;
+  static constexpr int BURST = 2 * OWNERS;           // entries that one product may bring to a buffer
+  static_assert(BURST <= SECTOR);
 
   struct Shared {
-    uint2 waiting[OWN][SLOTS][CONSUMERS];
+    uint2 waiting[OWN][2 * SECTOR][CONSUMERS];  // less than a sector, and a burst
   };
 
   struct Lane {
-    const Hits& to;
+    const HitBuffers& to;
     const Seat seat;
     const int rows, splits;
-    const bool upper;              // which half of the pair's queries is this lane's
-    const uint32_t pitch, begin;   // entries between this thread's buffers, and the first buffer's first
-    const uint32_t waiting;        // shared-memory address of the first waiting entry
+    const bool upper;             // which half of the pair's queries is this lane's
+    const uint32_t pitch, begin;  // entries between this thread's buffers, and the first buffer's first
+    const uint32_t waiting;       // shared-memory address of the first waiting entry
     float threshold[OWN];
-    uint32_t slot[OWN];            // bytes of what waits: 8 · CONSUMERS an entry
-    uint32_t place[OWN];           // of the next sector
+    uint32_t slot[OWN];           // shared-memory address of the next entry
+    uint32_t place[OWN];          // of the next sector; FULL: no room is left
 
-    static constexpr uint32_t STEP = sizeof(uint2) * CONSUMERS, ROW = SLOTS * STEP;
+    static constexpr uint32_t STEP = sizeof(uint2) * CONSUMERS, ROW = 2 * SECTOR * STEP, FULL = ~0u;
 
-    __device__ Lane(const Hits& sink, Shared& shared, const Task& task, const Seat& seat)
-        : to(sink), seat(seat), rows(task.rows), splits(task.splits), upper(OWNERS == 2 && seat.lane_row % 2), pitch(4u * task.splits * SUBS * sink.capacity),
-          begin(((uint32_t(query(0)) * task.splits + seat.split) * SUBS + (seat.warp * 8 + seat.lane_row) / OWNERS) * sink.capacity),
+    __device__ Lane(const ManyHits& sink, Shared& shared, const Task& task, const Seat& seat)
+        : to(sink), seat(seat), rows(task.rows), splits(task.splits), upper(OWNERS == 2 && seat.lane_row % 2),
+          pitch(4u * task.splits * BUFFERS * sink.capacity),
+          begin(((uint32_t(query(0)) * task.splits + seat.split) * BUFFERS + buffer()) * sink.capacity),
           waiting(sm90::smem_address(&shared.waiting[0][0][threadIdx.x])) {
 #pragma unroll
       for (int q = 0; q < OWN; ++q) {
@@ -51,9 +116,9 @@ struct Hits {
       }
     }
     __device__ int query(int q) const { return seat.query(q + (upper ? OWN : 0)); }
+    __device__ int buffer() const { return (seat.warp * 8 + seat.lane_row) / OWNERS; }
 
     __device__ void append(float score, int key, int q) {
-      // A predicated store and no branch; the volatile asm keeps the compiler from making one.
       asm volatile(
           "{\n"
           ".reg .pred hit;\n"
@@ -65,7 +130,6 @@ struct Hits {
           : "f"(score), "f"(threshold[q]), "r"(key), "n"(STEP)
           : "memory");
     }
-
     __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool inside, const int2* windows) {
       if (!inside) drop_outside(score, seat, key0, windows);
 #pragma unroll
@@ -74,58 +138,60 @@ struct Hits {
         for (int half = 0; half < 2; ++half) {
           const int key = key0 + seat.key(half);
           if constexpr (OWNERS == 2) {
-            const float mine = upper ? score[q + OWN][half] : score[q][half], other = upper ? score[q][half] : score[q + OWN][half];
-            append(mine, key, q);
-            append(__shfl_xor_sync(~0u, other, 4), key ^ 1, q);  // lane ^ 4 has the next key, or the last
+            const float low = score[q][half], high = score[q + OWN][half];
+            append(upper ? high : low, key, q);
+            append(__shfl_xor_sync(~0u, upper ? low : high, 4), key ^ 1, q);  // lane ^ 4 has the key before or behind
           } else {
             append(score[q][half], key, q);
           }
         }
-      bool full = false;  // where the next product's might not fit
-#pragma unroll
-      for (int q = 0; q < OWN; ++q) full |= slot[q] > waiting + q * ROW + (SLOTS - BURST) * STEP;
-      if (__any_sync(~0u, full)) flush();
-    }
-
-    // Writes the whole sectors of every buffer, rarely enough to cost nothing.
-    __device__ void flush() {
 #pragma unroll
       for (int q = 0; q < OWN; ++q) {
-        const uint32_t first = waiting + q * ROW;
-        uint32_t from = first;
-        for (; from + SECTOR * STEP <= slot[q]; from += SECTOR * STEP) write(q, from);
-        if (from == first) continue;
+        const bool full = slot[q] >= waiting + q * ROW + SECTOR * STEP;
+        if (__any_sync(~0u, full)) flush(q, full);
+      }
+    }
+    __device__ void flush(int q, bool full) {
+      const uint32_t from = waiting + q * ROW;
+      uint4 out[SECTOR / 2];
+      uint2 rest[SECTOR - 1];
+      read(from, out);
 #pragma unroll
-        for (int i = 0; i < SECTOR - 1; ++i)
-          if (from + i * STEP < slot[q]) sm90::store8(first + i * STEP, sm90::load8(from + i * STEP));
-        slot[q] -= from - first;
+      for (int i = 0; i < SECTOR - 1; ++i) rest[i] = sm90::load8(from + (SECTOR + i) * STEP);
+      if (!full) return;
+      write(q, out);
+      slot[q] -= SECTOR * STEP;
+#pragma unroll
+      for (int i = 0; i < SECTOR - 1; ++i) sm90::store8(from + i * STEP, rest[i]);
+    }
+    static __device__ void read(uint32_t from, uint4 (&out)[SECTOR / 2]) {
+#pragma unroll
+      for (int i = 0; i < SECTOR / 2; ++i) {
+        const uint2 a = sm90::load8(from + 2 * i * STEP), b = sm90::load8(from + (2 * i + 1) * STEP);
+        out[i] = uint4{a.x, a.y, b.x, b.y};
       }
     }
     // Writes a sector; without room the row ends here.
-    __device__ void write(int q, uint32_t from) {
+    __device__ void write(int q, const uint4 (&out)[SECTOR / 2]) {
       if (place[q] == FULL || place[q] + SECTOR > begin + q * pitch + to.capacity) {
         threshold[q] = INFINITY;
         place[q] = FULL;
         return;
       }
 #pragma unroll
-      for (int i = 0; i < SECTOR; i += 2) {
-        const uint2 a = sm90::load8(from + i * STEP), b = sm90::load8(from + (i + 1) * STEP);
-        *reinterpret_cast<uint4*>(to.entries + place[q] + i) = uint4{a.x, a.y, b.x, b.y};
-      }
+      for (int i = 0; i < SECTOR / 2; ++i) *reinterpret_cast<uint4*>(to.entries + place[q] + 2 * i) = out[i];
       place[q] += SECTOR;
     }
-    static constexpr uint32_t FULL = ~0u;
-
     __device__ void finish() {
-      flush();
 #pragma unroll
       for (int q = 0; q < OWN; ++q) {
-        const uint32_t left = (slot[q] - waiting - q * ROW) / STEP;
-        if (left > 0) write(q, waiting + q * ROW);
+        const int left = (slot[q] - waiting - q * ROW) / STEP;
+        uint4 out[SECTOR / 2];
+        read(waiting + q * ROW, out);
+        if (left > 0) write(q, out);
         if (query(q) < rows)
-          to.counts[(int64_t(query(q)) * splits + seat.split) * SUBS + (seat.warp * 8 + seat.lane_row) / OWNERS] =
-              place[q] == FULL ? -1 : int(place[q] - begin - q * pitch) - (left > 0 ? int(SECTOR - left) : 0);
+          to.counts[(int64_t(query(q)) * splits + seat.split) * BUFFERS + buffer()] =
+              place[q] == FULL ? -1 : int(place[q] - begin - q * pitch) - (left > 0 ? SECTOR - left : 0);
       }
     }
   };
@@ -135,7 +201,7 @@ constexpr int SELECT_THREADS = 512;
 
 // Exact top k of each row's appended entries; a row that cannot be answered from them goes on the failed list.
 __global__ void __launch_bounds__(SELECT_THREADS)
-    select_kernel(const __grid_constant__ Task task, const __grid_constant__ Hits hits, const __grid_constant__ Output output, int room, int32_t* failed) {
+    select_kernel(const __grid_constant__ Task task, const __grid_constant__ HitBuffers hits, const __grid_constant__ Output output, int room, int32_t* failed) {
   using Block = Select<SELECT_THREADS>;
   extern __shared__ __align__(16) uint32_t staged[];
   __shared__ Block::Smem smem;
@@ -150,7 +216,7 @@ __global__ void __launch_bounds__(SELECT_THREADS)
     for (int j = threadIdx.x; j < k; j += SELECT_THREADS) out[j] = j < length ? output.place(t, j) : -1;
     return;
   }
-  const int buffers = task.splits * SUBS;
+  const int buffers = task.splits * hits.buffers;
   const int count = threadIdx.x < buffers ? hits.counts[int64_t(i) * buffers + threadIdx.x] : 0;
   const bool overflow = __syncthreads_or(count < 0);
   const int after = Block::scan(smem, count);
@@ -209,11 +275,10 @@ __global__ void __launch_bounds__(THREADS, 1)
       for (int first = 0; first < count; first += at_once) feed(part(first), &map, shared.scorer, ring);
   } else {
     sm90::more_registers<FOLD_REGISTERS>();
-    const Turn turn(consumer_group());
     int round = 0;
     for (int first = 0; first < count; first += at_once) {
       const Task task = part(first);
-      consume(task, scores, shared, turn, ring);
+      consume(task, scores, shared, ring);
       meet(meeting, round);
       for (int i = blockIdx.x; i < task.rows; i += gridDim.x) {
         const int t = task.row(i);
@@ -242,15 +307,15 @@ void logits(tvm::ffi::Array<int64_t> inputs, int64_t first, int64_t rows, int64_
 
 // Division of a call's work, as score_ragged.Plan: numbers, then addresses in scratch.
 struct Plan {
-  int rows, splits, stride, rank, capacity, room, sampled, at_once, ld;
+  int rows, splits, buffers, stride, rank, capacity, room, sampled, at_once, ld;
   int32_t* failed;   // how many, the rows …, and at [all rows + 1] the meeting counter
   float* threshold;
   int32_t* counts;
   char* bulk;        // sampled scores, then entries; at last the scores of `redo`
   explicit Plan(const tvm::ffi::Array<int64_t>& v)
-      : rows(int(v[0])), splits(int(v[1])), stride(int(v[2])), rank(int(v[3])), capacity(int(v[4])), room(int(v[5])), sampled(int(v[6])),
-        at_once(int(v[7])), ld(int(v[8])), failed(pointer<int32_t>(v[9])), threshold(pointer<float>(v[10])), counts(pointer<int32_t>(v[11])),
-        bulk(pointer<char>(v[12])) {}
+      : rows(int(v[0])), splits(int(v[1])), buffers(int(v[2])), stride(int(v[3])), rank(int(v[4])), capacity(int(v[5])), room(int(v[6])),
+        sampled(int(v[7])), at_once(int(v[8])), ld(int(v[9])), failed(pointer<int32_t>(v[10])), threshold(pointer<float>(v[11])),
+        counts(pointer<int32_t>(v[12])), bulk(pointer<char>(v[13])) {}
 };
 
 enum Stage { SAMPLE = 1, THRESHOLD = 2, COLLECT = 4, SELECT = 8, REDO = 16 };
@@ -263,7 +328,7 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm:
   const Shape shape;
   const auto stream = pointer<CUstream_st>(stream_address);
   const Logits sample{reinterpret_cast<float*>(plan.bulk), plan.sampled, true};
-  const Hits hits{plan.threshold, reinterpret_cast<uint2*>(plan.bulk), plan.counts, plan.capacity};
+  const HitBuffers hits{plan.threshold, reinterpret_cast<uint2*>(plan.bulk), plan.counts, plan.capacity, plan.buffers};
   for (int first = 0; first < total; first += plan.rows) {
     const Task task = call.rows(first, std::min(plan.rows, int(total) - first), plan.splits);
     Task sampling = task;
@@ -275,7 +340,10 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm:
       threshold_kernel<<<task.rows, CUT_THREADS, bytes, stream>>>(sampling, sample, plan.rank, out.k, plan.threshold, nullptr, first == 0 ? plan.failed : nullptr);
       check(cudaGetLastError(), "threshold_kernel");
     }
-    if (stages & COLLECT) launch_score(task, call.k, hits, shape, stream);
+    if (stages & COLLECT) {
+      if (plan.buffers == FewHits::BUFFERS) launch_score(task, call.k, FewHits{hits}, shape, stream);
+      else launch_score(task, call.k, ManyHits{hits}, shape, stream);
+    }
     if (stages & SELECT) {
       const int bytes = plan.room * 8;
       allow_shared(select_kernel, bytes);

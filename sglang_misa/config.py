@@ -186,19 +186,19 @@ class MisaConfig(BaseModel):
         return cls.from_json(text, ENV) if text.strip() else None
 
 
-# Pruning blocks in decode is 1.1 to 2.4 times as fast as stock at 32K and more beyond, for 1 to 64 requests on an H100;
-# at 16K it is 0.8 times for 1 and 4 requests, and ahead from 16 on (kernels/score_paged.py has the table). One gate
-# serves all batches, so it stands where none loses.
+# Pruning blocks in decode is 1.2 to 2.6 times as fast as stock at 32K for 1 to 128 requests on an H100, and no slower
+# beyond; at 16K it is 0.8 times for 1 and 4 requests, and ahead from 16 on (kernels/score_paged.py has the table). One
+# gate serves all batches, so it stands where none loses.
 DECODE = SelectionPolicy(blocks=64, block_size=128, min_len=32768)
 
-# Prefill's length gates are where the kernels overtake stock on an H100 at H = 64 (bench/results): misa is measured at
-# 0.6× on 8K and 1.4× on 16K; the other two, measured at 32K and 128K, are put where the line between crosses 1.
+# Prefill's length gates stand where the kernels have overtaken stock on an H100 at H = 64 (bench/results): queries that
+# see 8K to 16K tokens gain by misa, 24K to 32K by hisa, and misa-hier breaks even there.
 PRESETS: dict[str, MisaConfig] = {
     "dsa": MisaConfig(),
     "misa": MisaConfig(prefill=SelectionPolicy(heads=8)),
-    "misa-hier": MisaConfig(prefill=SelectionPolicy(heads=8, candidates=8192, min_len=49152)),
+    "misa-hier": MisaConfig(prefill=SelectionPolicy(heads=8, candidates=8192, min_len=32768)),
     "hisa": MisaConfig(
-        prefill=SelectionPolicy(blocks=64, block_size=128, min_len=40960),
+        prefill=SelectionPolicy(blocks=64, block_size=128, min_len=24576),
         decode=DECODE,
     ),
     # Each phase cuts what binds it: prefill the tensor cores' heads, decode the bytes of the keys it reads.

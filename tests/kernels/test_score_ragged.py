@@ -59,8 +59,9 @@ def test_thresholds_neither_starve_nor_overflow(k):
         threshold = scores[p.stride // 2 :: p.stride].topk(p.rank).values[-1]
         hits = (scores >= threshold).nonzero()[:, 0]
         assert k <= len(hits) <= p.room
-        # warp and pair of lane rows of the key in its product; tiles go round the splits
-        buffer = hits // sr.TILE % p.splits * p.buffers + hits % 64 // 16 * 4 + hits % 8 // 2
+        # warp and lane rows of the key in its product; tiles go round the splits
+        sharing = 32 // p.buffers
+        buffer = hits // sr.TILE % p.splits * p.buffers + hits % 64 // 16 * (8 // sharing) + hits % 8 // sharing
         assert torch.bincount(buffer).max() <= p.capacity
 
 

@@ -66,7 +66,7 @@ def test_status_travels_as_msgpack():
     assert status["declined"] == {"under-min-len": 1}
     assert status["dense_layers"] == [0]
     assert status["replays"] == {"hisa": 1}
-    assert status["min_len"] == {"prefill": 40960, "decode": 32768}
+    assert status["min_len"] == {"prefill": 24576, "decode": 32768}
 
 
 SCHEDULER = """
