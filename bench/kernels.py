@@ -3,10 +3,11 @@
     python -m sglang_misa.bench.kernels prefill [--lengths 32768 131072] [--rows 8192] [--index-heads 64] [--csv FILE]
     python -m sglang_misa.bench.kernels decode  [--lengths 8192 131072] [--batches 1 16 64] [--stages]
 
-Prefill is timed with events after a flush of the L2 cache, decode by replaying a CUDA graph over rotating inputs; both
-report medians. A wrong result is reported as such and not timed. Inputs are random, with heavy-tailed gates: they say
-what a shape costs, and nothing about the recall of a policy on a real model. `floor` is the time that the policy's
-arithmetic or bytes take at the chip's data-sheet rate; --stages adds the µs of every kernel.
+Prefill is timed with events after a flush of the L2 cache and with all launches queued; what the host needs for them is
+printed beside it. Decode is timed by replaying a CUDA graph over rotating inputs. Both report medians. A wrong result
+is reported as such and not timed. Inputs are random, with heavy-tailed gates: they say what a shape costs, and nothing
+about the recall of a policy on a real model. `floor` is the time that the policy's arithmetic or bytes take at the
+chip's data-sheet rate; --stages adds the µs of every kernel.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from sglang_misa import indexer, reference
 from sglang_misa.bench import check, stock
-from sglang_misa.bench.timing import event_us, graph_us, kernel_us
+from sglang_misa.bench.timing import event_us, graph_us, host_us, kernel_us
 from sglang_misa.block_stats import BlockStats
 from sglang_misa.config import PAGE, PRESETS, SelectionPolicy
 from sglang_misa.kernels.page_means import Layers, update_last_page_means
@@ -97,12 +98,14 @@ def correct_rows(policy: SelectionPolicy, layer: Layer, stats: BlockStats, chose
 
 @dataclass(frozen=True)
 class Outcome:
-    """µs of stock and of ours, the latter nan unless its result was right; µs of our kernels; what must be done."""
+    """µs of stock and of ours on the GPU, the latter nan unless its result was right; of the floor; of the launches of
+    stock and of ours on the host, in prefill; and of our kernels."""
 
     stock_us: float
     ours_us: float
     correct: bool
     floor_us: float
+    host_us: tuple[float, float] | None
     stages: dict[str, float]
 
 
@@ -149,6 +152,7 @@ def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int, s
         ours_us=event_us(ours) if correct else float("nan"),
         correct=correct,
         floor_us=floor_us(policy, "prefill", heads, layer.row_lens),
+        host_us=(host_us(baseline), host_us(ours)),
         stages=kernel_us(ours) if stages else {},
     )
 
@@ -187,6 +191,7 @@ def bench_decode(policy: SelectionPolicy, heads: int, batch: int, length: int, s
         ours_us=graph_us(mine) + graph_us([upkeep]) / LAYERS if correct else float("nan"),
         correct=correct,
         floor_us=floor_us(policy, "decode", heads, layers[0].row_lens),
+        host_us=None,
         stages=kernel_us(mine[0]) if stages else {},
     )
 
@@ -212,7 +217,10 @@ def measure(phase: str, policy: SelectionPolicy, heads: int, rows: int, length: 
         "commit": commit(),
     }
     shown = [f"{name}={row[name]}" for name in COLUMNS[1:-1] if row[name] != ""]
-    print("  ".join(shown), f" floor_us={outcome.floor_us:.1f}  of_floor={outcome.floor_us / outcome.ours_us:.0%}")
+    shown += [f"floor_us={outcome.floor_us:.1f}", f"of_floor={outcome.floor_us / outcome.ours_us:.0%}"]
+    if outcome.host_us is not None:
+        shown.append("host_us={:.0f} (stock {:.0f})".format(*reversed(outcome.host_us)))
+    print("  ".join(shown))
     for kernel, us in outcome.stages.items():
         print(f"    {us:9.1f} us  {kernel}")
     sys.stdout.flush()

@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import re
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+HEAD_START = 2_000_000  # cycles, about 1 ms: longer than a host needs for the launches of one call
+
 
 def event_us(call: Callable[[], object], repeats: int = 15, flush_bytes: int = 256 << 20) -> float:
-    """Median µs of `call` after a flush of the L2 cache, during which the host launches ahead."""
+    """Median µs that `call` takes on the GPU, after a flush of the L2 cache and with all its launches queued."""
     flush = torch.empty(flush_bytes, dtype=torch.uint8, device="cuda")
+
+    def prepare() -> None:
+        flush.zero_()
+        torch.cuda._sleep(HEAD_START)
+
     for _ in range(3):
         call()
-    return _median_us(call, repeats, before=flush.zero_)
+    return _median_us(call, repeats, before=prepare)
+
+
+def host_us(call: Callable[[], object], repeats: int = 15) -> float:
+    """Median µs that the host needs to launch `call`."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    torch.cuda.synchronize()
+    return float(statistics.median(times))
 
 
 def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
