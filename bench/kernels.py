@@ -136,14 +136,24 @@ def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int, s
 
     stats = BlockStats([layer.buffer], kernels=True)
     lens = torch.tensor([length], dtype=torch.int32, device="cuda")
-    call = indexer.RaggedCall(layer.index_q, layer.head_gates, index_k, k_scale, layer.row_lens, layer.page_table, lens)
-    span = indexer.Span(0, 0, rows, 0, length)
+    call = indexer.RaggedCall(
+        layer.index_q,
+        layer.head_gates,
+        index_k,
+        k_scale,
+        layer.row_lens,
+        ks,
+        torch.zeros_like(ks),
+        layer.page_table,
+        lens,
+    )
+    run = indexer.Run((indexer.Span(0, 0, rows, 0, length),), 0, rows)
     out = torch.full((rows, TOPK), -1, dtype=torch.int32, device="cuda")
     space = indexer.OutputSpace(slots=slots)
 
     def ours() -> Tensor:
         block_means = stats.heal(0, layer.buffer, layer.page_table, lens, policy.block_size)
-        indexer.ragged_topk(policy, call, span, 0, rows, block_means, space, out)
+        indexer.ragged_topk(policy, call, run, block_means, space, out)
         return out
 
     correct = correct_rows(policy, layer, stats, ours())

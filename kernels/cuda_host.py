@@ -48,7 +48,7 @@ class Target:
     """Where the chosen keys go and what is written for them."""
 
     out: torch.Tensor  # [T, k] int32
-    page_table: torch.Tensor | None = None  # [B, W] int32: physical slot of a position
+    page_table: torch.Tensor | None = None  # [B, W] int32: physical slot of a position; rows may lie apart
     row_batch: torch.Tensor | None = None  # [T] int32: the row's request
     offsets: torch.Tensor | None = None  # [T] int32: added to positions
 
@@ -61,7 +61,7 @@ class Target:
         if self.page_table is not None and self.offsets is not None:
             raise ValueError("page_table and offsets: expected at most one, got both; choose PAGED or RAGGED output")
         if self.page_table is not None and self.row_batch is not None:
-            expect("page_table", self.page_table, (None, None), torch.int32, cuda=True)
+            expect("page_table", self.page_table, (None, None), torch.int32, row_stride=True, cuda=True)
             expect("row_batch", self.row_batch, (rows,), torch.int32, cuda=True)
         if self.offsets is not None:
             expect("offsets", self.offsets, (rows,), torch.int32, cuda=True)
@@ -70,12 +70,12 @@ class Target:
         def address(tensor: torch.Tensor | None) -> int:
             return 0 if tensor is None else tensor.data_ptr()
 
-        width = 0 if self.page_table is None else int(self.page_table.shape[1])
+        pitch = 0 if self.page_table is None else self.page_table.stride(0)
         return [
             address(self.out),
             int(self.out.shape[1]),
             address(self.page_table),
             address(self.row_batch),
-            width,
+            pitch,
             address(self.offsets),
         ]

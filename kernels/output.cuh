@@ -13,11 +13,11 @@ struct Output {
   int k;
   const int32_t* page_table;  // [B, page_width] physical slot of each position, or null
   const int32_t* row_batch;   // [T]
-  int64_t page_width;
+  int64_t page_pitch;         // between the rows of page_table
   const int32_t* offsets;     // [T] added to positions, or null
 
   __device__ int place(int t, int position) const {
-    if (page_table) return page_table[row_batch[t] * page_width + position];
+    if (page_table) return page_table[row_batch[t] * page_pitch + position];
     return offsets ? position + offsets[t] : position;
   }
 };

@@ -81,10 +81,10 @@ def plan(
     Raises ValueError when one block of rows does not fit.
     """
     least, most = STRIDES
-    wanted, room = min(max(keys // SAMPLE, least), most), listable(2)
-    fits = [n for n in range(least, wanted + 1) if _most_hits(candidates, n) <= room]
-    stride, room = (max(fits), room) if fits else (most, listable(1))
-    stride = max(stride, math.ceil(keys / sr.SAMPLED_AT_MOST))
+    wanted = min(max(keys // SAMPLE, least), most)
+    fits = [n for n in range(least, wanted + 1) if _most_hits(candidates, n) <= listable(2)]
+    stride = max(max(fits, default=most), math.ceil(keys / sr.SAMPLED_AT_MOST))
+    room = listable(2) if _most_hits(candidates, stride) <= listable(2) else listable(1)
     rank = _rank(candidates, stride)
     sampled = sr.aligned(keys / stride, 4)
     row_bytes = max(math.ceil(keys / MARKED_KEYS) * MARK_BYTES // 4, 4 * sampled)

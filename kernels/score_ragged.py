@@ -92,7 +92,7 @@ def aligned(count: float, to: int = 256) -> int:
 
 @functools.lru_cache(maxsize=256)
 def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget: int = SCRATCH_BYTES) -> Plan:
-    """Choose passes and splits that fill the chip within `budget` bytes of scratch.
+    """Choose passes and splits that fill the chip within `budget` bytes of scratch, for rows of at most `keys` keys.
 
     Scratch of a pass with B `buffers`: rows · (max(splits · B · capacity · 8, keys / 8) + 4 + splits · B · 4) bytes.
     Raises ValueError when one block of rows does not fit.
@@ -210,14 +210,16 @@ ALL_STAGES = 31
 class Ragged:
     """One `topk_ragged` call: its division and its scratch, so that a check can look between the stages."""
 
-    def __init__(self, problem: Problem, target: Target, budget: int = SCRATCH_BYTES):
+    def __init__(self, problem: Problem, target: Target, budget: int = SCRATCH_BYTES, longest: int | None = None):
+        """longest: keys that a row sees at most; all, unless given."""
         self.problem, self.target = problem, target
         self.k = int(target.out.shape[1])
+        longest = problem.keys if longest is None else min(longest, problem.keys)
         processors = multiprocessors(problem.device)
-        self.plan = plan(problem.rows, problem.keys, self.k, problem.routed, processors, budget)
+        self.plan = plan(problem.rows, longest, self.k, problem.routed, processors, budget)
         # [number of failed rows, their list …, meeting counter of `redo`] then the plan's parts.
         self.lists = aligned(4 * (problem.rows + 2), LISTS_BYTES)
-        self.ld = aligned(problem.keys, 4)  # of scores that `redo` writes
+        self.ld = aligned(longest, 4)  # of scores that `redo` writes
         # The whole budget at once: a warm-up before the KV pool is sized then leaves nothing to grow while serving.
         size = self.lists + max(budget, self.plan.bulk_offset + 4 * self.ld)
         self.scratch = scratch_of(problem.device, size)
@@ -257,6 +259,7 @@ def topk_ragged(
     page_table: torch.Tensor | None = None,
     row_batch: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
+    longest: int | None = None,
     budget: int = SCRATCH_BYTES,
 ) -> torch.Tensor:
     """Exact top k of k_scale[l] · Σ_{j in head_ids[t]} head_gates[t, j] · ReLU(index_q[t, j] · index_k[l]).
@@ -265,8 +268,9 @@ def topk_ragged(
     `ROUTED_HEADS`, index_k fp8 [S, 128], k_scale fp32 [S], ks and ke int32 [T]; out int32 [T, k].
     Returns, in no order, positions relative to ks[t]; with `page_table` [B, W] and `row_batch` [T] the slots
     page_table[row_batch[t], position]; with `offsets` [T] position + offsets[t]. Rows of at most k keys get all of them
-    and -1 behind. Among equal scores the smaller position wins; NaN scores come last. Scratch, held per device, is at
-    most `budget` bytes plus the row lists and one row of scores. Never synchronises.
+    and -1 behind. Among equal scores the smaller position wins; NaN scores come last. `longest`, at least as large as
+    every window, spares time where requests share a call. Scratch, held per device, is at most `budget` bytes plus the
+    row lists and one row of scores. Never synchronises.
     Raises ValueError on shapes, dtypes or layout.
     Mirrors SGLang's fp8_mqa_logits + topk_transform; MISA (2605.07363).
     """
@@ -278,7 +282,7 @@ def topk_ragged(
     if problem.keys == 0:
         return out.fill_(-1)
     if problem.rows > 0:
-        Ragged(problem, target, budget).run()
+        Ragged(problem, target, budget, longest).run()
     return out
 
 

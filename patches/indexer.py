@@ -107,24 +107,23 @@ class _Extend:
             index_k=k_fp8.view(torch.float8_e4m3fn),
             k_scale=k_scale.view(torch.float32).squeeze(-1),
             row_lens=self.metadata.get_seqlens_expanded(),
+            ks=self.ks,
+            row_batch=self.metadata.get_token_to_batch_idx(),
             page_table=page_table,
             seq_lens=self.metadata.get_indexer_seq_len().int(),
         )
 
     def select(self, policy: SelectionPolicy, spans: list[indexer.Span], block_means: Tensor) -> Tensor:
-        dense_from = 0  # rows of whole requests under the gate join the next dense range
-        for span in spans:
-            gate = span.gate(policy.min_len)
-            if gate == span.last_row:
-                continue
-            self._dense(dense_from, gate)
-            dense_from = span.last_row
+        dense_from = 0
+        # Requests share their launches, but for MISA†, whose marks would have a bit for the keys of every request.
+        together = self.stats.kernels and policy.candidates is None
+        for run in indexer.runs(spans, policy.min_len, together=together):
+            self._dense(dense_from, run.first)
+            dense_from = run.last
             if self.stats.kernels:
-                indexer.ragged_topk(policy, self.call, span, gate, span.last_row, block_means, self.space, self.result)
+                indexer.ragged_topk(policy, self.call, run, block_means, self.space, self.result)
                 continue
-            for start, end, scores in indexer.ragged_scores(
-                policy, self.call, span, gate, span.last_row, self.stats, self.layer
-            ):
+            for start, end, scores in indexer.ragged_scores(policy, self.call, run, self.stats, self.layer):
                 self._finish(start, end, scores, self.ks.new_zeros(end - start))
         self._dense(dense_from, spans[-1].last_row)
         if _auditor(self.stats).due(self.layer_id):

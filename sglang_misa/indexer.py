@@ -53,6 +53,38 @@ def spans(extend_lens: Sequence[int], seq_lens: Sequence[int]) -> list[Span]:
 
 
 @dataclass(frozen=True)
+class Run:
+    """Consecutive rows of an extend call that select by policy, in host numbers: of one request or of several."""
+
+    spans: tuple[Span, ...]
+    first: int
+    last: int
+
+    @property
+    def keys(self) -> slice:
+        """Columns of its requests' keys among the gathered ones."""
+        return slice(self.spans[0].first_key, self.spans[-1].first_key + self.spans[-1].length)
+
+    @property
+    def longest(self) -> int:
+        return max(span.length for span in self.spans)
+
+
+def runs(spans: Sequence[Span], min_len: int, *, together: bool) -> list[Run]:
+    """The rows that see at least `min_len` keys: in as few runs as can be, with `together`, or one a request."""
+    result: list[Run] = []
+    for span in spans:
+        gate = span.gate(min_len)
+        if gate == span.last_row:
+            continue
+        if together and result and result[-1].last == gate:
+            result[-1] = Run((*result[-1].spans, span), result[-1].first, span.last_row)
+        else:
+            result.append(Run((span,), gate, span.last_row))
+    return result
+
+
+@dataclass(frozen=True)
 class RaggedCall:
     """The tensors of one extend call, keys of all requests gathered one after another (S in all)."""
 
@@ -61,6 +93,8 @@ class RaggedCall:
     index_k: Tensor  # [S, 128] fp8
     k_scale: Tensor  # [S] fp32
     row_lens: Tensor  # [T] int32, keys each row sees
+    ks: Tensor  # [T] int32, the column of the first of them
+    row_batch: Tensor  # [T] int32, the request of each row
     page_table: Tensor  # [requests, W] int32
     seq_lens: Tensor  # [requests] int32, keys the last row of each request sees
 
@@ -71,13 +105,14 @@ class RaggedCall:
 
 
 def ragged_scores(
-    policy: SelectionPolicy, call: RaggedCall, span: Span, first: int, last: int, stats: BlockStats, layer: int
+    policy: SelectionPolicy, call: RaggedCall, run: Run, stats: BlockStats, layer: int
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Scores of rows [first, last) of one request, in row chunks: (start, end, fp32 [end - start, L padded to 4])."""
+    """Scores of a run of one request, in row chunks: (start, end, fp32 [end - start, L padded to 4])."""
+    (span,) = run.spans
     keys = torch.nn.functional.pad(call.keys(span), (0, 0, 0, -span.length % ROW_STRIDE)).unsqueeze(0)
     means = stats.of(layer, call.page_table[span.request : span.request + 1, : span.length // PAGE])
-    for start, end in reference.row_chunks(last - first, keys.shape[1]):
-        rows = slice(first + start, first + end)
+    for start, end in reference.row_chunks(run.last - run.first, keys.shape[1]):
+        rows = slice(run.first + start, run.first + end)
         scores = reference.policy_scores(
             policy,
             call.index_q[rows].unsqueeze(0),
@@ -98,43 +133,38 @@ class OutputSpace:
 
 
 def ragged_topk(
-    policy: SelectionPolicy,
-    call: RaggedCall,
-    span: Span,
-    first: int,
-    last: int,
-    block_means: Tensor,
-    space: OutputSpace,
-    out: Tensor,
+    policy: SelectionPolicy, call: RaggedCall, run: Run, block_means: Tensor, space: OutputSpace, out: Tensor
 ) -> None:
-    """Select for rows [first, last) of one request with the GPU kernels, into out[first:last] [T, k] int32.
+    """Select for the rows of a run with the GPU kernels, into their rows of `out` [T, k] int32.
 
     block_means bf16 [requests, M, 128] from `BlockStats.heal`. MISA takes the top k of the routed heads' scores
     at once. MISA† re-scores the best C of them, HISA the tokens of the kept blocks, with all heads. `admission`
     says what has no kernel.
     """
-    rows, request = slice(first, last), slice(span.request, span.request + 1)
-    keys = slice(span.first_key, span.first_key + span.length)
-    index_q, gates, row_lens = call.index_q[rows], call.head_gates[rows].contiguous(), call.row_lens[rows]
+    rows, keys = slice(run.first, run.last), run.keys
+    index_q, gates = call.index_q[rows], call.head_gates[rows].contiguous()
     index_k, k_scale = call.index_k[keys], call.k_scale[keys]
-    only = torch.zeros_like(row_lens)  # every row is of the one request, and sees it from its first key
+    row_lens, row_batch, ks = call.row_lens[rows], call.row_batch[rows], call.ks[rows]
+    if keys.start > 0:
+        ks = ks - keys.start
+    ke = ks + row_lens
     target = {
         "out": out[rows],
-        "page_table": None if space.slots is None else space.slots[request],
-        "row_batch": None if space.slots is None else only,
+        "page_table": space.slots,
+        "row_batch": None if space.slots is None else row_batch,
         "offsets": None if space.offsets is None else space.offsets[rows],
     }
-    found, topk = (index_q, gates, block_means[request], only, row_lens), out.shape[1]
+    found, topk = (index_q, gates, block_means, row_batch, row_lens), out.shape[1]
     if policy.heads is None:
         assert policy.blocks is not None
         scores = route.block_scores(*found, policy.block_size)
-        tensors = (index_q, gates, index_k, k_scale, scores, only, row_lens)
+        tensors = (index_q, gates, index_k, k_scale, scores, ks, ke)
         topk_blocks.topk_blocks(*tensors, policy.blocks, policy.block_size, topk, **target)
         return
     head_ids = route.route(*found, policy.heads, policy.block_size, policy.router)
-    routed = (index_q, gates, head_ids, index_k, k_scale, only, row_lens)
+    routed = (index_q, gates, head_ids, index_k, k_scale, ks, ke)
     if policy.candidates is None:
-        score_ragged.topk_ragged(*routed, topk, **target)
+        score_ragged.topk_ragged(*routed, topk, longest=run.longest, **target)
     else:
         rerank.topk_reranked(*routed, policy.candidates, topk, **target)
 
@@ -149,6 +179,7 @@ def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -
     # Few rows and many have launches of their own, and Triton builds apart for sizes that 16 does not divide.
     for rows, seen in itertools.product((64, 65, topk, topk - 1), (length, length - 1)):
         lens = torch.tensor([seen], dtype=torch.int32, device=device)
+        only = torch.zeros(rows, dtype=torch.int32, device=device)  # every row is of the one request
         block_means = stats.heal(0, buffer, table, lens, policy.block_size)
         call = RaggedCall(
             index_q=torch.zeros(rows, index_heads, reference.HEAD_DIM, device=device).to(torch.float8_e4m3fn),
@@ -156,11 +187,13 @@ def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -
             index_k=torch.zeros(seen, reference.HEAD_DIM, device=device).to(torch.float8_e4m3fn),
             k_scale=torch.ones(seen, device=device),
             row_lens=torch.arange(seen - rows + 1, seen + 1, dtype=torch.int32, device=device),
+            ks=only,
+            row_batch=only,
             page_table=table,
             seq_lens=lens,
         )
         out = torch.empty(rows, topk, dtype=torch.int32, device=device)
-        ragged_topk(policy, call, Span(0, 0, rows, 0, seen), 0, rows, block_means, OutputSpace(), out)
+        ragged_topk(policy, call, Run((Span(0, 0, rows, 0, seen),), 0, rows), block_means, OutputSpace(), out)
     torch.cuda.synchronize()
 
 

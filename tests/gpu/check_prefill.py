@@ -89,9 +89,9 @@ def logits_problem(p: sr.Problem, rows: slice, *, finite=True) -> str | None:
     return None if error < 2e-3 else f"scores differ from fp32 by {error:.2e}"
 
 
-def run(p: sr.Problem, k: int, **target) -> tuple[torch.Tensor, sr.Ragged]:
+def run(p: sr.Problem, k: int, longest: int | None = None, **target) -> tuple[torch.Tensor, sr.Ragged]:
     out = torch.full((p.rows, k), -7, dtype=torch.int32, device=DEVICE)
-    ragged = sr.Ragged(p, Target(out, **target))
+    ragged = sr.Ragged(p, Target(out, **target), longest=longest)
     ragged.scratch.fill_(0xFF)  # NaN, and counts of -1
     ragged.run()
     return out, ragged
@@ -260,6 +260,8 @@ def check(fast: bool) -> list[str]:
         p = make(rows, keys, windows=windows, seed=11)
         note(f"logits {name}", logits_problem(p, slice(0, rows)))
         note(name, selection_problem(p, run(p, 2048)[0], 2048))
+        longest = int((p.ke - p.ks).max())
+        note(f"{name}, {longest} keys at most", selection_problem(p, run(p, 2048, longest)[0], 2048))
     windows, rows, keys = requests([(50, 7000), (20, 3000)])
     ks, ke = windows
     ks[-5:], ke[-5:] = 0, 0  # rows beyond the real tokens

@@ -1,5 +1,8 @@
 """The length gate by row, and decode rows read straight from pages."""
 
+import itertools
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from sglang_misa import indexer, reference
 from sglang_misa.block_stats import BlockStats
 from sglang_misa.config import PAGE, SelectionPolicy
+from sglang_misa.kernels import route, score_ragged
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=4), st.integers(0, 120))
@@ -17,6 +21,104 @@ def test_gate_splits_rows_by_their_own_length(requests: list[tuple[int, int]], m
     for span, (rows, prefix) in zip(spans, requests, strict=True):
         seen = [prefix + i + 1 for i in range(rows)]
         assert span.gate(min_len) - span.first_row == sum(length < min_len for length in seen)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=5),
+    st.integers(0, 120),
+    st.booleans(),
+)
+def test_runs_are_the_rows_above_the_gate(requests: list[tuple[int, int]], min_len: int, together: bool) -> None:
+    spans = indexer.spans([rows for rows, _ in requests], [rows + prefix for rows, prefix in requests])
+    seen = [prefix + i + 1 for rows, prefix in requests for i in range(rows)]
+    request = [i for i, (rows, _) in enumerate(requests) for _ in range(rows)]
+    runs = indexer.runs(spans, min_len, together=together)
+    assert [row for run in runs for row in range(run.first, run.last)] == [
+        row for row, length in enumerate(seen) if length >= min_len
+    ]
+    for run in runs:
+        rows = range(run.first, run.last)
+        assert [span.request for span in run.spans] == sorted({request[row] for row in rows})
+        assert run.longest == max(seen[row] for row in rows)
+        assert run.keys.stop - run.keys.start == sum(span.length for span in run.spans)
+    if together:
+        assert all(before.last < after.first for before, after in itertools.pairwise(runs))
+    else:
+        assert all(len(run.spans) == 1 for run in runs)
+
+
+def route_in_torch(index_q, head_gates, block_means, row_batch, row_len, heads, block_size, router):
+    """What `route.route` promises, by the reference: the kernel needs a GPU."""
+    statistic, _ = reference.block_statistics(
+        index_q[:, None], head_gates[:, None], block_means[row_batch].float(), (row_len // block_size)[:, None], router
+    )
+    return reference.top_heads(statistic, heads)[:, 0].int()
+
+
+def topk_in_torch(
+    index_q, head_gates, head_ids, index_k, k_scale, ks, ke, k, *, longest, out, page_table, row_batch, offsets
+):
+    """What `score_ragged.topk_ragged` promises."""
+    assert offsets is None
+    gates = torch.zeros_like(head_gates).scatter_(1, head_ids.long(), head_gates.gather(1, head_ids.long()))
+    for row, (start, end) in enumerate(zip(ks.tolist(), ke.tolist(), strict=True)):
+        assert 0 <= start < end <= len(index_k)
+        assert end - start <= longest
+        keys = index_k[start:end].float() * k_scale[start:end, None]
+        scores = reference.index_scores(index_q[row, None, None], gates[row, None, None], keys[None]).flatten()
+        best = scores.topk(min(k, end - start)).indices
+        out[row] = -1
+        out[row, : len(best)] = page_table[row_batch[row], best]
+    return out
+
+
+def test_requests_of_one_run_select_what_each_would_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = SelectionPolicy(heads=4, block_size=64, min_len=120)
+    monkeypatch.setattr(route, "route", route_in_torch)
+    monkeypatch.setattr(score_ragged, "topk_ragged", topk_in_torch)
+    extend, lens, k = [20, 7, 30, 5], [90, 300, 200, 150], 64  # the first request stays under the gate
+    _, _, buffer, table, _, stats = paged_case(3, lens, width=6)
+    g = torch.Generator().manual_seed(4)
+    rows = sum(extend)
+    keys = [
+        reference.dequantize_pages(buffer[table[i, : -(-n // PAGE)]]).reshape(-1, 128)[:n] for i, n in enumerate(lens)
+    ]
+    first_key = torch.tensor([0, *lens]).cumsum(0)[:-1]
+    row_batch = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(extend)).int()
+    call = indexer.RaggedCall(
+        index_q=torch.randn(rows, 32, 128, generator=g).to(torch.float8_e4m3fn),
+        head_gates=torch.randn(rows, 32, generator=g),
+        index_k=torch.cat(keys),
+        k_scale=torch.ones(sum(lens)),
+        row_lens=torch.cat([torch.arange(n - t + 1, n + 1) for t, n in zip(extend, lens, strict=True)]).int(),
+        ks=first_key[row_batch].int(),
+        row_batch=row_batch,
+        page_table=table.int(),
+        seq_lens=torch.tensor(lens, dtype=torch.int32),
+    )
+    block_means = torch.zeros(len(lens), 6, 128, dtype=torch.bfloat16)
+    for i, n in enumerate(lens):
+        block_means[i, : n // PAGE] = reference.block_means(stats.of(0, table[i : i + 1, : n // PAGE]), 1)[0].bfloat16()
+    slots = torch.arange(4 * 512, dtype=torch.int32).view(4, 512)
+    out = torch.full((rows, k), -7, dtype=torch.int32)
+    (run,) = indexer.runs(indexer.spans(extend, lens), policy.min_len, together=True)
+    indexer.ragged_topk(policy, call, run, block_means, indexer.OutputSpace(slots=slots), out)
+
+    assert run.first == extend[0]
+    assert (out[: run.first] == -7).all()
+    alone = policy.model_copy(update={"min_len": 0})
+    for row in range(run.first, run.last):
+        i, n = int(row_batch[row]), int(call.row_lens[row])
+        means = stats.of(0, table[i : i + 1, : n // PAGE])
+        scores = reference.policy_scores(
+            alone,
+            call.index_q[row, None, None],
+            call.head_gates[row, None, None],
+            keys[i][None, :n],
+            means,
+            torch.tensor([[n]]),
+        )
+        assert set(out[row].tolist()) == set(slots[i, scores.flatten().topk(k).indices].tolist())
 
 
 def paged_case(seed: int, lens: list[int], width: int):
