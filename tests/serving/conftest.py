@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,17 +131,18 @@ def weights(model: Path) -> dict[str, torch.Tensor]:
     return load_file(str(model / "model.safetensors"))
 
 
-@pytest.fixture(scope="session")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    key, log, port = folder / "key", folder / "log", free_port()
-    key.write_text(f"{API_KEY}\n")
+@contextmanager
+def started(words: str, model: Path, log: Path, **changes: str) -> Iterator[Server]:
+    """A server with SELECTION and more `words` that answers, stopped in the end; the environment changes by keyword."""
+    port = free_port()
     command = (
-        f"{sys.executable} -m sglang_misa.launch_server {SELECTION} --api-key-file {key} --device cpu "
-        f"--model-path {model} --host 127.0.0.1 --port {port} --context-length {CONTEXT} --enable-return-indexer-topk"
-    )
+        f"{sys.executable} -m sglang_misa.launch_server {SELECTION} {words} --device cpu --model-path {model} "
+        f"--host 127.0.0.1 --port {port} --context-length {CONTEXT}"
+    ).split()
     with log.open("w") as sink:
-        process = subprocess.Popen(command.split(), stdout=sink, stderr=sink, env=environment(), start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=sink, stderr=sink, env=environment(**changes), start_new_session=True
+        )
     server = Server(process, port, model)
     try:
         deadline = time.monotonic() + START_LIMIT
@@ -156,6 +158,20 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         yield server
     finally:
         stop(process)
+
+
+@pytest.fixture(scope="session")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    key = folder / "key"
+    key.write_text(f"{API_KEY}\n")
+    with started(f"--api-key-file {key} --enable-return-indexer-topk", model, folder / "log") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., AbstractContextManager[Server]]:
+    return started
 
 
 @pytest.fixture
