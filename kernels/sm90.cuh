@@ -99,38 +99,36 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
 }
 
 // The accumulators of one product as operands of wgmma: their numbers, and their constraints.
+#define SM90_NUMBERS_16 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define SM90_OPERANDS_16(c) \
+  c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), \
+  c(d[8]), c(d[9]), c(d[10]), c(d[11]), c(d[12]), c(d[13]), c(d[14]), c(d[15])
+#define SM90_NUMBERS_32 \
+  SM90_NUMBERS_16 ", " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SM90_OPERANDS_32(c) \
+  SM90_OPERANDS_16(c), \
+  c(d[16]), c(d[17]), c(d[18]), c(d[19]), c(d[20]), c(d[21]), c(d[22]), c(d[23]), \
+  c(d[24]), c(d[25]), c(d[26]), c(d[27]), c(d[28]), c(d[29]), c(d[30]), c(d[31])
 #define SM90_NUMBERS_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  SM90_NUMBERS_32 ", " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define SM90_OPERANDS_64(c) \
-  c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), \
-  c(d[8]), c(d[9]), c(d[10]), c(d[11]), c(d[12]), c(d[13]), c(d[14]), c(d[15]), \
-  c(d[16]), c(d[17]), c(d[18]), c(d[19]), c(d[20]), c(d[21]), c(d[22]), c(d[23]), \
-  c(d[24]), c(d[25]), c(d[26]), c(d[27]), c(d[28]), c(d[29]), c(d[30]), c(d[31]), \
+  SM90_OPERANDS_32(c), \
   c(d[32]), c(d[33]), c(d[34]), c(d[35]), c(d[36]), c(d[37]), c(d[38]), c(d[39]), \
   c(d[40]), c(d[41]), c(d[42]), c(d[43]), c(d[44]), c(d[45]), c(d[46]), c(d[47]), \
   c(d[48]), c(d[49]), c(d[50]), c(d[51]), c(d[52]), c(d[53]), c(d[54]), c(d[55]), \
   c(d[56]), c(d[57]), c(d[58]), c(d[59]), c(d[60]), c(d[61]), c(d[62]), c(d[63])
 #define SM90_NUMBERS_128 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  SM90_NUMBERS_64 ", " \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define SM90_OPERANDS_128(c) \
-  c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), \
-  c(d[8]), c(d[9]), c(d[10]), c(d[11]), c(d[12]), c(d[13]), c(d[14]), c(d[15]), \
-  c(d[16]), c(d[17]), c(d[18]), c(d[19]), c(d[20]), c(d[21]), c(d[22]), c(d[23]), \
-  c(d[24]), c(d[25]), c(d[26]), c(d[27]), c(d[28]), c(d[29]), c(d[30]), c(d[31]), \
-  c(d[32]), c(d[33]), c(d[34]), c(d[35]), c(d[36]), c(d[37]), c(d[38]), c(d[39]), \
-  c(d[40]), c(d[41]), c(d[42]), c(d[43]), c(d[44]), c(d[45]), c(d[46]), c(d[47]), \
-  c(d[48]), c(d[49]), c(d[50]), c(d[51]), c(d[52]), c(d[53]), c(d[54]), c(d[55]), \
-  c(d[56]), c(d[57]), c(d[58]), c(d[59]), c(d[60]), c(d[61]), c(d[62]), c(d[63]), \
+  SM90_OPERANDS_64(c), \
   c(d[64]), c(d[65]), c(d[66]), c(d[67]), c(d[68]), c(d[69]), c(d[70]), c(d[71]), \
   c(d[72]), c(d[73]), c(d[74]), c(d[75]), c(d[76]), c(d[77]), c(d[78]), c(d[79]), \
   c(d[80]), c(d[81]), c(d[82]), c(d[83]), c(d[84]), c(d[85]), c(d[86]), c(d[87]), \
@@ -141,109 +139,54 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
   c(d[120]), c(d[121]), c(d[122]), c(d[123]), c(d[124]), c(d[125]), c(d[126]), c(d[127])
 #define SM90_SET(x) "=f"(x)
 #define SM90_ADD(x) "+f"(x)
-#define SM90_MMA(n, columns, a_number, b_number, constraint, accumulate)                                         \
-  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " #accumulate ", 0;\n"                        \
-               "wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3 {" SM90_NUMBERS_##n "}, "           \
-               #a_number ", " #b_number ", accumulate, 1, 1;\n}\n"                                               \
-               : SM90_OPERANDS_##n(constraint)                                                                   \
-               : "l"(a), "l"(b))
+
+// One product with n accumulators a thread. `factors` is the text of a, b and what follows, numbered from n on, and the last
+// arguments are what those numbers stand for; `accumulate` is the text of 0, of 1 or of a number.
+#define SM90_WGMMA(n, shape, constraint, accumulate, factors, ...)                                     \
+  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " accumulate ", 0;\n"               \
+               "wgmma.mma_async.sync.aligned." shape " {" SM90_NUMBERS_##n "}, " factors ";\n}\n"      \
+               : SM90_OPERANDS_##n(constraint)                                                         \
+               : __VA_ARGS__)
 
 // d (64 × 128 or 64 × 256, fp32) = a (64 × 32, e4m3) · b (128 or 256 × 32, e4m3)ᵀ
-__device__ __forceinline__ void mma(float (&d)[64], uint64_t a, uint64_t b) { SM90_MMA(64, 128, %64, %65, SM90_SET, 0); }
-__device__ __forceinline__ void mma(float (&d)[128], uint64_t a, uint64_t b) { SM90_MMA(128, 256, %128, %129, SM90_SET, 0); }
+__device__ __forceinline__ void mma(float (&d)[64], uint64_t a, uint64_t b) {
+  SM90_WGMMA(64, "m64n128k32.f32.e4m3.e4m3", SM90_SET, "0", "%64, %65, accumulate, 1, 1", "l"(a), "l"(b));
+}
+__device__ __forceinline__ void mma(float (&d)[128], uint64_t a, uint64_t b) {
+  SM90_WGMMA(128, "m64n256k32.f32.e4m3.e4m3", SM90_SET, "0", "%128, %129, accumulate, 1, 1", "l"(a), "l"(b));
+}
 
 // d += a · bᵀ
-__device__ __forceinline__ void mma_add(float (&d)[64], uint64_t a, uint64_t b) { SM90_MMA(64, 128, %64, %65, SM90_ADD, 1); }
-__device__ __forceinline__ void mma_add(float (&d)[128], uint64_t a, uint64_t b) { SM90_MMA(128, 256, %128, %129, SM90_ADD, 1); }
+__device__ __forceinline__ void mma_add(float (&d)[64], uint64_t a, uint64_t b) {
+  SM90_WGMMA(64, "m64n128k32.f32.e4m3.e4m3", SM90_ADD, "1", "%64, %65, accumulate, 1, 1", "l"(a), "l"(b));
+}
+__device__ __forceinline__ void mma_add(float (&d)[128], uint64_t a, uint64_t b) {
+  SM90_WGMMA(128, "m64n256k32.f32.e4m3.e4m3", SM90_ADD, "1", "%128, %129, accumulate, 1, 1", "l"(a), "l"(b));
+}
 
 // d (64 × 128, fp32) = a (64 × 16, bf16, in registers) · b (128 × 16, bf16)ᵀ, plus d where `accumulate` is set.
 __device__ __forceinline__ void mma_bf16(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  asm volatile(
-      "{\n"
-      ".reg .pred accumulate;\n"
-      "setp.ne.b32 accumulate, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, accumulate, 1, 1, 0;\n"
-      "}\n"
-      :
-        "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+  SM90_WGMMA(64, "m64n128k16.f32.bf16.bf16", SM90_ADD, "%69", "{%64, %65, %66, %67}, %68, accumulate, 1, 1, 0",
+             "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
 }
 
 // d (64 × N, fp32) = or += a (64 × 32, e4m3, in registers) · b (N × 32, e4m3)ᵀ for N = 64 and 32: a thread's d are N / 2
 // numbers, and its a are four bytes of rows lane/4 and lane/4 + 8 at columns 4·(lane%4), then of both at 16 columns more.
 __device__ __forceinline__ void mma_registers(float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred accumulate;\n"
-      "setp.ne.b32 accumulate, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, accumulate, 1, 1;\n"
-      "}\n"
-      :
-        "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]), "=f"(d[4]), "=f"(d[5]), "=f"(d[6]), "=f"(d[7]),
-        "=f"(d[8]), "=f"(d[9]), "=f"(d[10]), "=f"(d[11]), "=f"(d[12]), "=f"(d[13]), "=f"(d[14]), "=f"(d[15]),
-        "=f"(d[16]), "=f"(d[17]), "=f"(d[18]), "=f"(d[19]), "=f"(d[20]), "=f"(d[21]), "=f"(d[22]), "=f"(d[23]),
-        "=f"(d[24]), "=f"(d[25]), "=f"(d[26]), "=f"(d[27]), "=f"(d[28]), "=f"(d[29]), "=f"(d[30]), "=f"(d[31])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-}
-__device__ __forceinline__ void mma_registers_add(float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred accumulate;\n"
-      "setp.ne.b32 accumulate, 1, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, accumulate, 1, 1;\n"
-      "}\n"
-      :
-        "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+  SM90_WGMMA(32, "m64n64k32.f32.e4m3.e4m3", SM90_SET, "0", "{%32, %33, %34, %35}, %36, accumulate, 1, 1",
+             "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
 __device__ __forceinline__ void mma_registers(float (&d)[16], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred accumulate;\n"
-      "setp.ne.b32 accumulate, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, accumulate, 1, 1;\n"
-      "}\n"
-      :
-        "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]), "=f"(d[4]), "=f"(d[5]), "=f"(d[6]), "=f"(d[7]),
-        "=f"(d[8]), "=f"(d[9]), "=f"(d[10]), "=f"(d[11]), "=f"(d[12]), "=f"(d[13]), "=f"(d[14]), "=f"(d[15])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+  SM90_WGMMA(16, "m64n32k32.f32.e4m3.e4m3", SM90_SET, "0", "{%16, %17, %18, %19}, %20, accumulate, 1, 1",
+             "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+__device__ __forceinline__ void mma_registers_add(float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
+  SM90_WGMMA(32, "m64n64k32.f32.e4m3.e4m3", SM90_ADD, "1", "{%32, %33, %34, %35}, %36, accumulate, 1, 1",
+             "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
 __device__ __forceinline__ void mma_registers_add(float (&d)[16], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred accumulate;\n"
-      "setp.ne.b32 accumulate, 1, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, accumulate, 1, 1;\n"
-      "}\n"
-      :
-        "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+  SM90_WGMMA(16, "m64n32k32.f32.e4m3.e4m3", SM90_ADD, "1", "{%16, %17, %18, %19}, %20, accumulate, 1, 1",
+             "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
 
 }  // namespace sm90
