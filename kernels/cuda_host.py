@@ -13,7 +13,7 @@ import torch
 
 from .layout import expect
 
-HEADERS = ("output.cuh", "rank.cuh", "score.cuh", "select.cuh", "sm90.cuh", "threshold.cuh")
+HEADERS = ("output.cuh", "rank.cuh", "redo.cuh", "score.cuh", "select.cuh", "sm90.cuh", "threshold.cuh")
 
 
 @functools.cache

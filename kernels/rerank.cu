@@ -5,6 +5,7 @@
 // the list to the best C by the one and takes the top k by the other. (4) Rows with fewer marks than C, or more than a block
 // holds, are scored into memory, marked again with exactly their best C, and go through (3) once more.
 #include "rank.cuh"
+#include "redo.cuh"
 #include "threshold.cuh"
 
 #ifndef MISA_INDEX_HEADS
@@ -243,50 +244,18 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
 __global__ void __launch_bounds__(THREADS, 1)
     mark_exactly_kernel(const __grid_constant__ Task whole, const __grid_constant__ CUtensorMap map, const __grid_constant__ Logits scores,
                         const __grid_constant__ Marks marks, int candidates, int at_once, const int32_t* failed, int32_t* meeting) {
-  extern __shared__ __align__(1024) uint8_t raw[];
-  using Block = Select<CONSUMERS>;
-  __shared__ Block::Smem smem;
-  const int count = *failed;
-  if (count == 0) return;
-  auto& shared = *reinterpret_cast<Shared<Logits>*>(raw);
-  barriers_init(shared.scorer);
-  Ring ring;
-  const auto part = [&](int first) {
-    Task task = whole;
-    task.row_list = failed + 1, task.first = first, task.rows = min(at_once, count - first);
-    task.splits = max(1, int(gridDim.x) / ((task.rows + ROWS - 1) / ROWS));
-    return task;
-  };
-  if (threadIdx.x >= CONSUMERS) {
-    sm90::fewer_registers<FEED_REGISTERS>();
-    if (threadIdx.x < CONSUMERS + 32)
-      for (int first = 0; first < count; first += at_once) feed(part(first), &map, shared.scorer, ring);
-    return;
-  }
-  sm90::more_registers<FOLD_REGISTERS>();
-  int round = 0;
-  for (int first = 0; first < count; first += at_once) {
-    const Task task = part(first);
-    consume(task, scores, shared, ring);
-    meet(meeting, round);
-    for (int row = blockIdx.x; row < task.rows; row += gridDim.x) {
-      const int i = task.row(row) - marks.first;
-      const int2 w = task.window(row);
-      uint32_t* words = marks.group(i);
-      const uint32_t others = ~(0x11111111u << i % 4);  // three more rows have bits in the same words
-      for (int word = w.x / 8 + threadIdx.x; word <= (w.y - 1) / 8; word += CONSUMERS) atomicAnd(words + word, others);
-      const float* logits = scores.out + row * scores.ld;
-      const auto key = [&](int j) { return rank_key(__ldcg(logits + j)); };
-      uint32_t least = ~0u, most = 0;
-      Block::each(key, w.y - w.x, [&](uint32_t k, int) { least = min(least, k), most = max(most, k); });
-      const auto all = Block::range(smem, least, most, candidates, w.y - w.x);
-      Block::top(smem, all, key, [](int j) { return j; }, w.y - w.x, [&](int, int j) {
-        const int at = w.x + j;
-        atomicOr(words + at / 8, 1u << (at % 8 * 4 + i % 4));
-      });
-    }
-    meet(meeting, round);
-  }
+  __shared__ Redoers::Smem smem;
+  redo(whole, map, scores, at_once, failed, meeting, [&](const Task& task, int row) {
+    const int i = task.row(row) - marks.first;
+    const int2 w = task.window(row);
+    uint32_t* words = marks.group(i);
+    const uint32_t others = ~(0x11111111u << i % 4);  // three more rows have bits in the same words
+    for (int word = w.x / 8 + threadIdx.x; word <= (w.y - 1) / 8; word += CONSUMERS) atomicAnd(words + word, others);
+    best_of(smem, scores.out + row * scores.ld, w.y - w.x, candidates, [&](int, int j) {
+      const int at = w.x + j;
+      atomicOr(words + at / 8, 1u << (at % 8 * 4 + i % 4));
+    });
+  });
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------

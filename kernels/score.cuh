@@ -311,19 +311,6 @@ __global__ void __launch_bounds__(THREADS, 1)
   }
 }
 
-// The folding warpgroups of all blocks of a cooperative grid meet here; `meeting` counts arrivals since the launch began.
-__device__ __forceinline__ void meet(int32_t* meeting, int& round) {
-  __threadfence();
-  sm90::named_barrier(0, CONSUMERS);
-  if (threadIdx.x == 0) {
-    atomicAdd(meeting, 1);
-    const int due = ++round * gridDim.x;
-    while (*reinterpret_cast<volatile int32_t*>(meeting) < due) __nanosleep(64);
-    __threadfence();
-  }
-  sm90::named_barrier(0, CONSUMERS);
-}
-
 // ---- host -----------------------------------------------------------------------------------------------------------
 
 // Rows of 128 bytes, `stride` rows apart, starting at row `phase`.

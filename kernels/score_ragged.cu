@@ -2,6 +2,7 @@
 // that sample as the row's threshold, (3) score all keys and append what passes to buffers that each thread owns alone,
 // (4) take the exact top k of the appended, (5) rows that came out short or overflowed are scored into memory and selected
 // there. See score_ragged.py for the statistics.
+#include "redo.cuh"
 #include "threshold.cuh"
 
 namespace misa {
@@ -255,46 +256,13 @@ __global__ void __launch_bounds__(SELECT_THREADS)
 __global__ void __launch_bounds__(THREADS, 1)
     redo_kernel(const __grid_constant__ Task whole, const __grid_constant__ Logits scores, const __grid_constant__ CUtensorMap map,
                 const __grid_constant__ Output output, int at_once, const int32_t* failed, int32_t* meeting) {
-  extern __shared__ __align__(1024) uint8_t raw[];
-  using Block = Select<CONSUMERS>;
-  __shared__ Block::Smem smem;
-  const int count = *failed;
-  if (count == 0) return;
-  auto& shared = *reinterpret_cast<Shared<Logits>*>(raw);
-  barriers_init(shared.scorer);
-  Ring ring;
-  const auto part = [&](int first) {
-    Task task = whole;
-    task.row_list = failed + 1, task.first = first, task.rows = min(at_once, count - first);
-    task.splits = max(1, int(gridDim.x) / ((task.rows + ROWS - 1) / ROWS));
-    return task;
-  };
-  if (threadIdx.x >= CONSUMERS) {
-    sm90::fewer_registers<FEED_REGISTERS>();
-    if (threadIdx.x < CONSUMERS + 32)
-      for (int first = 0; first < count; first += at_once) feed(part(first), &map, shared.scorer, ring);
-  } else {
-    sm90::more_registers<FOLD_REGISTERS>();
-    int round = 0;
-    for (int first = 0; first < count; first += at_once) {
-      const Task task = part(first);
-      consume(task, scores, shared, ring);
-      meet(meeting, round);
-      for (int i = blockIdx.x; i < task.rows; i += gridDim.x) {
-        const int t = task.row(i);
-        const int2 w = task.window(i);
-        const float* logits = scores.out + i * scores.ld;
-        int32_t* out = output.out + int64_t(t) * output.k;
-        const auto key = [&](int j) { return rank_key(__ldcg(logits + j)); };
-        uint32_t least = ~0u, most = 0;
-        Block::each(key, w.y - w.x, [&](uint32_t k, int) { least = min(least, k), most = max(most, k); });
-        const auto all = Block::range(smem, least, most, output.k, w.y - w.x);
-        Block::top(smem, all, key, [](int j) { return j; }, w.y - w.x,
-                   [&](int place, int j) { out[place] = output.place(t, j); });
-      }
-      meet(meeting, round);
-    }
-  }
+  __shared__ Redoers::Smem smem;
+  redo(whole, map, scores, at_once, failed, meeting, [&](const Task& task, int row) {
+    const int t = task.row(row);
+    const int2 w = task.window(row);
+    int32_t* out = output.out + int64_t(t) * output.k;
+    best_of(smem, scores.out + row * scores.ld, w.y - w.x, output.k, [&](int place, int j) { out[place] = output.place(t, j); });
+  });
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------
