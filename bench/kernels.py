@@ -149,7 +149,7 @@ def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int, s
     )
     run = indexer.Run((indexer.Span(0, 0, rows, 0, length),), 0, rows)
     out = torch.full((rows, TOPK), -1, dtype=torch.int32, device="cuda")
-    space = indexer.OutputSpace(slots=slots)
+    space = indexer.OutputSpace(pages=layer.page_table)
 
     def ours() -> Tensor:
         block_means = stats.heal(0, layer.buffer, layer.page_table, lens, policy.block_size)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-HEAD_START = 2_000_000  # cycles, about 1 ms: longer than a host needs for the launches of one call
+HEAD_START = 8_000_000  # cycles, about 4 ms: longer than a slow host needs for the launches of one call
 
 
 def event_us(call: Callable[[], object], repeats: int = 15, flush_bytes: int = 256 << 20) -> float:

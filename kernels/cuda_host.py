@@ -13,7 +13,10 @@ import torch
 
 from .layout import expect
 
-HEADERS = ("output.cuh", "rank.cuh", "redo.cuh", "score.cuh", "select.cuh", "sm90.cuh", "threshold.cuh")
+HEADERS = (
+    *("divide.cuh", "host.cuh", "output.cuh", "rank.cuh", "redo.cuh", "score.cuh", "select.cuh", "sm90.cuh"),
+    "threshold.cuh",
+)
 
 
 @functools.cache
@@ -48,7 +51,7 @@ class Target:
     """Where the chosen keys go and what is written for them."""
 
     out: torch.Tensor  # [T, k] int32
-    page_table: torch.Tensor | None = None  # [B, W] int32: physical slot of a position; rows may lie apart
+    page_table: torch.Tensor | None = None  # [B, W] int32: physical pages of 64 slots; rows may lie apart
     row_batch: torch.Tensor | None = None  # [T] int32: the row's request
     offsets: torch.Tensor | None = None  # [T] int32: added to positions
 

@@ -1,38 +1,38 @@
-// What the top-k kernels share: the places of chosen keys in the caller's output, and the host's side of a launch.
+// The places of chosen keys in the caller's output.
 #pragma once
-#include <cuda_runtime.h>
-#include <tvm/ffi/tvm_ffi.h>
-
-#include <cstdint>
+#include "host.cuh"
 
 namespace misa {
 
-// Where a chosen key goes: its position in the row's window, shifted by the row's offset, or looked up in a page table.
+constexpr int PAGE = 64;
+
+// One row of the output: what stands for a chosen key is its position in the row's window, shifted by the row's offset, or its
+// slot by the row's page table.
+struct OutputRow {
+  int32_t* out;          // [k]
+  const int32_t* pages;  // of the row's positions, or null
+  int offset;
+
+  __device__ int slot(uint32_t position) const { return __ldg(pages + position / PAGE) * PAGE + position % PAGE; }
+  __device__ int shifted(int position) const { return position + offset; }
+  __device__ int place(int position) const { return pages ? slot(position) : shifted(position); }
+};
+
 struct Output {
   int32_t* out;               // [T, k]
   int k;
-  const int32_t* page_table;  // [B, page_width] physical slot of each position, or null
+  const int32_t* page_table;  // [B, page_width] physical pages, or null
   const int32_t* row_batch;   // [T]
   int64_t page_pitch;         // between the rows of page_table
   const int32_t* offsets;     // [T] added to positions, or null
 
-  __device__ int place(int t, int position) const {
-    if (page_table) return page_table[row_batch[t] * page_pitch + position];
-    return offsets ? position + offsets[t] : position;
+  __device__ OutputRow row(int t) const {
+    int32_t* to = out + int64_t(t) * k;
+    asm("" : "+l"(to));  // or the compiler multiplies anew for every key
+    __builtin_assume(__isGlobal(to));
+    return {to, page_table ? page_table + row_batch[t] * page_pitch : nullptr, offsets ? offsets[t] : 0};
   }
 };
-
-inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) TVM_FFI_THROW(RuntimeError) << what << ": " << cudaGetErrorString(status);
-}
-
-template <class T>
-T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
-
-template <class Kernel>
-void allow_shared(Kernel kernel, int bytes) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
-}
 
 inline Output output_of(tvm::ffi::Array<int64_t> output) {
   return {pointer<int32_t>(output[0]), int(output[1]), pointer<int32_t>(output[2]), pointer<int32_t>(output[3]), output[4], pointer<int32_t>(output[5])};

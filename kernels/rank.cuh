@@ -13,6 +13,7 @@ constexpr int RANKERS = 256;    // threads of a block: two warpgroups, each with
 constexpr int RANK_BLOCKS = 2;  // on a multiprocessor: one gathers while the other selects
 constexpr int RANK_GROUPS = RANKERS / 128;
 constexpr int RANK_TILE = 64;   // keys of a product
+constexpr int RANK_AHEAD = 2;   // tiles of a group that are on their way while one is multiplied
 constexpr int KEY_BYTES = 128;
 
 using Ranks = Select<RANKERS>;
@@ -27,7 +28,7 @@ struct Keys {
   const int32_t* starts;    // [T]
   const int32_t* ends;      // [T]
   int keys;
-  uint32_t nought;          // 0, which the compiler must not know (see Rescorer::score)
+  uint32_t nought;          // 0, which the compiler must not know (see Rescorer::take)
 
   __device__ int start(int t) const { return max(starts[t], 0); }
   __device__ int length(int t) const { return max(min(ends[t], keys) - start(t), 0); }
@@ -37,8 +38,8 @@ template <int H>
 struct RankSmem {
   // The queries lie where the histograms of a selection do, at the very start: the ones are read before the others are made.
   Ranks::Smem select;
-  float gates[H];  // in the order of the product's columns
-  int column[H];        // of each head
+  float4 gates[4][H / 16];  // [lane of a quad]: those of its columns, in order
+  int column[H];            // of each head
 };
 
 // One row's product with the queries: which heads, in what columns, and the gather. `ROUTED` heads come first, so that the
@@ -66,7 +67,7 @@ struct Rescorer {
         }
         place = routed ? below : ROUTED + head - below;
       }
-      s.gates[place] = __ldg(in.gates + int64_t(t) * H + head);
+      reinterpret_cast<float*>(s.gates[place % 4])[place / 4] = __ldg(in.gates + int64_t(t) * H + head);
       s.column[head] = place / 8 * 8 + place % 4 * 2 + place / 4 % 2;
     }
   }
@@ -91,100 +92,149 @@ struct Rescorer {
     sm90::fence_async_shared();
   }
 
+  // A thread's quarters of two neighbouring keys: of the rows lane/4 and lane/4 + 8 of its warp's product.
   struct Tile {
-    uint4 a[2][2];  // [row + 8·][half of the key]
+    uint4 a[2][2];  // [key][half of it]
     float scale;    // of the key whose score this thread stores
   };
 
-  static __device__ uint4 gather(const uint8_t* p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
+  // What a step leaves to the next one: sums that a quad's four lanes have begun to add up.
+  struct Sums {
+    static constexpr int N = ROUTED > 0 ? 2 : 1;
+    float own[N], got[N];
+    float scale;
+  };
+
+  // Both halves of a key, 64 bytes apart. Every row of a call reads the keys, so they are what L2 shall keep: without the policy
+  // half of the gathers missed it on an H100, though 16.8 MB of keys are a third of its size.
+  static __device__ void gather(uint4 (&half)[2], const uint8_t* p) {
+    const uint64_t policy = sm90::evict_last();
+    half[0] = sm90::load_through(p, policy), half[1] = sm90::load_through(p + 64, policy);
   }
 
-  // Scores keys at(0) … at(n - 1). put(i, all, score) takes each one's sum over all heads and, of routed heads, over those.
+  // The tensor cores want words of two keys side by side in registers, a load brings four words of one. The words are moved
+  // when they are used: by a sum that the compiler cannot see through, or it would move (and wait for) them when loaded.
+  __device__ uint32_t take(uint32_t word) const {
+    uint32_t moved;
+    asm volatile("add.u32 %0, %1, %2;" : "=r"(moved) : "r"(word), "r"(in.nought));
+    return moved;
+  }
+
+  __device__ __forceinline__ void multiply(float (&d)[H / 2], const Tile& tile, uint64_t b) const {
+    uint32_t a[4][4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint4 u = tile.a[0][k / 2], v = tile.a[1][k / 2];
+      a[k][0] = take(k % 2 ? u.z : u.x), a[k][1] = take(k % 2 ? v.z : v.x);
+      a[k][2] = take(k % 2 ? u.w : u.y), a[k][3] = take(k % 2 ? v.w : v.y);
+    }
+    sm90::mma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (k == 0) sm90::mma_registers(d, a[k][0], a[k][1], a[k][2], a[k][3], b);
+      else sm90::mma_registers_add(d, a[k][0], a[k][1], a[k][2], a[k][3], b + k * 2);
+    }
+    sm90::mma_commit();
+  }
+
+  // Sums a thread's columns, and gives away to its neighbour what that one stores.
+  __device__ __forceinline__ void fold(Sums& sums, const float (&d)[H / 2], const float4 (&gates)[OWN / 4], bool odd) const {
+    float sum[2] = {}, routed[2] = {};
+#pragma unroll
+    for (int j = 0; j < OWN; ++j) {
+      const float4 four = gates[j / 4];
+      const float gate = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float x = d[j / 2 * 4 + half * 2 + j % 2];
+        sum[half] = fmaf(fmaxf(x, 0.f), gate, sum[half]);
+        if (j + 1 == ROUTED / 4) routed[half] = sum[half];
+      }
+    }
+    if constexpr (ROUTED > 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sums.own[half] = odd ? sum[half] : routed[half];
+        sums.got[half] = __shfl_xor_sync(~0u, odd ? routed[half] : sum[half], 1);
+      }
+    } else {
+      sums.own[0] = odd ? sum[1] : sum[0];
+      sums.got[0] = __shfl_xor_sync(~0u, odd ? sum[0] : sum[1], 1);
+    }
+  }
+
+  // The score that this thread stores.
+  __device__ __forceinline__ float finish(const Sums& sums, bool high) const {
+    if constexpr (ROUTED > 0) {
+      const float low = sums.own[0] + sums.got[0], up = sums.own[1] + sums.got[1];
+      return ((high ? up : low) + __shfl_xor_sync(~0u, high ? low : up, 2)) * sums.scale;
+    } else {
+      const float sum = sums.own[0] + sums.got[0];
+      return (sum + __shfl_xor_sync(~0u, sum, 2)) * sums.scale;
+    }
+  }
+
+  // Scores the keys at n places. put(i, all, score) takes each one's sum over all heads and, of routed heads, over those.
+  // at.cursor() gives the keys of an even place and the next one, for ascending places; so of an odd number of keys, the
+  // place behind the last must have a key too.
+  //
+  // In a step, the registers of a tile are gathered into again as soon as its words are taken, from keys that were looked up a
+  // step before; and the sums of the step before are finished while the tensor cores multiply. So nothing waits for a look-up,
+  // nor a shuffle behind gathers. Beyond the list the last keys are gathered again.
   template <class At, class Put>
   __device__ __forceinline__ void score(int n, const At& at, const Put& put) const {
-    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32, c = lane % 4;
-    const int row0 = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    const int mine = row0 + (ROUTED > 0 ? c / 2 : c % 2) * 8;  // the row whose score this thread ends up with
-    const uint32_t b = __shfl_sync(~0u, sm90::smem_address(s.select.bins), 0);
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), c = threadIdx.x % 4;
+    const bool odd = c % 2, high = c / 2;
+    const int pair = threadIdx.x % 128 / 4 * 2;  // a thread's first key in a tile
+    const int mine = ROUTED > 0 ? high : odd;    // which of the two it stores the score of
+    const uint64_t b = sm90::tile_descriptor(sm90::smem_address(s.select.bins));
     const uint8_t* from = in.k + c * 16;
-    float weight[OWN];
-#pragma unroll
-    for (int j = 0; j < OWN; ++j) weight[j] = s.gates[j * 4 + c];
+    asm volatile("" : "+l"(from));  // not to be computed again
+    const uint32_t gates = sm90::smem_address(s.gates[c]);
+
+    constexpr int NEXT = RANK_GROUPS * RANK_TILE;
+    int place = (group - RANK_GROUPS) * RANK_TILE + pair + mine;  // of the score to store next: none before the list
     auto cursor = at.cursor();
-    const auto load = [&](Tile& tile, int first) {
-      const int key0 = cursor(min(first + row0, n - 1)), key1 = cursor(min(first + row0 + 8, n - 1));
-      const uint8_t *p0 = from + int64_t(key0) * KEY_BYTES, *p1 = from + int64_t(key1) * KEY_BYTES;
-      tile.a[0][0] = gather(p0), tile.a[0][1] = gather(p0 + 64);
-      tile.a[1][0] = gather(p1), tile.a[1][1] = gather(p1 + 64);
-      tile.scale = __ldg(in.scale + (mine == row0 ? key0 : key1));
+    int2 keys;
+    const auto look = [&](int ahead) { keys = cursor(min(place + ahead * NEXT, n - 1) & ~1); };
+    const auto load = [&](Tile& tile) {
+      gather(tile.a[0], from + uint64_t(uint32_t(keys.x)) * KEY_BYTES);
+      gather(tile.a[1], from + uint64_t(uint32_t(keys.y)) * KEY_BYTES);
+      tile.scale = __ldg(in.scale + (mine ? keys.y : keys.x));
     };
-    // The tensor cores want words of two keys side by side in registers, a load brings four words of one. The words are moved
-    // when they are used: by a sum that the compiler cannot see through, or it would move (and wait for) them when loaded.
-    const auto take = [&](uint32_t word) {
-      uint32_t moved;
-      asm volatile("add.u32 %0, %1, %2;" : "=r"(moved) : "r"(word), "r"(in.nought));
-      return moved;
+    const auto store = [&](float score) {
+      if (uint32_t(place) < n && (ROUTED > 0 || !high)) put(place, ROUTED == 0 || odd, score);
+      place += NEXT;
     };
-    const auto step = [&](Tile& tile, int first) {
+    Sums sums{};
+    const auto step = [&](Tile& tile) {
       float d[H / 2];
-      uint32_t a[4][4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint4 u = tile.a[0][k / 2], v = tile.a[1][k / 2];
-        a[k][0] = take(k % 2 ? u.z : u.x), a[k][1] = take(k % 2 ? v.z : v.x);
-        a[k][2] = take(k % 2 ? u.w : u.y), a[k][3] = take(k % 2 ? v.w : v.y);
-      }
-      const float scale = __uint_as_float(take(__float_as_uint(tile.scale)));
-      sm90::mma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint64_t descriptor = sm90::tile_descriptor(b + k * 32);
-        if (k == 0) sm90::mma_registers(d, a[k][0], a[k][1], a[k][2], a[k][3], descriptor);
-        else sm90::mma_registers_add(d, a[k][0], a[k][1], a[k][2], a[k][3], descriptor);
-      }
-      sm90::mma_commit();
-      if (first + 2 * RANK_GROUPS * RANK_TILE < n) load(tile, first + 2 * RANK_GROUPS * RANK_TILE);
+      multiply(d, tile, b);
+      const float score = finish(sums, high);
+      sums.scale = __uint_as_float(take(__float_as_uint(tile.scale)));
+      load(tile);
+      look(RANK_AHEAD + 2);
+      store(score);
       sm90::mma_wait<0>();
       sm90::pin(d);
-      float sum[2] = {}, routed[2] = {};
+      float4 weight[OWN / 4];  // read each time, into the registers that held the keys
 #pragma unroll
-      for (int j = 0; j < OWN; ++j) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float x = d[j / 2 * 4 + half * 2 + j % 2];
-          sum[half] = fmaf(fmaxf(x, 0.f), weight[j], sum[half]);
-          if (j + 1 == ROUTED / 4) routed[half] = sum[half];
-        }
-      }
-      // The quad's four lanes add up their columns, and each keeps what it stores.
-      float keep;
-      if constexpr (ROUTED > 0) {
-        const bool odd = c % 2, high = c / 2;
-        float keep0 = odd ? sum[0] : routed[0], keep1 = odd ? sum[1] : routed[1];
-        keep0 += __shfl_xor_sync(~0u, odd ? routed[0] : sum[0], 1);
-        keep1 += __shfl_xor_sync(~0u, odd ? routed[1] : sum[1], 1);
-        keep = high ? keep1 : keep0;
-        keep += __shfl_xor_sync(~0u, high ? keep0 : keep1, 2);
-      } else {
-        const bool odd = c % 2;
-        keep = odd ? sum[1] : sum[0];
-        keep += __shfl_xor_sync(~0u, odd ? sum[0] : sum[1], 1);
-        keep += __shfl_xor_sync(~0u, keep, 2);
-      }
-      if (first + mine < n && (ROUTED > 0 || c < 2)) put(first + mine, ROUTED == 0 || c % 2, keep * scale);
+      for (int i = 0; i < OWN / 4; ++i) weight[i] = sm90::load16(gates + i * 16);
+      fold(sums, d, weight, odd);
     };
 
-    Tile tiles[2];
-    const int first = group * RANK_TILE, next = RANK_GROUPS * RANK_TILE;
-    if (first < n) load(tiles[0], first);
-    if (first + next < n) load(tiles[1], first + next);
-    for (int at0 = first; at0 < n; at0 += 2 * next) {
-      step(tiles[0], at0);
-      if (at0 + next < n) step(tiles[1], at0 + next);
+    Tile tiles[RANK_AHEAD];
+    look(1);
+#pragma unroll
+    for (int i = 0; i < RANK_AHEAD; ++i) {
+      load(tiles[i]);
+      look(i + 2);
     }
+    for (int first = group * RANK_TILE; first < n; first += RANK_AHEAD * NEXT)
+#pragma unroll
+      for (int i = 0; i < RANK_AHEAD; ++i)
+        if (i == 0 || first + i * NEXT < n) step(tiles[i]);
+    store(finish(sums, high));
   }
 };
 
@@ -192,8 +242,8 @@ struct Rescorer {
 __device__ __forceinline__ bool take_all(const Keys& in, const Output& output, int t) {
   const int length = in.length(t);
   if (length > output.k) return false;
-  for (int j = threadIdx.x; j < output.k; j += RANKERS)
-    output.out[int64_t(t) * output.k + j] = j < length ? output.place(t, j) : -1;
+  const OutputRow row = output.row(t);
+  for (int j = threadIdx.x; j < output.k; j += RANKERS) row.out[j] = j < length ? row.place(j) : -1;
   return true;
 }
 
@@ -202,14 +252,15 @@ constexpr uint32_t OUT = 0;
 __device__ __forceinline__ uint32_t full_key(float score) { return max(rank_key(score), OUT + 1); }
 
 // Writes row t's top k of n listed keys, of which `kept` are not OUT; least and most are a thread's own extremes of the kept.
+// `chosen` has room for k places: keys are looked up once all are known, and not by the few lanes that find one at a time.
 template <class At>
 __device__ __forceinline__ void write_top(Ranks::Smem& s, const Output& output, const Keys& in, int t, const uint32_t* full, int n,
-                                          int kept, uint32_t least, uint32_t most, const At& at) {
-  int32_t* out = output.out + int64_t(t) * output.k;
-  const int start = in.start(t);
+                                          int kept, uint32_t least, uint32_t most, const At& at, uint16_t* chosen) {
   const auto all = Ranks::range(s, least, most, output.k, kept);
-  Ranks::top(s, all, [&](int j) { return full[j]; }, [&](int j) { return at.find(j); }, n,
-             [&](int place, int j) { out[place] = output.place(t, at.find(j) - start); });
+  Ranks::top(s, all, [&](int j) { return full[j]; }, [&](int j) { return at.find(j); }, n, [&](int place, int j) { chosen[place] = uint16_t(j); });
+  const OutputRow row = output.row(t);
+  const int start = in.start(t);
+  for (int place = threadIdx.x; place < output.k; place += RANKERS) row.out[place] = row.place(at.find(chosen[place]) - start);
 }
 
 }  // namespace misa

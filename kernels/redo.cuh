@@ -34,7 +34,6 @@ __device__ __forceinline__ void redo(const Task& whole, const CUtensorMap& map, 
   const auto part = [&](int first) {
     Task task = whole;
     task.row_list = failed + 1, task.first = first, task.rows = min(at_once, count - first);
-    task.splits = max(1, int(gridDim.x) / ((task.rows + ROWS - 1) / ROWS));
     return task;
   };
   if (threadIdx.x >= CONSUMERS) {

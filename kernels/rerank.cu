@@ -18,7 +18,7 @@ constexpr int ALL_HEADS = MISA_INDEX_HEADS;
 constexpr int SEGMENT = 1 << 16, SEGMENTS = 64;  // keys are listed by their low 16 bits, segment by segment
 constexpr int WORD_KEYS = 32;                    // neighbouring keys whose marks lie in 16 bytes
 constexpr int BATCH_WORDS = 8;                   // a thread's, of a segment
-static_assert(BATCH_WORDS * WORD_KEYS * RANKERS == SEGMENT);
+static_assert(BATCH_WORDS * WORD_KEYS * RANKERS == SEGMENT && BATCH_WORDS * RANKERS <= Ranks::BINS);
 
 // One bit a row and key, as the scorer's ballots make them: [rows / 4][tiles of 64 keys][warp][half] words of four rows, in which
 // bit 4·key + row stands for key warp · 16 + half · 8 + key of the tile.
@@ -37,16 +37,19 @@ struct Mark {
   struct Shared {};
 
   struct Lane {
-    const Marks& marks;
-    const Seat seat;
+    const Mark& sink;
+    const int rows;
+    Seat seat;
     float threshold[LANE_QUERIES];
     uint2* to;  // of the row group that this lane stores, or null
 
-    __device__ Lane(const Mark& sink, Shared&, const Task& task, const Seat& seat) : marks(sink.marks), seat(seat) {
+    __device__ Lane(const Mark& sink, Shared&, const Task& task) : sink(sink), rows(task.rows) {}
+    __device__ void begin(const Seat& at) {
+      seat = at;
       const int lane = threadIdx.x % 32, i = seat.first + lane * 4;
 #pragma unroll
-      for (int q = 0; q < LANE_QUERIES; ++q) threshold[q] = seat.query(q) < task.rows ? sink.threshold[seat.query(q)] : INFINITY;
-      to = lane < LANE_QUERIES && i < task.rows ? reinterpret_cast<uint2*>(marks.group(i)) + seat.warp : nullptr;
+      for (int q = 0; q < LANE_QUERIES; ++q) threshold[q] = seat.query(q) < rows ? sink.threshold[seat.query(q)] : INFINITY;
+      to = lane < LANE_QUERIES && i < rows ? reinterpret_cast<uint2*>(sink.marks.group(i)) + seat.warp : nullptr;
     }
     __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool inside, const int2* windows) {
       if (!inside) drop_outside(score, seat, key0, windows);
@@ -58,6 +61,7 @@ struct Mark {
       }
       if (to) to[key0 / KEYS * 4] = own;
     }
+    __device__ void settle() {}
     __device__ void finish() {}
   };
 };
@@ -67,23 +71,32 @@ struct RerankSmem : RankSmem<ALL_HEADS> {
   int counted;
 };
 
-// The listed keys of a row, in segments.
+// The listed keys of a row, in segments; the last has no end.
 struct Listed {
   const uint16_t* low;
   const int* ends;
-  int base;         // of the first segment
+  int base;  // of the first segment
 
-  struct Cursor {  // for ascending places
+  struct Cursor {
     const uint16_t* low;
     const int* next;
     int base, end;
-    __device__ int operator()(int i) {
+    __device__ int segment(int i) {
       while (i >= end) base += SEGMENT, end = *next++;
-      return base + low[i];
+      return base;
+    }
+    __device__ int2 operator()(int i) {
+      const ushort2 two = *reinterpret_cast<const ushort2*>(low + i);
+      int2 keys{base, base};
+      if (i + 1 >= end) {  // hardly ever
+        keys.x = segment(i);
+        keys.y = Cursor(*this).segment(i + 1);
+      }
+      return {keys.x + two.x, keys.y + two.y};
     }
   };
   __device__ Cursor cursor() const { return {low, ends + 1, base, ends[0]}; }
-  __device__ int find(int i) const { return cursor()(i); }
+  __device__ int find(int i) const { return cursor().segment(i) + low[i]; }
 };
 
 // Some of them, in any order.
@@ -92,7 +105,7 @@ struct Some {
   const int* from;
   struct Cursor {
     const Some& some;
-    __device__ int operator()(int i) const { return some.list.find(some.from[i]); }
+    __device__ int2 operator()(int i) const { return {some.list.find(some.from[i]), some.list.find(some.from[i + 1])}; }
   };
   __device__ Cursor cursor() const { return {*this}; }
 };
@@ -110,27 +123,32 @@ __device__ __forceinline__ int list_marked(RerankSmem& s, const Marks& marks, in
       // What lies outside the window's tiles was never written.
       raw[j] = word >= start / WORD_KEYS && word <= (end - 1) / WORD_KEYS ? __ldcg(from + word) : uint4{0, 0, 0, 0};
     }
-    uint32_t marked[BATCH_WORDS], own = 0;
+    uint32_t own = 0;
 #pragma unroll
     for (int j = 0; j < BATCH_WORDS; ++j) {
       constexpr uint32_t ROW = 0x11111111u;
-      marked[j] = (raw[j].x >> bit & ROW) | (raw[j].y >> bit & ROW) << 1 | (raw[j].z >> bit & ROW) << 2 | (raw[j].w >> bit & ROW) << 3;
-      own += __popc(marked[j]);
+      const uint32_t marked = (raw[j].x >> bit & ROW) | (raw[j].y >> bit & ROW) << 1 | (raw[j].z >> bit & ROW) << 2 | (raw[j].w >> bit & ROW) << 3;
+      s.select.bins[j * RANKERS + threadIdx.x] = marked;
+      own += __popc(marked);
     }
-    const int after = Ranks::scan(s.select, own);
+    const int after = listed + Ranks::scan(s.select, own);
     if (threadIdx.x == RANKERS - 1) s.counted = after;
-    int at = listed + after - int(own);
-#pragma unroll
-    for (int j = 0; j < BATCH_WORDS; ++j) {
-      const int key = (j * RANKERS + threadIdx.x) * WORD_KEYS;
-      for (uint32_t rest = marked[j]; rest; rest &= rest - 1, ++at) {
-        const int b = __ffs(rest) - 1;
-        if (at < room) low[at] = uint16_t(key + b % 4 * 8 + b / 4);
+    // One loop over all of a thread's marks: word by word, a warp would wait for the fullest lane of each.
+    const int stop = min(after, room);
+    int word = threadIdx.x;
+    uint32_t rest = s.select.bins[word];
+    for (int at = after - int(own); at < stop;) {
+      if (rest == 0) {
+        word += RANKERS, rest = s.select.bins[word];
+      } else {
+        const int b = 31 - __clz(rest);
+        rest ^= 1u << b;
+        low[at++] = uint16_t(word * WORD_KEYS + b % 4 * 8 + b / 4);
       }
     }
     __syncthreads();
-    listed += s.counted;
-    if (threadIdx.x == 0) s.ends[segment - first] = listed;
+    listed = s.counted;
+    if (threadIdx.x == 0) s.ends[segment - first] = segment < last ? listed : INT_MAX;
   }
   return listed;
 }
@@ -173,7 +191,10 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
     int n = length;
     if (length <= candidates) {
       for (int j = threadIdx.x; j < n; j += RANKERS) low[j] = uint16_t(start + j);
-      if (threadIdx.x < SEGMENTS) s.ends[threadIdx.x] = min(list.base - start + (int(threadIdx.x) + 1) * SEGMENT, n);
+      if (threadIdx.x < SEGMENTS) {
+        const int after = list.base - start + (int(threadIdx.x) + 1) * SEGMENT;
+        s.ends[threadIdx.x] = after < n ? after : INT_MAX;
+      }
     } else {
       n = list_marked(s, job.marks, i, start, start + length, job.room, low);
     }
@@ -186,6 +207,7 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
     }
     __syncthreads();
     scorer.stage(piece);
+    if (threadIdx.x == 0 && n % 2) low[n] = 0;  // of any segment, a key
     __syncthreads();
     const Span span = job.spans[i];
     scorer.score(n, list, [&](int j, bool all, float score) {
@@ -218,6 +240,7 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
       if (tied) {  // the same heads once more, now in full precision
         scorer.fetch(piece);
         scorer.stage(piece);
+        if (threadIdx.x == 0 && cut.inside % 2) s.select.from[cut.inside] = s.select.from[0];
         __syncthreads();
         const Some some{list, s.select.from};
         scorer.score(cut.inside, some, [&](int j, bool all, float score) {
@@ -232,10 +255,10 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
         }
         __syncthreads();
       }
-      write_top(s.select, job.output, job.in, t, full, n, candidates, least, most, list);
+      write_top(s.select, job.output, job.in, t, full, n, candidates, least, most, list, routed);
     } else {
       Ranks::each([&](int j) { return full[j]; }, n, [&](uint32_t key, int) { least = min(least, key), most = max(most, key); });
-      write_top(s.select, job.output, job.in, t, full, n, n, least, most, list);
+      write_top(s.select, job.output, job.in, t, full, n, n, least, most, list, routed);
     }
   }
 }
@@ -264,23 +287,24 @@ enum Stage { SAMPLE = 1, THRESHOLD = 2, MARK = 4, RERANK = 8, REDO = 16 };
 
 // How a call's work is divided, and its scratch; as rerank.py lays it out.
 struct Plan {
-  int rows, splits, stride, rank, candidates, room, at_once;
+  int rows, workers, stride, rank, candidates, room, at_once;
   int64_t sampled, ld;  // row strides of sampled scores and of those of failed rows
   int32_t* failed;      // count, rows, meeting counter
   float* threshold;
   Span* spans;
+  int32_t* division;
   void *marks, *scores;
   explicit Plan(const tvm::ffi::Array<int64_t>& v)
-      : rows(int(v[0])), splits(int(v[1])), stride(int(v[2])), rank(int(v[3])), candidates(int(v[4])), room(int(v[5])), at_once(int(v[6])),
+      : rows(int(v[0])), workers(int(v[1])), stride(int(v[2])), rank(int(v[3])), candidates(int(v[4])), room(int(v[5])), at_once(int(v[6])),
         sampled(v[7]), ld(v[8]), failed(pointer<int32_t>(v[9])), threshold(pointer<float>(v[10])), spans(pointer<Span>(v[11])),
-        marks(pointer<void>(v[12])), scores(pointer<void>(v[13])) {}
+        division(pointer<int32_t>(v[12])), marks(pointer<void>(v[13])), scores(pointer<void>(v[14])) {}
 };
 
 // The launches of all passes over `total` rows; `stages` chooses among them, for a bench.
-void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, int64_t total, tvm::ffi::Array<int64_t> division, int64_t stages, int64_t stream_address) {
+void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm::ffi::Array<int64_t> division, int64_t total, int64_t stages, int64_t stream_address) {
   const Inputs call(inputs);
   const Plan plan(division);
-  const Shape shape;
+  const int processors = multiprocessors();
   const auto stream = pointer<CUstream_st>(stream_address);
   const Task& whole = call.task;
   const Output out = output_of(output);
@@ -292,17 +316,22 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, int6
   allow_shared(mark_exactly_kernel, sizeof(Shared<Logits>));
   for (int first = 0; first < total; first += plan.rows) {
     const int rows = std::min(plan.rows, int(total) - first);
-    const Task task = call.rows(first, rows, plan.splits);
+    const Task task = call.rows(first, rows);
     const Marks marks{static_cast<uint32_t*>(plan.marks), first, rows, (whole.keys + TILE - 1) / TILE * (TILE / KEYS)};
     Task sampling = task;
     sampling.stride = plan.stride, sampling.phase = plan.stride / 2;
     const Logits sample{static_cast<float*>(plan.marks), plan.sampled, true};
-    if (stages & SAMPLE) launch_score(sampling, call.k, sample, shape, stream);
+    if (stages & SAMPLE) launch_score(sampling, call.k, sample, processors, stream);
     if (stages & THRESHOLD) {
-      threshold_kernel<<<rows, CUT_THREADS, sample_bytes, stream>>>(sampling, sample, plan.rank, plan.candidates, plan.threshold, plan.spans, plan.failed);
+      const Divide next{plan.division, plan.workers, INT_MAX, {}};
+      threshold_kernel<<<1 + rows, CUT_THREADS, sample_bytes, stream>>>(sampling, sample, plan.rank, plan.candidates, plan.threshold, plan.spans, next, plan.failed);
       check(cudaGetLastError(), "threshold_kernel");
     }
-    if (stages & MARK) launch_score(task, call.k, Mark{plan.threshold, marks}, shape, stream);
+    if (stages & MARK) {
+      Task scan = task;
+      scan.division = plan.division;
+      launch_score(scan, call.k, Mark{plan.threshold, marks}, plan.workers, stream);
+    }
     Rerank job{keys, out, marks, plan.spans, nullptr, nullptr, plan.candidates, plan.room, plan.failed};
     if (stages & RERANK) {
       rerank_kernel<<<rows, RANKERS, bytes, stream>>>(job);
@@ -317,9 +346,9 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, int6
       int32_t *list = plan.failed, *meet_at = meeting;
       check(cudaMemsetAsync(meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
       void* arguments[] = {&all, &map, &scores, &to, &candidates, &at_once, &list, &meet_at};
-      check(cudaLaunchCooperativeKernel(mark_exactly_kernel, dim3(shape.multiprocessors), dim3(THREADS), arguments, sizeof(Shared<Logits>), stream), "mark_exactly_kernel");
+      check(cudaLaunchCooperativeKernel(mark_exactly_kernel, dim3(processors), dim3(THREADS), arguments, sizeof(Shared<Logits>), stream), "mark_exactly_kernel");
       job.row_list = plan.failed + 1, job.listed = plan.failed;
-      rerank_kernel<<<std::min(rows, RANK_BLOCKS * shape.multiprocessors), RANKERS, bytes, stream>>>(job);
+      rerank_kernel<<<std::min(rows, RANK_BLOCKS * processors), RANKERS, bytes, stream>>>(job);
       check(cudaGetLastError(), "rerank_kernel");
     }
   }

@@ -34,10 +34,7 @@ STRIDES = (8, 24)  # one key in so many
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10  # of a multiprocessor, and the system's of each block on it
 FIXED_BYTES, LISTED_BYTES = 12288, 8  # of a block, and for each key that it can list
 MARKED_KEYS, MARK_BYTES = 128, 64  # a tile of the scorer's ring, for four rows
-SPLITS = range(1, 17)
-SPLIT_COST = 0.01  # of a scan, for every further split of its keys
 SAMPLE_STAGE, THRESHOLD_STAGE, MARK_STAGE, RERANK_STAGE, REDO_STAGE = 1, 2, 4, 8, 16
-ALL_STAGES = 31
 
 
 def module(heads: int, index_heads: int) -> Any:
@@ -57,15 +54,15 @@ def listable(blocks: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Division of one call's work: `rows` rows a pass, each row's keys in `splits` interleaved shares."""
+    """Division of one call's work into passes of `rows` rows; `divide.cuh` divides a pass among thread blocks."""
 
     rows: int
-    splits: int
     stride: int  # one key in so many is sampled
     rank: int  # of the threshold in the sample
     room: int  # keys of a row that a block can list
     sampled: int  # columns of the sampled scores
     spans_offset: int  # in bytes: thresholds lie before
+    division_offset: int
     marks_offset: int
     scores_offset: int  # of failed rows' scores, `ld` columns apart
     ld: int
@@ -75,7 +72,7 @@ class Plan:
 def plan(
     rows: int, keys: int, candidates: int, block_rows: int, multiprocessors: int, budget: int = sr.SCRATCH_BYTES
 ) -> Plan:
-    """Choose the sample so that two blocks a multiprocessor can list what passes, and splits that fill the chip.
+    """Choose the sample so that two blocks a multiprocessor can list what passes.
 
     Scratch of a pass = rows · max(keys / 8, 4 · keys / stride) + 12 · rows bytes, in as few passes as `budget` allows.
     Raises ValueError when one block of rows does not fit.
@@ -89,25 +86,26 @@ def plan(
     sampled = sr.aligned(keys / stride, 4)
     row_bytes = max(math.ceil(keys / MARKED_KEYS) * MARK_BYTES // 4, 4 * sampled)
     blocks = math.ceil(rows / block_rows)
-    fitting = (budget - 4096) // (block_rows * (row_bytes + 12))
+    fixed = 4096 + sr.division_bytes(0, multiprocessors)
+    block_bytes = block_rows * (row_bytes + 12) + 4
+    fitting = (budget - fixed) // block_bytes
     if fitting < 1:
         raise ValueError(
-            f"scratch budget: expected at least {block_rows * (row_bytes + 12) + 4096} bytes for {keys} keys, got "
-            f"{budget}; raise it"
+            f"scratch budget: expected at least {block_bytes + fixed} bytes for {keys} keys, got {budget}; raise it"
         )
     pass_blocks = math.ceil(blocks / math.ceil(blocks / fitting))
-    splits = min(SPLITS, key=lambda n: math.ceil(pass_blocks * n / multiprocessors) / n + SPLIT_COST * (n - 1))
     rows = pass_blocks * block_rows
     spans = sr.aligned(4 * rows)
-    marks = spans + sr.aligned(8 * rows)
+    division = spans + sr.aligned(8 * rows)
+    marks = division + sr.division_bytes(pass_blocks, multiprocessors)
     return Plan(
         rows=rows,
-        splits=splits,
         stride=stride,
         rank=rank,
         room=room,
         sampled=sampled,
         spans_offset=spans,
+        division_offset=division,
         marks_offset=marks,
         scores_offset=marks + sr.aligned(rows * row_bytes),
         ld=sr.aligned(keys, 4),
@@ -125,37 +123,23 @@ def _most_hits(candidates: int, stride: int) -> float:
     return (rank + sr.SIGMAS * math.sqrt(rank)) * stride
 
 
-class Reranked:
-    """One `topk_reranked` call: its division and its scratch, so that a check can look between the stages."""
+class Reranked(sr.Call):
+    """One `topk_reranked` call."""
 
     def __init__(self, problem: sr.Problem, candidates: int, target: Target, budget: int = sr.SCRATCH_BYTES):
-        self.problem, self.candidates, self.target = problem, candidates, target
-        processors = sr.multiprocessors(problem.device)
-        self.plan = plan(problem.rows, problem.keys, candidates, sr.block_rows(problem.routed), processors, budget)
-        # [number of failed rows, their list …, meeting counter of `redo`] then the plan's parts.
-        self.lists = sr.aligned(4 * (self.plan.rows + 2), sr.LISTS_BYTES)
-        size = self.lists + max(budget, self.plan.scores_offset + 4 * self.plan.ld)
-        self.scratch = sr.scratch_of(problem.device, size)
+        self.candidates = candidates
+        self.processors = sr.multiprocessors(problem.device)
+        self.plan = plan(problem.rows, problem.keys, candidates, sr.block_rows(problem.routed), self.processors, budget)
+        super().__init__(problem, target, self.plan.rows, max(budget, self.plan.scores_offset + 4 * self.plan.ld))
 
-    def redone(self) -> int:
-        """Rows that the last pass had to redo (synchronises)."""
-        return int(self.scratch[:4].view(torch.int32).item())
+    def module(self) -> Any:
+        return module(self.problem.routed, int(self.problem.head_gates.shape[1]))
 
-    def run(self, stages: int = ALL_STAGES) -> None:
-        """Launch everything in one call of the host's side; `stages` is a sum of *_STAGE."""
-        p, failed = self.plan, self.scratch.data_ptr()
-        base = failed + self.lists
-        at_once = min(self.problem.rows, (self.scratch.numel() - self.lists - p.scores_offset) // (4 * p.ld))
-        numbers = (p.rows, p.splits, p.stride, p.rank, self.candidates, p.room, at_once, p.sampled, p.ld)
-        addresses = (failed, base, base + p.spans_offset, base + p.marks_offset, base + p.scores_offset)
-        module(self.problem.routed, int(self.problem.head_gates.shape[1])).topk(
-            self.problem.arguments(),
-            self.target.arguments(),
-            self.problem.rows,
-            [*numbers, *addresses],
-            stages,
-            torch.cuda.current_stream(self.problem.device).cuda_stream,
-        )
+    def division(self) -> list[int]:
+        p = self.plan
+        at_once = self.at_once(p.scores_offset, p.ld)
+        numbers = (p.rows, self.processors, p.stride, p.rank, self.candidates, p.room, at_once, p.sampled, p.ld)
+        return [*numbers, *self.parts(0, p.spans_offset, p.division_offset, p.marks_offset, p.scores_offset)]
 
 
 def topk_reranked(

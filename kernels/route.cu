@@ -403,31 +403,6 @@ __global__ void __launch_bounds__(WEIGHT_THREADS) weight_kernel(const __grid_con
 
 // ---- host -----------------------------------------------------------------------------------------------------------
 
-// Boxes of 128 bytes × `box` rows, swizzled, of a packed matrix.
-CUtensorMap tensor_map(int64_t address, CUtensorMapDataType type, int element, int64_t rows, int box) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found), "cuTensorMapEncodeTiled");
-    return reinterpret_cast<Encode>(entry);
-  }();
-  const cuuint64_t extent[2] = {DIM, cuuint64_t(rows)}, pitch[1] = {cuuint64_t(DIM * element)};
-  const cuuint32_t shape[2] = {cuuint32_t(128 / element), cuuint32_t(box)}, step[2] = {1, 1};
-  CUtensorMap map;
-  const CUresult status = encode(&map, type, 2, pointer<void>(address), extent, pitch, shape, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) TVM_FFI_THROW(RuntimeError) << "cuTensorMapEncodeTiled: CUDA driver error " << int(status);
-  return map;
-}
-
-int multiprocessors() {
-  int device, count;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
-}
-
 // Addresses on the device; q [rows, HEADS, DIM] e4m3, gates [rows, HEADS], pooled [requests, max_blocks, DIM] bf16.
 void route(int64_t q, int64_t gates, int64_t pooled, int64_t row_batch, int64_t row_len, int64_t head_ids, int64_t rows,
            int64_t requests, int64_t max_blocks, int64_t block_size, int64_t heads, int64_t router, int64_t stream_address) {

@@ -44,7 +44,8 @@ struct Task {
   const int32_t* starts;    // [T]
   const int32_t* ends;      // [T]
   const int32_t* row_list;  // or null
-  int first, rows, all_heads, keys, stride, phase, splits;
+  const int32_t* division;  // see Items; or null: all row blocks alike
+  int first, rows, all_heads, keys, stride, phase;
 
   __device__ int row(int i) const { return row_list ? row_list[first + i] : first + i; }
   __device__ int sampled(int key) const { return (max(key - phase, 0) + stride - 1) / stride; }
@@ -113,20 +114,70 @@ __device__ __forceinline__ void barriers_init(Smem& s) {
   __syncthreads();
 }
 
-// The key tiles [begin, end) of a block of rows that split `split` visits: begin + split, begin + split + splits, ...
+// A run of key tiles of one row block. They are visited in SWEEPS interleaved sweeps over the rows' keys, so that hits which lie
+// close together are shared out among the thread blocks that have runs of these rows.
 struct Item {
-  int rows, split, begin, end;
-  __device__ Item(const Task& task, int item) : rows(item / task.splits * ROWS), split(item % task.splits) {
-    Extent extent(task, rows, ROWS);
-    begin = extent.hi > 0 ? extent.lo / TILE + split : 0;
+  static constexpr int SWEEPS = 16;
+  int rows;     // the first one's place in the task
+  int segment;  // which run of the row block's tiles
+  int tile, left;
+  int low, high;  // the row block's tiles are low …
+  int end;        // … as far as any row sees
+
+  // Tiles [from, from + count) of the row block's `tiles`, in the order of visits.
+  __device__ Item(const Task& task, int block, int segment, int from, int count, int tiles) : rows(block * ROWS), segment(segment), left(count) {
+    const Extent extent(task, rows, ROWS);
+    low = extent.hi > 0 ? extent.lo / TILE : 0, high = low + tiles;
     end = extent.hi > 0 ? (extent.hi + TILE - 1) / TILE : 0;
+    const int length = tiles / SWEEPS, longer = tiles % SWEEPS;  // that many sweeps have one tile more
+    const int beyond = from - longer * (length + 1);
+    const int sweep = beyond < 0 ? from / (length + 1) : longer + beyond / length;
+    const int done = beyond < 0 ? from % (length + 1) : beyond % length;
+    tile = low + sweep + done * SWEEPS;
+  }
+  __device__ bool more() const { return left > 0; }
+  __device__ bool seen() const { return tile < end; }
+  __device__ void advance() {
+    --left;
+    tile += SWEEPS;
+    if (tile >= high) tile = low + (tile - low) % SWEEPS + 1;
+  }
+};
+
+// The tiles of all row blocks, one row block's after another's, are cut into equal shares, one a thread block: so none waits for
+// rows that see more keys, nor for a last wave. A division in memory (divide.cuh) is: the tiles of a share; for each row block and
+// the end, the tiles before it; for each thread block, the row block of its first tile; for each of them and the end, what the
+// private buffers of the thread blocks before it hold. Without one, every row block counts as many tiles as there are keys for.
+struct Items {
+  const Task& task;
+  const int32_t* table;
+  int blocks, alike, share, at, last;
+
+  __device__ Items(const Task& task) : task(task), table(task.division), blocks((task.rows + ROWS - 1) / ROWS), alike((task.sampled(task.keys) + TILE - 1) / TILE) {
+    share = table ? table[0] : (blocks * alike + int(gridDim.x) - 1) / int(gridDim.x);
+    at = blockIdx.x * share, last = min(at + share, before(blocks));
+  }
+  __device__ int before(int block) const { return table ? table[1 + block] : block * alike; }
+  // Runs into which the tiles of row i's block are divided.
+  static __device__ int segments(const Task& task, int i) {
+    const int32_t* before = task.division + 1 + i / ROWS;
+    const int share = task.division[0];
+    return before[1] > before[0] ? (before[1] - 1) / share - before[0] / share + 1 : 0;
+  }
+  __device__ bool more() const { return at < last; }
+  __device__ Item next() {
+    int block = table ? table[2 + blocks + blockIdx.x] : at / alike;
+    while (before(block + 1) <= at) ++block;
+    const int from = before(block), to = before(block + 1), first = at;
+    at = min(last, to);
+    return Item(task, block, int(blockIdx.x) - from / share, first - from, at - first, to - from);
   }
 };
 
 // The place of a thread in its warpgroup: which queries and which keys of a product it has the scores of.
 struct Seat {
   int first;       // the warpgroup's first query
-  int split;       // of the item
+  int segment;     // of the item
   int warp;        // of the warpgroup: keys warp · 16 … of a product
   int lane_row;    // key of the warp's first eight (+ 8 for the second half)
   int lane_query;  // this thread has queries first + 4q + lane_query
@@ -134,15 +185,14 @@ struct Seat {
   __device__ int key(int half) const { return warp * 16 + half * 8 + lane_row; }
 };
 
-__device__ __forceinline__ int items_of(const Task& task) { return (task.rows + ROWS - 1) / ROWS * task.splits; }
-
 __device__ __forceinline__ void feed(const Task& task, const CUtensorMap* map, Smem& s, Ring& ring) {
   const int lane = threadIdx.x % 32;
   const int scored = task.sampled(task.keys);
   const Places places(s);
-  for (int i = blockIdx.x; i < items_of(task); i += gridDim.x) {
-    Item item(task, i);
-    for (int tile = item.begin; tile < item.end; tile += task.splits, ring.advance()) {
+  for (Items items(task); items.more();) {
+    for (Item item = items.next(); item.more(); item.advance()) {
+      if (!item.seen()) continue;
+      const int tile = item.tile;
       sm90::barrier_wait(places.empty(ring.stage), ring.parity ^ 1);
       if (lane == 0) {
         sm90::barrier_arrive_expect(places.full(ring.stage), TILE * DIM);
@@ -155,6 +205,7 @@ __device__ __forceinline__ void feed(const Task& task, const CUtensorMap* map, S
         sm90::copy4(places.scale(ring.stage) + k * 4, task.scale + (valid ? int64_t(key) * task.stride + task.phase : 0), valid);
       }
       sm90::barrier_arrive_copies(places.full(ring.stage));
+      ring.advance();
     }
   }
 }
@@ -177,9 +228,9 @@ __device__ __forceinline__ void load_queries(const Task& task, int first, uint8_
   }
 }
 
-// A sink says what becomes of scores. Its Lane, made once an item and thread, is called for each product with
-// take(scores[LANE_QUERIES][2], the product's first key, whether all keys are inside all windows, windows[QUERIES]), and
-// once as finish() after the item's tiles.
+// A sink says what becomes of scores. Its Lane, made once a thread, is called as begin(seat) before an item's tiles, for each
+// product as take(scores[LANE_QUERIES][2], the product's first key, whether all keys are inside all windows, windows[QUERIES]),
+// as settle() after each tile and as finish() after the item's tiles.
 template <class Sink>
 __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shared<Sink>& shared, Ring& ring) {
   Smem& s = shared.scorer;
@@ -189,9 +240,11 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
   const uint64_t b = sm90::tile_descriptor(places.base + group * COLUMNS * DIM);
   const uint64_t a_tile = sm90::tile_descriptor(places.keys(0));
 
-  for (int i = blockIdx.x; i < items_of(task); i += gridDim.x) {
-    const Item item(task, i);
-    const Seat seat{item.rows + group * QUERIES, item.split, int(threadIdx.x) / 32 % 4, lane / 4, lane % 4};
+  typename Sink::Lane lane_sink(sink, shared.sink, task);
+
+  for (Items items(task); items.more();) {
+    Item item = items.next();
+    const Seat seat{item.rows + group * QUERIES, item.segment, int(threadIdx.x) / 32 % 4, lane / 4, lane % 4};
     const Extent extent(task, seat.first, QUERIES);
 
     sm90::named_barrier(1 + group, 128);  // the last item's products have been read
@@ -209,13 +262,14 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
       for (int j = 0; j < HEADS; ++j)
         weight[q][j] = live ? task.gates[t * task.all_heads + task.head_ids[t * HEADS + j]] : 0.f;
     }
-    typename Sink::Lane lane_sink(sink, shared.sink, task, seat);
+    lane_sink.begin(seat);
 
-    for (int tile = item.begin; tile < item.end; tile += task.splits) {
+    for (; item.more(); item.advance()) {
+      if (!item.seen()) continue;
       sm90::barrier_wait(places.full(ring.stage), ring.parity);
 #pragma unroll
       for (int product = 0; product < TILE / KEYS; ++product) {
-        const int key0 = tile * TILE + product * KEYS;
+        const int key0 = item.tile * TILE + product * KEYS;
         const float* scale = s.scale[ring.stage] + product * KEYS;
         const float scales[2] = {scale[seat.key(0)], scale[seat.key(1)]};
         const uint64_t a = a_tile + (ring.stage * TILE + product * KEYS) * DIM / 16;
@@ -249,6 +303,7 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
           for (int half = 0; half < 2; ++half) score[q][half] *= scales[half];
         lane_sink.take(score, key0, key0 >= extent.all_lo && key0 + KEYS <= extent.all_hi, s.window[group]);
       }
+      lane_sink.settle();
     }
     lane_sink.finish();
   }
@@ -277,8 +332,9 @@ struct Logits {
 
   struct Lane {
     const Logits& to;
-    const Seat seat;
-    __device__ Lane(const Logits& sink, Shared&, const Task&, const Seat& seat) : to(sink), seat(seat) {}
+    Seat seat;
+    __device__ Lane(const Logits& sink, Shared&, const Task&) : to(sink) {}
+    __device__ void begin(const Seat& at) { seat = at; }
     __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool, const int2* windows) {
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
@@ -291,6 +347,7 @@ struct Logits {
         }
       }
     }
+    __device__ void settle() {}
     __device__ void finish() {}
   };
 };
@@ -313,34 +370,11 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 // ---- host -----------------------------------------------------------------------------------------------------------
 
-// Rows of 128 bytes, `stride` rows apart, starting at row `phase`.
-CUtensorMap key_map(int64_t k, int keys, int stride, int phase) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found), "cuTensorMapEncodeTiled");
-    return reinterpret_cast<Encode>(entry);
-  }();
-  const int scored = (keys - phase + stride - 1) / stride;
-  cuuint64_t extent[2] = {DIM, cuuint64_t(scored > 0 ? scored : 1)}, pitch[1] = {cuuint64_t(stride) * DIM};
-  cuuint32_t box[2] = {DIM, TILE}, step[2] = {1, 1};
-  CUtensorMap map;
-  CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, pointer<void>(k + (scored > 0 ? int64_t(phase) * DIM : 0)),
-                           extent, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                           CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) TVM_FFI_THROW(RuntimeError) << "cuTensorMapEncodeTiled: CUDA driver error " << int(status);
-  return map;
+// Every stride-th key from `phase` on.
+inline CUtensorMap key_map(int64_t k, int keys, int stride, int phase) {
+  const int scored = (keys - phase + stride - 1) / stride;  // perhaps none, which a map cannot say
+  return tensor_map(k + (scored > 0 ? int64_t(phase) * DIM : 0), CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, std::max(scored, 1), TILE, stride);
 }
-
-struct Shape {
-  int multiprocessors = 0;
-  Shape() {
-    int device;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  }
-};
 
 // The inputs of a call: addresses of q, gates, head_ids, k, scale, starts, ends; then all_heads and keys.
 struct Inputs {
@@ -349,21 +383,21 @@ struct Inputs {
   explicit Inputs(const tvm::ffi::Array<int64_t>& v) : k(v[3]) {
     task.q = pointer<uint8_t>(v[0]), task.gates = pointer<float>(v[1]), task.head_ids = pointer<int32_t>(v[2]);
     task.scale = pointer<float>(v[4]), task.starts = pointer<int32_t>(v[5]), task.ends = pointer<int32_t>(v[6]);
-    task.all_heads = int(v[7]), task.keys = int(v[8]), task.stride = 1, task.splits = 1;
+    task.all_heads = int(v[7]), task.keys = int(v[8]), task.stride = 1;
   }
-  Task rows(int first, int count, int splits) const {
+  Task rows(int first, int count) const {
     Task part = task;
-    part.first = first, part.rows = count, part.splits = splits;
+    part.first = first, part.rows = count;
     return part;
   }
 };
 
+// By `workers` thread blocks, for which its division was made if it has one.
 template <class Sink>
-void launch_score(const Task& task, int64_t k, const Sink& sink, const Shape& shape, cudaStream_t stream) {
+void launch_score(const Task& task, int64_t k, const Sink& sink, int workers, cudaStream_t stream) {
   const auto kernel = score_kernel<Sink>;
   allow_shared(kernel, sizeof(Shared<Sink>));
-  const int items = (task.rows + ROWS - 1) / ROWS * task.splits;
-  kernel<<<std::min(items, shape.multiprocessors), THREADS, sizeof(Shared<Sink>), stream>>>(task, sink, key_map(k, task.keys, task.stride, task.phase));
+  kernel<<<workers, THREADS, sizeof(Shared<Sink>), stream>>>(task, sink, key_map(k, task.keys, task.stride, task.phase));
   check(cudaGetLastError(), "score_kernel");
 }
 

@@ -10,70 +10,100 @@ namespace misa {
 // What passed: (score, key) in buffers that threads own alone, so that there are no atomics.
 struct HitBuffers {
   const float* threshold;  // [rows]
-  uint2* entries;          // [rows, splits, buffers, capacity] of (score bits, key)
-  int32_t* counts;         // [rows, splits, buffers]; -1 marks an overflow
-  int capacity;            // a multiple of SECTOR
-  int buffers;             // of a row in each split
+  uint2* entries;          // of (score bits, key): [rows of a block, buffers, capacity] for each thread block; rows that it scores
+                           // later go on where those before them ended
+  int2* counts;            // [rows, segments, buffers] of (first entry, how many); -1 marks an overflow
+  int segments, buffers;   // of a row; of each segment
+
+  __device__ int2& count(int row, int segment, int buffer) const { return counts[(int64_t(row) * segments + segment) * buffers + buffer]; }
 };
 
 constexpr int SECTOR = 4;  // entries that L2 takes as fast as one: it writes whole sectors
+static_assert(SECTOR == Buffers::ENTRY_STEP);
+
+// The private buffers of a thread: those of one number in all rows of its thread block.
+template <int BUFFERS>
+struct OwnBuffers {
+  uint32_t begin, capacity;
+  __device__ OwnBuffers(const Task& task, int row, int buffer) {
+    const int32_t* held = task.division + 2 + (task.rows + ROWS - 1) / ROWS + gridDim.x + blockIdx.x;
+    capacity = held[1] - held[0];
+    begin = (held[0] * ROWS + row * capacity) * BUFFERS + buffer * capacity;
+  }
+  // Entries between the buffers of a thread's neighbouring queries.
+  __device__ uint32_t pitch() const { return 4 * BUFFERS * capacity; }
+};
 
 // What is above the row's threshold goes to memory one by one: the cheapest for the scorer, as long as few pass.
 struct FewHits : HitBuffers {
   static constexpr int BUFFERS = 32;  // 4 warps × 8 lane rows
-  static constexpr int BURST = 2;     // entries that one product may bring to a buffer
+  static constexpr int BURST = 2 * TILE / KEYS;  // entries that one tile may bring to a buffer
+  static constexpr float SIGMAS = 6.5f;
 
-  struct Shared {};
+  struct Shared {
+    uint32_t first[LANE_QUERIES][CONSUMERS];  // entries of the item: no registers are left for them
+  };
 
   struct Lane {
     const HitBuffers& to;
-    const Seat seat;
-    const int rows, splits;
-    const uint32_t pitch, begin;  // entries between this thread's buffers, and the first buffer's first
+    Shared& shared;
+    const int rows;
+    const OwnBuffers<BUFFERS> own;
+    Seat seat;
     float threshold[LANE_QUERIES];
-    uint32_t place[LANE_QUERIES];  // of the next entry
+    uint32_t place[LANE_QUERIES];  // of the next entry: low half of its address, as all of them have the same high half
 
-    __device__ Lane(const FewHits& sink, Shared&, const Task& task, const Seat& seat)
-        : to(sink), seat(seat), rows(task.rows), splits(task.splits), pitch(4u * task.splits * BUFFERS * sink.capacity),
-          begin(((uint32_t(seat.query(0)) * task.splits + seat.split) * BUFFERS + seat.warp * 8 + seat.lane_row) * sink.capacity) {
+    __device__ Lane(const FewHits& sink, Shared& shared, const Task& task) : to(sink), shared(shared), rows(task.rows), own(task, threadIdx.x / 128 * QUERIES + threadIdx.x % 4, threadIdx.x % 128 / 4) {
+#pragma unroll
+      for (int q = 0; q < LANE_QUERIES; ++q) place[q] = address(own.begin + q * own.pitch());
+    }
+    __device__ uint32_t address(uint32_t entry) const { return uint32_t(reinterpret_cast<uintptr_t>(to.entries)) + entry * sizeof(uint2); }
+    // The last place from which a whole burst still fits.
+    __device__ uint32_t limit(int q) const { return address(own.begin + q * own.pitch() + own.capacity - BURST); }
+
+    __device__ void begin(const Seat& at) {
+      seat = at;
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
-        threshold[q] = seat.query(q) < rows ? to.threshold[seat.query(q)] : INFINITY;
-        place[q] = begin + q * pitch;
+        place[q] = (place[q] + 15) / 16 * 16;  // entries are read in pairs
+        shared.first[q][threadIdx.x] = place[q];
+        threshold[q] = seat.query(q) < rows && place[q] <= limit(q) ? to.threshold[seat.query(q)] : INFINITY;
       }
     }
-    // The last place from which a whole burst still fits.
-    __device__ uint32_t limit(int q) const { return begin + q * pitch + to.capacity - BURST; }
-
     __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool inside, const int2* windows) {
       if (!inside) drop_outside(score, seat, key0, windows);
-      // A predicated store and no branch; the volatile asm keeps the compiler from making one.
+      // A predicated store and no branch; the volatile asm keeps the compiler from making one. Halves apart, since the address
+      // of a store is not to be changed before the store has read it.
+      const uint32_t high = reinterpret_cast<uintptr_t>(to.entries) >> 32;
 #pragma unroll
-      for (int q = 0; q < LANE_QUERIES; ++q)
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int q = 0; q < LANE_QUERIES; ++q)
           asm volatile(
               "{\n"
               ".reg .pred hit;\n"
-              ".reg .u64 place;\n"
+              ".reg .u64 address;\n"
               "setp.gt.f32 hit, %1, %2;\n"
-              "mad.wide.u32 place, %0, 8, %4;\n"
-              "@hit st.global.v2.b32 [place], {%1, %3};\n"
-              "@hit add.u32 %0, %0, 1;\n"
+              "mov.b64 address, {%0, %4};\n"
+              "@hit st.global.v2.b32 [address], {%1, %3};\n"
+              "@hit add.u32 %0, %0, 8;\n"
               "}\n"
               : "+r"(place[q])
-              : "f"(score[q][half]), "f"(threshold[q]), "r"(key0 + seat.key(half)), "l"(to.entries)
+              : "f"(score[q][half]), "f"(threshold[q]), "r"(key0 + seat.key(half)), "r"(high)
               : "memory");
-      // Ends collecting where a buffer might not hold the next burst.
+    }
+    // Ends collecting where a buffer might not hold the next burst.
+    __device__ void settle() {
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) threshold[q] = place[q] > limit(q) ? INFINITY : threshold[q];
     }
     __device__ void finish() {
 #pragma unroll
-      for (int q = 0; q < LANE_QUERIES; ++q)
-        if (seat.query(q) < rows)
-          to.counts[(int64_t(seat.query(q)) * splits + seat.split) * BUFFERS + seat.warp * 8 + seat.lane_row] =
-              place[q] > limit(q) ? -1 : int(place[q] - begin - q * pitch);
+      for (int q = 0; q < LANE_QUERIES; ++q) {
+        const uint32_t first = shared.first[q][threadIdx.x];
+        if (seat.query(q) < rows) to.count(seat.query(q), seat.segment, seat.warp * 8 + seat.lane_row) =
+              {int((first - address(0)) / sizeof(uint2)), place[q] > limit(q) ? -1 : int((place[q] - first) / sizeof(uint2))};
+      }
     }
   };
 };
@@ -85,6 +115,7 @@ struct ManyHits : HitBuffers {
   static constexpr int OWN = LANE_QUERIES / OWNERS;  // queries of which a thread appends the hits
   static constexpr int BUFFERS = 32 / OWNERS;
   static constexpr int BURST = 2 * OWNERS;           // entries that one product may bring to a buffer
+  static constexpr float SIGMAS = 8.f;               // hits of neighbours come together
   static_assert(BURST <= SECTOR);
 
   struct Shared {
@@ -93,32 +124,35 @@ struct ManyHits : HitBuffers {
 
   struct Lane {
     const HitBuffers& to;
-    const Seat seat;
-    const int rows, splits;
-    const bool upper;             // which half of the pair's queries is this lane's
-    const uint32_t pitch, begin;  // entries between this thread's buffers, and the first buffer's first
-    const uint32_t waiting;       // shared-memory address of the first waiting entry
+    const int rows;
+    const bool upper;        // which half of the pair's queries is this lane's
+    const OwnBuffers<BUFFERS> own;
+    const uint32_t waiting;  // shared-memory address of the first waiting entry
+    Seat seat;
     float threshold[OWN];
-    uint32_t slot[OWN];           // shared-memory address of the next entry
-    uint32_t place[OWN];          // of the next sector; FULL: no room is left
+    uint32_t slot[OWN];      // shared-memory address of the next entry
+    uint32_t place[OWN];     // of the next sector; FULL: no room is left
+    uint32_t first[OWN];     // of the item
 
     static constexpr uint32_t STEP = sizeof(uint2) * CONSUMERS, ROW = 2 * SECTOR * STEP, FULL = ~0u;
 
-    __device__ Lane(const ManyHits& sink, Shared& shared, const Task& task, const Seat& seat)
-        : to(sink), seat(seat), rows(task.rows), splits(task.splits), upper(OWNERS == 2 && seat.lane_row % 2),
-          pitch(4u * task.splits * BUFFERS * sink.capacity),
-          begin(((uint32_t(query(0)) * task.splits + seat.split) * BUFFERS + buffer()) * sink.capacity),
+    __device__ Lane(const ManyHits& sink, Shared& shared, const Task& task)
+        : to(sink), rows(task.rows), upper(OWNERS == 2 && threadIdx.x / 4 % 2),
+          own(task, threadIdx.x / 128 * QUERIES + threadIdx.x % 4 + (upper ? 4 * OWN : 0), threadIdx.x % 128 / 4 / OWNERS),
           waiting(sm90::smem_address(&shared.waiting[0][0][threadIdx.x])) {
 #pragma unroll
-      for (int q = 0; q < OWN; ++q) {
-        threshold[q] = query(q) < rows ? to.threshold[query(q)] : INFINITY;
-        slot[q] = waiting + q * ROW;
-        place[q] = begin + q * pitch;
-      }
+      for (int q = 0; q < OWN; ++q) slot[q] = waiting + q * ROW, place[q] = own.begin + q * own.pitch();
     }
     __device__ int query(int q) const { return seat.query(q + (upper ? OWN : 0)); }
-    __device__ int buffer() const { return (seat.warp * 8 + seat.lane_row) / OWNERS; }
 
+    __device__ void begin(const Seat& at) {
+      seat = at;
+#pragma unroll
+      for (int q = 0; q < OWN; ++q) {
+        first[q] = place[q];
+        threshold[q] = query(q) < rows && place[q] != FULL ? to.threshold[query(q)] : INFINITY;
+      }
+    }
     __device__ void append(float score, int key, int q) {
       asm volatile(
           "{\n"
@@ -152,6 +186,7 @@ struct ManyHits : HitBuffers {
         if (__any_sync(~0u, full)) flush(q, full);
       }
     }
+    __device__ void settle() {}
     __device__ void flush(int q, bool full) {
       const uint32_t from = waiting + q * ROW;
       uint4 out[SECTOR / 2];
@@ -174,7 +209,7 @@ struct ManyHits : HitBuffers {
     }
     // Writes a sector; without room the row ends here.
     __device__ void write(int q, const uint4 (&out)[SECTOR / 2]) {
-      if (place[q] == FULL || place[q] + SECTOR > begin + q * pitch + to.capacity) {
+      if (place[q] == FULL || place[q] + SECTOR > own.begin + q * own.pitch() + own.capacity) {
         threshold[q] = INFINITY;
         place[q] = FULL;
         return;
@@ -190,66 +225,92 @@ struct ManyHits : HitBuffers {
         uint4 out[SECTOR / 2];
         read(waiting + q * ROW, out);
         if (left > 0) write(q, out);
+        slot[q] = waiting + q * ROW;
         if (query(q) < rows)
-          to.counts[(int64_t(query(q)) * splits + seat.split) * BUFFERS + buffer()] =
-              place[q] == FULL ? -1 : int(place[q] - begin - q * pitch) - (left > 0 ? SECTOR - left : 0);
+          to.count(query(q), seat.segment, (seat.warp * 8 + seat.lane_row) / OWNERS) = {
+              int(first[q]), place[q] == FULL ? -1 : int(place[q] - first[q]) - (left > 0 ? SECTOR - left : 0)};
       }
     }
   };
 };
 
-constexpr int SELECT_THREADS = 512;
+constexpr int SELECT_THREADS = 256;  // fewer, and more blocks: much of the work is a warp's, whatever it has to choose from
+constexpr int SELECT_BLOCKS = 5;     // on a multiprocessor, as far as registers go
+using Selection = Select<SELECT_THREADS>;
+
+// Brings row i's entries together in shared memory, in any order. Each buffer's begin there on 16 bytes; where one has an odd
+// number of them, `filler` stands behind. Returns how many lie there, fillers included; 0 where they cannot answer for the top k.
+__device__ __forceinline__ int gather(Selection::Smem& s, const HitBuffers& hits, int i, int buffers, uint2 filler, int k, int room, uint2* entries) {
+  __shared__ uint64_t landed;
+  const uint32_t barrier = sm90::smem_address(&landed);
+  if (threadIdx.x == 0) {
+    sm90::barrier_init(barrier, 1);
+    sm90::barrier_init_fence();
+  }
+  // Lanes issue their copies one after the other, so buffers are dealt out to the warps in turn.
+  const int mine = threadIdx.x % 32 * Selection::WARPS + threadIdx.x / 32;
+  const int2* counts = &hits.count(i, 0, 0);
+  uint32_t own = 0, fillers = 0, all;
+#pragma unroll 1
+  for (int first = 0; first < buffers; first += SELECT_THREADS) {
+    const int count = first + mine < buffers ? counts[first + mine].y : 0;
+    own += count < 0 ? room + 1 : count + (count & 1);
+    fillers += __syncthreads_count(count & 1);
+  }
+  uint32_t at = Selection::scan(s, own, &all) - own;
+  if (all > room || all - fillers < k) return 0;
+  if (threadIdx.x == 0) sm90::barrier_arrive_expect(barrier, (all - 2 * fillers) * sizeof(uint2));
+#pragma unroll 1
+  for (int buffer = mine; buffer < buffers; buffer += SELECT_THREADS) {
+    const int2 held = counts[buffer];
+    const uint32_t count = held.y;
+    const uint2* from = hits.entries + uint32_t(held.x);
+    if (count > 1) sm90::copy_run(sm90::smem_address(entries + at), from, count / 2 * 2 * sizeof(uint2), barrier);
+    at += count;
+    if (count & 1) entries[at - 1] = __ldcg(from + count - 1), entries[at++] = filler;
+  }
+  sm90::barrier_wait(barrier, 0);
+  Selection::sync();
+  return all;
+}
 
 // Exact top k of each row's appended entries; a row that cannot be answered from them goes on the failed list.
-__global__ void __launch_bounds__(SELECT_THREADS)
+template <bool PAGED>  // slots of a page table are wanted
+__global__ void __launch_bounds__(SELECT_THREADS, SELECT_BLOCKS)
     select_kernel(const __grid_constant__ Task task, const __grid_constant__ HitBuffers hits, const __grid_constant__ Output output, int room, int32_t* failed) {
-  using Block = Select<SELECT_THREADS>;
-  extern __shared__ __align__(16) uint32_t staged[];
-  __shared__ Block::Smem smem;
-  __shared__ int begin[SELECT_THREADS + 1];
-  uint32_t* keys = staged;
-  int32_t* index = reinterpret_cast<int32_t*>(staged + room);
-
+  extern __shared__ __align__(16) uint2 entries[];
+  __shared__ Selection::Smem smem;
   const int i = blockIdx.x, t = task.first + i, k = output.k;
   const int start = max(task.starts[t], 0), length = max(min(task.ends[t], task.keys) - start, 0);
-  int32_t* out = output.out + int64_t(t) * k;
+  const OutputRow row = output.row(t);
   if (length <= k) {
-    for (int j = threadIdx.x; j < k; j += SELECT_THREADS) out[j] = j < length ? output.place(t, j) : -1;
+    for (int j = threadIdx.x; j < k; j += SELECT_THREADS) row.out[j] = j < length ? row.place(j) : -1;
     return;
   }
-  const int buffers = task.splits * hits.buffers;
-  const int count = threadIdx.x < buffers ? hits.counts[int64_t(i) * buffers + threadIdx.x] : 0;
-  const bool overflow = __syncthreads_or(count < 0);
-  const int after = Block::scan(smem, count);
-  if (threadIdx.x < buffers) begin[threadIdx.x + 1] = after;
-  if (threadIdx.x == 0) begin[0] = 0;
-  __syncthreads();
-  const int total = begin[buffers];
-  if (overflow || total < k || total > room) {
+  // The threshold is below every entry, and the cut not far above it as a rule: bins go two octaves up, or over all keys
+  // where the threshold is not positive.
+  const float threshold = hits.threshold[i];
+  const uint32_t lowest = rank_key(threshold), highest = rank_key(INFINITY);
+  const int shift = threshold > 0.f ? 24 - Selection::LOG_BINS : Selection::shift_over(highest - lowest);
+  Selection::clear(smem);
+  const int n = gather(smem, hits, i, Items::segments(task, i) * hits.buffers, {__float_as_uint(threshold), 0}, k, room, entries);
+  if (n == 0) {
     if (threadIdx.x == 0) failed[1 + atomicAdd(failed, 1)] = t;
     return;
   }
-  // Half a warp a buffer, two entries (16 bytes) a lane.
-  uint32_t least = ~0u, most = 0;
-  for (int buffer = threadIdx.x / 16; buffer < buffers; buffer += SELECT_THREADS / 16) {
-    const uint4* from = reinterpret_cast<const uint4*>(hits.entries + (int64_t(i) * buffers + buffer) * hits.capacity);
-    const int at = begin[buffer], n = begin[buffer + 1] - at;
-#pragma unroll 4
-    for (int j = threadIdx.x % 16 * 2; j < n; j += 32) {
-      const uint4 two = __ldcg(from + j / 2);
-      const uint32_t key0 = rank_key(__uint_as_float(two.x));
-      keys[at + j] = key0, index[at + j] = two.y;
-      least = min(least, key0), most = max(most, key0);
-      if (j + 1 < n) {
-        const uint32_t key1 = rank_key(__uint_as_float(two.z));
-        keys[at + j + 1] = key1, index[at + j + 1] = two.w;
-        least = min(least, key1), most = max(most, key1);
-      }
-    }
-  }
-  const auto all = Block::range(smem, least, most, k, total);
-  Block::top(smem, all, [&](int j) { return keys[j]; }, [&](int j) { return index[j]; }, total,
-             [&](int place, int j) { out[place] = output.place(t, index[j] - start); });
+  // Scores, none of them NaN, become keys where they lie.
+  uint4* pairs = reinterpret_cast<uint4*>(entries);
+  Selection::each<4>([&](int j) { return pairs[j]; }, n / 2, [&](uint4 two, int j) {
+    two.x = number_key(__uint_as_float(two.x)), two.z = number_key(__uint_as_float(two.z));
+    pairs[j] = two;
+    Selection::count(smem, two.x, lowest, shift);
+    Selection::count(smem, two.z, lowest, shift);
+  });
+  Selection::sync();
+  const auto cut = Selection::cut(smem, {lowest, highest, uint32_t(k), uint32_t(n)}, shift);
+  Selection::top<8>(smem, cut, [&](int j) { return entries[j].x; }, [&](int j) { return entries[j].y; }, n,
+                    [&](int j) { return PAGED ? row.slot(entries[j].y - start) : row.shifted(entries[j].y - start); },
+                    [&](int place, int slot) { row.out[place] = slot; });
 }
 
 // Failed rows, `at_once` of them at a time: all their scores into memory, then the exact top k.
@@ -260,30 +321,31 @@ __global__ void __launch_bounds__(THREADS, 1)
   redo(whole, map, scores, at_once, failed, meeting, [&](const Task& task, int row) {
     const int t = task.row(row);
     const int2 w = task.window(row);
-    int32_t* out = output.out + int64_t(t) * output.k;
-    best_of(smem, scores.out + row * scores.ld, w.y - w.x, output.k, [&](int place, int j) { out[place] = output.place(t, j); });
+    const OutputRow out = output.row(t);
+    best_of(smem, scores.out + row * scores.ld, w.y - w.x, output.k, [&](int place, int j) { out.out[place] = out.place(j); });
   });
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------
 
 // Scores of rows [first, first + rows) into out [rows, ld], at the keys' columns.
-void logits(tvm::ffi::Array<int64_t> inputs, int64_t first, int64_t rows, int64_t splits, int64_t out, int64_t ld, int64_t stream) {
+void logits(tvm::ffi::Array<int64_t> inputs, int64_t first, int64_t rows, int64_t out, int64_t ld, int64_t stream) {
   const Inputs call(inputs);
-  launch_score(call.rows(int(first), int(rows), int(splits)), call.k, Logits{pointer<float>(out), ld, false}, Shape(), pointer<CUstream_st>(stream));
+  launch_score(call.rows(int(first), int(rows)), call.k, Logits{pointer<float>(out), ld, false}, multiprocessors(), pointer<CUstream_st>(stream));
 }
 
 // Division of a call's work, as score_ragged.Plan: numbers, then addresses in scratch.
 struct Plan {
-  int rows, splits, buffers, stride, rank, capacity, room, sampled, at_once, ld;
+  int rows, workers, segments, buffers, stride, rank, entries, room, sampled, at_once, ld;
   int32_t* failed;   // how many, the rows …, and at [all rows + 1] the meeting counter
   float* threshold;
-  int32_t* counts;
+  int32_t* division;
+  int2* counts;
   char* bulk;        // sampled scores, then entries; at last the scores of `redo`
   explicit Plan(const tvm::ffi::Array<int64_t>& v)
-      : rows(int(v[0])), splits(int(v[1])), buffers(int(v[2])), stride(int(v[3])), rank(int(v[4])), capacity(int(v[5])), room(int(v[6])),
-        sampled(int(v[7])), at_once(int(v[8])), ld(int(v[9])), failed(pointer<int32_t>(v[10])), threshold(pointer<float>(v[11])),
-        counts(pointer<int32_t>(v[12])), bulk(pointer<char>(v[13])) {}
+      : rows(int(v[0])), workers(int(v[1])), segments(int(v[2])), buffers(int(v[3])), stride(int(v[4])), rank(int(v[5])), entries(int(v[6])),
+        room(int(v[7])), sampled(int(v[8])), at_once(int(v[9])), ld(int(v[10])), failed(pointer<int32_t>(v[11])), threshold(pointer<float>(v[12])),
+        division(pointer<int32_t>(v[13])), counts(pointer<int2>(v[14])), bulk(pointer<char>(v[15])) {}
 };
 
 enum Stage { SAMPLE = 1, THRESHOLD = 2, COLLECT = 4, SELECT = 8, REDO = 16 };
@@ -293,29 +355,34 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm:
   const Inputs call(inputs);
   const Plan plan(division);
   const Output out = output_of(output);
-  const Shape shape;
+  const int processors = multiprocessors();
   const auto stream = pointer<CUstream_st>(stream_address);
   const Logits sample{reinterpret_cast<float*>(plan.bulk), plan.sampled, true};
-  const HitBuffers hits{plan.threshold, reinterpret_cast<uint2*>(plan.bulk), plan.counts, plan.capacity, plan.buffers};
+  const HitBuffers hits{plan.threshold, reinterpret_cast<uint2*>(plan.bulk), plan.counts, plan.segments, plan.buffers};
+  const bool few = plan.buffers == FewHits::BUFFERS;
+  const Buffers own{float(plan.rank) * plan.stride / plan.buffers, few ? FewHits::SIGMAS : ManyHits::SIGMAS, float(plan.rank), plan.entries};
+  const Divide next{plan.division, plan.workers, plan.segments, own};
   for (int first = 0; first < total; first += plan.rows) {
-    const Task task = call.rows(first, std::min(plan.rows, int(total) - first), plan.splits);
+    Task task = call.rows(first, std::min(plan.rows, int(total) - first));
     Task sampling = task;
     sampling.stride = plan.stride, sampling.phase = plan.stride / 2;
-    if (stages & SAMPLE) launch_score(sampling, call.k, sample, shape, stream);
+    task.division = plan.division;
+    if (stages & SAMPLE) launch_score(sampling, call.k, sample, processors, stream);
     if (stages & THRESHOLD) {
       const int bytes = plan.sampled * 4;
       allow_shared(threshold_kernel, bytes);
-      threshold_kernel<<<task.rows, CUT_THREADS, bytes, stream>>>(sampling, sample, plan.rank, out.k, plan.threshold, nullptr, first == 0 ? plan.failed : nullptr);
+      threshold_kernel<<<1 + task.rows, CUT_THREADS, bytes, stream>>>(sampling, sample, plan.rank, out.k, plan.threshold, nullptr, next, first == 0 ? plan.failed : nullptr);
       check(cudaGetLastError(), "threshold_kernel");
     }
     if (stages & COLLECT) {
-      if (plan.buffers == FewHits::BUFFERS) launch_score(task, call.k, FewHits{hits}, shape, stream);
-      else launch_score(task, call.k, ManyHits{hits}, shape, stream);
+      if (few) launch_score(task, call.k, FewHits{hits}, plan.workers, stream);
+      else launch_score(task, call.k, ManyHits{hits}, plan.workers, stream);
     }
     if (stages & SELECT) {
       const int bytes = plan.room * 8;
-      allow_shared(select_kernel, bytes);
-      select_kernel<<<task.rows, SELECT_THREADS, bytes, stream>>>(task, hits, out, plan.room, plan.failed);
+      const auto kernel = out.page_table ? select_kernel<true> : select_kernel<false>;
+      allow_shared(kernel, bytes);
+      kernel<<<task.rows, SELECT_THREADS, bytes, stream>>>(task, hits, out, plan.room, plan.failed);
       check(cudaGetLastError(), "select_kernel");
     }
   }
@@ -329,7 +396,7 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm:
     allow_shared(redo_kernel, sizeof(Shared<Logits>));
     check(cudaMemsetAsync(meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
     void* arguments[] = {&task, &scores, &map, &to, &at_once, &list, &meeting};
-    check(cudaLaunchCooperativeKernel(redo_kernel, dim3(shape.multiprocessors), dim3(THREADS), arguments, sizeof(Shared<Logits>), stream), "redo_kernel");
+    check(cudaLaunchCooperativeKernel(redo_kernel, dim3(processors), dim3(THREADS), arguments, sizeof(Shared<Logits>), stream), "redo_kernel");
   }
 }
 

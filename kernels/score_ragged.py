@@ -16,6 +16,7 @@ An order of keys that defeats the sample (periodic in n keys) costs time in `red
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ SAMPLE = 2048  # keys sampled at least, where one in 8 makes so many
 STRIDES = (8, 32)  # one key in so many is sampled, by length
 SAMPLED_AT_MOST = 49152  # scores that `threshold` holds
 SIGMAS = 4.5  # z: standard deviations of room on either side of a row's expected count
-BUFFER_SIGMAS = {32: 6.5, 16: 8.0}  # the same for a private buffer; of neighbours that share one, hits come together
+BUFFER_SIGMAS = {32: 6.5, 16: 8.0}  # the same for a private buffer, as in score_ragged.cu
+COUNTS = 2048  # private buffers of a row at most: `select` brings each one's entries by a copy of its own
 TILE = 128  # keys that the scorer takes at once
 SECTOR = 4  # entries that are written at once
 MANY = 0.07  # share of keys that pass above which hits are written by sectors, for 8 routed heads
@@ -47,7 +49,7 @@ def block_rows(heads: int) -> int:
 
 
 def buffers(heads: int, density: float) -> int:
-    """Private buffers of a row in each split, where `density` of its keys are expected to pass.
+    """Private buffers of a row in each segment, where `density` of its keys are expected to pass.
 
     Each thread writes its hits as they come (32), or, where that would hold the scorer up, two share a buffer and write
     by sectors (16). On an H100 with h = 8: 2.2 and 2.5 ms at 128K (3 % pass), 0.98 and 0.65 ms at 32K (9 %).
@@ -64,38 +66,38 @@ def module(heads: int) -> Any:
 
 @dataclass(frozen=True)
 class Plan:
-    """Division of one call's work: `rows` rows a pass, each row's keys in `splits` interleaved shares."""
+    """Division of one call's work into passes of `rows` rows; `divide.cuh` divides a pass among thread blocks."""
 
     rows: int
-    splits: int
-    buffers: int  # of a row and split
+    workers: int  # thread blocks that collect
+    segments: int  # runs at most into which a row's keys are divided among them
+    buffers: int  # of a row in each segment
     stride: int  # one key in so many is sampled
     rank: int  # of the threshold in the sample
-    capacity: int  # entries of a private buffer
+    entries: int  # that a private buffer holds, summed over the workers
     room: int  # entries of a row that `select` can hold
     sampled: int  # columns of the sampled scores
+    division_offset: int  # in bytes: thresholds lie before
+    counts_offset: int
+    bulk_offset: int  # of entries or scores
     bytes: int  # of scratch, lists included
-
-    @property
-    def counts_offset(self) -> int:
-        return aligned(4 * self.rows)
-
-    @property
-    def bulk_offset(self) -> int:
-        """Where entries or logits begin; thresholds and counts lie before."""
-        return self.counts_offset + aligned(4 * self.rows * self.splits * self.buffers)
 
 
 def aligned(count: float, to: int = 256) -> int:
     return math.ceil(count / to) * to
 
 
+def division_bytes(row_blocks: int, workers: int) -> int:
+    """Of the table that score.cuh's Items reads."""
+    return aligned(4 * (1 + row_blocks + 1 + workers + workers + 1))
+
+
 @functools.lru_cache(maxsize=256)
 def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget: int = SCRATCH_BYTES) -> Plan:
-    """Choose passes and splits that fill the chip within `budget` bytes of scratch, for rows of at most `keys` keys.
+    """Choose the sample, and as few passes as `budget` bytes of scratch allow, for rows of at most `keys` keys.
 
-    Scratch of a pass with B `buffers`: rows · (max(splits · B · capacity · 8, keys / 8) + 4 + splits · B · 4) bytes.
-    Raises ValueError when one block of rows does not fit.
+    Scratch of a pass: thresholds, the division and counts, and max(8 · rows of a block · buffers · entries,
+    4 · rows · keys / stride) bytes. Raises ValueError when one block of rows does not fit.
     """
     least, most = STRIDES
     stride = min(max(1 << round(math.log2(max(keys, 1) / SAMPLE)) if keys > SAMPLE else least, least), most)
@@ -104,39 +106,40 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
     rank = math.ceil(root**2)
     hits = (rank + SIGMAS * math.sqrt(rank)) * stride  # hardly ever more
     sampled = aligned(keys / stride, 4)
-    room = aligned(hits)
-    # Beside its scan a pass costs launches and a tail, and every split costs the samplers and `select` a share;
-    # in units of one scan of 128K keys by one block, as measured on an H100.
-    pass_cost, split_cost = (cost * 131072 / max(keys, 1) for cost in (0.02, 0.026 * rows / 8192))
-
-    best: tuple[float, Plan] | None = None
     block, subs = block_rows(heads), buffers(heads, rank * stride / max(keys, 1))
     blocks = math.ceil(rows / block)
-    for splits in range(1, 17):
-        share = rank * stride / (subs * splits)  # varies by itself, and with the row's threshold
-        capacity = aligned(share + BUFFER_SIGMAS[subs] * math.sqrt(share + share**2 / rank) + 2, SECTOR)
-        row_bytes = max(splits * subs * capacity * 8, 4 * sampled)
-        even = {math.ceil(blocks / passes) for passes in range(1, 17)}
-        filled = {multiprocessors * waves // splits for waves in range(1, 17)}
-        for pass_blocks in sorted({1, *even, *filled}):
-            pass_rows = pass_blocks * block
-            candidate = Plan(pass_rows, splits, subs, stride, rank, capacity, room, sampled, 0)
-            total = candidate.bulk_offset + pass_rows * row_bytes
-            if total > budget or not 1 <= pass_blocks <= blocks:
-                continue
-            full, rest = divmod(blocks, pass_blocks)
-            waves = full * math.ceil(pass_blocks * splits / multiprocessors) + math.ceil(
-                rest * splits / multiprocessors
+    most_segments = COUNTS // subs
+    for passes in range(1, blocks + 1):
+        pass_blocks = math.ceil(blocks / passes)
+        workers = min(multiprocessors, pass_blocks * (most_segments - 1))
+        # Half as many again as equal rows have, so that longer rows than the others' are divided evenly too.
+        segments = min(most_segments, math.ceil(1.5 * workers / pass_blocks) + 1)
+        # Shares of rows vary, but what holds least a row is sharing evenly: the room is a concave function of the part.
+        expected = rank * stride / subs * pass_blocks / workers
+        capacity = expected + BUFFER_SIGMAS[subs] * math.sqrt(expected + expected**2 / rank) + 2 + SECTOR
+        entries = aligned(workers * capacity, SECTOR)
+        pass_rows = pass_blocks * block
+        division = aligned(4 * pass_rows)
+        counts = division + division_bytes(pass_blocks, workers)
+        bulk = counts + aligned(8 * pass_rows * segments * subs)
+        total = bulk + max(8 * block * subs * entries, 4 * pass_rows * sampled)
+        if total <= budget:
+            return Plan(
+                rows=pass_rows,
+                workers=workers,
+                segments=segments,
+                buffers=subs,
+                stride=stride,
+                rank=rank,
+                entries=entries,
+                room=aligned(hits + segments * subs / 2, 32),  # an odd number of entries takes one place more
+                sampled=sampled,
+                division_offset=division,
+                counts_offset=counts,
+                bulk_offset=bulk,
+                bytes=total,
             )
-            cost = waves / splits + pass_cost * (full + (rest > 0)) + split_cost * splits
-            if best is None or cost < best[0] - 1e-9:
-                best = cost, Plan(pass_rows, splits, subs, stride, rank, capacity, room, sampled, total)
-    if best is None:
-        need = block * max(subs * aligned(hits / subs, SECTOR) * 8, 4 * sampled)
-        raise ValueError(
-            f"scratch budget: expected at least about {need} bytes for k={k}, {keys} keys; got {budget}; raise it"
-        )
-    return best[1]
+    raise ValueError(f"scratch budget: expected at least {total} bytes for k={k}, {keys} keys; got {budget}; raise it")
 
 
 @functools.cache
@@ -148,14 +151,25 @@ _scratch: dict[torch.device, torch.Tensor] = {}
 
 
 def scratch_of(device: torch.device, size: int) -> torch.Tensor:
-    """One buffer a device, grown when a call needs more; calls on one stream follow each other through it."""
+    """One buffer a device, grown when a call needs more; calls on one stream follow each other through it.
+
+    It lies within 4 GiB whose addresses share their high half: the scorer counts in the low one.
+    """
+    if size > 1 << 32:
+        raise ValueError(f"scratch: expected at most 4 GiB, got {size} bytes; lower the budget")
     held = _scratch.get(device)
     if held is None or held.numel() < size:
         if held is not None:
             held.record_stream(torch.cuda.current_stream(device))  # launches queued here may still use it
         _scratch.pop(device, None)
         del held
-        _scratch[device] = torch.empty(size, dtype=torch.uint8, device=device)
+        crossing = []  # kept until one fits, or the allocator would return the same
+        while True:
+            found = torch.empty(size, dtype=torch.uint8, device=device)
+            if found.data_ptr() >> 32 == (found.data_ptr() + size - 1) >> 32:
+                break
+            crossing.append(found)
+        _scratch[device] = found
     return _scratch[device]
 
 
@@ -207,42 +221,65 @@ SAMPLE_STAGE, THRESHOLD_STAGE, COLLECT_STAGE, SELECT_STAGE, REDO_STAGE = 1, 2, 4
 ALL_STAGES = 31
 
 
-class Ragged:
-    """One `topk_ragged` call: its division and its scratch, so that a check can look between the stages."""
+class Call(abc.ABC):
+    """A call's scratch and its launches, so that a check can look between the stages."""
 
-    def __init__(self, problem: Problem, target: Target, budget: int = SCRATCH_BYTES, longest: int | None = None):
-        """longest: keys that a row sees at most; all, unless given."""
+    def __init__(self, problem: Problem, target: Target, listed: int, size: int):
+        """listed: rows that may fail at once; size: bytes of scratch for the plan's parts."""
         self.problem, self.target = problem, target
-        self.k = int(target.out.shape[1])
-        longest = problem.keys if longest is None else min(longest, problem.keys)
-        processors = multiprocessors(problem.device)
-        self.plan = plan(problem.rows, longest, self.k, problem.routed, processors, budget)
         # [number of failed rows, their list …, meeting counter of `redo`] then the plan's parts.
-        self.lists = aligned(4 * (problem.rows + 2), LISTS_BYTES)
-        self.ld = aligned(longest, 4)  # of scores that `redo` writes
-        # The whole budget at once: a warm-up before the KV pool is sized then leaves nothing to grow while serving.
-        size = self.lists + max(budget, self.plan.bulk_offset + 4 * self.ld)
-        self.scratch = scratch_of(problem.device, size)
+        self.lists = aligned(4 * (listed + 2), LISTS_BYTES)
+        self.scratch = scratch_of(problem.device, self.lists + size)
+
+    @abc.abstractmethod
+    def module(self) -> Any:
+        """The compiled kernels."""
+
+    @abc.abstractmethod
+    def division(self) -> list[int]:
+        """What the kernels' `Plan` reads: numbers, then addresses."""
+
+    def parts(self, *offsets: int) -> list[int]:
+        """Addresses: of the row lists, and of the plan's parts at `offsets` bytes."""
+        start = self.scratch.data_ptr()
+        return [start, *(start + self.lists + offset for offset in offsets)]
+
+    def at_once(self, offset: int, ld: int) -> int:
+        """Failed rows whose scores, `ld` apart, have room from the plan's part at `offset` on."""
+        return min(self.problem.rows, int(self.scratch.numel() - self.lists - offset) // (4 * ld))
 
     def redone(self) -> int:
-        """Rows that the last run had to redo (synchronises)."""
+        """Rows that the last run, or its last pass, had to redo (synchronises)."""
         return int(self.scratch[:4].view(torch.int32).item())
 
     def run(self, stages: int = ALL_STAGES) -> None:
         """Launch everything in one call of the host's side; `stages` is a sum of *_STAGE."""
-        p, failed = self.plan, self.scratch.data_ptr()
-        thresholds = failed + self.lists
-        at_once = min(self.problem.rows, (self.scratch.numel() - self.lists - p.bulk_offset) // (4 * self.ld))
-        numbers = (p.rows, p.splits, p.buffers, p.stride, p.rank, p.capacity, p.room, p.sampled, at_once, self.ld)
-        addresses = (failed, thresholds, thresholds + p.counts_offset, thresholds + p.bulk_offset)
-        module(self.problem.routed).topk(
-            self.problem.arguments(),
-            self.target.arguments(),
-            [*numbers, *addresses],
-            self.problem.rows,
-            stages,
-            torch.cuda.current_stream(self.problem.device).cuda_stream,
-        )
+        problem = self.problem
+        stream = torch.cuda.current_stream(problem.device).cuda_stream
+        self.module().topk(problem.arguments(), self.target.arguments(), self.division(), problem.rows, stages, stream)
+
+
+class Ragged(Call):
+    """One `topk_ragged` call."""
+
+    def __init__(self, problem: Problem, target: Target, budget: int = SCRATCH_BYTES, longest: int | None = None):
+        """longest: keys that a row sees at most; all, unless given."""
+        self.k = int(target.out.shape[1])
+        longest = problem.keys if longest is None else min(longest, problem.keys)
+        processors = multiprocessors(problem.device)
+        self.plan = plan(problem.rows, longest, self.k, problem.routed, processors, budget)
+        self.ld = aligned(longest, 4)  # of scores that `redo` writes
+        # The whole budget at once: a warm-up before the KV pool is sized then leaves nothing to grow while serving.
+        super().__init__(problem, target, problem.rows, max(budget, self.plan.bulk_offset + 4 * self.ld))
+
+    def module(self) -> Any:
+        return module(self.problem.routed)
+
+    def division(self) -> list[int]:
+        p = self.plan
+        numbers = (p.rows, p.workers, p.segments, p.buffers, p.stride, p.rank, p.entries, p.room, p.sampled)
+        addresses = self.parts(0, p.division_offset, p.counts_offset, p.bulk_offset)
+        return [*numbers, self.at_once(p.bulk_offset, self.ld), self.ld, *addresses]
 
 
 def topk_ragged(
@@ -267,10 +304,10 @@ def topk_ragged(
     l runs over [ks[t], ke[t]); index_q fp8 e4m3 [T, H, 128], head_gates fp32 [T, H], head_ids int32 [T, h] with h in
     `ROUTED_HEADS`, index_k fp8 [S, 128], k_scale fp32 [S], ks and ke int32 [T]; out int32 [T, k].
     Returns, in no order, positions relative to ks[t]; with `page_table` [B, W] and `row_batch` [T] the slots
-    page_table[row_batch[t], position]; with `offsets` [T] position + offsets[t]. Rows of at most k keys get all of them
-    and -1 behind. Among equal scores the smaller position wins; NaN scores come last. `longest`, at least as large as
-    every window, spares time where requests share a call. Scratch, held per device, is at most `budget` bytes plus the
-    row lists and one row of scores. Never synchronises.
+    64 · page_table[row_batch[t], position // 64] + position % 64; with `offsets` [T] position + offsets[t]. Rows of at
+    most k keys get all of them and -1 behind. Among equal scores the smaller position wins; NaN scores come last.
+    `longest`, at least as large as every window, spares time where requests share a call. Scratch, held per device, is
+    at most `budget` bytes plus the row lists and one row of scores. Never synchronises.
     Raises ValueError on shapes, dtypes or layout.
     Mirrors SGLang's fp8_mqa_logits + topk_transform; MISA (2605.07363).
     """
@@ -309,8 +346,6 @@ def score_ragged_logits(
     if out is None:
         out = torch.full((rows, aligned(problem.keys, 4)), -math.inf, device=problem.device)[:, : problem.keys]
     if rows > 0 and problem.keys > 0:
-        blocks = math.ceil(rows / block_rows(problem.routed))
-        splits = max(1, min(multiprocessors(problem.device) // blocks, math.ceil(problem.keys / TILE)))
         stream = torch.cuda.current_stream(problem.device).cuda_stream
-        module(problem.routed).logits(problem.arguments(), first, rows, splits, out.data_ptr(), out.stride(0), stream)
+        module(problem.routed).logits(problem.arguments(), first, rows, out.data_ptr(), out.stride(0), stream)
     return out

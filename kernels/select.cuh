@@ -1,5 +1,5 @@
-// Exact selection of the largest of n keys by THREADS threads (the first of a block): one histogram finds the bin that
-// holds the cut, what is above it is chosen at once, and the few elements inside it are ranked against each other.
+// Exact selection of the largest of n keys by THREADS threads (the first of a block): a histogram finds the bin that holds
+// the cut, what is above it is chosen at once, and the few elements inside it are ranked against each other.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -7,11 +7,12 @@
 
 namespace misa {
 
-// Order-preserving: larger score, larger key; -0 equals +0; NaN is below everything.
-__device__ __forceinline__ uint32_t rank_key(float score) {
-  const uint32_t bits = __float_as_uint(score + 0.f);
-  return score != score ? 0u : bits >> 31 ? ~bits : bits | 0x80000000u;
+// Order-preserving: larger score, larger key; -0 equals +0; NaN is below everything, and ~0 above.
+__device__ __forceinline__ uint32_t number_key(float score) {  // of what is not NaN
+  const int bits = __float_as_int(score + 0.f);
+  return bits ^ (bits >> 31 | 0x80000000);
 }
+__device__ __forceinline__ uint32_t rank_key(float score) { return score != score ? 0 : number_key(score); }
 
 // The threshold above which are exactly the scores whose key is at least `key`.
 __device__ __forceinline__ float rank_value(uint32_t key) {
@@ -24,13 +25,17 @@ __device__ __forceinline__ float rank_value(uint32_t key) {
 
 template <int THREADS>
 struct Select {
-  static constexpr int BINS = 2048, EACH = (BINS + THREADS - 1) / THREADS, WARPS = THREADS / 32;
-  static constexpr int LIST = 256;  // elements that are ranked against each other
-  struct Smem {
-    uint32_t bins[BINS];
+  static constexpr int LOG_BINS = 11, BINS = 1 << LOG_BINS, WARPS = THREADS / 32;
+  static constexpr int EACH = THREADS < 512 ? 8 : 4;  // bins that a thread sums up
+  static constexpr int LIST = 256;                    // elements that are ranked against each other
+  static_assert(EACH * THREADS >= BINS);
+  struct Histogram {
+    alignas(16) uint32_t bins[BINS];
     uint32_t warps[32];
     uint32_t least, most;
     uint32_t bin, above, inside;
+  };
+  struct Smem : Histogram {
     uint32_t placed, listed;
     uint32_t keys[LIST], index[LIST];
     int from[LIST];
@@ -40,25 +45,35 @@ struct Select {
     uint32_t lo, hi, need, inside;
   };
 
+  // Read anew by every step: nothing that follows from it shall wait in registers while a caller works.
+  static __device__ __forceinline__ int thread() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+  }
   static __device__ void sync() { asm volatile("bar.sync 0, %0;" ::"n"(THREADS) : "memory"); }
 
-  // Calls visit(key(i), i) for every i < n, several loads in flight.
-  template <class Key, class Visit>
-  static __device__ __forceinline__ void each(const Key& key, int n, const Visit& visit) {
-    constexpr int BATCH = 8;
-    for (int base = threadIdx.x; base < n; base += THREADS * BATCH) {
-      uint32_t k[BATCH];
+  // Calls visit(load(i), i) for every i < n, several loads in flight.
+  template <int BATCH = 8, class Load, class Visit>
+  static __device__ __forceinline__ void each(const Load& load, int n, const Visit& visit) {
+    int base = thread();
+    for (; base + (BATCH - 1) * THREADS < n; base += BATCH * THREADS) batch<BATCH, true>(load, base, n, visit);
+    if (base < n) batch<BATCH, false>(load, base, n, visit);
+  }
+  template <int BATCH, bool WHOLE, class Load, class Visit>
+  static __device__ __forceinline__ void batch(const Load& load, int base, int n, const Visit& visit) {
+    decltype(load(0)) loaded[BATCH];
 #pragma unroll
-      for (int j = 0; j < BATCH; ++j) k[j] = base + j * THREADS < n ? key(base + j * THREADS) : 0;
+    for (int j = 0; j < BATCH; ++j)
+      if (WHOLE || base + j * THREADS < n) loaded[j] = load(base + j * THREADS);
 #pragma unroll
-      for (int j = 0; j < BATCH; ++j)
-        if (base + j * THREADS < n) visit(k[j], base + j * THREADS);
-    }
+    for (int j = 0; j < BATCH; ++j)
+      if (WHOLE || base + j * THREADS < n) visit(loaded[j], base + j * THREADS);
   }
 
-  // Inclusive sum over the threads.
-  static __device__ uint32_t scan(Smem& s, uint32_t value) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // Inclusive sum over the threads; `all`, if asked for, is the sum of all.
+  static __device__ __forceinline__ uint32_t scan(Histogram& s, uint32_t value, uint32_t* all = nullptr) {
+    const int lane = thread() % 32, warp = thread() / 32;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
       const uint32_t other = __shfl_up_sync(~0u, value, d);
@@ -66,69 +81,93 @@ struct Select {
     }
     if (lane == 31) s.warps[warp] = value;
     sync();
-    const uint32_t before = __reduce_add_sync(~0u, lane < warp && lane < WARPS ? s.warps[lane] : 0);
+    const uint32_t own = lane < WARPS ? s.warps[lane] : 0;
+    const uint32_t before = __reduce_add_sync(~0u, lane < warp ? own : 0);
+    if (all) *all = __reduce_add_sync(~0u, own);
     sync();
     return before + value;
   }
 
   // Least and greatest over the threads' own extremes.
-  static __device__ Range range(Smem& s, uint32_t least, uint32_t most, uint32_t rank, uint32_t n) {
-    if (threadIdx.x == 0) s.least = ~0u, s.most = 0;
+  static __device__ Range range(Histogram& s, uint32_t least, uint32_t most, uint32_t rank, uint32_t n) {
+    if (thread() == 0) s.least = ~0u, s.most = 0;
     sync();
     least = __reduce_min_sync(~0u, least), most = __reduce_max_sync(~0u, most);
-    if (threadIdx.x % 32 == 0) atomicMin(&s.least, least), atomicMax(&s.most, most);
+    if (thread() % 32 == 0) atomicMin(&s.least, least), atomicMax(&s.most, most);
     sync();
     const Range all{s.least, s.most, rank, n};
     sync();  // who comes back for another range must not clear this one before it is read
     return all;
   }
 
+  // A histogram has bins of 2^shift keys from `lo` up, the last one open: clear, sync, count each key, sync, cut.
+  static __device__ __forceinline__ int shift_over(uint32_t span) { return span < BINS ? 0 : 32 - __clz(span) - LOG_BINS; }
+  static __device__ __forceinline__ void clear(Histogram& s) {
+    constexpr int QUADS = BINS / 4;
+#pragma unroll
+    for (int first = 0; first < QUADS; first += THREADS) {
+      const int i = first + thread();
+      if (first + THREADS <= QUADS || i < QUADS) reinterpret_cast<uint4*>(s.bins)[i] = uint4{0, 0, 0, 0};
+    }
+  }
+  static __device__ __forceinline__ void count(Histogram& s, uint32_t key, uint32_t lo, int shift) {
+    atomicAdd(&s.bins[min((key - lo) >> shift, uint32_t(BINS - 1))], 1u);
+  }
+  // The bin of r's keys that holds the cut. Threads take bins from the top down.
+  static __device__ __forceinline__ Range cut(Histogram& s, Range r, int shift) {
+    const int first = BINS - EACH * (thread() + 1);
+    uint32_t counted[EACH] = {}, own = 0;
+    if (first >= 0) {
+#pragma unroll
+      for (int j = 0; j < EACH; j += 4) {
+        const uint4 four = *reinterpret_cast<const uint4*>(s.bins + first + j);
+        counted[j] = four.x, counted[j + 1] = four.y, counted[j + 2] = four.z, counted[j + 3] = four.w;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) own += counted[j];
+    uint32_t above = scan(s, own) - own;
+    if (above < r.need && above + own >= r.need) {
+#pragma unroll
+      for (int j = EACH - 1; j >= 0; --j) {
+        if (above < r.need && above + counted[j] >= r.need) s.bin = first + j, s.above = above, s.inside = counted[j];
+        above += counted[j];
+      }
+    }
+    sync();
+    const uint32_t bin = s.bin;
+    r.need -= s.above, r.inside = s.inside;
+    r.lo += bin << shift;
+    if (bin < BINS - 1) r.hi = r.lo + min(r.hi - r.lo, (1u << shift) - 1);
+    return r;
+  }
+
   // Narrows a range until it holds at most `few` elements, at most `slack` more than needed, or a single key.
   template <class Key>
-  static __device__ Range narrow(Smem& s, Range r, const Key& key, int n, uint32_t few, uint32_t slack) {
+  static __device__ Range narrow(Histogram& s, Range r, const Key& key, int n, uint32_t few, uint32_t slack) {
     while (r.inside > few && r.inside - r.need > slack && r.lo < r.hi) {
       const uint32_t span = r.hi - r.lo;
-      const int shift = span < BINS ? 0 : 32 - __clz(span) - 11;
-      for (int i = threadIdx.x; i < BINS; i += THREADS) s.bins[i] = 0;
+      const int shift = shift_over(span);
+      clear(s);
       sync();
       each(key, n, [&](uint32_t k, int) {
-        if (k >= r.lo && k <= r.hi) atomicAdd(&s.bins[(k - r.lo) >> shift], 1u);
+        if (k - r.lo <= span) count(s, k, r.lo, shift);
       });
       sync();
-      // Threads take bins from the top down.
-      const int top = BINS - 1 - int(threadIdx.x) * EACH;
-      uint32_t own = 0;
-#pragma unroll
-      for (int j = 0; j < EACH; ++j)
-        if (top - j >= 0) own += s.bins[top - j];
-      uint32_t above = scan(s, own) - own;
-      if (above < r.need && above + own >= r.need) {
-        for (int j = 0; j < EACH && top - j >= 0; ++j) {
-          const uint32_t inside = s.bins[top - j];
-          if (above + inside >= r.need) {
-            s.bin = top - j, s.above = above, s.inside = inside;
-            break;
-          }
-          above += inside;
-        }
-      }
-      sync();
-      r.need -= s.above, r.inside = s.inside;
-      r.lo += s.bin << shift;
-      r.hi = r.lo + min(r.hi - r.lo, (1u << shift) - 1);
-      sync();
+      r = cut(s, r, shift);
     }
     return r;
   }
 
-  // Calls emit(place, i) once for each of the `first.need` largest of n elements, places 0 … in any order; among equal keys
-  // the smallest index(i) wins, so the chosen set depends on nothing but keys and indices. `first` covers all elements.
-  template <class Key, class Index, class Emit>
-  static __device__ void top(Smem& s, Range first, const Key& key, const Index& index, int n, const Emit& emit) {
-    const int lane = threadIdx.x % 32;
+  // Calls emit(place, load(i)) once for each of the `first.need` largest of n elements, places 0 … in any order; among equal
+  // keys the smallest index(i) wins, so the chosen set depends on nothing but keys and indices. `first` covers all elements
+  // that can be chosen, but for surely chosen ones above it; keys are below ~0. All threads have emitted when it returns.
+  template <int BATCH = 4, class Key, class Index, class Load, class Emit>
+  static __device__ __forceinline__ void top(Smem& s, Range first, const Key& key, const Index& index, int n, const Load& load, const Emit& emit) {
+    const int lane = thread() % 32;
     const Range r = narrow(s, first, key, n, LIST, 0);
     const bool all = r.inside == r.need;  // nothing inside to choose from
-    const bool rank = !all && r.inside <= LIST;
+    const bool rank = r.inside <= LIST;
     uint32_t last = 0;  // more ties than the list holds: the smallest indices, by their complements
     if (!all && !rank) {
       const auto order = [&](int i) { return key(i) == r.lo ? ~uint32_t(index(i)) : 0u; };
@@ -136,41 +175,57 @@ struct Select {
       each(order, n, [&](uint32_t o, int) { least = min(least, o), most = max(most, o); });
       last = narrow(s, range(s, least, most, r.need, n), order, n, 0, 0).lo;
     }
-    if (threadIdx.x == 0) s.placed = 0, s.listed = 0;
+    if (thread() == 0) s.placed = 0, s.listed = 0;
     sync();
-    constexpr int BATCH = 4;
-    for (int base = threadIdx.x - lane; base < n; base += THREADS * BATCH) {
-      uint32_t keys[BATCH];
-#pragma unroll
-      for (int j = 0; j < BATCH; ++j) keys[j] = base + lane + j * THREADS < n ? key(base + lane + j * THREADS) : 0;
+    const uint32_t own = 1u << lane, sure = all ? r.lo : r.hi + 1;
+    for (int base = thread() - lane; base < n; base += THREADS * BATCH) {
+      uint32_t votes[BATCH], undecided = 0, count = 0;
 #pragma unroll
       for (int j = 0; j < BATCH; ++j) {
         const int i = base + lane + j * THREADS;
-        const bool within = i < n && keys[j] >= r.lo && keys[j] <= r.hi;
-        bool chosen = i < n && keys[j] > r.hi;
-        if (within && all) chosen = true;
-        if (within && rank) {
+        const uint32_t k = i < n ? key(i) : 0;
+        const bool chosen = i < n && k >= sure;
+        votes[j] = __ballot_sync(~0u, chosen);
+        count += __popc(votes[j]);
+        if (!chosen && k >= r.lo) undecided |= 1u << j;
+      }
+      uint32_t place = 0;
+      if (lane == 0) place = atomicAdd(&s.placed, count);
+      place = __shfl_sync(~0u, place, 0);
+      decltype(load(0)) loaded[BATCH];
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j)
+        if (votes[j] & own) loaded[j] = load(base + lane + j * THREADS);
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j) {
+        if (votes[j] & own) emit(int(place + __popc(votes[j] & (own - 1))), loaded[j]);
+        place += __popc(votes[j]);
+      }
+      for (; undecided; undecided &= undecided - 1) {
+        const int i = base + lane + (__ffs(undecided) - 1) * THREADS;
+        if (i >= n) break;
+        if (rank) {
           const uint32_t at = atomicAdd(&s.listed, 1u);
-          s.keys[at] = keys[j], s.index[at] = index(i), s.from[at] = i;
+          s.keys[at] = key(i), s.index[at] = index(i), s.from[at] = i;
+        } else if (~uint32_t(index(i)) >= last) {
+          emit(int(atomicAdd(&s.placed, 1u)), load(i));
         }
-        if (within && !all && !rank) chosen = ~uint32_t(index(i)) >= last;
-        const uint32_t votes = __ballot_sync(~0u, chosen);
-        uint32_t place = 0;
-        if (lane == 0 && votes) place = atomicAdd(&s.placed, uint32_t(__popc(votes)));
-        place = __shfl_sync(~0u, place, 0) + __popc(votes & ((1u << lane) - 1));
-        if (chosen) emit(int(place), i);
       }
     }
     sync();
-    if (rank) {
-      for (int a = threadIdx.x; a < r.inside; a += THREADS) {
+    if (!all && rank) {
+      for (int a = thread(); a < r.inside; a += THREADS) {
         const uint32_t k = s.keys[a], i = s.index[a];
         uint32_t before = 0;
         for (int b = 0; b < r.inside; ++b) before += s.keys[b] > k || (s.keys[b] == k && s.index[b] < i);
-        if (before < r.need) emit(int(s.placed + before), s.from[a]);
+        if (before < r.need) emit(int(s.placed + before), load(s.from[a]));
       }
       sync();
     }
+  }
+  template <class Key, class Index, class Emit>
+  static __device__ __forceinline__ void top(Smem& s, Range first, const Key& key, const Index& index, int n, const Emit& emit) {
+    top(s, first, key, index, n, [](int i) { return i; }, emit);
   }
 };
 

@@ -52,8 +52,28 @@ __device__ __forceinline__ uint2 load8(uint32_t smem) {
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(smem) : "memory");
   return v;
 }
+__device__ __forceinline__ float4 load16(uint32_t smem) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(smem) : "memory");
+  return v;
+}
 __device__ __forceinline__ void store8(uint32_t smem, uint2 v) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(smem), "r"(v.x), "r"(v.y) : "memory");
+}
+
+// For what is read again and again while other things stream through L2.
+__device__ __forceinline__ uint64_t evict_last() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// 16 bytes that L1 need not keep.
+__device__ __forceinline__ uint4 load_through(const void* global, uint64_t policy) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(global), "l"(policy));
+  return v;
 }
 
 __device__ __forceinline__ void copy_box(uint32_t smem, const CUtensorMap* map, uint32_t barrier, int x, int y) {
@@ -61,6 +81,13 @@ __device__ __forceinline__ void copy_box(uint32_t smem, const CUtensorMap* map, 
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(smem),
       "l"(map), "r"(barrier), "r"(x), "r"(y)
       : "memory");
+}
+
+// `bytes` of contiguous memory; they and both addresses are multiples of 16.
+__device__ __forceinline__ void copy_run(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem), "l"(global), "r"(bytes),
+               "r"(barrier)
+               : "memory");
 }
 
 // Orders this thread's ordinary shared-memory stores before later reads by the tensor cores.

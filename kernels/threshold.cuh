@@ -1,6 +1,6 @@
 // Thresholds that pass a little more of each row than is wanted, from scores of a sample of its keys.
 #pragma once
-#include "score.cuh"
+#include "divide.cuh"
 #include "select.cuh"
 
 namespace misa {
@@ -13,42 +13,61 @@ struct Span {
   int shift;
   static constexpr uint32_t LAST = 0xFFFF;
   __device__ static Span of(uint32_t low, uint32_t high) { return {low, max(0, 16 - __clz(high - low))}; }
-  __device__ uint32_t place(uint32_t key) const { return key <= base ? 0 : min((key - base) >> shift, LAST); }
+  __device__ uint32_t place(uint32_t key) const { return min((max(key, base) - base) >> shift, LAST); }
 };
 
 // Threshold of each row at `rank` of its sampled scores; +inf where all keys are taken, -inf where the sample is too small.
-// `spans`, if asked for, are the windows in which the k-th best score lies; the first block also empties the list of failed rows.
+// `spans`, if asked for, are the windows in which the k-th best score lies. The first thread block has no row: it divides the scan
+// that comes next, of the same rows and all keys, and empties the list of failed rows.
+// Sampled rows are 16-byte aligned, and `staged` has room for whole quads of them.
 __global__ void __launch_bounds__(CUT_THREADS)
     threshold_kernel(const __grid_constant__ Task task, const __grid_constant__ Logits sample, int rank, int k, float* threshold,
-                     Span* spans, int32_t* failed) {
+                     Span* spans, const __grid_constant__ Divide next, int32_t* failed) {
   using Block = Select<CUT_THREADS>;
   extern __shared__ __align__(16) uint32_t staged[];
-  __shared__ Block::Smem smem;
-  const int i = blockIdx.x, t = task.row(i);
-  if (failed && i == 0 && threadIdx.x == 0) *failed = 0;
+  __shared__ Block::Histogram smem;
+  if (blockIdx.x == 0) {
+    if (failed && threadIdx.x == 0) *failed = 0;
+    Task scan = task;
+    scan.stride = 1, scan.phase = 0;
+    divide(scan, next);
+    return;
+  }
+  const int i = blockIdx.x - 1, t = task.row(i);
   const int2 w = task.window(i);
   const int length = min(task.ends[t], task.keys) - max(task.starts[t], 0), n = w.y - w.x;
   float value = -INFINITY;
   Span span{};
   if (length <= k) {
     value = INFINITY;  // every visible token is taken: nothing to collect
-  } else if (n > rank || spans) {
-    const float* logits = sample.out + i * sample.ld;
-    uint32_t least = ~0u, most = 0;
-    Block::each([&](int j) { return rank_key(__ldcg(logits + j)); }, n, [&](uint32_t key, int j) {
-      staged[j] = key;
-      least = min(least, key), most = max(most, key);
+  } else if (n > rank || (spans && n > 0)) {
+    // Counted as they come: a bin is a quarter of an octave, whatever the scores are. What fills up the last quad is lowest.
+    constexpr int WIDTH = 32 - Block::LOG_BINS;
+    const float4* logits = reinterpret_cast<const float4*>(sample.out + i * sample.ld);
+    Block::clear(smem);
+    Block::sync();
+    Block::template each<4>([&](int quad) { return __ldcg(logits + quad); }, (n + 3) / 4, [&](float4 four, int quad) {
+      const int left = n - 4 * quad;
+      if (left < 4) four = {four.x, left > 1 ? four.y : NAN, left > 2 ? four.z : NAN, NAN};
+      const uint4 keys{rank_key(four.x), rank_key(four.y), rank_key(four.z), rank_key(four.w)};
+      reinterpret_cast<uint4*>(staged)[quad] = keys;
+      for (const uint32_t key : {keys.x, keys.y, keys.z, keys.w}) Block::count(smem, key, 0, WIDTH);
     });
-    const auto all = Block::range(smem, least, most, rank, n);
+    Block::sync();
+    const auto key = [&](int j) { return staged[j]; };
     if (n > rank) {
-      const auto cut = Block::narrow(smem, all, [&](int j) { return staged[j]; }, n, 0, max(1, rank / 32));
+      auto at = Block::cut(smem, {0, ~0u, uint32_t(rank), uint32_t(n)}, WIDTH);
+      at = Block::narrow(smem, at, key, n, 0, max(1, rank / 32));
       // Where many scores tie at the cut (zeros, mostly), they are left out: better short than overflowing.
-      value = rank_value(cut.inside - cut.need <= max(1, rank / 8) ? cut.lo : cut.lo + 1);
-      const uint32_t low = rank_key(value);
+      value = rank_value(at.inside - at.need <= max(1, rank / 8) ? at.lo : at.lo + 1);
+    }
+    if (spans) {
+      uint32_t least = ~0u, most = 0;
+      Block::each(key, n, [&](uint32_t key, int) { least = min(least, key), most = max(most, key); });
+      const auto all = Block::range(smem, least, most, rank, n);
+      // With too small a sample the cut may lie well below what was sampled.
+      const uint32_t low = n > rank ? rank_key(value) : all.lo - min(all.lo, all.hi - all.lo);
       span = Span::of(low, max(low, all.hi));
-    } else if (n > 0) {  // the cut may lie well below what was sampled
-      const uint32_t low = all.lo - min(all.lo, all.hi - all.lo);
-      span = Span::of(low, all.hi);
     }
   }
   if (threadIdx.x == 0) {

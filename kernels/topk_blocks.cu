@@ -10,7 +10,6 @@
 namespace misa {
 
 constexpr int ALL_HEADS = MISA_INDEX_HEADS;
-constexpr int PAGE = 64;  // tokens that are listed as one; a block is a few
 
 struct Blocks {
   Keys in;
@@ -23,16 +22,20 @@ struct Blocks {
 // Listed tokens: the first key of each page of them. All pages are whole but the last.
 struct Pages {
   const int* first;
+  int last;  // of all keys
   __device__ int find(int i) const { return first[i / PAGE] + i % PAGE; }
   struct Cursor {
-    const int* first;
-    __device__ int operator()(int i) const { return first[i / PAGE] + i % PAGE; }
+    const Pages& pages;
+    __device__ int2 operator()(int i) const {
+      const int key = pages.find(i);
+      return {key, min(key + 1, pages.last)};
+    }
   };
-  __device__ Cursor cursor() const { return {first}; }
+  __device__ Cursor cursor() const { return {*this}; }
 };
 
-// Shared memory of a block that lists `room` tokens.
-constexpr int blocks_bytes(int room) { return int(sizeof(RankSmem<ALL_HEADS>)) + room * 4 + (room + PAGE - 1) / PAGE * 4; }
+// Shared memory of a block that lists `room` tokens and chooses k.
+constexpr int blocks_bytes(int room, int k) { return int(sizeof(RankSmem<ALL_HEADS>)) + room * 4 + (room + PAGE - 1) / PAGE * 4 + k * 2; }
 
 __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __grid_constant__ Blocks job) {
   extern __shared__ __align__(1024) uint8_t raw[];
@@ -40,6 +43,7 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __gr
   RankSmem<ALL_HEADS>& s = *reinterpret_cast<RankSmem<ALL_HEADS>*>(raw);
   uint32_t* full = reinterpret_cast<uint32_t*>(raw + sizeof(s));
   int* pages = reinterpret_cast<int*>(full + job.room);
+  uint16_t* chosen = reinterpret_cast<uint16_t*>(pages + (job.room + PAGE - 1) / PAGE);
 
   const int t = blockIdx.x;
   if (take_all(job.in, job.output, t)) return;
@@ -53,7 +57,7 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __gr
   if (complete > kept) {
     const float* scores = job.scores + t * job.pitch;
     // The first and the newest block stay in any case; NaN and -inf rank as the lowest number.
-    constexpr uint32_t ALWAYS = ~0u;
+    constexpr uint32_t ALWAYS = ~0u - 1;
     const auto key = [&](int b) { return b == 0 || b == complete - 1 ? ALWAYS : rank_key(fminf(fmaxf(__ldg(scores + b), -FLT_MAX), FLT_MAX)); };
     uint32_t least = ALWAYS, most = 0;
     Ranks::each(key, complete, [&](uint32_t k, int) {
@@ -73,12 +77,12 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __gr
   __syncthreads();
   scorer.stage(piece);
   __syncthreads();
-  const Pages list{pages};
+  const Pages list{pages, job.in.keys - 1};
   scorer.score(n, list, [&](int j, bool, float score) { full[j] = full_key(score); });
   __syncthreads();
   uint32_t least = ~0u, most = 0;
   Ranks::each([&](int j) { return full[j]; }, n, [&](uint32_t k, int) { least = min(least, k), most = max(most, k); });
-  write_top(s.select, job.output, job.in, t, full, n, n, least, most, list);
+  write_top(s.select, job.output, job.in, t, full, n, n, least, most, list, chosen);
 }
 
 // `inputs`: addresses of q, gates, k, scale, starts, ends, and the number of keys. `scores` lie `pitch` apart.
@@ -86,10 +90,11 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, int6
           int64_t room, int64_t stream) {
   const Keys keys{pointer<uint8_t>(inputs[0]), pointer<float>(inputs[1]), nullptr, pointer<uint8_t>(inputs[2]), pointer<float>(inputs[3]),
                   pointer<int32_t>(inputs[4]), pointer<int32_t>(inputs[5]), int(inputs[6]), 0};
-  const int bytes = blocks_bytes(int(room));
+  const Output out = output_of(output);
+  const int bytes = blocks_bytes(int(room), out.k);
   allow_shared(blocks_kernel, bytes);
   blocks_kernel<<<rows, RANKERS, bytes, pointer<CUstream_st>(stream)>>>(
-      Blocks{keys, output_of(output), pointer<float>(scores), pitch, int(size), int(blocks), int(room)});
+      Blocks{keys, out, pointer<float>(scores), pitch, int(size), int(blocks), int(room)});
   check(cudaGetLastError(), "blocks_kernel");
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sglang_misa import audit, decode_gate, indexer, plugin, reference
 from sglang_misa.block_stats import BlockStats
-from sglang_misa.config import SelectionPolicy
+from sglang_misa.config import PAGE, SelectionPolicy
 from sglang_misa.metrics import recorder
 from sglang_misa.patches.forward_batch import longest
 
@@ -185,13 +185,13 @@ class _Extend:
             return indexer.OutputSpace()
         if self.metadata.topk_transform_method == TopkTransformMethod.RAGGED:
             return indexer.OutputSpace(offsets=self.metadata.attn_metadata.topk_indices_offset)
-        return indexer.OutputSpace(slots=self.metadata.get_page_table_1())
+        return indexer.OutputSpace(pages=self.call.page_table)
 
     def _output_ids(self, span: indexer.Span, row: int, length: int) -> Tensor:
         """What the transform emits for each of the `length` positions that `row` sees."""
-        if self.space.slots is not None:
-            return self.space.slots[span.request, :length]
         position = torch.arange(length, device=self.result.device)
+        if self.space.pages is not None:
+            return self.space.pages[span.request, position // PAGE] * PAGE + position % PAGE
         return position if self.space.offsets is None else position + self.space.offsets[row]
 
 

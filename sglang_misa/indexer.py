@@ -128,7 +128,7 @@ def ragged_scores(
 class OutputSpace:
     """What is written for a chosen position: its physical slot, its place among the gathered keys, or itself."""
 
-    slots: Tensor | None = None  # [requests, W] int32, a page table of page size 1
+    pages: Tensor | None = None  # [requests, W] int32, the page table
     offsets: Tensor | None = None  # [T] int32, added to positions
 
 
@@ -150,8 +150,8 @@ def ragged_topk(
     ke = ks + row_lens
     target = {
         "out": out[rows],
-        "page_table": space.slots,
-        "row_batch": None if space.slots is None else row_batch,
+        "page_table": space.pages,
+        "row_batch": None if space.pages is None else row_batch,
         "offsets": None if space.offsets is None else space.offsets[rows],
     }
     found, topk = (index_q, gates, block_means, row_batch, row_lens), out.shape[1]

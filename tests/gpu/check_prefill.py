@@ -140,6 +140,24 @@ def selection_problem(p: sr.Problem, out: torch.Tensor, k: int, *, against_fp32=
     return None
 
 
+def counted(ragged: sr.Ragged, rows: int) -> torch.Tensor:
+    """Hits [rows, segments, buffers] of the last pass, whose rows these are; -1 where a buffer overflowed."""
+    plan, base = ragged.plan, ragged.lists
+    blocks = -(-rows // sr.block_rows(ragged.problem.routed))
+
+    def words(offset: int, count: int) -> torch.Tensor:
+        return ragged.scratch[base + offset :][: 4 * count].view(torch.int32)
+
+    table = words(plan.division_offset, blocks + 2).long()
+    share, before = table[0], table[1:]
+    runs = torch.where(before[1:] > before[:-1], (before[1:] - 1) // share - before[:-1] // share + 1, 0)
+    assert int(runs.max()) <= plan.segments, "more runs than the plan has room for"
+    counts = words(plan.counts_offset, 2 * rows * plan.segments * plan.buffers).view(rows, plan.segments, -1, 2)[..., 1]
+    runs = runs.repeat_interleave(sr.block_rows(ragged.problem.routed))[:rows]
+    used = torch.arange(plan.segments, device=DEVICE) < runs[:, None]
+    return counts.where(used[..., None], 0)
+
+
 def stage_problems(p: sr.Problem, k: int) -> list[str]:
     """Each stage of one pass against PyTorch on the kernel's own scores; windows must start at 0."""
     ragged = sr.Ragged(p, Target(torch.empty(p.rows, k, dtype=torch.int32, device=DEVICE)))
@@ -147,7 +165,6 @@ def stage_problems(p: sr.Problem, k: int) -> list[str]:
     assert p.rows <= plan.rows, "one pass"
     base = ragged.lists
     thresholds = ragged.scratch[base:][: 4 * p.rows].view(torch.float32)
-    counts = ragged.scratch[base + plan.counts_offset :][: 4 * p.rows * plan.splits * plan.buffers].view(torch.int32)
     sampled = ragged.scratch[base + plan.bulk_offset :][: 4 * p.rows * plan.sampled].view(torch.float32)
     ragged.scratch.fill_(0xFF)
     plain = logits_of(p, slice(0, p.rows))
@@ -165,7 +182,7 @@ def stage_problems(p: sr.Problem, k: int) -> list[str]:
         low, high = above.min().item(), above.max().item()
         problems.append(f"threshold: expected {plan.rank}… of the sample above it, got {low} to {high}")
     ragged.run(sr.COLLECT_STAGE)
-    hits, rows = (plain > thresholds[:, None]).sum(1), counts.view(p.rows, -1)
+    hits, rows = (plain > thresholds[:, None]).sum(1), counted(ragged, p.rows).flatten(1)
     if (rows < 0).any() or (rows.sum(1) != hits).any():
         worst = (rows.sum(1) - hits).abs().max().item()
         problems.append(f"collect: counts differ by up to {worst}; {(rows < 0).sum().item()} buffers overflowed")
@@ -272,10 +289,11 @@ def check(fast: bool) -> list[str]:
     ragged, _ = run(p, 2048, offsets=offsets)
     if not torch.equal(ragged.sort(1).values, torch.where(plain >= 0, plain + offsets[:, None], -1).sort(1).values):
         problems.append("offsets: not position + offset")
-    table = torch.randperm(2 * 7000, device=DEVICE).int().view(2, 7000)
+    table = torch.randperm(2 * 110, device=DEVICE).int().view(2, 110)
     batch = torch.tensor([0] * 50 + [1] * 20, device=DEVICE, dtype=torch.int32)
     paged, _ = run(p, 2048, page_table=table, row_batch=batch)
-    want = torch.where(plain >= 0, table[batch.long()].gather(1, plain.clamp(min=0).long()), -1)
+    position = plain.clamp(min=0).long()
+    want = torch.where(plain >= 0, table[batch.long()].gather(1, position // 64) * 64 + position % 64, -1)
     if not torch.equal(paged.sort(1).values, want.sort(1).values):
         problems.append("page table: not the slot of the position")
     for name, p, finite in hostile():
@@ -304,20 +322,18 @@ def check(fast: bool) -> list[str]:
 
 
 def time_stages(p: sr.Problem, k: int) -> dict[str, float]:
-    """Milliseconds of a call and of its kernels, summed over passes; rows redone, hits of a row, passes, splits."""
+    """Milliseconds of a call and of its kernels, summed over passes; rows redone, a row's hits, passes, runs."""
     ragged = sr.Ragged(p, Target(torch.empty(p.rows, k, dtype=torch.int32, device=DEVICE)))
     ragged.run()
     plan = ragged.plan
-    counts = ragged.scratch[ragged.lists + plan.counts_offset :][: 4 * plan.splits * plan.buffers * 64].view(
-        torch.int32
-    )
+    last = p.rows - (p.rows - 1) // plan.rows * plan.rows
     return {
         "total": event_us(ragged.run) / 1e3,
         **{name: us / 1e3 for name, us in kernel_us(ragged.run).items()},
         "redone": ragged.redone(),
-        "hits": counts.clamp(min=0).view(64, -1).sum(1).float().mean().item(),
+        "hits": counted(ragged, last).clamp(min=0).flatten(1).sum(1).float().mean().item(),
         "passes": -(-p.rows // plan.rows),
-        "splits": plan.splits,
+        "segments": plan.segments,
     }
 
 

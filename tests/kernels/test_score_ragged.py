@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from sglang_misa.kernels import score_ragged as sr
 
 H100 = 132
+SWEEPS = 16  # as in score.cuh
 
 
 @settings(deadline=None, max_examples=60)
@@ -25,22 +27,62 @@ def test_plan_fits_its_budget_and_holds_a_pass(rows, keys, k, heads, budget):
     p = sr.plan(rows, keys, k, heads, H100, budget)
     assert p.bytes <= budget
     assert p.rows % block_rows == 0
-    # thresholds, counts, and then entries or sampled scores lie side by side
-    entries = p.rows * p.splits * p.buffers * p.capacity * 8
-    assert p.bulk_offset + max(entries, 4 * p.rows * p.sampled) == p.bytes
+    # thresholds, the division, counts, and then entries or sampled scores lie side by side
+    row_blocks = p.rows // block_rows
+    assert p.division_offset >= 4 * p.rows
+    assert p.counts_offset - p.division_offset >= 4 * (row_blocks + 2 * p.workers + 3)
+    assert p.bulk_offset - p.counts_offset >= 8 * p.rows * p.segments * p.buffers
+    entries = block_rows * p.buffers * p.entries
+    assert p.bulk_offset + max(8 * entries, 4 * p.rows * p.sampled) == p.bytes
     assert p.sampled * p.stride >= keys - p.stride // 2
     assert p.sampled <= sr.SAMPLED_AT_MOST + 4
-    assert p.splits * p.buffers <= 512  # `select` reads one count a thread
-    assert p.rows * p.splits * p.buffers * p.capacity < 2**32  # the scorer's offsets
+    assert 2 * p.buffers <= p.segments * p.buffers <= sr.COUNTS
+    assert p.entries % sr.SECTOR == 0
+    assert entries < 2**32  # the scorer's offsets
 
 
-def test_plan_fills_the_chip_at_full_size():
-    block_rows = sr.block_rows(8)
-    p = sr.plan(8192, 131072, 2048, 8, H100)
-    blocks, pass_blocks = 8192 // block_rows, p.rows // block_rows
-    full, rest = divmod(blocks, pass_blocks)
-    waves = full * math.ceil(pass_blocks * p.splits / H100) + math.ceil(rest * p.splits / H100)
-    assert blocks / H100 / (waves / p.splits) > 0.95
+def divide(tiles, plan):
+    """What divide.cuh makes of row blocks: runs (row block, first, count) and a buffer's room of each worker."""
+    before = np.concatenate([[0], np.cumsum(tiles)])
+    share = max(-(-before[-1] // plan.workers), (max(tiles) - 1) // (plan.segments - 1) + 1)
+    hits = plan.rank * plan.stride / plan.buffers
+    for worker in range(plan.workers):
+        at, last = worker * share, min((worker + 1) * share, before[-1])
+        cuts = [(b, max(at, before[b]), min(last, before[b + 1])) for b in range(len(tiles))]
+        runs = [(b, low - before[b], high - low) for b, low, high in cuts if high > low]
+        expected = hits * sum(count / tiles[b] for b, _, count in runs)
+        spread = math.sqrt(expected + expected**2 / plan.rank)
+        room = int(expected + sr.BUFFER_SIGMAS[plan.buffers] * spread + 2) + sr.SECTOR
+        yield runs, room // sr.SECTOR * sr.SECTOR
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(0, 1 << 17), min_size=1, max_size=128).filter(any),
+    k=st.sampled_from([512, 2048]),
+    heads=st.sampled_from([4, 8, 64]),
+)
+def test_division_of_any_lengths_covers_them_within_the_room(lengths, k, heads):
+    block_rows = sr.block_rows(heads)
+    p = sr.plan(len(lengths) * block_rows, max(lengths), k, heads, H100, budget=1 << 40)
+    tiles = [-(-length // sr.TILE) for length in lengths]
+    done, runs_of, held = [0] * len(tiles), [0] * len(tiles), 0
+    for runs, room in divide(tiles, p):
+        held += room
+        for block, _, count in runs:
+            done[block] += count
+            runs_of[block] += 1
+    assert done == tiles
+    assert max(runs_of) <= p.segments
+    assert held <= p.entries
+
+
+def test_no_thread_block_waits_for_a_last_wave_at_full_size():
+    p = sr.plan(8192, 32768, 2048, 8, H100)
+    rows = sr.block_rows(8)
+    tiles = [-(-(32768 - 8192 + (block + 1) * rows) // sr.TILE) for block in range(p.rows // rows)]
+    shares = [sum(count for _, _, count in runs) for runs, _ in divide(tiles, p)]
+    assert sum(tiles) / H100 / max(shares) > 0.98
 
 
 def test_plan_refuses_a_budget_that_holds_no_block():
@@ -52,17 +94,26 @@ def test_plan_refuses_a_budget_that_holds_no_block():
 def test_thresholds_neither_starve_nor_overflow(k):
     """On scores in random order, hits above the sample's rank stay between k and the room, in every buffer too."""
     generator = torch.Generator().manual_seed(k)
-    keys = 1 << 17
+    keys, blocks = 1 << 17, 24  # of the row blocks of a pass, each with one row that counts here
     p = sr.plan(8192, keys, k, 8, H100)
-    for _ in range(50):
+    tiles = keys // sr.TILE
+    visited = torch.cat([torch.arange(sweep, tiles, SWEEPS) for sweep in range(SWEEPS)])  # in this order
+    sharing = 32 // p.buffers
+    filled = [[] for _ in range(blocks)]
+    for row in filled:
         scores = torch.rand(keys, generator=generator)
         threshold = scores[p.stride // 2 :: p.stride].topk(p.rank).values[-1]
         hits = (scores >= threshold).nonzero()[:, 0]
         assert k <= len(hits) <= p.room
-        # warp and lane rows of the key in its product; tiles go round the splits
-        sharing = 32 // p.buffers
-        buffer = hits // sr.TILE % p.splits * p.buffers + hits % 64 // 16 * (8 // sharing) + hits % 8 // sharing
-        assert torch.bincount(buffer).max() <= p.capacity
+        # warp and lane rows of the key in its product
+        buffer = hits % 64 // 16 * (8 // sharing) + hits % 8 // sharing
+        of_tile = torch.zeros(tiles, p.buffers).index_put_((hits // sr.TILE, buffer), torch.ones(1), accumulate=True)
+        row += of_tile[visited]
+    for runs, room in divide([tiles] * (p.rows // sr.block_rows(8)), p):
+        held = sum(
+            torch.stack(filled[block][first : first + count]).sum(0) for block, first, count in runs if block < blocks
+        )
+        assert torch.as_tensor(held).max() <= room
 
 
 def test_inputs_are_refused_with_what_was_expected():

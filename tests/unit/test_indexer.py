@@ -68,7 +68,7 @@ def topk_in_torch(
         scores = reference.index_scores(index_q[row, None, None], gates[row, None, None], keys[None]).flatten()
         best = scores.topk(min(k, end - start)).indices
         out[row] = -1
-        out[row, : len(best)] = page_table[row_batch[row], best]
+        out[row, : len(best)] = page_table[row_batch[row], best // PAGE] * PAGE + best % PAGE
     return out
 
 
@@ -99,10 +99,9 @@ def test_requests_of_one_run_select_what_each_would_alone(monkeypatch: pytest.Mo
     block_means = torch.zeros(len(lens), 6, 128, dtype=torch.bfloat16)
     for i, n in enumerate(lens):
         block_means[i, : n // PAGE] = reference.block_means(stats.of(0, table[i : i + 1, : n // PAGE]), 1)[0].bfloat16()
-    slots = torch.arange(4 * 512, dtype=torch.int32).view(4, 512)
     out = torch.full((rows, k), -7, dtype=torch.int32)
     (run,) = indexer.runs(indexer.spans(extend, lens), policy.min_len, together=True)
-    indexer.ragged_topk(policy, call, run, block_means, indexer.OutputSpace(slots=slots), out)
+    indexer.ragged_topk(policy, call, run, block_means, indexer.OutputSpace(pages=call.page_table), out)
 
     assert run.first == extend[0]
     assert (out[: run.first] == -7).all()
@@ -118,7 +117,8 @@ def test_requests_of_one_run_select_what_each_would_alone(monkeypatch: pytest.Mo
             means,
             torch.tensor([[n]]),
         )
-        assert set(out[row].tolist()) == set(slots[i, scores.flatten().topk(k).indices].tolist())
+        best = scores.flatten().topk(k).indices
+        assert set(out[row].tolist()) == set((table[i, best // PAGE] * PAGE + best % PAGE).tolist())
 
 
 def paged_case(seed: int, lens: list[int], width: int):

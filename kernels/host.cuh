@@ -1,0 +1,48 @@
+// The host's side of a launch.
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime.h>
+#include <tvm/ffi/tvm_ffi.h>
+
+#include <cstdint>
+
+namespace misa {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) TVM_FFI_THROW(RuntimeError) << what << ": " << cudaGetErrorString(status);
+}
+
+template <class T>
+T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
+
+template <class Kernel>
+void allow_shared(Kernel kernel, int bytes) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+}
+
+inline int multiprocessors() {
+  int device, count;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
+// Boxes of 128 bytes × `box` rows, under the 128-byte swizzle, of a matrix [rows, 128] whose rows lie `stride` rows apart.
+inline CUtensorMap tensor_map(int64_t address, CUtensorMapDataType type, int element, int64_t rows, int box, int stride = 1) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found), "cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encode>(entry);
+  }();
+  const cuuint64_t extent[2] = {128, cuuint64_t(rows)}, pitch[1] = {cuuint64_t(stride) * 128 * element};
+  const cuuint32_t shape[2] = {cuuint32_t(128 / element), cuuint32_t(box)}, step[2] = {1, 1};
+  CUtensorMap map;
+  const CUresult status = encode(&map, type, 2, pointer<void>(address), extent, pitch, shape, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) TVM_FFI_THROW(RuntimeError) << "cuTensorMapEncodeTiled: CUDA driver error " << int(status);
+  return map;
+}
+
+}  // namespace misa
