@@ -9,13 +9,14 @@ struct Buffers {
   float hits;    // that a whole row is expected to bring to one buffer; 0: none are wanted
   float sigmas;  // standard deviations of room above that
   float rank;    // of the row's threshold in its sample: the fewer, the more a row's hits vary
+  int spare;     // entries beside those: a tile's, and what the scratch has left, for hits that come in clusters
   int room;      // entries of one buffer, summed over thread blocks; mirrored by score_ragged.py
 
   // For tiles that are `part` of a row's (or of several rows').
   __device__ int capacity(float part) const {
     const float expected = hits * part;
-    const float most = expected + sigmas * sqrtf(expected + expected * expected / rank) + 2.f;
-    return (int(most) + ENTRY_STEP) / ENTRY_STEP * ENTRY_STEP;
+    const float most = expected + sigmas * sqrtf(expected + expected * expected / rank);
+    return (int(most) + spare + ENTRY_STEP) / ENTRY_STEP * ENTRY_STEP;
   }
   static constexpr int ENTRY_STEP = 4;
 };

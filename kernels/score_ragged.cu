@@ -336,16 +336,16 @@ void logits(tvm::ffi::Array<int64_t> inputs, int64_t first, int64_t rows, int64_
 
 // Division of a call's work, as score_ragged.Plan: numbers, then addresses in scratch.
 struct Plan {
-  int rows, workers, segments, buffers, stride, rank, entries, room, sampled, at_once, ld;
+  int rows, workers, segments, buffers, stride, rank, spare, entries, room, sampled, at_once, ld;
   int32_t* failed;   // how many, the rows …, and at [all rows + 1] the meeting counter
   float* threshold;
   int32_t* division;
   int2* counts;
   char* bulk;        // sampled scores, then entries; at last the scores of `redo`
   explicit Plan(const tvm::ffi::Array<int64_t>& v)
-      : rows(int(v[0])), workers(int(v[1])), segments(int(v[2])), buffers(int(v[3])), stride(int(v[4])), rank(int(v[5])), entries(int(v[6])),
-        room(int(v[7])), sampled(int(v[8])), at_once(int(v[9])), ld(int(v[10])), failed(pointer<int32_t>(v[11])), threshold(pointer<float>(v[12])),
-        division(pointer<int32_t>(v[13])), counts(pointer<int2>(v[14])), bulk(pointer<char>(v[15])) {}
+      : rows(int(v[0])), workers(int(v[1])), segments(int(v[2])), buffers(int(v[3])), stride(int(v[4])), rank(int(v[5])), spare(int(v[6])),
+        entries(int(v[7])), room(int(v[8])), sampled(int(v[9])), at_once(int(v[10])), ld(int(v[11])), failed(pointer<int32_t>(v[12])),
+        threshold(pointer<float>(v[13])), division(pointer<int32_t>(v[14])), counts(pointer<int2>(v[15])), bulk(pointer<char>(v[16])) {}
 };
 
 enum Stage { SAMPLE = 1, THRESHOLD = 2, COLLECT = 4, SELECT = 8, REDO = 16 };
@@ -360,7 +360,7 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm:
   const Logits sample{reinterpret_cast<float*>(plan.bulk), plan.sampled, true};
   const HitBuffers hits{plan.threshold, reinterpret_cast<uint2*>(plan.bulk), plan.counts, plan.segments, plan.buffers};
   const bool few = plan.buffers == FewHits::BUFFERS;
-  const Buffers own{float(plan.rank) * plan.stride / plan.buffers, few ? FewHits::SIGMAS : ManyHits::SIGMAS, float(plan.rank), plan.entries};
+  const Buffers own{float(plan.rank) * plan.stride / plan.buffers, few ? FewHits::SIGMAS : ManyHits::SIGMAS, float(plan.rank), plan.spare, plan.entries};
   const Divide next{plan.division, plan.workers, plan.segments, own};
   for (int first = 0; first < total; first += plan.rows) {
     Task task = call.rows(first, std::min(plan.rows, int(total) - first));

@@ -10,7 +10,8 @@ whatever the threshold was; a NaN ranks below every number.
 
 Statistics (`plan`): the r-th largest of a 1/n sample leaves about n·Gamma(r) keys above it. r solves r - z√r = k/n with
 z = 4.5, so a row comes out short with probability 3e-6; a row's and a buffer's room lie z and 6.5 or 8
-standard deviations above what is expected, for a call has a quarter of a million buffers.
+standard deviations above what is expected, for a call has a quarter of a million buffers, which also get what the
+budget leaves: hits that come in clusters are not shared out by chance.
 An order of keys that defeats the sample (periodic in n keys) costs time in `redo`, not exactness.
 """
 
@@ -40,6 +41,8 @@ BUFFER_SIGMAS = {32: 6.5, 16: 8.0}  # the same for a private buffer, as in score
 COUNTS = 2048  # private buffers of a row at most: `select` brings each one's entries by a copy of its own
 TILE = 128  # keys that the scorer takes at once
 SECTOR = 4  # entries that are written at once
+BURST = 4  # entries that one tile may bring to a private buffer
+SPARE = 64  # entries at most that a private buffer gets of what the budget leaves
 MANY = 0.07  # share of keys that pass above which hits are written by sectors, for 8 routed heads
 
 
@@ -74,6 +77,7 @@ class Plan:
     buffers: int  # of a row in each segment
     stride: int  # one key in so many is sampled
     rank: int  # of the threshold in the sample
+    spare: int  # entries of a private buffer beyond what is expected at most
     entries: int  # that a private buffer holds, summed over the workers
     room: int  # entries of a row that `select` can hold
     sampled: int  # columns of the sampled scores
@@ -116,14 +120,18 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
         segments = min(most_segments, math.ceil(1.5 * workers / pass_blocks) + 1)
         # Shares of rows vary, but what holds least a row is sharing evenly: the room is a concave function of the part.
         expected = rank * stride / subs * pass_blocks / workers
-        capacity = expected + BUFFER_SIGMAS[subs] * math.sqrt(expected + expected**2 / rank) + 2 + SECTOR
-        entries = aligned(workers * capacity, SECTOR)
+        capacity = expected + BUFFER_SIGMAS[subs] * math.sqrt(expected + expected**2 / rank) + SECTOR
+        entry_bytes = 8 * block * subs  # of one entry of each buffer of a worker
         pass_rows = pass_blocks * block
         division = aligned(4 * pass_rows)
         counts = division + division_bytes(pass_blocks, workers)
         bulk = counts + aligned(8 * pass_rows * segments * subs)
-        total = bulk + max(8 * block * subs * entries, 4 * pass_rows * sampled)
+        entries = aligned(workers * (capacity + BURST), SECTOR)
+        total = bulk + max(entry_bytes * entries, 4 * pass_rows * sampled)
         if total <= budget:
+            left = (budget - bulk - entry_bytes * entries) // (entry_bytes * workers)
+            spare = BURST + min(max(left, 0), SPARE) // SECTOR * SECTOR
+            entries = aligned(workers * (capacity + spare), SECTOR)
             return Plan(
                 rows=pass_rows,
                 workers=workers,
@@ -131,13 +139,14 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
                 buffers=subs,
                 stride=stride,
                 rank=rank,
+                spare=spare,
                 entries=entries,
                 room=aligned(hits + segments * subs / 2, 32),  # an odd number of entries takes one place more
                 sampled=sampled,
                 division_offset=division,
                 counts_offset=counts,
                 bulk_offset=bulk,
-                bytes=total,
+                bytes=bulk + max(entry_bytes * entries, 4 * pass_rows * sampled),
             )
     raise ValueError(f"scratch budget: expected at least {total} bytes for k={k}, {keys} keys; got {budget}; raise it")
 
@@ -277,7 +286,7 @@ class Ragged(Call):
 
     def division(self) -> list[int]:
         p = self.plan
-        numbers = (p.rows, p.workers, p.segments, p.buffers, p.stride, p.rank, p.entries, p.room, p.sampled)
+        numbers = (p.rows, p.workers, p.segments, p.buffers, p.stride, p.rank, p.spare, p.entries, p.room, p.sampled)
         addresses = self.parts(0, p.division_offset, p.counts_offset, p.bulk_offset)
         return [*numbers, self.at_once(p.bulk_offset, self.ld), self.ld, *addresses]
 

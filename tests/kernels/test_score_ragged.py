@@ -52,7 +52,7 @@ def divide(tiles, plan):
         runs = [(b, low - before[b], high - low) for b, low, high in cuts if high > low]
         expected = hits * sum(count / tiles[b] for b, _, count in runs)
         spread = math.sqrt(expected + expected**2 / plan.rank)
-        room = int(expected + sr.BUFFER_SIGMAS[plan.buffers] * spread + 2) + sr.SECTOR
+        room = int(expected + sr.BUFFER_SIGMAS[plan.buffers] * spread) + plan.spare + sr.SECTOR
         yield runs, room // sr.SECTOR * sr.SECTOR
 
 
