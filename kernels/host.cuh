@@ -12,6 +12,8 @@ inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) TVM_FFI_THROW(RuntimeError) << what << ": " << cudaGetErrorString(status);
 }
 
+using Numbers = tvm::ffi::Array<int64_t>;  // what the host passes: sizes, and addresses on the device
+
 template <class T>
 T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
 

@@ -34,8 +34,9 @@ struct Output {
   }
 };
 
-inline Output output_of(tvm::ffi::Array<int64_t> output) {
-  return {pointer<int32_t>(output[0]), int(output[1]), pointer<int32_t>(output[2]), pointer<int32_t>(output[3]), output[4], pointer<int32_t>(output[5])};
+inline Output output_of(Numbers output) {
+  const auto ints = [&](int i) { return pointer<int32_t>(output[i]); };
+  return {ints(0), int(output[1]), ints(2), ints(3), output[4], ints(5)};
 }
 
 }  // namespace misa

@@ -257,7 +257,8 @@ template <class At>
 __device__ __forceinline__ void write_top(Ranks::Smem& s, const Output& output, const Keys& in, int t, const uint32_t* full, int n,
                                           int kept, uint32_t least, uint32_t most, const At& at, uint16_t* chosen) {
   const auto all = Ranks::range(s, least, most, output.k, kept);
-  Ranks::top(s, all, [&](int j) { return full[j]; }, [&](int j) { return at.find(j); }, n, [&](int place, int j) { chosen[place] = uint16_t(j); });
+  Ranks::top(s, all, [&](int j) { return full[j]; }, [&](int j) { return at.find(j); }, n,
+             [&](int place, int j) { chosen[place] = uint16_t(j); });
   const OutputRow row = output.row(t);
   const int start = in.start(t);
   for (int place = threadIdx.x; place < output.k; place += RANKERS) row.out[place] = row.place(at.find(chosen[place]) - start);

@@ -127,7 +127,8 @@ __device__ __forceinline__ int list_marked(RerankSmem& s, const Marks& marks, in
 #pragma unroll
     for (int j = 0; j < BATCH_WORDS; ++j) {
       constexpr uint32_t ROW = 0x11111111u;
-      const uint32_t marked = (raw[j].x >> bit & ROW) | (raw[j].y >> bit & ROW) << 1 | (raw[j].z >> bit & ROW) << 2 | (raw[j].w >> bit & ROW) << 3;
+      const auto of_row = [&](uint32_t word) { return word >> bit & ROW; };
+      const uint32_t marked = of_row(raw[j].x) | of_row(raw[j].y) << 1 | of_row(raw[j].z) << 2 | of_row(raw[j].w) << 3;
       s.select.bins[j * RANKERS + threadIdx.x] = marked;
       own += __popc(marked);
     }
@@ -219,7 +220,8 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
     // The cut: all keys above it stay, and `need` of those at it, in 16 bits of their routed scores.
     uint32_t least = ~0u, most = 0;
     if (n > candidates) {
-      const auto cut = Ranks::narrow(s.select, {0, Span::LAST, uint32_t(candidates), uint32_t(n)}, [&](int j) { return uint32_t(routed[j]); }, n, 0, 0);
+      const Ranks::Range all{0, Span::LAST, uint32_t(candidates), uint32_t(n)};
+      const auto cut = Ranks::narrow(s.select, all, [&](int j) { return uint32_t(routed[j]); }, n, 0, 0);
       const bool tied = cut.inside > cut.need;
       if (tied && cut.inside > Ranks::LIST) {
         fail();
@@ -294,14 +296,14 @@ struct Plan {
   Span* spans;
   int32_t* division;
   void *marks, *scores;
-  explicit Plan(const tvm::ffi::Array<int64_t>& v)
+  explicit Plan(const Numbers& v)
       : rows(int(v[0])), workers(int(v[1])), stride(int(v[2])), rank(int(v[3])), candidates(int(v[4])), room(int(v[5])), at_once(int(v[6])),
         sampled(v[7]), ld(v[8]), failed(pointer<int32_t>(v[9])), threshold(pointer<float>(v[10])), spans(pointer<Span>(v[11])),
         division(pointer<int32_t>(v[12])), marks(pointer<void>(v[13])), scores(pointer<void>(v[14])) {}
 };
 
 // The launches of all passes over `total` rows; `stages` chooses among them, for a bench.
-void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm::ffi::Array<int64_t> division, int64_t total, int64_t stages, int64_t stream_address) {
+void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64_t stages, int64_t stream_address) {
   const Inputs call(inputs);
   const Plan plan(division);
   const int processors = multiprocessors();
@@ -313,7 +315,6 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm:
   int32_t* meeting = plan.failed + plan.rows + 1;
   allow_shared(threshold_kernel, sample_bytes);
   allow_shared(rerank_kernel, bytes);
-  allow_shared(mark_exactly_kernel, sizeof(Shared<Logits>));
   for (int first = 0; first < total; first += plan.rows) {
     const int rows = std::min(plan.rows, int(total) - first);
     const Task task = call.rows(first, rows);
@@ -324,7 +325,8 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm:
     if (stages & SAMPLE) launch_score(sampling, call.k, sample, processors, stream);
     if (stages & THRESHOLD) {
       const Divide next{plan.division, plan.workers, INT_MAX, {}};
-      threshold_kernel<<<1 + rows, CUT_THREADS, sample_bytes, stream>>>(sampling, sample, plan.rank, plan.candidates, plan.threshold, plan.spans, next, plan.failed);
+      threshold_kernel<<<1 + rows, CUT_THREADS, sample_bytes, stream>>>(sampling, sample, plan.rank, plan.candidates, plan.threshold,
+                                                                         plan.spans, next, plan.failed);
       check(cudaGetLastError(), "threshold_kernel");
     }
     if (stages & MARK) {
@@ -346,7 +348,7 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm:
       int32_t *list = plan.failed, *meet_at = meeting;
       check(cudaMemsetAsync(meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
       void* arguments[] = {&all, &map, &scores, &to, &candidates, &at_once, &list, &meet_at};
-      check(cudaLaunchCooperativeKernel(mark_exactly_kernel, dim3(processors), dim3(THREADS), arguments, sizeof(Shared<Logits>), stream), "mark_exactly_kernel");
+      launch_together(mark_exactly_kernel, processors, arguments, sizeof(Shared<Logits>), stream);
       job.row_list = plan.failed + 1, job.listed = plan.failed;
       rerank_kernel<<<std::min(rows, RANK_BLOCKS * processors), RANKERS, bytes, stream>>>(job);
       check(cudaGetLastError(), "rerank_kernel");

@@ -125,7 +125,8 @@ struct Item {
   int end;        // … as far as any row sees
 
   // Tiles [from, from + count) of the row block's `tiles`, in the order of visits.
-  __device__ Item(const Task& task, int block, int segment, int from, int count, int tiles) : rows(block * ROWS), segment(segment), left(count) {
+  __device__ Item(const Task& task, int block, int segment, int from, int count, int tiles)
+      : rows(block * ROWS), segment(segment), left(count) {
     const Extent extent(task, rows, ROWS);
     low = extent.hi > 0 ? extent.lo / TILE : 0, high = low + tiles;
     end = extent.hi > 0 ? (extent.hi + TILE - 1) / TILE : 0;
@@ -153,7 +154,8 @@ struct Items {
   const int32_t* table;
   int blocks, alike, share, at, last;
 
-  __device__ Items(const Task& task) : task(task), table(task.division), blocks((task.rows + ROWS - 1) / ROWS), alike((task.sampled(task.keys) + TILE - 1) / TILE) {
+  __device__ Items(const Task& task)
+      : task(task), table(task.division), blocks((task.rows + ROWS - 1) / ROWS), alike((task.sampled(task.keys) + TILE - 1) / TILE) {
     share = table ? table[0] : (blocks * alike + int(gridDim.x) - 1) / int(gridDim.x);
     at = blockIdx.x * share, last = min(at + share, before(blocks));
   }
@@ -380,7 +382,7 @@ inline CUtensorMap key_map(int64_t k, int keys, int stride, int phase) {
 struct Inputs {
   Task task{};
   int64_t k;
-  explicit Inputs(const tvm::ffi::Array<int64_t>& v) : k(v[3]) {
+  explicit Inputs(const Numbers& v) : k(v[3]) {
     task.q = pointer<uint8_t>(v[0]), task.gates = pointer<float>(v[1]), task.head_ids = pointer<int32_t>(v[2]);
     task.scale = pointer<float>(v[4]), task.starts = pointer<int32_t>(v[5]), task.ends = pointer<int32_t>(v[6]);
     task.all_heads = int(v[7]), task.keys = int(v[8]), task.stride = 1;

@@ -53,7 +53,8 @@ struct FewHits : HitBuffers {
     float threshold[LANE_QUERIES];
     uint32_t place[LANE_QUERIES];  // of the next entry: low half of its address, as all of them have the same high half
 
-    __device__ Lane(const FewHits& sink, Shared& shared, const Task& task) : to(sink), shared(shared), rows(task.rows), own(task, threadIdx.x / 128 * QUERIES + threadIdx.x % 4, threadIdx.x % 128 / 4) {
+    __device__ Lane(const FewHits& sink, Shared& shared, const Task& task)
+        : to(sink), shared(shared), rows(task.rows), own(task, threadIdx.x / 128 * QUERIES + threadIdx.x % 4, threadIdx.x % 128 / 4) {
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) place[q] = address(own.begin + q * own.pitch());
     }
@@ -240,7 +241,8 @@ using Selection = Select<SELECT_THREADS>;
 
 // Brings row i's entries together in shared memory, in any order. Each buffer's begin there on 16 bytes; where one has an odd
 // number of them, `filler` stands behind. Returns how many lie there, fillers included; 0 where they cannot answer for the top k.
-__device__ __forceinline__ int gather(Selection::Smem& s, const HitBuffers& hits, int i, int buffers, uint2 filler, int k, int room, uint2* entries) {
+__device__ __forceinline__ int gather(Selection::Smem& s, const HitBuffers& hits, int i, int buffers, uint2 filler, int k, int room,
+                                      uint2* entries) {
   __shared__ uint64_t landed;
   const uint32_t barrier = sm90::smem_address(&landed);
   if (threadIdx.x == 0) {
@@ -277,7 +279,8 @@ __device__ __forceinline__ int gather(Selection::Smem& s, const HitBuffers& hits
 // Exact top k of each row's appended entries; a row that cannot be answered from them goes on the failed list.
 template <bool PAGED>  // slots of a page table are wanted
 __global__ void __launch_bounds__(SELECT_THREADS, SELECT_BLOCKS)
-    select_kernel(const __grid_constant__ Task task, const __grid_constant__ HitBuffers hits, const __grid_constant__ Output output, int room, int32_t* failed) {
+    select_kernel(const __grid_constant__ Task task, const __grid_constant__ HitBuffers hits, const __grid_constant__ Output output,
+                  int room, int32_t* failed) {
   extern __shared__ __align__(16) uint2 entries[];
   __shared__ Selection::Smem smem;
   const int i = blockIdx.x, t = task.first + i, k = output.k;
@@ -329,9 +332,10 @@ __global__ void __launch_bounds__(THREADS, 1)
 // ---- host -----------------------------------------------------------------------------------------------------------
 
 // Scores of rows [first, first + rows) into out [rows, ld], at the keys' columns.
-void logits(tvm::ffi::Array<int64_t> inputs, int64_t first, int64_t rows, int64_t out, int64_t ld, int64_t stream) {
+void logits(Numbers inputs, int64_t first, int64_t rows, int64_t out, int64_t ld, int64_t stream) {
   const Inputs call(inputs);
-  launch_score(call.rows(int(first), int(rows)), call.k, Logits{pointer<float>(out), ld, false}, multiprocessors(), pointer<CUstream_st>(stream));
+  const Logits logits{pointer<float>(out), ld, false};
+  launch_score(call.rows(int(first), int(rows)), call.k, logits, multiprocessors(), pointer<CUstream_st>(stream));
 }
 
 // Division of a call's work, as score_ragged.Plan: numbers, then addresses in scratch.
@@ -342,7 +346,7 @@ struct Plan {
   int32_t* division;
   int2* counts;
   char* bulk;        // sampled scores, then entries; at last the scores of `redo`
-  explicit Plan(const tvm::ffi::Array<int64_t>& v)
+  explicit Plan(const Numbers& v)
       : rows(int(v[0])), workers(int(v[1])), segments(int(v[2])), buffers(int(v[3])), stride(int(v[4])), rank(int(v[5])), spare(int(v[6])),
         entries(int(v[7])), room(int(v[8])), sampled(int(v[9])), at_once(int(v[10])), ld(int(v[11])), failed(pointer<int32_t>(v[12])),
         threshold(pointer<float>(v[13])), division(pointer<int32_t>(v[14])), counts(pointer<int2>(v[15])), bulk(pointer<char>(v[16])) {}
@@ -351,7 +355,7 @@ struct Plan {
 enum Stage { SAMPLE = 1, THRESHOLD = 2, COLLECT = 4, SELECT = 8, REDO = 16 };
 
 // All launches of one call; `stages` leaves some out.
-void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm::ffi::Array<int64_t> division, int64_t total, int64_t stages, int64_t stream_address) {
+void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64_t stages, int64_t stream_address) {
   const Inputs call(inputs);
   const Plan plan(division);
   const Output out = output_of(output);
@@ -360,8 +364,8 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm:
   const Logits sample{reinterpret_cast<float*>(plan.bulk), plan.sampled, true};
   const HitBuffers hits{plan.threshold, reinterpret_cast<uint2*>(plan.bulk), plan.counts, plan.segments, plan.buffers};
   const bool few = plan.buffers == FewHits::BUFFERS;
-  const Buffers own{float(plan.rank) * plan.stride / plan.buffers, few ? FewHits::SIGMAS : ManyHits::SIGMAS, float(plan.rank), plan.spare, plan.entries};
-  const Divide next{plan.division, plan.workers, plan.segments, own};
+  const float expected = float(plan.rank) * plan.stride / plan.buffers, sigmas = few ? FewHits::SIGMAS : ManyHits::SIGMAS;
+  const Divide next{plan.division, plan.workers, plan.segments, {expected, sigmas, float(plan.rank), plan.spare, plan.entries}};
   for (int first = 0; first < total; first += plan.rows) {
     Task task = call.rows(first, std::min(plan.rows, int(total) - first));
     Task sampling = task;
@@ -371,7 +375,8 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm:
     if (stages & THRESHOLD) {
       const int bytes = plan.sampled * 4;
       allow_shared(threshold_kernel, bytes);
-      threshold_kernel<<<1 + task.rows, CUT_THREADS, bytes, stream>>>(sampling, sample, plan.rank, out.k, plan.threshold, nullptr, next, first == 0 ? plan.failed : nullptr);
+      threshold_kernel<<<1 + task.rows, CUT_THREADS, bytes, stream>>>(sampling, sample, plan.rank, out.k, plan.threshold, nullptr, next,
+                                                                      first == 0 ? plan.failed : nullptr);
       check(cudaGetLastError(), "threshold_kernel");
     }
     if (stages & COLLECT) {
@@ -393,10 +398,9 @@ void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, tvm:
     CUtensorMap map = key_map(call.k, task.keys, 1, 0);
     int at_once = plan.at_once;
     int32_t *list = plan.failed, *meeting = plan.failed + total + 1;
-    allow_shared(redo_kernel, sizeof(Shared<Logits>));
     check(cudaMemsetAsync(meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
     void* arguments[] = {&task, &scores, &map, &to, &at_once, &list, &meeting};
-    check(cudaLaunchCooperativeKernel(redo_kernel, dim3(processors), dim3(THREADS), arguments, sizeof(Shared<Logits>), stream), "redo_kernel");
+    launch_together(redo_kernel, processors, arguments, sizeof(Shared<Logits>), stream);
   }
 }
 

@@ -163,7 +163,8 @@ struct Select {
   // keys the smallest index(i) wins, so the chosen set depends on nothing but keys and indices. `first` covers all elements
   // that can be chosen, but for surely chosen ones above it; keys are below ~0. All threads have emitted when it returns.
   template <int BATCH = 4, class Key, class Index, class Load, class Emit>
-  static __device__ __forceinline__ void top(Smem& s, Range first, const Key& key, const Index& index, int n, const Load& load, const Emit& emit) {
+  static __device__ __forceinline__ void top(Smem& s, Range first, const Key& key, const Index& index, int n, const Load& load,
+                                             const Emit& emit) {
     const int lane = thread() % 32;
     const Range r = narrow(s, first, key, n, LIST, 0);
     const bool all = r.inside == r.need;  // nothing inside to choose from

@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __gr
     const float* scores = job.scores + t * job.pitch;
     // The first and the newest block stay in any case; NaN and -inf rank as the lowest number.
     constexpr uint32_t ALWAYS = ~0u - 1;
-    const auto key = [&](int b) { return b == 0 || b == complete - 1 ? ALWAYS : rank_key(fminf(fmaxf(__ldg(scores + b), -FLT_MAX), FLT_MAX)); };
+    const auto finite = [&](int b) { return fminf(fmaxf(__ldg(scores + b), -FLT_MAX), FLT_MAX); };
+    const auto key = [&](int b) { return b == 0 || b == complete - 1 ? ALWAYS : rank_key(finite(b)); };
     uint32_t least = ALWAYS, most = 0;
     Ranks::each(key, complete, [&](uint32_t k, int) {
       least = min(least, k);
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __gr
 }
 
 // `inputs`: addresses of q, gates, k, scale, starts, ends, and the number of keys. `scores` lie `pitch` apart.
-void topk(tvm::ffi::Array<int64_t> inputs, tvm::ffi::Array<int64_t> output, int64_t rows, int64_t scores, int64_t pitch, int64_t size, int64_t blocks,
+void topk(Numbers inputs, Numbers output, int64_t rows, int64_t scores, int64_t pitch, int64_t size, int64_t blocks,
           int64_t room, int64_t stream) {
   const Keys keys{pointer<uint8_t>(inputs[0]), pointer<float>(inputs[1]), nullptr, pointer<uint8_t>(inputs[2]), pointer<float>(inputs[3]),
                   pointer<int32_t>(inputs[4]), pointer<int32_t>(inputs[5]), int(inputs[6]), 0};
