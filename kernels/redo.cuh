@@ -53,14 +53,6 @@ __device__ __forceinline__ void redo(const Task& whole, const CUtensorMap& map, 
   }
 }
 
-// A grid that meets: all its thread blocks run at once.
-template <class Kernel>
-void launch_together(Kernel kernel, int blocks, void** arguments, int bytes, cudaStream_t stream) {
-  allow_shared(kernel, bytes);
-  const void* address = reinterpret_cast<const void*>(kernel);
-  check(cudaLaunchCooperativeKernel(address, dim3(blocks), dim3(THREADS), arguments, bytes, stream), "cudaLaunchCooperativeKernel");
-}
-
 // Calls emit(place, position) for the k best of n scores in memory.
 template <class Emit>
 __device__ __forceinline__ void best_of(Redoers::Smem& s, const float* scores, int n, int k, const Emit& emit) {

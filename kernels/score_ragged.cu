@@ -400,7 +400,7 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
     int32_t *list = plan.failed, *meeting = plan.failed + total + 1;
     check(cudaMemsetAsync(meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
     void* arguments[] = {&task, &scores, &map, &to, &at_once, &list, &meeting};
-    launch_together(redo_kernel, processors, arguments, sizeof(Shared<Logits>), stream);
+    launch_together(redo_kernel, processors, THREADS, arguments, sizeof(Shared<Logits>), stream);
   }
 }
 

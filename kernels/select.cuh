@@ -1,9 +1,7 @@
 // Exact selection of the largest of n keys by THREADS threads (the first of a block): a histogram finds the bin that holds
 // the cut, what is above it is chosen at once, and the few elements inside it are ranked against each other.
 #pragma once
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "sm90.cuh"
 
 namespace misa {
 
@@ -46,12 +44,8 @@ struct Select {
   };
 
   // Read anew by every step: nothing that follows from it shall wait in registers while a caller works.
-  static __device__ __forceinline__ int thread() {
-    int x;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-    return x;
-  }
-  static __device__ void sync() { asm volatile("bar.sync 0, %0;" ::"n"(THREADS) : "memory"); }
+  static __device__ __forceinline__ int thread() { return sm90::thread(); }
+  static __device__ void sync() { sm90::barrier_of<THREADS>(); }
 
   // Calls visit(load(i), i) for every i < n, several loads in flight.
   template <int BATCH = 8, class Load, class Visit>

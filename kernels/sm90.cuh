@@ -93,6 +93,19 @@ __device__ __forceinline__ void copy_run(uint32_t smem, const void* global, uint
 // Orders this thread's ordinary shared-memory stores before later reads by the tensor cores.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// threadIdx.x, which the compiler neither keeps nor sees through.
+__device__ __forceinline__ int thread() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
+// Barrier 0, for the first THREADS threads of a block.
+template <int THREADS>
+__device__ __forceinline__ void barrier_of() {
+  asm volatile("bar.sync 0, %0;" ::"n"(THREADS) : "memory");
+}
+
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -1,0 +1,174 @@
+// CUDA's threads on a CPU, for tests of kernels that need no tensor cores: every thread of a block is a fiber, blocks run one after
+// another, and the order of threads is random but repeatable. Barriers, warp collectives and atomics are what they are on a GPU;
+// launch() returns false when no thread can go on.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__ inline
+#define __forceinline__ inline
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+#define __builtin_assume(x)
+
+using std::max, std::min;
+inline uint32_t min(uint32_t a, int b) { return std::min(a, uint32_t(b)); }
+
+struct int2 { int x, y; };
+struct uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct Index { unsigned x; };
+inline Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace simt {
+
+constexpr int STACK = 1 << 16, WARP = 32;
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  bool done;
+};
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline std::function<void()> body;
+inline std::mt19937 order{1};
+inline int current;
+inline bool moved;  // whether a thread has got on since the scheduler last looked
+
+inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
+
+struct Meeting {
+  int arrived = 0;
+  long rounds = 0;
+  void wait(int threads) {
+    const long round = rounds;
+    if (++arrived == threads) arrived = 0, ++rounds, moved = true;
+    while (rounds == round) yield();
+  }
+};
+inline std::map<int, Meeting> barriers;  // by number; those of warps are negative
+
+inline void run() {
+  body();
+  fibers[current].done = moved = true;
+  yield();
+}
+
+inline bool launch(int blocks, int threads, const std::function<void()>& kernel) {
+  body = kernel;
+  if (int(fibers.size()) < threads) fibers.resize(threads);
+  gridDim.x = blocks, blockDim.x = threads;
+  std::vector<int> turns(threads);
+  std::iota(turns.begin(), turns.end(), 0);
+  for (blockIdx.x = 0; blockIdx.x < unsigned(blocks); ++blockIdx.x) {
+    barriers.clear();
+    for (int i = 0; i < threads; ++i) {
+      Fiber& fiber = fibers[i];
+      fiber.done = false;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = STACK, fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, run, 0);
+    }
+    for (bool any = true; any;) {
+      any = moved = false;
+      std::shuffle(turns.begin(), turns.end(), order);
+      for (const int i : turns) {
+        if (fibers[i].done) continue;
+        any = true, current = i, threadIdx.x = i;
+        swapcontext(&scheduler, &fibers[i].context);
+      }
+      if (any && !moved) return false;
+    }
+  }
+  return true;
+}
+
+// What all lanes of a warp hand over, to each of them.
+template <class T, class Use>
+auto together(T value, const Use& use) {
+  static std::map<int, std::vector<T>> given;
+  const int warp = current / WARP, lane = current % WARP;
+  std::vector<T>& values = given[warp];
+  values.resize(WARP);
+  values[lane] = value;
+  barriers[-1 - warp].wait(WARP);
+  const auto result = use(values, lane);
+  barriers[-1 - warp].wait(WARP);
+  return result;
+}
+
+}  // namespace simt
+
+inline void __syncthreads() { simt::barriers[0].wait(blockDim.x); }
+inline void __syncwarp() { simt::barriers[-1 - simt::current / simt::WARP].wait(simt::WARP); }
+inline int __syncthreads_count(int value) {
+  static int count, waiting;
+  if (waiting++ == 0) count = 0;
+  count += value != 0;
+  __syncthreads();
+  const int all = count;
+  waiting = 0;
+  __syncthreads();
+  return all;
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int from) { return simt::together(value, [&](auto& all, int) { return all[from % simt::WARP]; }); }
+template <class T>
+T __shfl_up_sync(unsigned, T value, int by) { return simt::together(value, [&](auto& all, int lane) { return all[lane < by ? lane : lane - by]; }); }
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) { return simt::together(value, [&](auto& all, int lane) { return all[lane ^ mask]; }); }
+inline uint32_t __ballot_sync(unsigned, bool vote) {
+  return simt::together(uint32_t(vote), [](auto& all, int) {
+    uint32_t votes = 0;
+    for (int i = 0; i < simt::WARP; ++i) votes |= all[i] << i;
+    return votes;
+  });
+}
+inline bool __any_sync(unsigned, bool vote) { return __ballot_sync(~0u, vote) != 0; }
+inline uint32_t __reduce_add_sync(unsigned, uint32_t v) { return simt::together(v, [](auto& all, int) { return std::accumulate(all.begin(), all.end(), 0u); }); }
+template <class T>
+T __reduce_min_sync(unsigned, T v) { return simt::together(v, [](auto& all, int) { return *std::min_element(all.begin(), all.end()); }); }
+template <class T>
+T __reduce_max_sync(unsigned, T v) { return simt::together(v, [](auto& all, int) { return *std::max_element(all.begin(), all.end()); }); }
+
+template <class T, class U>
+T atomicAdd(T* to, U value) {
+  if (simt::order() % 64 == 0) simt::moved = true, simt::yield();
+  const T before = *to;
+  *to += value;
+  return before;
+}
+template <class T>
+void atomicMin(T* to, T value) { *to = std::min(*to, value); }
+template <class T>
+void atomicMax(T* to, T value) { *to = std::max(*to, value); }
+
+template <class T>
+T __ldg(const T* p) { return *p; }
+template <class T>
+T __ldcg(const T* p) { return *p; }
+inline int __clz(uint32_t v) { return v ? __builtin_clz(v) : 32; }
+inline int __popc(uint32_t v) { return __builtin_popcount(v); }
+inline int __ffs(uint32_t v) { return __builtin_ffs(v); }
+inline uint32_t __float_as_uint(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
+inline int __float_as_int(float f) { return int(__float_as_uint(f)); }
+inline float __uint_as_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) { simt::yield(); }

@@ -1,0 +1,238 @@
+"""The prefill's division, thresholds and selection: their CUDA sources, compiled for the CPU (simt/), against numpy."""
+
+import ctypes
+import math
+import pathlib
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_misa.kernels import score_ragged as sr
+
+HERE = pathlib.Path(__file__).parent / "simt"
+SOURCES = pathlib.Path(sr.__file__).parent
+TOPK = 96  # k in these tests
+SETTINGS = settings(deadline=None, max_examples=60)
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: g++")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> ctypes.CDLL:
+    """The device parts of the sources: C++ compilers cannot read the launches that follow their line `---- host`."""
+    folder = tmp_path_factory.mktemp("simt")
+    for source in [*SOURCES.glob("*.cuh"), SOURCES / "score_ragged.cu"]:
+        device, _, host = source.read_text().replace("extern __shared__", "extern").partition("// ---- host")
+        (folder / source.name).write_text(device + ("}  // namespace misa\n" if host else ""))
+    for stand_in in HERE.iterdir():
+        shutil.copy(stand_in, folder)
+    library = folder / "kernels.so"
+    compiler = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{folder}", "-o", library]
+    subprocess.run([*compiler, folder / "kernels.cpp"], check=True)
+    loaded = ctypes.CDLL(str(library))
+    for name in ("divide_rows", "walk", "thresholds", "select_rows"):
+        getattr(loaded, name).restype = ctypes.c_bool
+    return loaded
+
+
+def call(function, *arguments) -> None:
+    """Run a kernel; arrays go as addresses, None as null, floats in single precision."""
+    converted = [
+        ctypes.c_void_p(a.ctypes.data if isinstance(a, np.ndarray) else None)
+        if a is None or isinstance(a, np.ndarray)
+        else ctypes.c_float(a)
+        if isinstance(a, float)
+        else ctypes.c_int64(a)
+        for a in arguments
+    ]
+    assert function(*converted), "some threads of a block could not go on, or a copy was not aligned"
+
+
+def aligned(values, dtype) -> np.ndarray:
+    """A copy at an address that 16 divides, with 16 bytes behind it."""
+    values = np.asarray(values, dtype)
+    room = np.zeros(values.nbytes + 48, np.uint8)
+    start = -room.ctypes.data % 16
+    held = room[start : start + values.nbytes].view(dtype).reshape(values.shape)
+    held[...] = values
+    return held
+
+
+def ints(values) -> np.ndarray:
+    return np.ascontiguousarray(values, dtype=np.int32)
+
+
+@st.composite
+def windows(draw):
+    """Windows [start, end) of the rows of several requests, keys one behind the other, and rows that see nothing."""
+    starts, ends, first = [], [], 0
+    for _ in range(draw(st.integers(1, 5))):
+        rows, seen = draw(st.integers(1, 150)), draw(st.integers(0, 6000))
+        starts += [first if seen else 0] * rows
+        ends += [first + max(0, seen - t) for t in reversed(range(rows))] if seen else [0] * rows
+        first += seen
+    return ints(starts), ints(ends), max(first, 1)
+
+
+@SETTINGS
+@given(windows(), st.integers(1, 20), st.integers(2, 9), st.sampled_from([1, 8, 32]), st.booleans())
+def test_workers_visit_every_tile_once(kernels, case, workers, segments, stride, divided):
+    starts, ends, keys = case
+    stride = 1 if divided else stride
+    block_rows, phase = kernels.block_rows(), 0 if stride == 1 else stride // 2
+    blocks = -(-len(starts) // block_rows)
+    table = ints(np.full(2 * workers + blocks + 3, -7))
+    hits, sigmas, rank, spare, room = 35.0, 6.5, 100.0, 4, 1 << 20
+    if divided:
+        call(
+            kernels.divide_rows,
+            starts,
+            ends,
+            len(starts),
+            keys,
+            table,
+            workers,
+            segments,
+            hits,
+            sigmas,
+            rank,
+            spare,
+            room,
+        )
+    tiles = -(-keys // sr.TILE) * blocks + 1
+    visits, counts = ints(np.full((workers, tiles, 3), -1)), ints(np.zeros(workers))
+    division = table if divided else None
+    call(kernels.walk, starts, ends, len(starts), keys, stride, division, workers, tiles, visits, counts)
+    visited = np.concatenate([visits[w, : counts[w]] for w in range(workers)])
+
+    for block in range(blocks):
+        rows = slice(block * block_rows, (block + 1) * block_rows)
+        seen = [
+            (max(low - phase, 0) + stride - 1) // stride + 1j * ((max(high - phase, 0) + stride - 1) // stride)
+            for low, high in zip(starts[rows].tolist(), ends[rows].tolist(), strict=True)
+            if high > low
+        ]
+        seen = [(int(w.real), int(w.imag)) for w in seen if w.imag > w.real]
+        wanted = range(min(w[0] for w in seen) // sr.TILE, -(-max(w[1] for w in seen) // sr.TILE)) if seen else range(0)
+        mine = visited[visited[:, 0] == block]
+        assert sorted(mine[:, 2].tolist()) == list(wanted)
+        if divided:
+            runs = kernels.segments_of(ctypes.c_void_p(table.ctypes.data), block * block_rows)
+            assert sorted(set(mine[:, 1].tolist())) == list(range(runs))
+            assert runs <= segments
+    if divided:
+        share, total = int(table[0]), len(visited)
+        assert counts.tolist() == [min(share, max(0, total - w * share)) for w in range(workers)]
+        held = table[2 + blocks + workers :]
+        assert held[0] == 0
+        of_block = np.bincount(visited[:, 0], minlength=blocks)
+        for worker in range(workers):  # a buffer's entries follow from how much of which rows' keys the worker has
+            expected = hits * sum(1 / of_block[block] for block, _, _ in visits[worker, : counts[worker]])
+            wanted = expected + sigmas * math.sqrt(expected + expected**2 / rank) + spare
+            assert wanted - 1 <= held[worker + 1] - held[worker] <= wanted + sr.SECTOR
+
+
+@SETTINGS
+@given(
+    st.integers(0, 500),
+    st.integers(1, 60),
+    st.sampled_from(["normal", "few values", "all equal", "zeros", "with NaN", "huge"]),
+    st.integers(0, 1 << 30),
+)
+def test_thresholds_leave_a_little_more_than_the_rank_above(kernels, sampled, rank, kind, seed):
+    random, stride, rows = np.random.default_rng(seed), 8, 3
+    keys = max(sampled * stride, 1)
+    scores = {
+        "normal": lambda shape: random.normal(size=shape),
+        "few values": lambda shape: random.integers(-3, 4, shape),
+        "all equal": lambda shape: np.full(shape, 1.5),
+        "zeros": lambda shape: np.maximum(random.normal(size=shape) - 1, 0),
+        "with NaN": lambda shape: np.where(random.random(shape) < 0.3, np.nan, random.normal(size=shape)),
+        "huge": lambda shape: random.normal(size=shape) * 10.0 ** random.integers(-30, 30, shape),
+    }[kind]((rows, sampled))
+    width = -(-sampled // 4) * 4 + 4
+    sample = aligned(np.full((rows, width), 1e30), np.float32)
+    sample[:, :sampled] = scores
+    kept = sample[:, :sampled].copy()
+    starts, ends = ints([0] * rows), ints([keys, keys, min(TOPK, keys)])  # the last row sees no more than k
+    found, failed = np.full(rows, 7, np.float32), ints([9])
+    spans, table = np.zeros((rows, 2), np.uint32), ints(np.zeros(16 + rows))
+    wide = (starts, ends, rows, keys, stride, sample, width, rank, TOPK, found, spans, table, failed)
+    call(kernels.thresholds, *wide)
+
+    assert failed[0] == 0
+    assert found[2] == math.inf
+    for row in range(2) if keys > TOPK else ():
+        ranked = -np.sort(-np.where(np.isnan(kept[row]), -np.inf, kept[row]))
+        if sampled <= rank:
+            assert found[row] == -math.inf
+            continue
+        above, cut = int((kept[row] > found[row]).sum()), ranked[rank - 1]
+        if math.isinf(cut):  # NaN stands there: nothing is below what is a number
+            assert found[row] == -math.inf
+        elif (ranked == cut).sum() <= max(1, rank // 32):
+            assert rank <= above <= rank + max(1, rank // 8)
+        else:  # many share the cut: all of them or none
+            assert above <= rank + max(1, rank // 8) or found[row] >= cut
+
+
+def place(random, entries, buffers, capacity):
+    """Entries (score bits, key) dealt out to buffers; [buffers] of (first, count), count -1 where one does not fit."""
+    memory, counts, first = [], [], 0
+    owner = random.integers(0, buffers, len(entries))
+    for buffer in range(buffers):
+        mine = [entry for entry, at in zip(entries, owner, strict=True) if at == buffer]
+        counts.append((first, len(mine) if len(mine) <= capacity else -1))
+        memory += (mine + [(0x7FFFFFFF, 0xDEAD)] * capacity)[:capacity]
+        first += capacity
+    return memory, counts
+
+
+@SETTINGS
+@given(
+    st.integers(0, 700),
+    st.sampled_from(["normal", "few values", "all equal", "infinite", "one huge", "negative"]),
+    st.sampled_from([4, 16, 37]),
+    st.booleans(),
+    st.sampled_from([64, 24]),
+    st.integers(0, 1 << 30),
+)
+def test_selection_is_the_exact_top_k_or_refused(kernels, length, kind, buffers, paged, capacity, seed):
+    random, start = np.random.default_rng(seed), int(seed % 3) * 5
+    scores = {
+        "normal": lambda: random.normal(size=length),
+        "few values": lambda: random.integers(0, 4, length),
+        "all equal": lambda: np.full(length, 2.0),
+        "infinite": lambda: np.where(random.random(length) < 0.2, np.inf, random.normal(size=length)),
+        "one huge": lambda: np.where(np.arange(length) == length // 2, 3e38, random.random(length)),
+        "negative": lambda: -np.exp(random.normal(size=length)),
+    }[kind]().astype(np.float32)
+    wanted = random.integers(TOPK // 2, 260)
+    threshold = np.float32(np.sort(scores)[-min(length, wanted)] - random.choice([0.0, 0.5]) if length else 0)
+    hits = [(int(s.view(np.uint32)), start + i) for i, s in enumerate(scores) if s > threshold]
+    memory, counts = place(random, hits, buffers, capacity)
+    room = 320
+    out, failed = ints(np.full(TOPK, -7)), ints([0, -1])
+    pages, offsets = ints(random.permutation(40)[:20]), ints([1000])
+    # One row block whose tiles are one run: a share of 9 tiles, the block's 9, and what no kernel reads here.
+    division = ints([9, 0, 9, 0, 0, 0])
+    run = (ints([start]), ints([start + length]), 1, start + length, division, aligned([threshold], np.float32))
+    held = (aligned(memory, np.uint32), ints(counts), 1, buffers)
+    target = (out, TOPK, pages if paged else None, ints([0]), 20, None if paged else offsets)
+    call(kernels.select_rows, *run, *held, *target, room, failed)
+
+    fits = all(count >= 0 for _, count in counts)
+    if failed[0]:
+        assert failed[1] == 0
+        assert not fits or len(hits) < TOPK or len(hits) + buffers > room
+        return
+    if length > TOPK:
+        assert fits
+        assert TOPK <= len(hits) <= room
+    best = np.argsort(-scores, kind="stable")[:TOPK]
+    slots = pages[best // 64] * 64 + best % 64 if paged else best + 1000
+    assert sorted(out.tolist()) == sorted([*slots.tolist(), *[-1] * (TOPK - len(best))])
