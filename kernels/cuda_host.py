@@ -14,7 +14,14 @@ import torch
 from .layout import expect
 
 HEADERS = (
-    *("divide.cuh", "host.cuh", "output.cuh", "rank.cuh", "redo.cuh", "score.cuh", "select.cuh", "sm90.cuh"),
+    "divide.cuh",
+    "host.cuh",
+    "output.cuh",
+    "rank.cuh",
+    "redo.cuh",
+    "score.cuh",
+    "select.cuh",
+    "sm90.cuh",
     "threshold.cuh",
 )
 

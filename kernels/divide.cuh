@@ -9,7 +9,7 @@ struct Buffers {
   float hits;    // that a whole row is expected to bring to one buffer; 0: none are wanted
   float sigmas;  // standard deviations of room above that
   float rank;    // of the row's threshold in its sample: the fewer, the more a row's hits vary
-  int spare;     // entries beside those: a tile's, and what the scratch has left, for hits that come in clusters
+  int spare;     // entries beyond those: a tile's, and what the scratch has left, for hits that come in clusters
   int room;      // entries of one buffer, summed over thread blocks; mirrored by score_ragged.py
 
   // For tiles that are `part` of a row's (or of several rows').
@@ -24,7 +24,7 @@ struct Buffers {
 struct Divide {
   int32_t* table;  // [1 + row blocks + 1 + workers + workers + 1], as Items reads it
   int workers;     // thread blocks
-  int segments;    // runs of one row block at most
+  int runs;        // into which a row block's tiles are cut, at most
   Buffers buffers;
 };
 
@@ -45,8 +45,8 @@ __device__ __forceinline__ void sum_up(int32_t* values, int count) {
   }
 }
 
-// By one thread block.
-__device__ __forceinline__ void divide(const Task& task, const Divide& to) {
+// By one thread block. Rows that see at most k keys take them all: a row block of nothing else has no tiles.
+__device__ __forceinline__ void divide(const Task& task, int k, const Divide& to) {
   __shared__ int longest;
   const int blocks = (task.rows + ROWS - 1) / ROWS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int32_t *before = to.table + 1, *first = before + blocks + 1, *held = first + to.workers;
@@ -54,14 +54,14 @@ __device__ __forceinline__ void divide(const Task& task, const Divide& to) {
   __syncthreads();
   for (int block = warp; block < blocks; block += blockDim.x / 32) {
     const Extent extent(task, block * ROWS, ROWS);
-    const int tiles = extent.hi > 0 ? (extent.hi + TILE - 1) / TILE - extent.lo / TILE : 0;
+    const int tiles = extent.hi > 0 && extent.hi - extent.lo > k ? (extent.hi + TILE - 1) / TILE - extent.lo / TILE : 0;
     if (lane == 0) before[block + 1] = tiles, atomicMax(&longest, tiles);
   }
   __syncthreads();
   if (warp == 0) sum_up(before + 1, blocks);
   __syncthreads();
   const int total = before[blocks];
-  const int share = max((total + to.workers - 1) / to.workers, (longest - 1) / (to.segments - 1) + 1);
+  const int share = max((total + to.workers - 1) / to.workers, (longest - 1) / (to.runs - 1) + 1);
   if (threadIdx.x == 0) to.table[0] = share, held[0] = 0;
   for (int worker = threadIdx.x; worker < to.workers; worker += blockDim.x) {
     const int at = worker * share, last = min(at + share, total);

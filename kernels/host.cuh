@@ -24,10 +24,10 @@ void allow_shared(Kernel kernel, int bytes) {
 
 // A grid whose thread blocks all run at once, so that they can meet.
 template <class Kernel>
-void launch_together(Kernel kernel, int blocks, int threads, void** arguments, int bytes, cudaStream_t stream) {
+void launch_together(const char* name, Kernel kernel, int blocks, int threads, void** arguments, int bytes, cudaStream_t stream) {
   allow_shared(kernel, bytes);
   const auto address = reinterpret_cast<const void*>(kernel);
-  check(cudaLaunchCooperativeKernel(address, dim3(blocks), dim3(threads), arguments, bytes, stream), "cudaLaunchCooperativeKernel");
+  check(cudaLaunchCooperativeKernel(address, dim3(blocks), dim3(threads), arguments, bytes, stream), name);
 }
 
 inline int multiprocessors() {

@@ -348,7 +348,7 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
       int32_t *list = plan.failed, *meet_at = meeting;
       check(cudaMemsetAsync(meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
       void* arguments[] = {&all, &map, &scores, &to, &candidates, &at_once, &list, &meet_at};
-      launch_together(mark_exactly_kernel, processors, THREADS, arguments, sizeof(Shared<Logits>), stream);
+      launch_together("mark_exactly_kernel", mark_exactly_kernel, processors, THREADS, arguments, sizeof(Shared<Logits>), stream);
       job.row_list = plan.failed + 1, job.listed = plan.failed;
       rerank_kernel<<<std::min(rows, RANK_BLOCKS * processors), RANKERS, bytes, stream>>>(job);
       check(cudaGetLastError(), "rerank_kernel");

@@ -118,16 +118,14 @@ __device__ __forceinline__ void barriers_init(Smem& s) {
 // close together are shared out among the thread blocks that have runs of these rows.
 struct Item {
   static constexpr int SWEEPS = 16;
-  int rows;     // the first one's place in the task
-  int segment;  // which run of the row block's tiles
+  int first_row;  // its place in the task
   int tile, left;
   int low, high;  // the row block's tiles are low …
   int end;        // … as far as any row sees
 
   // Tiles [from, from + count) of the row block's `tiles`, in the order of visits.
-  __device__ Item(const Task& task, int block, int segment, int from, int count, int tiles)
-      : rows(block * ROWS), segment(segment), left(count) {
-    const Extent extent(task, rows, ROWS);
+  __device__ Item(const Task& task, int block, int from, int count, int tiles) : first_row(block * ROWS), left(count) {
+    const Extent extent(task, first_row, ROWS);
     low = extent.hi > 0 ? extent.lo / TILE : 0, high = low + tiles;
     end = extent.hi > 0 ? (extent.hi + TILE - 1) / TILE : 0;
     const int length = tiles / SWEEPS, longer = tiles % SWEEPS;  // that many sweeps have one tile more
@@ -160,11 +158,12 @@ struct Items {
     at = blockIdx.x * share, last = min(at + share, before(blocks));
   }
   __device__ int before(int block) const { return table ? table[1 + block] : block * alike; }
-  // Runs into which the tiles of row i's block are divided.
-  static __device__ int segments(const Task& task, int i) {
+  // The thread blocks that have runs of row i's block: the first, and how many.
+  static __device__ int2 workers(const Task& task, int i) {
     const int32_t* before = task.division + 1 + i / ROWS;
-    const int share = task.division[0];
-    return before[1] > before[0] ? (before[1] - 1) / share - before[0] / share + 1 : 0;
+    if (before[1] == before[0]) return {0, 0};
+    const int share = task.division[0], first = before[0] / share;
+    return {first, (before[1] - 1) / share - first + 1};
   }
   __device__ bool more() const { return at < last; }
   __device__ Item next() {
@@ -172,14 +171,13 @@ struct Items {
     while (before(block + 1) <= at) ++block;
     const int from = before(block), to = before(block + 1), first = at;
     at = min(last, to);
-    return Item(task, block, int(blockIdx.x) - from / share, first - from, at - first, to - from);
+    return Item(task, block, first - from, at - first, to - from);
   }
 };
 
 // The place of a thread in its warpgroup: which queries and which keys of a product it has the scores of.
 struct Seat {
   int first;       // the warpgroup's first query
-  int segment;     // of the item
   int warp;        // of the warpgroup: keys warp · 16 … of a product
   int lane_row;    // key of the warp's first eight (+ 8 for the second half)
   int lane_query;  // this thread has queries first + 4q + lane_query
@@ -246,7 +244,7 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
 
   for (Items items(task); items.more();) {
     Item item = items.next();
-    const Seat seat{item.rows + group * QUERIES, item.segment, int(threadIdx.x) / 32 % 4, lane / 4, lane % 4};
+    const Seat seat{item.first_row + group * QUERIES, int(threadIdx.x) / 32 % 4, lane / 4, lane % 4};
     const Extent extent(task, seat.first, QUERIES);
 
     sm90::named_barrier(1 + group, 128);  // the last item's products have been read

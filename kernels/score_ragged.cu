@@ -12,10 +12,11 @@ struct HitBuffers {
   const float* threshold;  // [rows]
   uint2* entries;          // of (score bits, key): [rows of a block, buffers, capacity] for each thread block; rows that it scores
                            // later go on where those before them ended
-  int2* counts;            // [rows, segments, buffers] of (first entry, how many); -1 marks an overflow
-  int segments, buffers;   // of a row; of each segment
+  int2* counts;            // (first entry, how many) of each row, thread block and buffer; -1 marks an overflow
+  int buffers;             // of a row in a thread block
 
-  __device__ int2& count(int row, int segment, int buffer) const { return counts[(int64_t(row) * segments + segment) * buffers + buffer]; }
+  // Each run of a row block has a place of its own: from one run to the next the row block goes up, or the thread block, or both.
+  __device__ int2& count(int row, int worker, int buffer) const { return counts[(row + worker * ROWS) * buffers + buffer]; }
 };
 
 constexpr int SECTOR = 4;  // entries that L2 takes as fast as one: it writes whole sectors
@@ -102,7 +103,7 @@ struct FewHits : HitBuffers {
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
         const uint32_t first = shared.first[q][threadIdx.x];
-        if (seat.query(q) < rows) to.count(seat.query(q), seat.segment, seat.warp * 8 + seat.lane_row) =
+        if (seat.query(q) < rows) to.count(seat.query(q), blockIdx.x, seat.warp * 8 + seat.lane_row) =
               {int((first - address(0)) / sizeof(uint2)), place[q] > limit(q) ? -1 : int((place[q] - first) / sizeof(uint2))};
       }
     }
@@ -228,7 +229,7 @@ struct ManyHits : HitBuffers {
         if (left > 0) write(q, out);
         slot[q] = waiting + q * ROW;
         if (query(q) < rows)
-          to.count(query(q), seat.segment, (seat.warp * 8 + seat.lane_row) / OWNERS) = {
+          to.count(query(q), blockIdx.x, (seat.warp * 8 + seat.lane_row) / OWNERS) = {
               int(first[q]), place[q] == FULL ? -1 : int(place[q] - first[q]) - (left > 0 ? SECTOR - left : 0)};
       }
     }
@@ -239,41 +240,46 @@ constexpr int SELECT_THREADS = 256;  // fewer, and more blocks: much of the work
 constexpr int SELECT_BLOCKS = 5;     // on a multiprocessor, as far as registers go
 using Selection = Select<SELECT_THREADS>;
 
-// Brings row i's entries together in shared memory, in any order. Each buffer's begin there on 16 bytes; where one has an odd
-// number of them, `filler` stands behind. Returns how many lie there, fillers included; 0 where they cannot answer for the top k.
-__device__ __forceinline__ int gather(Selection::Smem& s, const HitBuffers& hits, int i, int buffers, uint2 filler, int k, int room,
+// Brings row i's entries together in shared memory, in any order: what makes whole 16 bytes of each buffer by a copy, then the odd
+// ones. Behind an odd number of them stands `filler`. Returns how many lie there with it; 0 where they cannot answer for the top k.
+__device__ __forceinline__ int gather(Selection::Smem& s, const HitBuffers& hits, int i, int2 workers, uint2 filler, int k, int room,
                                       uint2* entries) {
   __shared__ uint64_t landed;
   const uint32_t barrier = sm90::smem_address(&landed);
   if (threadIdx.x == 0) {
+    s.listed = 0;
     sm90::barrier_init(barrier, 1);
     sm90::barrier_init_fence();
   }
   // Lanes issue their copies one after the other, so buffers are dealt out to the warps in turn.
-  const int mine = threadIdx.x % 32 * Selection::WARPS + threadIdx.x / 32;
-  const int2* counts = &hits.count(i, 0, 0);
-  uint32_t own = 0, fillers = 0, all;
+  const int buffers = workers.y * hits.buffers, mine = threadIdx.x % 32 * Selection::WARPS + threadIdx.x / 32;
+  const auto held = [&](int buffer) { return hits.count(i, workers.x + buffer / hits.buffers, buffer % hits.buffers); };
+  uint32_t own = 0, odd = 0, even;
 #pragma unroll 1
   for (int first = 0; first < buffers; first += SELECT_THREADS) {
-    const int count = first + mine < buffers ? counts[first + mine].y : 0;
-    own += count < 0 ? room + 1 : count + (count & 1);
-    fillers += __syncthreads_count(count & 1);
+    const int count = first + mine < buffers ? held(first + mine).y : 0;
+    own += count < 0 ? room + 1 : count & ~1;
+    odd += __syncthreads_count(count & 1);
   }
-  uint32_t at = Selection::scan(s, own, &all) - own;
-  if (all > room || all - fillers < k) return 0;
-  if (threadIdx.x == 0) sm90::barrier_arrive_expect(barrier, (all - 2 * fillers) * sizeof(uint2));
+  uint32_t at = Selection::scan(s, own, &even) - own;
+  const uint32_t all = even + odd, n = all + (all & 1);
+  if (n > room || all < k) return 0;
+  if (threadIdx.x == 0) {
+    sm90::barrier_arrive_expect(barrier, even * sizeof(uint2));
+    if (all & 1) entries[all] = filler;
+  }
 #pragma unroll 1
   for (int buffer = mine; buffer < buffers; buffer += SELECT_THREADS) {
-    const int2 held = counts[buffer];
-    const uint32_t count = held.y;
-    const uint2* from = hits.entries + uint32_t(held.x);
-    if (count > 1) sm90::copy_run(sm90::smem_address(entries + at), from, count / 2 * 2 * sizeof(uint2), barrier);
-    at += count;
-    if (count & 1) entries[at - 1] = __ldcg(from + count - 1), entries[at++] = filler;
+    const int2 run = held(buffer);
+    const uint32_t whole = run.y & ~1;
+    const uint2* from = hits.entries + uint32_t(run.x);
+    if (whole) sm90::copy_run(sm90::smem_address(entries + at), from, whole * sizeof(uint2), barrier);
+    if (run.y & 1) entries[even + atomicAdd(&s.listed, 1u)] = __ldcg(from + whole);
+    at += whole;
   }
   sm90::barrier_wait(barrier, 0);
   Selection::sync();
-  return all;
+  return n;
 }
 
 // Exact top k of each row's appended entries; a row that cannot be answered from them goes on the failed list.
@@ -296,7 +302,7 @@ __global__ void __launch_bounds__(SELECT_THREADS, SELECT_BLOCKS)
   const uint32_t lowest = rank_key(threshold), highest = rank_key(INFINITY);
   const int shift = threshold > 0.f ? 24 - Selection::LOG_BINS : Selection::shift_over(highest - lowest);
   Selection::clear(smem);
-  const int n = gather(smem, hits, i, Items::segments(task, i) * hits.buffers, {__float_as_uint(threshold), 0}, k, room, entries);
+  const int n = gather(smem, hits, i, Items::workers(task, i), {__float_as_uint(threshold), 0}, k, room, entries);
   if (n == 0) {
     if (threadIdx.x == 0) failed[1 + atomicAdd(failed, 1)] = t;
     return;
@@ -340,14 +346,14 @@ void logits(Numbers inputs, int64_t first, int64_t rows, int64_t out, int64_t ld
 
 // Division of a call's work, as score_ragged.Plan: numbers, then addresses in scratch.
 struct Plan {
-  int rows, workers, segments, buffers, stride, rank, spare, entries, room, sampled, at_once, ld;
+  int rows, workers, runs, buffers, stride, rank, spare, entries, room, sampled, at_once, ld;
   int32_t* failed;   // how many, the rows …, and at [all rows + 1] the meeting counter
   float* threshold;
   int32_t* division;
   int2* counts;
   char* bulk;        // sampled scores, then entries; at last the scores of `redo`
   explicit Plan(const Numbers& v)
-      : rows(int(v[0])), workers(int(v[1])), segments(int(v[2])), buffers(int(v[3])), stride(int(v[4])), rank(int(v[5])), spare(int(v[6])),
+      : rows(int(v[0])), workers(int(v[1])), runs(int(v[2])), buffers(int(v[3])), stride(int(v[4])), rank(int(v[5])), spare(int(v[6])),
         entries(int(v[7])), room(int(v[8])), sampled(int(v[9])), at_once(int(v[10])), ld(int(v[11])), failed(pointer<int32_t>(v[12])),
         threshold(pointer<float>(v[13])), division(pointer<int32_t>(v[14])), counts(pointer<int2>(v[15])), bulk(pointer<char>(v[16])) {}
 };
@@ -362,10 +368,10 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
   const int processors = multiprocessors();
   const auto stream = pointer<CUstream_st>(stream_address);
   const Logits sample{reinterpret_cast<float*>(plan.bulk), plan.sampled, true};
-  const HitBuffers hits{plan.threshold, reinterpret_cast<uint2*>(plan.bulk), plan.counts, plan.segments, plan.buffers};
+  const HitBuffers hits{plan.threshold, reinterpret_cast<uint2*>(plan.bulk), plan.counts, plan.buffers};
   const bool few = plan.buffers == FewHits::BUFFERS;
   const float expected = float(plan.rank) * plan.stride / plan.buffers, sigmas = few ? FewHits::SIGMAS : ManyHits::SIGMAS;
-  const Divide next{plan.division, plan.workers, plan.segments, {expected, sigmas, float(plan.rank), plan.spare, plan.entries}};
+  const Divide next{plan.division, plan.workers, plan.runs, {expected, sigmas, float(plan.rank), plan.spare, plan.entries}};
   for (int first = 0; first < total; first += plan.rows) {
     Task task = call.rows(first, std::min(plan.rows, int(total) - first));
     Task sampling = task;
@@ -400,7 +406,7 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
     int32_t *list = plan.failed, *meeting = plan.failed + total + 1;
     check(cudaMemsetAsync(meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
     void* arguments[] = {&task, &scores, &map, &to, &at_once, &list, &meeting};
-    launch_together(redo_kernel, processors, THREADS, arguments, sizeof(Shared<Logits>), stream);
+    launch_together("redo_kernel", redo_kernel, processors, THREADS, arguments, sizeof(Shared<Logits>), stream);
   }
 }
 

@@ -9,9 +9,9 @@ the appended. Rows that collected fewer than k or overflowed a buffer are listed
 whatever the threshold was; a NaN ranks below every number.
 
 Statistics (`plan`): the r-th largest of a 1/n sample leaves about n·Gamma(r) keys above it. r solves r - z√r = k/n with
-z = 4.5, so a row comes out short with probability 3e-6; a row's and a buffer's room lie z and 6.5 or 8
-standard deviations above what is expected, for a call has a quarter of a million buffers, which also get what the
-budget leaves: hits that come in clusters are not shared out by chance.
+z = 4.5, so a row comes out short with probability 3e-6. A row's room lies z standard deviations above what is expected,
+a buffer's 6.5 or 8, for a call has a quarter of a million of them. Buffers also get what the budget leaves: hits that
+come in clusters are not shared out by chance.
 An order of keys that defeats the sample (periodic in n keys) costs time in `redo`, not exactness.
 """
 
@@ -31,6 +31,7 @@ from sglang_misa.kernels.layout import expect
 HEAD_DIM = 128
 ROUTED_HEADS = (4, 8, 16, 32, 64)  # h that the kernel is built for; 64 serves full-head modes
 SCRATCH_BYTES = 256 << 20
+MOST_BYTES = 1 << 30  # whatever the budget
 LISTS_BYTES = 1 << 20  # step in which the row lists grow
 
 SAMPLE = 2048  # keys sampled at least, where one in 8 makes so many
@@ -52,7 +53,7 @@ def block_rows(heads: int) -> int:
 
 
 def buffers(heads: int, density: float) -> int:
-    """Private buffers of a row in each segment, where `density` of its keys are expected to pass.
+    """Private buffers of a row in each thread block that scores it, where `density` of its keys are expected to pass.
 
     Each thread writes its hits as they come (32), or, where that would hold the scorer up, two share a buffer and write
     by sectors (16). On an H100 with h = 8: 2.2 and 2.5 ms at 128K (3 % pass), 0.98 and 0.65 ms at 32K (9 %).
@@ -73,11 +74,11 @@ class Plan:
 
     rows: int
     workers: int  # thread blocks that collect
-    segments: int  # runs at most into which a row's keys are divided among them
-    buffers: int  # of a row in each segment
+    runs: int  # of them that share a row's keys, at most
+    buffers: int  # of a row in each of those
     stride: int  # one key in so many is sampled
     rank: int  # of the threshold in the sample
-    spare: int  # entries of a private buffer beyond what is expected at most
+    spare: int  # entries of a private buffer beyond what is expected at most: a tile's, and what the budget leaves
     entries: int  # that a private buffer holds, summed over the workers
     room: int  # entries of a row that `select` can hold
     sampled: int  # columns of the sampled scores
@@ -112,12 +113,10 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
     sampled = aligned(keys / stride, 4)
     block, subs = block_rows(heads), buffers(heads, rank * stride / max(keys, 1))
     blocks = math.ceil(rows / block)
-    most_segments = COUNTS // subs
+    runs = COUNTS // subs
     for passes in range(1, blocks + 1):
         pass_blocks = math.ceil(blocks / passes)
-        workers = min(multiprocessors, pass_blocks * (most_segments - 1))
-        # Half as many again as equal rows have, so that longer rows than the others' are divided evenly too.
-        segments = min(most_segments, math.ceil(1.5 * workers / pass_blocks) + 1)
+        workers = min(multiprocessors, pass_blocks * (runs - 1))
         # Shares of rows vary, but what holds least a row is sharing evenly: the room is a concave function of the part.
         expected = rank * stride / subs * pass_blocks / workers
         capacity = expected + BUFFER_SIGMAS[subs] * math.sqrt(expected + expected**2 / rank) + SECTOR
@@ -125,7 +124,7 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
         pass_rows = pass_blocks * block
         division = aligned(4 * pass_rows)
         counts = division + division_bytes(pass_blocks, workers)
-        bulk = counts + aligned(8 * pass_rows * segments * subs)
+        bulk = counts + aligned(8 * (pass_rows + workers * block) * subs)
         entries = aligned(workers * (capacity + BURST), SECTOR)
         total = bulk + max(entry_bytes * entries, 4 * pass_rows * sampled)
         if total <= budget:
@@ -135,13 +134,13 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
             return Plan(
                 rows=pass_rows,
                 workers=workers,
-                segments=segments,
+                runs=runs,
                 buffers=subs,
                 stride=stride,
                 rank=rank,
                 spare=spare,
                 entries=entries,
-                room=aligned(hits + segments * subs / 2, 32),  # an odd number of entries takes one place more
+                room=aligned(hits),
                 sampled=sampled,
                 division_offset=division,
                 counts_offset=counts,
@@ -164,8 +163,8 @@ def scratch_of(device: torch.device, size: int) -> torch.Tensor:
 
     It lies within 4 GiB whose addresses share their high half: the scorer counts in the low one.
     """
-    if size > 1 << 32:
-        raise ValueError(f"scratch: expected at most 4 GiB, got {size} bytes; lower the budget")
+    if size > MOST_BYTES:
+        raise ValueError(f"scratch: expected at most {MOST_BYTES} bytes, got {size}; lower the budget")
     held = _scratch.get(device)
     if held is None or held.numel() < size:
         if held is not None:
@@ -175,7 +174,7 @@ def scratch_of(device: torch.device, size: int) -> torch.Tensor:
         crossing = []  # kept until one fits, or the allocator would return the same
         while True:
             found = torch.empty(size, dtype=torch.uint8, device=device)
-            if found.data_ptr() >> 32 == (found.data_ptr() + size - 1) >> 32:
+            if found.data_ptr() >> 32 == (found.data_ptr() + size) >> 32:
                 break
             crossing.append(found)
         _scratch[device] = found
@@ -286,7 +285,7 @@ class Ragged(Call):
 
     def division(self) -> list[int]:
         p = self.plan
-        numbers = (p.rows, p.workers, p.segments, p.buffers, p.stride, p.rank, p.spare, p.entries, p.room, p.sampled)
+        numbers = (p.rows, p.workers, p.runs, p.buffers, p.stride, p.rank, p.spare, p.entries, p.room, p.sampled)
         addresses = self.parts(0, p.division_offset, p.counts_offset, p.bulk_offset)
         return [*numbers, self.at_once(p.bulk_offset, self.ld), self.ld, *addresses]
 

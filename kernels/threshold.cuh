@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(CUT_THREADS)
     if (failed && threadIdx.x == 0) *failed = 0;
     Task scan = task;
     scan.stride = 1, scan.phase = 0;
-    divide(scan, next);
+    divide(scan, k, next);
     return;
   }
   const int i = blockIdx.x - 1, t = task.row(i);

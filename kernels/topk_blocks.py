@@ -10,7 +10,7 @@ from sglang_misa.kernels.layout import expect
 HEAD_DIM = 128
 PAGE = 64
 INDEX_HEADS = (32, 64)
-MAX_KEPT = 49152  # tokens of (blocks + 1) · block_size: what one thread block's shared memory lists
+MAX_KEPT = 49152  # tokens of (blocks + 1) · block_size, and k / 2: what one thread block's shared memory lists
 
 
 def topk_blocks(
@@ -44,7 +44,7 @@ def topk_blocks(
     kept = (blocks + 1) * block_size
     if heads not in INDEX_HEADS:
         raise ValueError(f"head_gates: expected {' or '.join(map(str, INDEX_HEADS))} index heads, got {heads}")
-    if block_size < PAGE or block_size % PAGE or k > blocks * block_size or kept > MAX_KEPT:
+    if block_size < PAGE or block_size % PAGE or k > blocks * block_size or kept + k // 2 > MAX_KEPT:
         raise ValueError(
             f"blocks: expected blocks of a multiple of {PAGE} tokens, k={k} tokens or more in all and at most "
             f"{MAX_KEPT} with one more block, got {blocks} of {block_size}; choose other blocks"

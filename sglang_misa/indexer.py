@@ -177,7 +177,8 @@ def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -
     stats = BlockStats([buffer], kernels=True)
     table = torch.arange(pages, dtype=torch.int32, device=device).unsqueeze(0)
     # Few rows and many have launches of their own, and Triton builds apart for sizes that 16 does not divide.
-    for rows, seen in itertools.product((64, 65, topk, topk - 1), (length, length - 1)):
+    shapes = itertools.product((64, 65, topk, topk - 1), (length, length - 1))
+    for (rows, seen), space in zip(shapes, itertools.cycle((OutputSpace(), OutputSpace(pages=table)))):
         lens = torch.tensor([seen], dtype=torch.int32, device=device)
         only = torch.zeros(rows, dtype=torch.int32, device=device)  # every row is of the one request
         block_means = stats.heal(0, buffer, table, lens, policy.block_size)
@@ -193,7 +194,7 @@ def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -
             seq_lens=lens,
         )
         out = torch.empty(rows, topk, dtype=torch.int32, device=device)
-        ragged_topk(policy, call, Run((Span(0, 0, rows, 0, seen),), 0, rows), block_means, OutputSpace(), out)
+        ragged_topk(policy, call, Run((Span(0, 0, rows, 0, seen),), 0, rows), block_means, space, out)
     torch.cuda.synchronize()
 
 

@@ -141,21 +141,23 @@ def selection_problem(p: sr.Problem, out: torch.Tensor, k: int, *, against_fp32=
 
 
 def counted(ragged: sr.Ragged, rows: int) -> torch.Tensor:
-    """Hits [rows, segments, buffers] of the last pass, whose rows these are; -1 where a buffer overflowed."""
-    plan, base = ragged.plan, ragged.lists
-    blocks = -(-rows // sr.block_rows(ragged.problem.routed))
+    """Hits [rows, runs, buffers] of the last pass, whose rows these are; -1 where a buffer overflowed."""
+    plan, base, block = ragged.plan, ragged.lists, sr.block_rows(ragged.problem.routed)
 
     def words(offset: int, count: int) -> torch.Tensor:
         return ragged.scratch[base + offset :][: 4 * count].view(torch.int32)
 
-    table = words(plan.division_offset, blocks + 2).long()
+    table = words(plan.division_offset, -(-rows // block) + 2).long()
     share, before = table[0], table[1:]
-    runs = torch.where(before[1:] > before[:-1], (before[1:] - 1) // share - before[:-1] // share + 1, 0)
-    assert int(runs.max()) <= plan.segments, "more runs than the plan has room for"
-    counts = words(plan.counts_offset, 2 * rows * plan.segments * plan.buffers).view(rows, plan.segments, -1, 2)[..., 1]
-    runs = runs.repeat_interleave(sr.block_rows(ragged.problem.routed))[:rows]
-    used = torch.arange(plan.segments, device=DEVICE) < runs[:, None]
-    return counts.where(used[..., None], 0)
+    first = before[:-1] // share
+    runs = torch.where(before[1:] > before[:-1], (before[1:] - 1) // share - first + 1, 0)
+    assert int(runs.max()) <= plan.runs, "more runs than the plan has room for"
+    first, runs = (x.repeat_interleave(block)[:rows, None] for x in (first, runs))
+    run = torch.arange(max(int(runs.max()), 1), device=DEVICE)
+    places = torch.arange(rows, device=DEVICE)[:, None] + (first + run) * block
+    held = plan.rows + plan.workers * block
+    counts = words(plan.counts_offset, 2 * held * plan.buffers).view(held, plan.buffers, 2)[..., 1]
+    return counts[places.clamp(max=held - 1)].where((run < runs)[..., None], 0)
 
 
 def stage_problems(p: sr.Problem, k: int) -> list[str]:
@@ -267,11 +269,14 @@ def check(fast: bool) -> list[str]:
         p = make(200, 9000, heads, seed=heads)
         note(f"logits h={heads}", logits_problem(p, slice(0, 200)))
         note(f"top h={heads}", selection_problem(p, run(p, 2048)[0], 2048))
+        p = make(100, 131072, heads, seed=heads)
+        note(f"top h={heads} of 128K", selection_problem(p, run(p, 2048)[0], 2048))
     p = make(100, 9000, 8, all_heads=32, seed=3)
     note("32 index heads", selection_problem(p, run(p, 2048)[0], 2048))
     for name, spec in {
         "requests": [(1, 1), (5, 40), (100, 3000), (40, 20000), (3, 3), (64, 2048), (61, 2049)],
         "1 beside 128K": [(1, 1), (30, 131072), (1, 1)],
+        "the end of a long prompt beside short ones": [(32, 131072), (300, 2500), (300, 1500), (5, 3)],
     }.items():
         windows, rows, keys = requests(spec)
         p = make(rows, keys, windows=windows, seed=11)
@@ -322,7 +327,7 @@ def check(fast: bool) -> list[str]:
 
 
 def time_stages(p: sr.Problem, k: int) -> dict[str, float]:
-    """Milliseconds of a call and of its kernels, summed over passes; rows redone, a row's hits, passes, runs."""
+    """Milliseconds of a call and of its kernels, summed over passes; rows redone, a row's hits, passes."""
     ragged = sr.Ragged(p, Target(torch.empty(p.rows, k, dtype=torch.int32, device=DEVICE)))
     ragged.run()
     plan = ragged.plan
@@ -333,7 +338,6 @@ def time_stages(p: sr.Problem, k: int) -> dict[str, float]:
         "redone": ragged.redone(),
         "hits": counted(ragged, last).clamp(min=0).flatten(1).sum(1).float().mean().item(),
         "passes": -(-p.rows // plan.rows),
-        "segments": plan.segments,
     }
 
 

@@ -31,12 +31,12 @@ def test_plan_fits_its_budget_and_holds_a_pass(rows, keys, k, heads, budget):
     row_blocks = p.rows // block_rows
     assert p.division_offset >= 4 * p.rows
     assert p.counts_offset - p.division_offset >= 4 * (row_blocks + 2 * p.workers + 3)
-    assert p.bulk_offset - p.counts_offset >= 8 * p.rows * p.segments * p.buffers
+    assert p.bulk_offset - p.counts_offset >= 8 * (p.rows + p.workers * block_rows) * p.buffers
     entries = block_rows * p.buffers * p.entries
     assert p.bulk_offset + max(8 * entries, 4 * p.rows * p.sampled) == p.bytes
     assert p.sampled * p.stride >= keys - p.stride // 2
     assert p.sampled <= sr.SAMPLED_AT_MOST + 4
-    assert 2 * p.buffers <= p.segments * p.buffers <= sr.COUNTS
+    assert 2 * p.buffers <= p.runs * p.buffers <= sr.COUNTS
     assert p.entries % sr.SECTOR == 0
     assert entries < 2**32  # the scorer's offsets
 
@@ -44,7 +44,7 @@ def test_plan_fits_its_budget_and_holds_a_pass(rows, keys, k, heads, budget):
 def divide(tiles, plan):
     """What divide.cuh makes of row blocks: runs (row block, first, count) and a buffer's room of each worker."""
     before = np.concatenate([[0], np.cumsum(tiles)])
-    share = max(-(-before[-1] // plan.workers), (max(tiles) - 1) // (plan.segments - 1) + 1)
+    share = max(-(-before[-1] // plan.workers), (max(tiles) - 1) // (plan.runs - 1) + 1)
     hits = plan.rank * plan.stride / plan.buffers
     for worker in range(plan.workers):
         at, last = worker * share, min((worker + 1) * share, before[-1])
@@ -73,7 +73,7 @@ def test_division_of_any_lengths_covers_them_within_the_room(lengths, k, heads):
             done[block] += count
             runs_of[block] += 1
     assert done == tiles
-    assert max(runs_of) <= p.segments
+    assert max(runs_of) <= p.runs
     assert held <= p.entries
 
 

@@ -80,7 +80,7 @@ def windows(draw):
 
 @SETTINGS
 @given(windows(), st.integers(1, 20), st.integers(2, 9), st.sampled_from([1, 8, 32]), st.booleans())
-def test_workers_visit_every_tile_once(kernels, case, workers, segments, stride, divided):
+def test_workers_visit_every_tile_once(kernels, case, workers, runs, stride, divided):
     starts, ends, keys = case
     stride = 1 if divided else stride
     block_rows, phase = kernels.block_rows(), 0 if stride == 1 else stride // 2
@@ -88,42 +88,32 @@ def test_workers_visit_every_tile_once(kernels, case, workers, segments, stride,
     table = ints(np.full(2 * workers + blocks + 3, -7))
     hits, sigmas, rank, spare, room = 35.0, 6.5, 100.0, 4, 1 << 20
     if divided:
-        call(
-            kernels.divide_rows,
-            starts,
-            ends,
-            len(starts),
-            keys,
-            table,
-            workers,
-            segments,
-            hits,
-            sigmas,
-            rank,
-            spare,
-            room,
-        )
+        rows = (starts, ends, len(starts), keys)
+        call(kernels.divide_rows, *rows, TOPK, table, workers, runs, hits, sigmas, rank, spare, room)
     tiles = -(-keys // sr.TILE) * blocks + 1
-    visits, counts = ints(np.full((workers, tiles, 3), -1)), ints(np.zeros(workers))
+    visits, counts = ints(np.full((workers, tiles, 2), -1)), ints(np.zeros(workers))
     division = table if divided else None
     call(kernels.walk, starts, ends, len(starts), keys, stride, division, workers, tiles, visits, counts)
+    visitor = np.repeat(np.arange(workers), counts)
     visited = np.concatenate([visits[w, : counts[w]] for w in range(workers)])
+
+    def sampled(key):
+        return (max(key - phase, 0) + stride - 1) // stride
 
     for block in range(blocks):
         rows = slice(block * block_rows, (block + 1) * block_rows)
-        seen = [
-            (max(low - phase, 0) + stride - 1) // stride + 1j * ((max(high - phase, 0) + stride - 1) // stride)
-            for low, high in zip(starts[rows].tolist(), ends[rows].tolist(), strict=True)
-            if high > low
-        ]
-        seen = [(int(w.real), int(w.imag)) for w in seen if w.imag > w.real]
-        wanted = range(min(w[0] for w in seen) // sr.TILE, -(-max(w[1] for w in seen) // sr.TILE)) if seen else range(0)
-        mine = visited[visited[:, 0] == block]
-        assert sorted(mine[:, 2].tolist()) == list(wanted)
+        seen = [(sampled(low), sampled(high)) for low, high in zip(starts[rows], ends[rows], strict=True) if high > low]
+        seen = [window for window in seen if window[1] > window[0]]
+        low, high = min((w[0] for w in seen), default=0), max((w[1] for w in seen), default=0)
+        taken = divided and high - low <= TOPK  # whole: nothing is to be found there
+        wanted = [] if taken else [*range(low // sr.TILE, -(-high // sr.TILE))]
+        mine = visited[:, 0] == block
+        assert sorted(visited[mine, 1].tolist()) == wanted
         if divided:
-            runs = kernels.segments_of(ctypes.c_void_p(table.ctypes.data), block * block_rows)
-            assert sorted(set(mine[:, 1].tolist())) == list(range(runs))
-            assert runs <= segments
+            found = ints([-1, -1])
+            kernels.workers_of(ctypes.c_void_p(table.ctypes.data), block * block_rows, found.ctypes)
+            assert sorted(set(visitor[mine].tolist())) == list(range(found[0], found[0] + found[1]))
+            assert found[1] <= runs
     if divided:
         share, total = int(table[0]), len(visited)
         assert counts.tolist() == [min(share, max(0, total - w * share)) for w in range(workers)]
@@ -131,9 +121,28 @@ def test_workers_visit_every_tile_once(kernels, case, workers, segments, stride,
         assert held[0] == 0
         of_block = np.bincount(visited[:, 0], minlength=blocks)
         for worker in range(workers):  # a buffer's entries follow from how much of which rows' keys the worker has
-            expected = hits * sum(1 / of_block[block] for block, _, _ in visits[worker, : counts[worker]])
+            expected = hits * sum(1 / of_block[block] for block, _ in visits[worker, : counts[worker]])
             wanted = expected + sigmas * math.sqrt(expected + expected**2 / rank) + spare
             assert wanted - 1 <= held[worker + 1] - held[worker] <= wanted + sr.SECTOR
+
+
+@SETTINGS
+@given(windows(), st.integers(1, 20), st.integers(2, 9))
+def test_runs_count_their_hits_in_places_of_their_own(kernels, case, workers, runs):
+    starts, ends, keys = case
+    block_rows = kernels.block_rows()
+    blocks = -(-len(starts) // block_rows)
+    table = ints(np.full(2 * workers + blocks + 3, -7))
+    rows = (starts, ends, len(starts), keys)
+    call(kernels.divide_rows, *rows, TOPK, table, workers, runs, 35.0, 6.5, 100.0, 4, 1 << 20)
+    taken = set()
+    for row in range(len(starts)):
+        found = ints([-1, -1])
+        kernels.workers_of(ctypes.c_void_p(table.ctypes.data), row, found.ctypes)
+        places = {row + worker * block_rows for worker in range(found[0], found[0] + found[1])}
+        assert not places & taken
+        assert max(places, default=0) < blocks * block_rows + workers * block_rows
+        taken |= places
 
 
 @SETTINGS
@@ -197,11 +206,12 @@ def place(random, entries, buffers, capacity):
     st.integers(0, 700),
     st.sampled_from(["normal", "few values", "all equal", "infinite", "one huge", "negative"]),
     st.sampled_from([4, 16, 37]),
+    st.integers(1, 3),
     st.booleans(),
     st.sampled_from([64, 24]),
     st.integers(0, 1 << 30),
 )
-def test_selection_is_the_exact_top_k_or_refused(kernels, length, kind, buffers, paged, capacity, seed):
+def test_selection_is_the_exact_top_k_or_refused(kernels, length, kind, buffers, runs, paged, capacity, seed):
     random, start = np.random.default_rng(seed), int(seed % 3) * 5
     scores = {
         "normal": lambda: random.normal(size=length),
@@ -214,21 +224,24 @@ def test_selection_is_the_exact_top_k_or_refused(kernels, length, kind, buffers,
     wanted = random.integers(TOPK // 2, 260)
     threshold = np.float32(np.sort(scores)[-min(length, wanted)] - random.choice([0.0, 0.5]) if length else 0)
     hits = [(int(s.view(np.uint32)), start + i) for i, s in enumerate(scores) if s > threshold]
-    memory, counts = place(random, hits, buffers, capacity)
+    memory, counts = place(random, hits, runs * buffers, capacity)
+    block_rows = kernels.block_rows()
+    laid = np.full((1 + 2 * block_rows * runs, buffers, 2), -1)  # of the row's runs, by workers 2 …
+    laid = np.concatenate([laid, laid])
+    laid[[(2 + run) * block_rows for run in range(runs)]] = np.reshape(counts, (runs, buffers, 2))
     room = 320
     out, failed = ints(np.full(TOPK, -7)), ints([0, -1])
     pages, offsets = ints(random.permutation(40)[:20]), ints([1000])
-    # One row block whose tiles are one run: a share of 9 tiles, the block's 9, and what no kernel reads here.
-    division = ints([9, 0, 9, 0, 0, 0])
+    division = ints([9, 18, 18 + 9 * runs])  # shares of 9 tiles; the row block has those of workers 2 …
     run = (ints([start]), ints([start + length]), 1, start + length, division, aligned([threshold], np.float32))
-    held = (aligned(memory, np.uint32), ints(counts), 1, buffers)
+    held = (aligned(memory, np.uint32), ints(laid), buffers)
     target = (out, TOPK, pages if paged else None, ints([0]), 20, None if paged else offsets)
     call(kernels.select_rows, *run, *held, *target, room, failed)
 
     fits = all(count >= 0 for _, count in counts)
     if failed[0]:
         assert failed[1] == 0
-        assert not fits or len(hits) < TOPK or len(hits) + buffers > room
+        assert not fits or len(hits) < TOPK or len(hits) + 1 > room
         return
     if length > TOPK:
         assert fits

@@ -24,13 +24,13 @@ extern "C" {
 
 int block_rows() { return ROWS; }
 
-bool divide_rows(const int32_t* starts, const int32_t* ends, int rows, int keys, int32_t* table, int workers, int segments, float hits,
+bool divide_rows(const int32_t* starts, const int32_t* ends, int rows, int keys, int k, int32_t* table, int workers, int runs, float hits,
                  float sigmas, float rank, int spare, int room) {
   const Task task = task_of(starts, ends, rows, keys, 1, nullptr);
-  return simt::launch(1, CUT_THREADS, [&] { divide(task, {table, workers, segments, {hits, sigmas, rank, spare, room}}); });
+  return simt::launch(1, CUT_THREADS, [&] { divide(task, k, {table, workers, runs, {hits, sigmas, rank, spare, room}}); });
 }
 
-// visits [workers · most, 3] of (row block, segment, tile), each worker's own `most` of them; counts [workers] of them.
+// visits [workers, most, 2] of (row block, tile), of which counts [workers] are filled.
 bool walk(const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, const int32_t* division, int workers, int most,
           int32_t* visits, int32_t* counts) {
   const Task task = task_of(starts, ends, rows, keys, stride, division);
@@ -39,18 +39,20 @@ bool walk(const int32_t* starts, const int32_t* ends, int rows, int keys, int st
     for (Items items(task); items.more();)
       for (Item item = items.next(); item.more(); item.advance()) {
         if (!item.seen()) continue;
-        int32_t* to = visits + (int64_t(blockIdx.x) * most + count) * 3;
-        if (threadIdx.x == 0 && count < most) to[0] = item.rows / ROWS, to[1] = item.segment, to[2] = item.tile;
+        int32_t* to = visits + (int64_t(blockIdx.x) * most + count) * 2;
+        if (threadIdx.x == 0 && count < most) to[0] = item.first_row / ROWS, to[1] = item.tile;
         ++count;
       }
     counts[blockIdx.x] = count;
   });
 }
 
-int segments_of(const int32_t* division, int row) {
+// workers [2]: the first with a run of the row's block, and how many.
+void workers_of(const int32_t* division, int row, int32_t* workers) {
   Task task{};
   task.division = division;
-  return Items::segments(task, row);
+  const int2 found = Items::workers(task, row);
+  workers[0] = found.x, workers[1] = found.y;
 }
 
 bool thresholds(const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, float* sample, int64_t ld, int rank, int k,
@@ -62,10 +64,10 @@ bool thresholds(const int32_t* starts, const int32_t* ends, int rows, int keys, 
 }
 
 bool select_rows(const int32_t* starts, const int32_t* ends, int rows, int keys, const int32_t* division, const float* threshold,
-                 uint2* hits, int2* counts, int segments, int buffers, int32_t* out, int k, const int32_t* pages,
+                 uint2* hits, int2* counts, int buffers, int32_t* out, int k, const int32_t* pages,
                  const int32_t* row_batch, int64_t pitch, const int32_t* offsets, int room, int32_t* failed) {
   const Task task = task_of(starts, ends, rows, keys, 1, division);
-  const HitBuffers held{threshold, hits, counts, segments, buffers};
+  const HitBuffers held{threshold, hits, counts, buffers};
   const Output output{out, k, pages, row_batch, pitch, offsets};
   sm90::misused = false;
   return simt::launch(rows, SELECT_THREADS, [&] {
