@@ -112,13 +112,9 @@ struct Rescorer {
     half[0] = sm90::load_through(p, policy), half[1] = sm90::load_through(p + 64, policy);
   }
 
-  // The tensor cores want words of two keys side by side in registers, a load brings four words of one. The words are moved
-  // when they are used: by a sum that the compiler cannot see through, or it would move (and wait for) them when loaded.
-  __device__ uint32_t take(uint32_t word) const {
-    uint32_t moved;
-    asm volatile("add.u32 %0, %1, %2;" : "=r"(moved) : "r"(word), "r"(in.nought));
-    return moved;
-  }
+  // The tensor cores want words of two keys side by side in registers, a load brings four words of one. The words are moved when
+  // they are used, or the compiler would move (and wait for) them when loaded.
+  __device__ uint32_t take(uint32_t word) const { return sm90::moved(word, in.nought); }
 
   __device__ __forceinline__ void multiply(float (&d)[H / 2], const Tile& tile, uint64_t b) const {
     uint32_t a[4][4];

@@ -74,25 +74,12 @@ struct FewHits : HitBuffers {
     }
     __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool inside, const int2* windows) {
       if (!inside) drop_outside(score, seat, key0, windows);
-      // A predicated store and no branch; the volatile asm keeps the compiler from making one. Halves apart, since the address
-      // of a store is not to be changed before the store has read it.
+      // Halves apart, since the address of a store is not to be changed before the store has read it.
       const uint32_t high = reinterpret_cast<uintptr_t>(to.entries) >> 32;
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int q = 0; q < LANE_QUERIES; ++q)
-          asm volatile(
-              "{\n"
-              ".reg .pred hit;\n"
-              ".reg .u64 address;\n"
-              "setp.gt.f32 hit, %1, %2;\n"
-              "mov.b64 address, {%0, %4};\n"
-              "@hit st.global.v2.b32 [address], {%1, %3};\n"
-              "@hit add.u32 %0, %0, 8;\n"
-              "}\n"
-              : "+r"(place[q])
-              : "f"(score[q][half]), "f"(threshold[q]), "r"(key0 + seat.key(half)), "r"(high)
-              : "memory");
+        for (int q = 0; q < LANE_QUERIES; ++q) sm90::append_above(place[q], high, score[q][half], threshold[q], key0 + seat.key(half));
     }
     // Ends collecting where a buffer might not hold the next burst.
     __device__ void settle() {
@@ -155,18 +142,7 @@ struct ManyHits : HitBuffers {
         threshold[q] = query(q) < rows && place[q] != FULL ? to.threshold[query(q)] : INFINITY;
       }
     }
-    __device__ void append(float score, int key, int q) {
-      asm volatile(
-          "{\n"
-          ".reg .pred hit;\n"
-          "setp.gt.f32 hit, %1, %2;\n"
-          "@hit st.shared.v2.b32 [%0], {%1, %3};\n"
-          "@hit add.u32 %0, %0, %4;\n"
-          "}\n"
-          : "+r"(slot[q])
-          : "f"(score), "f"(threshold[q]), "r"(key), "n"(STEP)
-          : "memory");
-    }
+    __device__ void append(float score, int key, int q) { sm90::stage_above<STEP>(slot[q], score, threshold[q], key); }
     __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool inside, const int2* windows) {
       if (!inside) drop_outside(score, seat, key0, windows);
 #pragma unroll

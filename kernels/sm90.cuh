@@ -61,6 +61,38 @@ __device__ __forceinline__ void store8(uint32_t smem, uint2 v) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(smem), "r"(v.x), "r"(v.y) : "memory");
 }
 
+// Stores (score, key) at the address of these halves if the score is above the threshold, and goes on to the next. A predicated
+// store and no branch: the volatile asm keeps the compiler from making one.
+__device__ __forceinline__ void append_above(uint32_t& low, uint32_t high, float score, float threshold, int key) {
+  asm volatile(
+      "{\n"
+      ".reg .pred above;\n"
+      ".reg .u64 address;\n"
+      "setp.gt.f32 above, %1, %2;\n"
+      "mov.b64 address, {%0, %4};\n"
+      "@above st.global.v2.b32 [address], {%1, %3};\n"
+      "@above add.u32 %0, %0, 8;\n"
+      "}\n"
+      : "+r"(low)
+      : "f"(score), "f"(threshold), "r"(key), "r"(high)
+      : "memory");
+}
+
+// The same in shared memory, STEP bytes on.
+template <uint32_t STEP>
+__device__ __forceinline__ void stage_above(uint32_t& smem, float score, float threshold, int key) {
+  asm volatile(
+      "{\n"
+      ".reg .pred above;\n"
+      "setp.gt.f32 above, %1, %2;\n"
+      "@above st.shared.v2.b32 [%0], {%1, %3};\n"
+      "@above add.u32 %0, %0, %4;\n"
+      "}\n"
+      : "+r"(smem)
+      : "f"(score), "f"(threshold), "r"(key), "n"(STEP)
+      : "memory");
+}
+
 // For what is read again and again while other things stream through L2.
 __device__ __forceinline__ uint64_t evict_last() {
   uint64_t policy;
@@ -98,6 +130,13 @@ __device__ __forceinline__ int thread() {
   int x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
+}
+
+// `word`, by a sum with a 0 that the compiler cannot see through.
+__device__ __forceinline__ uint32_t moved(uint32_t word, uint32_t nought) {
+  uint32_t sum;
+  asm volatile("add.u32 %0, %1, %2;" : "=r"(sum) : "r"(word), "r"(nought));
+  return sum;
 }
 
 // Barrier 0, for the first THREADS threads of a block.

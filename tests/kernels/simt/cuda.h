@@ -1,2 +1,7 @@
 #pragma once
-struct CUtensorMap {};
+// Rows of 128 bytes.
+struct CUtensorMap {
+  const char* address;
+  long rows, pitch;
+  int box;
+};

@@ -30,6 +30,7 @@ inline uint32_t min(uint32_t a, int b) { return std::min(a, uint32_t(b)); }
 
 struct int2 { int x, y; };
 struct uint2 { uint32_t x, y; };
+struct ushort2 { uint16_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct Index { unsigned x; };
@@ -155,6 +156,8 @@ T atomicAdd(T* to, U value) {
   *to += value;
   return before;
 }
+inline void atomicAnd(uint32_t* to, uint32_t value) { *to &= value; }
+inline void atomicOr(uint32_t* to, uint32_t value) { *to |= value; }
 template <class T>
 void atomicMin(T* to, T value) { *to = std::min(*to, value); }
 template <class T>

@@ -1,4 +1,4 @@
-// Hopper's building blocks as far as a CPU has them: named barriers, and bulk copies that complete an mbarrier.
+// Hopper's building blocks on a CPU: barriers, copies that are made at once, and a thread's part of a matrix product.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -6,7 +6,7 @@
 namespace sm90 {
 
 // "Shared memory" is the library's static memory, addressed from here.
-inline char origin;
+alignas(1024) inline char origin;
 inline uint32_t smem_address(const void* p) { return uint32_t(static_cast<const char*>(p) - &origin); }
 inline char* smem(uint32_t address) { return &origin + int32_t(address); }
 
@@ -43,28 +43,127 @@ template <int THREADS>
 void barrier_of() { simt::barriers[0].wait(THREADS); }
 inline void named_barrier(int id, int threads) { simt::barriers[id].wait(threads); }
 
-// Named by the scorer, which needs tensor cores and is not run.
-void barrier_arrive(uint32_t);
-void barrier_arrive_copies(uint32_t);
-void copy4(uint32_t, const void*, bool);
-void copy_box(uint32_t, const CUtensorMap*, uint32_t, int, int);
-uint2 load8(uint32_t);
-void store8(uint32_t, uint2);
-void fence_async_shared();
-uint64_t tile_descriptor(uint32_t);
-void mma_fence();
-void mma_commit();
+inline void barrier_arrive(uint32_t barrier) {
+  Barrier& b = barriers.at(barrier);
+  --b.missing;
+  b.settle();
+}
+inline void barrier_arrive_copies(uint32_t barrier) { barrier_arrive(barrier); }  // copies are made at once
+inline void copy4(uint32_t to, const void* global, bool valid) {
+  if (valid) std::memcpy(smem(to), global, 4);
+  else std::memset(smem(to), 0, 4);
+}
+inline uint2 load8(uint32_t from) {
+  uint2 v;
+  std::memcpy(&v, smem(from), 8);
+  return v;
+}
+inline void store8(uint32_t to, uint2 v) { std::memcpy(smem(to), &v, 8); }
+inline void append_above(uint32_t& low, uint32_t high, float score, float threshold, int key) {
+  if (!(score > threshold)) return;
+  *reinterpret_cast<uint2*>(uint64_t(high) << 32 | low) = {__float_as_uint(score), uint32_t(key)};
+  low += 8;
+}
+template <uint32_t STEP>
+void stage_above(uint32_t& to, float score, float threshold, int key) {
+  if (!(score > threshold)) return;
+  store8(to, {__float_as_uint(score), uint32_t(key)});
+  to += STEP;
+}
+
+// The 128-byte swizzle: 16-byte pieces change places within every eight rows.
+inline char* swizzled(char* p) {
+  const auto at = reinterpret_cast<uintptr_t>(p);
+  return reinterpret_cast<char*>(at ^ (at >> 7 & 7) << 4);
+}
+inline void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int, int y) {
+  for (int row = 0; row < map->box; ++row)
+    for (int piece = 0; piece < 128; piece += 16) {
+      char* at = swizzled(smem(to) + row * 128 + piece);
+      if (y + row < map->rows) std::memcpy(at, map->address + (y + row) * map->pitch + piece, 16);
+      else std::memset(at, 0, 16);
+    }
+  Barrier& b = barriers.at(barrier);
+  b.bytes -= map->box * 128;
+  b.settle();
+}
+
+inline uint64_t tile_descriptor(uint32_t address) { return address >> 4; }
+inline float e4m3(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  const float size = exponent ? std::ldexp(1.f + fraction / 8.f, exponent - 7) : std::ldexp(fraction / 8.f, -6);
+  return bits & 127 ? (bits >> 7 ? -size : size) : 0.f;
+}
+inline const std::vector<float> E4M3 = [] {
+  std::vector<float> values;
+  for (int bits = 0; bits < 256; ++bits) values.push_back(e4m3(bits));
+  return values;
+}();
+inline void line(float (&values)[32], uint64_t tile, int row) {  // 32 bytes of a row
+  char* from = smem(uint32_t(tile << 4)) + row * 128;
+  for (int i = 0; i < 32; ++i) values[i] = E4M3[uint8_t(*swizzled(from + i))];
+}
+// A thread's part of a product of 64 rows × N columns over 32 dimensions.
+template <int COUNT>
+void mma_add(float (&d)[COUNT], uint64_t a, uint64_t b) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
+  float rows[2][32], column[32];
+  for (int half = 0; half < 2; ++half) line(rows[half], a, row + half * 8);
+  for (int n = 0; n < COUNT / 4; ++n)
+    for (int bit = 0; bit < 2; ++bit) {
+      line(column, b, n * 8 + lane % 4 * 2 + bit);
+      for (int half = 0; half < 2; ++half)
+        for (int i = 0; i < 32; ++i) d[n * 4 + half * 2 + bit] += rows[half][i] * column[i];
+    }
+}
+template <int COUNT>
+void mma(float (&d)[COUNT], uint64_t a, uint64_t b) {
+  std::fill(d, d + COUNT, 0.f);
+  mma_add(d, a, b);
+}
+// The same, with a quad's four words of each of its two rows in registers.
+template <int COUNT>
+void mma_registers_add(float (&d)[COUNT], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
+  const int lane = threadIdx.x % 32;
+  float rows[2][32], column[32];
+  simt::together(uint4{a0, a1, a2, a3}, [&](auto& all, int) {
+    for (int i = 0; i < 32; ++i) {
+      const uint4 words = all[lane / 4 * 4 + i % 16 / 4];
+      rows[0][i] = E4M3[(i < 16 ? words.x : words.z) >> i % 4 * 8 & 255];
+      rows[1][i] = E4M3[(i < 16 ? words.y : words.w) >> i % 4 * 8 & 255];
+    }
+    return 0;
+  });
+  for (int n = 0; n < COUNT / 4; ++n)
+    for (int bit = 0; bit < 2; ++bit) {
+      line(column, b, n * 8 + lane % 4 * 2 + bit);
+      for (int half = 0; half < 2; ++half)
+        for (int i = 0; i < 32; ++i) d[n * 4 + half * 2 + bit] += rows[half][i] * column[i];
+    }
+}
+template <int COUNT>
+void mma_registers(float (&d)[COUNT], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
+  std::fill(d, d + COUNT, 0.f);
+  mma_registers_add(d, a0, a1, a2, a3, b);
+}
+inline uint32_t moved(uint32_t word, uint32_t) { return word; }
+inline uint64_t evict_last() { return 0; }
+inline uint4 load_through(const void* global, uint64_t) { return *static_cast<const uint4*>(global); }
+inline float4 load16(uint32_t from) {
+  float4 v;
+  std::memcpy(&v, smem(from), 16);
+  return v;
+}
+inline void fence_async_shared() {}
+inline void mma_fence() {}
+inline void mma_commit() {}
 template <int>
-void mma_wait();
+void mma_wait() {}
 template <class D>
-void mma(D&, uint64_t, uint64_t);
-template <class D>
-void mma_add(D&, uint64_t, uint64_t);
-template <class D>
-void pin(D&);
+void pin(D&) {}
 template <int>
-void fewer_registers();
+void fewer_registers() {}
 template <int>
-void more_registers();
+void more_registers() {}
 
 }  // namespace sm90

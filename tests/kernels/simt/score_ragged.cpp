@@ -1,22 +1,10 @@
-// The device code of score_ragged.cu and what it includes, but for the scorer, as functions that return whether all threads ended.
+// The device code of score_ragged.cu and what it includes, as functions that return whether all threads ended.
 #include "score_ragged.cu"
+#include "run.h"
 
 namespace misa {
-alignas(16) uint32_t staged[1 << 14];
 alignas(16) uint2 entries[1 << 14];
-
-namespace {
-
-Task task_of(const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, const int32_t* division) {
-  Task task{};
-  task.starts = starts, task.ends = ends, task.rows = rows, task.keys = keys, task.stride = stride, task.phase = stride / 2;
-  task.division = division;
-  if (stride == 1) task.phase = 0;
-  return task;
 }
-
-}  // namespace
-}  // namespace misa
 
 using namespace misa;
 
@@ -74,5 +62,29 @@ bool select_rows(const int32_t* starts, const int32_t* ends, int rows, int keys,
     if (pages) select_kernel<true>(task, held, output, room, failed);
     else select_kernel<false>(task, held, output, room, failed);
   }) && !sm90::misused;
+}
+
+// Sample, thresholds, collection and selection of all rows in one pass; `failed` gets the rows that would be redone. Scratch: sample
+// [rows, ld], hits of `room_of_all` entries a buffer, counts [rows + block_rows · workers, buffers], table, threshold [rows].
+bool topk_rows(const uint8_t* q, const float* gates, int all_heads, const int32_t* head_ids, const uint8_t* k, const float* scale,
+               const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, int rank, int topk, int workers, int runs,
+               int buffers, int spare, int room_of_all, int room, float* sample, int64_t ld, uint2* hits, int2* counts, int32_t* table,
+               float* threshold, int32_t* out, int32_t* failed) {
+  Task task = task_of(starts, ends, rows, keys, 1, nullptr), sampling = task_of(starts, ends, rows, keys, stride, nullptr);
+  for (Task* t : {&task, &sampling}) t->q = q, t->gates = gates, t->head_ids = head_ids, t->scale = scale, t->all_heads = all_heads;
+  const Logits logits{sample, ld, true};
+  const bool few = buffers == FewHits::BUFFERS;
+  const Buffers own{float(rank) * stride / buffers, few ? FewHits::SIGMAS : ManyHits::SIGMAS, float(rank), spare, room_of_all};
+  const HitBuffers held{threshold, hits, counts, buffers};
+  const Output output{out, topk, nullptr, nullptr, 0, nullptr};
+  if (!score(sampling, k, logits, workers)) return false;
+  if (!simt::launch(1 + rows, CUT_THREADS, [&] {
+        threshold_kernel(sampling, logits, rank, topk, threshold, nullptr, {table, workers, runs, own}, failed);
+      }))
+    return false;
+  task.division = table;
+  if (!(few ? score(task, k, FewHits{held}, workers) : score(task, k, ManyHits{held}, workers))) return false;
+  sm90::misused = false;
+  return simt::launch(rows, SELECT_THREADS, [&] { select_kernel<false>(task, held, output, room, failed); }) && !sm90::misused;
 }
 }

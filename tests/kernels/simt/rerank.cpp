@@ -1,0 +1,30 @@
+// The device code of rerank.cu, but for what is redone; a function that returns whether all threads ended.
+#include "rerank.cu"
+#include "run.h"
+
+using namespace misa;
+
+extern "C" {
+
+// All rows in one pass. Scratch: sample [rows, ld], spans and threshold of each row, table, marks.
+bool rerank_rows(const uint8_t* q, const float* gates, int all_heads, const int32_t* head_ids, const uint8_t* k, const float* scale,
+                 const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, int rank, int candidates, int topk,
+                 int workers, int room, float* sample, int64_t ld, uint32_t* spans, int32_t* table, float* threshold, uint32_t* words,
+                 int32_t* out, int32_t* failed) {
+  Task task = task_of(starts, ends, rows, keys, 1, nullptr), sampling = task_of(starts, ends, rows, keys, stride, nullptr);
+  for (Task* t : {&task, &sampling}) t->q = q, t->gates = gates, t->head_ids = head_ids, t->scale = scale, t->all_heads = all_heads;
+  const Logits logits{sample, ld, true};
+  const Marks marks{words, 0, rows, (keys + TILE - 1) / TILE * (TILE / KEYS)};
+  const Span* span = reinterpret_cast<Span*>(spans);
+  if (!score(sampling, k, logits, workers)) return false;
+  if (!simt::launch(1 + rows, CUT_THREADS, [&] {
+        threshold_kernel(sampling, logits, rank, candidates, threshold, const_cast<Span*>(span), {table, workers, INT_MAX, {}}, failed);
+      }))
+    return false;
+  task.division = table;
+  if (!score(task, k, Mark{threshold, marks}, workers)) return false;
+  const Keys all{q, gates, head_ids, k, scale, starts, ends, keys, 0};
+  const Output output{out, topk, nullptr, nullptr, 0, nullptr};
+  return simt::launch(rows, RANKERS, [&] { rerank_kernel({all, output, marks, span, nullptr, nullptr, candidates, room, failed}); });
+}
+}
