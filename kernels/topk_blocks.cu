@@ -86,6 +86,8 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __gr
   write_top(s.select, job.output, job.in, t, full, n, n, least, most, list, chosen);
 }
 
+// ---- host -----------------------------------------------------------------------------------------------------------
+
 // `inputs`: addresses of q, gates, k, scale, starts, ends, and the number of keys. `scores` lie `pitch` apart.
 void topk(Numbers inputs, Numbers output, int64_t rows, int64_t scores, int64_t pitch, int64_t size, int64_t blocks,
           int64_t room, int64_t stream) {
