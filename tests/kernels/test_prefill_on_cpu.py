@@ -71,10 +71,16 @@ def call(function, *arguments) -> None:
 
 
 def aligned(values, dtype) -> np.ndarray:
-    """A copy at an address that 16 divides, with 16 bytes behind it."""
+    """A copy at an address that 16 divides, with 16 bytes behind it and no border of 4 GiB inside (see scratch_of)."""
     values = np.asarray(values, dtype)
-    room = np.zeros(values.nbytes + 48, np.uint8)
-    start = -room.ctypes.data % 16
+    crossing = []
+    while True:
+        room = np.zeros(values.nbytes + 48, np.uint8)
+        first = room.ctypes.data
+        if first >> 32 == (first + len(room)) >> 32:
+            break
+        crossing.append(room)  # held, or the next one would be the same
+    start = -first % 16
     held = room[start : start + values.nbytes].view(dtype).reshape(values.shape)
     held[...] = values
     return held
