@@ -13,18 +13,6 @@ import torch
 
 from .layout import expect
 
-HEADERS = (
-    "divide.cuh",
-    "host.cuh",
-    "output.cuh",
-    "rank.cuh",
-    "redo.cuh",
-    "score.cuh",
-    "select.cuh",
-    "sm90.cuh",
-    "threshold.cuh",
-)
-
 
 @functools.cache
 def build(source: str, **defines: int) -> Any:
@@ -35,7 +23,8 @@ def build(source: str, **defines: int) -> Any:
     from tvm_ffi.cpp import load
 
     here = Path(__file__).resolve().parent
-    digest = hashlib.sha256(b"".join((here / name).read_bytes() for name in (source, *HEADERS))).hexdigest()[:12]
+    sources = [here / source, *sorted(here.glob("*.cuh"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     name = "_".join(["misa", Path(source).stem, digest, *(f"{key.lower()}{value}" for key, value in defines.items())])
     key, before = "TVM_FFI_CUDA_ARCH_LIST", os.environ.get("TVM_FFI_CUDA_ARCH_LIST")
     os.environ[key] = "9.0a"  # wgmma and setmaxnreg exist under this name alone

@@ -1,8 +1,11 @@
 // Makes the division of a task's tiles among the scorer's thread blocks (score.cuh, Items), on the device, where the windows are.
 #pragma once
 #include "score.cuh"
+#include "warp.cuh"
 
 namespace misa {
+
+constexpr int SECTOR = 4;  // entries that L2 takes as fast as one: it writes whole sectors
 
 // The private buffers of a thread block: how many of a row's hits one of them holds follows from the thread block's tiles.
 struct Buffers {
@@ -16,13 +19,12 @@ struct Buffers {
   __device__ int capacity(float part) const {
     const float expected = hits * part;
     const float most = expected + sigmas * sqrtf(expected + expected * expected / rank);
-    return (int(most) + spare + ENTRY_STEP) / ENTRY_STEP * ENTRY_STEP;
+    return (int(most) + spare + SECTOR) / SECTOR * SECTOR;
   }
-  static constexpr int ENTRY_STEP = 4;
 };
 
 struct Divide {
-  int32_t* table;  // [1 + row blocks + 1 + workers + workers + 1], as Items reads it
+  int32_t* table;  // a Division
   int workers;     // thread blocks
   int runs;        // into which a row block's tiles are cut, at most
   Buffers buffers;
@@ -33,13 +35,7 @@ __device__ __forceinline__ void sum_up(int32_t* values, int count) {
   const int lane = threadIdx.x % 32;
   int before = 0;
   for (int base = 0; base < count; base += 32) {
-    int value = base + lane < count ? values[base + lane] : 0;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(~0u, value, d);
-      if (lane >= d) value += other;
-    }
-    value += before;
+    const int value = before + warp_sum_up(base + lane < count ? values[base + lane] : 0, lane);
     if (base + lane < count) values[base + lane] = value;
     before = __shfl_sync(~0u, value, 31);
   }
@@ -48,13 +44,14 @@ __device__ __forceinline__ void sum_up(int32_t* values, int count) {
 // By one thread block. Rows that see at most k keys take them all: a row block of nothing else has no tiles.
 __device__ __forceinline__ void divide(const Task& task, int k, const Divide& to) {
   __shared__ int longest;
-  const int blocks = (task.rows + ROWS - 1) / ROWS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int32_t *before = to.table + 1, *first = before + blocks + 1, *held = first + to.workers;
+  const int blocks = task.blocks(), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int32_t *before = to.table + Division::before(0), *first = to.table + Division::first(blocks);
+  int32_t* held = to.table + Division::held(blocks, to.workers);
   if (threadIdx.x == 0) longest = 0, before[0] = 0;
   __syncthreads();
   for (int block = warp; block < blocks; block += blockDim.x / 32) {
     const Extent extent(task, block * ROWS, ROWS);
-    const int tiles = extent.hi > 0 && extent.hi - extent.lo > k ? (extent.hi + TILE - 1) / TILE - extent.lo / TILE : 0;
+    const int tiles = extent.hi > 0 && extent.hi - extent.lo > k ? extent.end_tile() - extent.first_tile() : 0;
     if (lane == 0) before[block + 1] = tiles, atomicMax(&longest, tiles);
   }
   __syncthreads();
@@ -62,7 +59,7 @@ __device__ __forceinline__ void divide(const Task& task, int k, const Divide& to
   __syncthreads();
   const int total = before[blocks];
   const int share = max((total + to.workers - 1) / to.workers, (longest - 1) / (to.runs - 1) + 1);
-  if (threadIdx.x == 0) to.table[0] = share, held[0] = 0;
+  if (threadIdx.x == 0) to.table[Division::SHARE] = share, held[0] = 0;
   for (int worker = threadIdx.x; worker < to.workers; worker += blockDim.x) {
     const int at = worker * share, last = min(at + share, total);
     int low = 0, high = blocks;  // before[low] <= at < before[high]

@@ -311,23 +311,19 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
   const Task& whole = call.task;
   const Output out = output_of(output);
   const Keys keys{whole.q, whole.gates, whole.head_ids, pointer<uint8_t>(call.k), whole.scale, whole.starts, whole.ends, whole.keys, 0};
-  const int bytes = FIXED_BYTES + plan.room * LISTED_BYTES, sample_bytes = int(plan.sampled) * 4;
+  const int bytes = FIXED_BYTES + plan.room * LISTED_BYTES;
   int32_t* meeting = plan.failed + plan.rows + 1;
-  allow_shared(threshold_kernel, sample_bytes);
   allow_shared(rerank_kernel, bytes);
   for (int first = 0; first < total; first += plan.rows) {
     const int rows = std::min(plan.rows, int(total) - first);
     const Task task = call.rows(first, rows);
     const Marks marks{static_cast<uint32_t*>(plan.marks), first, rows, (whole.keys + TILE - 1) / TILE * (TILE / KEYS)};
-    Task sampling = task;
-    sampling.stride = plan.stride, sampling.phase = plan.stride / 2;
+    const Task sampling = task.every(plan.stride);
     const Logits sample{static_cast<float*>(plan.marks), plan.sampled, true};
     if (stages & SAMPLE) launch_score(sampling, call.k, sample, processors, stream);
     if (stages & THRESHOLD) {
       const Divide next{plan.division, plan.workers, INT_MAX, {}};
-      threshold_kernel<<<1 + rows, CUT_THREADS, sample_bytes, stream>>>(sampling, sample, plan.rank, plan.candidates, plan.threshold,
-                                                                         plan.spans, next, plan.failed);
-      check(cudaGetLastError(), "threshold_kernel");
+      launch_threshold(sampling, sample, plan.rank, plan.candidates, plan.threshold, plan.spans, next, plan.failed, stream);
     }
     if (stages & MARK) {
       Task scan = task;

@@ -44,9 +44,16 @@ struct Task {
   const int32_t* starts;    // [T]
   const int32_t* ends;      // [T]
   const int32_t* row_list;  // or null
-  const int32_t* division;  // see Items; or null: all row blocks alike
+  const int32_t* division;  // a Division, or null: all row blocks alike
   int first, rows, all_heads, keys, stride, phase;
 
+  // Of these rows, every nth key from the middle of the first n on.
+  __host__ __device__ Task every(int n) const {
+    Task part = *this;
+    part.stride = n, part.phase = n / 2;
+    return part;
+  }
+  __device__ int blocks() const { return (rows + ROWS - 1) / ROWS; }
   __device__ int row(int i) const { return row_list ? row_list[first + i] : first + i; }
   __device__ int sampled(int key) const { return (max(key - phase, 0) + stride - 1) / stride; }
   __device__ int2 window(int i) const {  // in units of scored keys; empty beyond the rows
@@ -101,6 +108,8 @@ struct Extent {
     lo = __reduce_min_sync(~0u, lo), hi = __reduce_max_sync(~0u, hi);
     all_lo = __reduce_max_sync(~0u, all_lo), all_hi = __reduce_min_sync(~0u, all_hi);
   }
+  __device__ int first_tile() const { return hi > 0 ? lo / TILE : 0; }
+  __device__ int end_tile() const { return hi > 0 ? (hi + TILE - 1) / TILE : 0; }
 };
 
 __device__ __forceinline__ void barriers_init(Smem& s) {
@@ -126,8 +135,8 @@ struct Item {
   // Tiles [from, from + count) of the row block's `tiles`, in the order of visits.
   __device__ Item(const Task& task, int block, int from, int count, int tiles) : first_row(block * ROWS), left(count) {
     const Extent extent(task, first_row, ROWS);
-    low = extent.hi > 0 ? extent.lo / TILE : 0, high = low + tiles;
-    end = extent.hi > 0 ? (extent.hi + TILE - 1) / TILE : 0;
+    low = extent.first_tile(), high = low + tiles;
+    end = extent.end_tile();
     const int length = tiles / SWEEPS, longer = tiles % SWEEPS;  // that many sweeps have one tile more
     const int beyond = from - longer * (length + 1);
     const int sweep = beyond < 0 ? from / (length + 1) : longer + beyond / length;
@@ -143,31 +152,38 @@ struct Item {
   }
 };
 
-// The tiles of all row blocks, one row block's after another's, are cut into equal shares, one a thread block: so none waits for
-// rows that see more keys, nor for a last wave. A division in memory (divide.cuh) is: the tiles of a share; for each row block and
-// the end, the tiles before it; for each thread block, the row block of its first tile; for each of them and the end, what the
-// private buffers of the thread blocks before it hold. Without one, every row block counts as many tiles as there are keys for.
+// How the tiles of a task are divided, in a table in memory (divide.cuh makes it): all row blocks' tiles, one's after another's, are
+// cut into equal shares, one a thread block. So none waits for rows that see more keys, nor for a last wave. Where is what:
+struct Division {
+  static constexpr int SHARE = 0;                                        // tiles of each
+  static __device__ int before(int block) { return 1 + block; }          // tiles before a row block, or the end
+  static __device__ int first(int blocks) { return before(blocks) + 1; }  // of each thread block, the row block of its first tile
+  // What the private buffers of the thread blocks before each, and before the end, hold.
+  static __device__ int held(int blocks, int workers) { return first(blocks) + workers; }
+};
+
+// The items of a thread block: by the task's division or, without one, as if every row block had a tile for all keys.
 struct Items {
   const Task& task;
   const int32_t* table;
   int blocks, alike, share, at, last;
 
   __device__ Items(const Task& task)
-      : task(task), table(task.division), blocks((task.rows + ROWS - 1) / ROWS), alike((task.sampled(task.keys) + TILE - 1) / TILE) {
-    share = table ? table[0] : (blocks * alike + int(gridDim.x) - 1) / int(gridDim.x);
+      : task(task), table(task.division), blocks(task.blocks()), alike((task.sampled(task.keys) + TILE - 1) / TILE) {
+    share = table ? table[Division::SHARE] : (blocks * alike + int(gridDim.x) - 1) / int(gridDim.x);
     at = blockIdx.x * share, last = min(at + share, before(blocks));
   }
-  __device__ int before(int block) const { return table ? table[1 + block] : block * alike; }
+  __device__ int before(int block) const { return table ? table[Division::before(block)] : block * alike; }
   // The thread blocks that have runs of row i's block: the first, and how many.
   static __device__ int2 workers(const Task& task, int i) {
-    const int32_t* before = task.division + 1 + i / ROWS;
+    const int32_t* before = task.division + Division::before(i / ROWS);
     if (before[1] == before[0]) return {0, 0};
-    const int share = task.division[0], first = before[0] / share;
+    const int share = task.division[Division::SHARE], first = before[0] / share;
     return {first, (before[1] - 1) / share - first + 1};
   }
   __device__ bool more() const { return at < last; }
   __device__ Item next() {
-    int block = table ? table[2 + blocks + blockIdx.x] : at / alike;
+    int block = table ? table[Division::first(blocks) + blockIdx.x] : at / alike;
     while (before(block + 1) <= at) ++block;
     const int from = before(block), to = before(block + 1), first = at;
     at = min(last, to);

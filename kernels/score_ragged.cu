@@ -19,15 +19,12 @@ struct HitBuffers {
   __device__ int2& count(int row, int worker, int buffer) const { return counts[(row + worker * ROWS) * buffers + buffer]; }
 };
 
-constexpr int SECTOR = 4;  // entries that L2 takes as fast as one: it writes whole sectors
-static_assert(SECTOR == Buffers::ENTRY_STEP);
-
 // The private buffers of a thread: those of one number in all rows of its thread block.
 template <int BUFFERS>
 struct OwnBuffers {
   uint32_t begin, capacity;
   __device__ OwnBuffers(const Task& task, int row, int buffer) {
-    const int32_t* held = task.division + 2 + (task.rows + ROWS - 1) / ROWS + gridDim.x + blockIdx.x;
+    const int32_t* held = task.division + Division::held(task.blocks(), gridDim.x) + blockIdx.x;
     capacity = held[1] - held[0];
     begin = (held[0] * ROWS + row * capacity) * BUFFERS + buffer * capacity;
   }
@@ -350,16 +347,12 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
   const Divide next{plan.division, plan.workers, plan.runs, {expected, sigmas, float(plan.rank), plan.spare, plan.entries}};
   for (int first = 0; first < total; first += plan.rows) {
     Task task = call.rows(first, std::min(plan.rows, int(total) - first));
-    Task sampling = task;
-    sampling.stride = plan.stride, sampling.phase = plan.stride / 2;
+    const Task sampling = task.every(plan.stride);
     task.division = plan.division;
     if (stages & SAMPLE) launch_score(sampling, call.k, sample, processors, stream);
     if (stages & THRESHOLD) {
-      const int bytes = plan.sampled * 4;
-      allow_shared(threshold_kernel, bytes);
-      threshold_kernel<<<1 + task.rows, CUT_THREADS, bytes, stream>>>(sampling, sample, plan.rank, out.k, plan.threshold, nullptr, next,
-                                                                      first == 0 ? plan.failed : nullptr);
-      check(cudaGetLastError(), "threshold_kernel");
+      int32_t* emptied = first == 0 ? plan.failed : nullptr;
+      launch_threshold(sampling, sample, plan.rank, out.k, plan.threshold, nullptr, next, emptied, stream);
     }
     if (stages & COLLECT) {
       if (few) launch_score(task, call.k, FewHits{hits}, plan.workers, stream);

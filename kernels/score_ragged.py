@@ -74,8 +74,7 @@ class Plan:
 
     rows: int
     workers: int  # thread blocks that collect
-    runs: int  # of them that share a row's keys, at most
-    buffers: int  # of a row in each of those
+    buffers: int  # of a row in each of them that has keys of it
     stride: int  # one key in so many is sampled
     rank: int  # of the threshold in the sample
     spare: int  # entries of a private buffer beyond what is expected at most: a tile's, and what the budget leaves
@@ -87,13 +86,18 @@ class Plan:
     bulk_offset: int  # of entries or scores
     bytes: int  # of scratch, lists included
 
+    @property
+    def runs(self) -> int:
+        """Workers that share a row's keys, at most."""
+        return COUNTS // self.buffers
+
 
 def aligned(count: float, to: int = 256) -> int:
     return math.ceil(count / to) * to
 
 
 def division_bytes(row_blocks: int, workers: int) -> int:
-    """Of the table that score.cuh's Items reads."""
+    """Of a Division, as score.cuh lays it out."""
     return aligned(4 * (1 + row_blocks + 1 + workers + workers + 1))
 
 
@@ -113,10 +117,9 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
     sampled = aligned(keys / stride, 4)
     block, subs = block_rows(heads), buffers(heads, rank * stride / max(keys, 1))
     blocks = math.ceil(rows / block)
-    runs = COUNTS // subs
     for passes in range(1, blocks + 1):
         pass_blocks = math.ceil(blocks / passes)
-        workers = min(multiprocessors, pass_blocks * (runs - 1))
+        workers = min(multiprocessors, pass_blocks * (COUNTS // subs - 1))
         # Shares of rows vary, but what holds least a row is sharing evenly: the room is a concave function of the part.
         expected = rank * stride / subs * pass_blocks / workers
         capacity = expected + BUFFER_SIGMAS[subs] * math.sqrt(expected + expected**2 / rank) + SECTOR
@@ -134,7 +137,6 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
             return Plan(
                 rows=pass_rows,
                 workers=workers,
-                runs=runs,
                 buffers=subs,
                 stride=stride,
                 rank=rank,

@@ -2,6 +2,7 @@
 // the cut, what is above it is chosen at once, and the few elements inside it are ranked against each other.
 #pragma once
 #include "sm90.cuh"
+#include "warp.cuh"
 
 namespace misa {
 
@@ -68,11 +69,7 @@ struct Select {
   // Inclusive sum over the threads; `all`, if asked for, is the sum of all.
   static __device__ __forceinline__ uint32_t scan(Histogram& s, uint32_t value, uint32_t* all = nullptr) {
     const int lane = thread() % 32, warp = thread() / 32;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const uint32_t other = __shfl_up_sync(~0u, value, d);
-      if (lane >= d) value += other;
-    }
+    value = warp_sum_up(value, lane);
     if (lane == 31) s.warps[warp] = value;
     sync();
     const uint32_t own = lane < WARPS ? s.warps[lane] : 0;

@@ -28,9 +28,7 @@ __global__ void __launch_bounds__(CUT_THREADS)
   __shared__ Block::Histogram smem;
   if (blockIdx.x == 0) {
     if (failed && threadIdx.x == 0) *failed = 0;
-    Task scan = task;
-    scan.stride = 1, scan.phase = 0;
-    divide(scan, k, next);
+    divide(task.every(1), k, next);
     return;
   }
   const int i = blockIdx.x - 1, t = task.row(i);
@@ -74,6 +72,16 @@ __global__ void __launch_bounds__(CUT_THREADS)
     threshold[i] = value;
     if (spans) spans[i] = span;
   }
+}
+
+// ---- host -----------------------------------------------------------------------------------------------------------
+
+inline void launch_threshold(const Task& sampling, const Logits& sample, int rank, int k, float* threshold, Span* spans,
+                             const Divide& next, int32_t* failed, cudaStream_t stream) {
+  const int bytes = int(sample.ld) * 4;
+  allow_shared(threshold_kernel, bytes);
+  threshold_kernel<<<1 + sampling.rows, CUT_THREADS, bytes, stream>>>(sampling, sample, rank, k, threshold, spans, next, failed);
+  check(cudaGetLastError(), "threshold_kernel");
 }
 
 }  // namespace misa

@@ -9,6 +9,8 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "warp.cuh"
+
 namespace misa {
 
 constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 2048, CANDIDATES = 1024, PAGE = 64, MAX_GROUPS = 8;
@@ -48,23 +50,13 @@ __device__ __forceinline__ float score_of(uint64_t order) {
 
 __device__ __forceinline__ int token_of(uint64_t order) { return 0xFFFF - int(order & 0xFFFF); }
 
-__device__ __forceinline__ uint32_t inclusive(uint32_t value) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const uint32_t other = __shfl_up_sync(~0u, value, d);
-    if (lane >= d) value += other;
-  }
-  return value;
-}
-
 // Finds the bin that holds the `rank`-th largest (s.bin), with s.above elements in higher bins and s.inside in it.
 // The bins are zero again afterwards.
 __device__ void find_bin(Smem& s, uint32_t rank) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, top = BINS - 1 - 2 * int(threadIdx.x);
   const uint32_t first = s.bins[top], second = s.bins[top - 1];
   s.bins[top] = s.bins[top - 1] = 0;
-  const uint32_t upto = inclusive(first + second);
+  const uint32_t upto = warp_sum_up(first + second, lane);
   if (lane == 31) s.scan[warp] = upto;
   __syncthreads();
   const uint32_t above = __reduce_add_sync(~0u, lane < warp ? s.scan[lane] : 0u) + upto - first - second;
@@ -208,7 +200,7 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Row row) {
     }
     packed |= uint64_t(__popc(chosen[g])) << (8 * g);
   }
-  const uint32_t low = inclusive(uint32_t(packed)), high = GROUPS > 4 ? inclusive(uint32_t(packed >> 32)) : 0;
+  const uint32_t low = warp_sum_up(uint32_t(packed), lane), high = GROUPS > 4 ? warp_sum_up(uint32_t(packed >> 32), lane) : 0;
   const uint64_t upto = uint64_t(high) << 32 | low;
   if (lane == 31) {
 #pragma unroll

@@ -11,8 +11,9 @@ bool rerank_rows(const uint8_t* q, const float* gates, int all_heads, const int3
                  const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, int rank, int candidates, int topk,
                  int workers, int room, float* sample, int64_t ld, uint32_t* spans, int32_t* table, float* threshold, uint32_t* words,
                  int32_t* out, int32_t* failed) {
-  Task task = task_of(starts, ends, rows, keys, 1, nullptr), sampling = task_of(starts, ends, rows, keys, stride, nullptr);
-  for (Task* t : {&task, &sampling}) t->q = q, t->gates = gates, t->head_ids = head_ids, t->scale = scale, t->all_heads = all_heads;
+  Task task = task_of(starts, ends, rows, keys, 1, nullptr);
+  task.q = q, task.gates = gates, task.head_ids = head_ids, task.scale = scale, task.all_heads = all_heads;
+  const Task sampling = task.every(stride);
   const Logits logits{sample, ld, true};
   const Marks marks{words, 0, rows, (keys + TILE - 1) / TILE * (TILE / KEYS)};
   const Span* span = reinterpret_cast<Span*>(spans);

@@ -9,10 +9,8 @@ namespace {
 
 Task task_of(const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, const int32_t* division) {
   Task task{};
-  task.starts = starts, task.ends = ends, task.rows = rows, task.keys = keys, task.stride = stride, task.phase = stride / 2;
-  task.division = division;
-  if (stride == 1) task.phase = 0;
-  return task;
+  task.starts = starts, task.ends = ends, task.rows = rows, task.keys = keys, task.division = division;
+  return task.every(stride);
 }
 
 template <class Sink>

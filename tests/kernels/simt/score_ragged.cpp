@@ -70,8 +70,9 @@ bool topk_rows(const uint8_t* q, const float* gates, int all_heads, const int32_
                const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, int rank, int topk, int workers, int runs,
                int buffers, int spare, int room_of_all, int room, float* sample, int64_t ld, uint2* hits, int2* counts, int32_t* table,
                float* threshold, int32_t* out, int32_t* failed) {
-  Task task = task_of(starts, ends, rows, keys, 1, nullptr), sampling = task_of(starts, ends, rows, keys, stride, nullptr);
-  for (Task* t : {&task, &sampling}) t->q = q, t->gates = gates, t->head_ids = head_ids, t->scale = scale, t->all_heads = all_heads;
+  Task task = task_of(starts, ends, rows, keys, 1, nullptr);
+  task.q = q, task.gates = gates, task.head_ids = head_ids, task.scale = scale, task.all_heads = all_heads;
+  const Task sampling = task.every(stride);
   const Logits logits{sample, ld, true};
   const bool few = buffers == FewHits::BUFFERS;
   const Buffers own{float(rank) * stride / buffers, few ? FewHits::SIGMAS : ManyHits::SIGMAS, float(rank), spare, room_of_all};

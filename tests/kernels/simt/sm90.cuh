@@ -103,18 +103,23 @@ inline void line(float (&values)[32], uint64_t tile, int row) {  // 32 bytes of 
   char* from = smem(uint32_t(tile << 4)) + row * 128;
   for (int i = 0; i < 32; ++i) values[i] = E4M3[uint8_t(*swizzled(from + i))];
 }
-// A thread's part of a product of 64 rows × N columns over 32 dimensions.
+// A thread's part of a product of 64 rows × N columns over 32 dimensions, of which it has its own two rows.
 template <int COUNT>
-void mma_add(float (&d)[COUNT], uint64_t a, uint64_t b) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
-  float rows[2][32], column[32];
-  for (int half = 0; half < 2; ++half) line(rows[half], a, row + half * 8);
+void multiply(float (&d)[COUNT], const float (&rows)[2][32], uint64_t b) {
+  float column[32];
   for (int n = 0; n < COUNT / 4; ++n)
     for (int bit = 0; bit < 2; ++bit) {
-      line(column, b, n * 8 + lane % 4 * 2 + bit);
+      line(column, b, n * 8 + threadIdx.x % 4 * 2 + bit);
       for (int half = 0; half < 2; ++half)
         for (int i = 0; i < 32; ++i) d[n * 4 + half * 2 + bit] += rows[half][i] * column[i];
     }
+}
+template <int COUNT>
+void mma_add(float (&d)[COUNT], uint64_t a, uint64_t b) {
+  const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+  float rows[2][32];
+  for (int half = 0; half < 2; ++half) line(rows[half], a, row + half * 8);
+  multiply(d, rows, b);
 }
 template <int COUNT>
 void mma(float (&d)[COUNT], uint64_t a, uint64_t b) {
@@ -124,22 +129,17 @@ void mma(float (&d)[COUNT], uint64_t a, uint64_t b) {
 // The same, with a quad's four words of each of its two rows in registers.
 template <int COUNT>
 void mma_registers_add(float (&d)[COUNT], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
-  const int lane = threadIdx.x % 32;
-  float rows[2][32], column[32];
+  const int quad = threadIdx.x % 32 / 4;
+  float rows[2][32];
   simt::together(uint4{a0, a1, a2, a3}, [&](auto& all, int) {
     for (int i = 0; i < 32; ++i) {
-      const uint4 words = all[lane / 4 * 4 + i % 16 / 4];
+      const uint4 words = all[quad * 4 + i % 16 / 4];
       rows[0][i] = E4M3[(i < 16 ? words.x : words.z) >> i % 4 * 8 & 255];
       rows[1][i] = E4M3[(i < 16 ? words.y : words.w) >> i % 4 * 8 & 255];
     }
     return 0;
   });
-  for (int n = 0; n < COUNT / 4; ++n)
-    for (int bit = 0; bit < 2; ++bit) {
-      line(column, b, n * 8 + lane % 4 * 2 + bit);
-      for (int half = 0; half < 2; ++half)
-        for (int i = 0; i < 32; ++i) d[n * 4 + half * 2 + bit] += rows[half][i] * column[i];
-    }
+  multiply(d, rows, b);
 }
 template <int COUNT>
 void mma_registers(float (&d)[COUNT], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
