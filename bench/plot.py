@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+LINES = pyplot.cycler(linestyle=["-", "--"], marker=["o", "s"])  # the second where a series has no colour of its own
 RESULTS = pathlib.Path(__file__).parent / "results" / "kernels.csv"
 
 
@@ -27,12 +28,13 @@ def plot(path: pathlib.Path) -> list[pathlib.Path]:
         sorted(rows, key=lambda r: (r["gpu"], r["phase"])), key=lambda r: (r["gpu"], r["phase"])
     ):
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        axes.set_prop_cycle(LINES * pyplot.rcParams["axes.prop_cycle"])
         series: dict[str, dict[int, float]] = {}
         for r in group:
             label = f"{r['policy']}, H={r['index_heads']}, {'rows' if phase == 'prefill' else 'batch'} {r['rows']}"
             series.setdefault(label, {})[int(r["length"])] = float(r["ratio"])  # the newest row of a case wins
         for label, points in sorted(series.items()):
-            axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=label)
+            axes.plot(*zip(*sorted(points.items()), strict=True), label=label)
         axes.axhline(1.0, color="grey", linewidth=1)
         axes.set_xscale("log", base=2)
         ticks = sorted({length for points in series.values() for length in points})
