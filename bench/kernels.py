@@ -3,11 +3,15 @@
     python -m sglang_misa.bench.kernels prefill [--lengths 32768 131072] [--rows 8192] [--index-heads 64] [--csv FILE]
     python -m sglang_misa.bench.kernels decode  [--lengths 8192 131072] [--batches 1 16 64] [--stages]
 
-Prefill is timed with events after a flush of the L2 cache and with all launches queued; what the host needs for them is
-printed beside it. Decode is timed by replaying a CUDA graph over rotating inputs. Both report medians. A wrong result
-is reported as such and not timed. Inputs are random, with heavy-tailed gates: they say what a shape costs, and nothing
-about the recall of a policy on a real model. `floor` is the time that the policy's arithmetic or bytes take at the
-chip's data-sheet rate; --stages adds the µs of every kernel.
+Each method of the presets has its row, and so has `plain`, which does MISA without a kernel that selects: the routed
+heads' score matrix in memory, then SGLang's top-k, as stock has it. Prefill is timed with events after a flush of the
+L2 cache and with all launches queued; what the host needs for them is printed beside it. Decode is timed by replaying a
+CUDA graph over rotating inputs. Both report medians. A wrong result is reported as such and not timed, and so is one of
+`plain` where SGLang's top-k, approximate where scores crowd together, missed places. Inputs are random, with
+heavy-tailed gates: they say what a shape costs, and nothing about the recall of a policy on a real model.
+
+TFLOPS (prefill) and GB/s (decode) are the method's least arithmetic and bytes over the measured time; `floor` is the
+time that these take at the chip's data-sheet rate. --stages adds the µs of every kernel, stock's and ours.
 """
 
 from __future__ import annotations
@@ -18,8 +22,8 @@ import functools
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,8 +31,10 @@ from torch import Tensor
 from sglang_misa import indexer, reference
 from sglang_misa.bench import check, stock
 from sglang_misa.bench.timing import event_us, graph_us, host_us, kernel_us
+from sglang_misa.bench.work import CHIPS, UNKNOWN, Work, count
 from sglang_misa.block_stats import BlockStats
-from sglang_misa.config import PAGE, PRESETS, SelectionPolicy
+from sglang_misa.config import PAGE, PHASES, PRESETS, Phase, SelectionPolicy
+from sglang_misa.kernels import route, score_ragged
 from sglang_misa.kernels.page_means import Layers, update_last_page_means
 
 TOPK = 2048
@@ -36,13 +42,30 @@ COLUMNS = (
     *("gpu", "phase", "policy", "index_heads", "routed_heads", "candidates", "blocks", "rows", "length"),
     *("stock_us", "ours_us", "ratio", "correct", "commit"),
 )
-RATES = {  # data sheets: dense fp8 and bf16 FLOP/s, bytes/s
-    "NVIDIA H100 80GB HBM3": (1979e12, 989e12, 3.35e12),
-    "NVIDIA H200": (1979e12, 989e12, 4.8e12),
-}
 RESULTS = pathlib.Path(__file__).parent / "results" / "kernels.csv"
 CHECKED_ROWS = 24
 LAYERS = 61  # of DeepSeek-V3.2: those that share the upkeep of page means in decode
+DSA = SelectionPolicy()
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is timed beside stock: a policy by our kernels or, in prefill, by `routed_logits` and stock's top-k."""
+
+    policy: SelectionPolicy
+    plain: bool = False
+
+    @property
+    def name(self) -> str:
+        return PLAIN if self.plain else self.policy.name
+
+
+def methods(phase: Phase, names: Sequence[str]) -> list[Method]:
+    """The methods that differ from stock in `phase`, each once and without a gate, of presets and `PLAIN`: MISA's."""
+    found = [Method(PRESETS["misa" if name == PLAIN else name].policy(phase), name == PLAIN) for name in names]
+    ungated = [replace(m, policy=m.policy.model_copy(update={"min_len": 0})) for m in found if m.policy.active]
+    return list(dict.fromkeys(ungated))
 
 
 @dataclass(frozen=True)
@@ -98,33 +121,42 @@ def correct_rows(policy: SelectionPolicy, layer: Layer, stats: BlockStats, chose
 
 @dataclass(frozen=True)
 class Outcome:
-    """µs of stock and of ours on the GPU, the latter nan unless its result was right; of the floor; of the launches of
-    stock and of ours on the host, in prefill; and of our kernels."""
+    """µs of stock and of ours on the GPU, the latter nan unless its result was right; the keys that the rows saw; µs of
+    the launches of stock and of ours on the host, in prefill; and of each kernel of both, if asked for."""
 
     stock_us: float
     ours_us: float
     correct: bool
-    floor_us: float
+    row_lens: Tensor
     host_us: tuple[float, float] | None
-    stages: dict[str, float]
+    stages: dict[str, dict[str, float]]
 
 
-def floor_us(policy: SelectionPolicy, phase: str, heads: int, row_lens: Tensor) -> float:
-    """µs of the policy's arithmetic (prefill) or of its bytes (decode) at the chip's data-sheet rate; nan: unknown."""
-    fp8, bf16, memory = RATES.get(torch.cuda.get_device_name(), (float("nan"),) * 3)
-    seen, lens = float(row_lens.sum()), row_lens.double()
-    reach = (policy.blocks or 0) * policy.block_size
-    kept = seen if policy.blocks is None else float(lens.clamp(max=reach).sum())
-    if phase == "decode":
-        return (seen / PAGE * 256 + kept * 132) / memory * 1e6
-    pair = 2 * 128  # FLOP of a query head and a key
-    scored = (seen if policy.heads else kept) * (policy.heads or heads)
-    again = 0.0 if policy.candidates is None else float(lens.clamp(max=policy.candidates).sum()) * heads
-    return ((scored + again) * pair / fp8 + seen / policy.block_size * heads * pair / bf16) * 1e6
+def routed_logits(policy: SelectionPolicy, call: indexer.RaggedCall, block_means: Tensor) -> Tensor:
+    """The scores that MISA ranks, all of them in memory: fp32 [T, S], as DeepGEMM leaves stock's.
+
+    Columns that a row does not see hold anything.
+    """
+    assert policy.heads is not None
+    rows = (call.index_q, call.head_gates, block_means, call.row_batch, call.row_lens)
+    head_ids = route.route(*rows, policy.heads, policy.block_size, policy.router)
+    (keys,) = call.k_scale.shape
+    stride = score_ragged.aligned(keys, indexer.ROW_STRIDE)
+    return score_ragged.score_ragged_logits(
+        call.index_q,
+        call.head_gates,
+        head_ids,
+        call.index_k,
+        call.k_scale,
+        call.ks,
+        call.ks + call.row_lens,
+        out=torch.empty(len(call.row_lens), stride, device=call.index_k.device)[:, :keys],
+    )
 
 
-def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int, stages: bool) -> Outcome:
+def bench_prefill(method: Method, heads: int, rows: int, length: int, stages: bool) -> Outcome:
     """One indexer call for the last `rows` rows of a prompt of `length` tokens."""
+    policy = method.policy
     layer = make_layer(rows, heads, length, requests=1)
     pages = layer.page_table[0].long()
     index_k = layer.buffer[pages, : PAGE * 128].reshape(-1, 128).view(torch.float8_e4m3fn)[:length].contiguous()
@@ -132,7 +164,8 @@ def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int, s
     position = torch.arange(length, device="cuda")
     slots = (pages[position // PAGE] * PAGE + position % PAGE).int().unsqueeze(0)
     ks = torch.zeros_like(layer.row_lens)
-    baseline = stock.prefill(layer.index_q, layer.head_gates, index_k, k_scale, ks, layer.row_lens, slots, TOPK)
+    stock_topk = stock.fused_topk(ks, layer.row_lens, slots, TOPK)
+    baseline = stock.prefill(layer.index_q, layer.head_gates, index_k, k_scale, ks, layer.row_lens, stock_topk)
 
     stats = BlockStats([layer.buffer], kernels=True)
     lens = torch.tensor([length], dtype=torch.int32, device="cuda")
@@ -153,6 +186,8 @@ def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int, s
 
     def ours() -> Tensor:
         block_means = stats.heal(0, layer.buffer, layer.page_table, lens, policy.block_size)
+        if method.plain:
+            return stock_topk(routed_logits(policy, call, block_means))
         indexer.ragged_topk(policy, call, run, block_means, space, out)
         return out
 
@@ -161,17 +196,18 @@ def bench_prefill(policy: SelectionPolicy, heads: int, rows: int, length: int, s
         stock_us=event_us(baseline),
         ours_us=event_us(ours) if correct else float("nan"),
         correct=correct,
-        floor_us=floor_us(policy, "prefill", heads, layer.row_lens),
+        row_lens=layer.row_lens,
         host_us=(host_us(baseline), host_us(ours)),
-        stages=kernel_us(ours) if stages else {},
+        stages={"stock": kernel_us(baseline), "ours": kernel_us(ours)} if stages else {},
     )
 
 
-def bench_decode(policy: SelectionPolicy, heads: int, batch: int, length: int, stages: bool) -> Outcome:
+def bench_decode(method: Method, heads: int, batch: int, length: int, stages: bool) -> Outcome:
     """A layer of a decode step of `batch` requests of `length` tokens.
 
     Ours has its share of the step's one launch that brings the page means of all layers up to date.
     """
+    policy = method.policy
     # Enough inputs that neither reader finds its keys in L2: ours reads 8K of a row, stock all of it.
     copies = max(1, min(64, (200 << 20) // (batch * min(length, 8192) * 132)))
     layers = [make_layer(batch, heads, length, requests=batch, seed=s) for s in range(copies)]
@@ -200,20 +236,23 @@ def bench_decode(policy: SelectionPolicy, heads: int, batch: int, length: int, s
         stock_us=graph_us(baselines),
         ours_us=graph_us(mine) + graph_us([upkeep]) / LAYERS if correct else float("nan"),
         correct=correct,
-        floor_us=floor_us(policy, "decode", heads, layers[0].row_lens),
+        row_lens=layers[0].row_lens,
         host_us=None,
-        stages=kernel_us(mine[0]) if stages else {},
+        stages={"stock": kernel_us(baselines[0]), "ours": kernel_us(mine[0])} if stages else {},
     )
 
 
-def measure(phase: str, policy: SelectionPolicy, heads: int, rows: int, length: int, stages: bool) -> dict[str, object]:
-    bench = bench_prefill if phase == "prefill" else bench_decode
-    outcome = bench(policy, heads, rows, length, stages)
+def measure(phase: Phase, method: Method, heads: int, rows: int, length: int, stages: bool) -> dict[str, object]:
+    bench, unit, rate = (
+        (bench_prefill, "TFLOPS", Work.tflops) if phase == "prefill" else (bench_decode, "GB/s", Work.gb_s)
+    )
+    outcome, policy = bench(method, heads, rows, length, stages), method.policy
     torch.cuda.empty_cache()
+    gpu = torch.cuda.get_device_name()
     row = {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": gpu,
         "phase": phase,
-        "policy": policy.name,
+        "policy": method.name,
         "index_heads": heads,
         "routed_heads": policy.heads or "",
         "candidates": policy.candidates or "",
@@ -227,12 +266,16 @@ def measure(phase: str, policy: SelectionPolicy, heads: int, rows: int, length: 
         "commit": commit(),
     }
     shown = [f"{name}={row[name]}" for name in COLUMNS[1:-1] if row[name] != ""]
-    shown += [f"floor_us={outcome.floor_us:.1f}", f"of_floor={outcome.floor_us / outcome.ours_us:.0%}"]
+    work, dsa = (count(p, phase, heads, outcome.row_lens) for p in (policy, DSA))
+    shown.append(f"{unit}={rate(work, outcome.ours_us):.0f} (stock {rate(dsa, outcome.stock_us):.0f})")
+    floor_us = work.floor_us(CHIPS.get(gpu, UNKNOWN))
+    shown += [f"floor_us={floor_us:.1f}", f"of_floor={floor_us / outcome.ours_us:.0%}"]
     if outcome.host_us is not None:
         shown.append("host_us={:.0f} (stock {:.0f})".format(*reversed(outcome.host_us)))
     print("  ".join(shown))
-    for kernel, us in outcome.stages.items():
-        print(f"    {us:9.1f} us  {kernel}")
+    for whose, kernels in outcome.stages.items():
+        for kernel, us in kernels.items():
+            print(f"    {whose:<5} {us:9.1f} us  {kernel}")
     sys.stdout.flush()
     return row
 
@@ -256,24 +299,33 @@ def append(path: pathlib.Path, rows: Iterable[dict[str, object]]) -> None:
         writer.writerows(rows)
 
 
-def main() -> int:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The parsed command line, with `methods`. Leaves with a message where it asks for nothing to measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=["prefill", "decode"])
+    names = [*PRESETS, PLAIN]
+    parser.add_argument("phase", choices=PHASES)
     parser.add_argument("--csv", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--policies", nargs="+", choices=[*PRESETS], help="default: every preset active in the phase")
+    parser.add_argument("--policies", nargs="+", choices=names, default=names, help="default: all active in the phase")
     parser.add_argument("--index-heads", nargs="+", type=int, default=[64, 32], choices=[32, 64])
-    parser.add_argument("--lengths", nargs="+", type=int)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 65536, 131072])
     parser.add_argument("--rows", nargs="+", type=int, default=[8192], help="prefill: query rows of a call")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64], help="decode: requests of a step")
-    parser.add_argument("--stages", action="store_true", help="print the time of every kernel of ours")
-    options = parser.parse_args()
-    policies = [PRESETS[name].policy(options.phase) for name in options.policies or PRESETS]
-    lengths = options.lengths or [8192, 32768, 65536, 131072]
+    parser.add_argument("--stages", action="store_true", help="print the time of every kernel, stock's and ours")
+    options = parser.parse_args(words)
+    options.methods = methods(options.phase, options.policies)
+    if not options.methods:
+        active = ", ".join(name for name in names if methods(options.phase, [name]))
+        parser.error(f"--policies: expected one of {active} in {options.phase}, got {' '.join(options.policies)}")
+    return options
+
+
+def main() -> int:
+    options = arguments()
     results = [
-        measure(options.phase, policy.model_copy(update={"min_len": 0}), heads, rows, length, options.stages)
-        for policy in dict.fromkeys(p for p in policies if p.active)
+        measure(options.phase, method, heads, rows, length, options.stages)
+        for method in options.methods
         for heads in options.index_heads
-        for length in lengths
+        for length in options.lengths
         for rows in (options.rows if options.phase == "prefill" else options.batches)
         if options.phase == "decode" or rows <= length
     ]

@@ -1,0 +1,66 @@
+"""What a policy cannot avoid: its FLOP in prefill, its bytes in decode. Floor and rates come from this one count."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sglang_misa.config import PAGE, Phase, SelectionPolicy
+from sglang_misa.reference import HEAD_DIM
+
+PAIR = 2 * HEAD_DIM  # FLOP of a query head and a key
+KEY_BYTES = HEAD_DIM + 4  # fp8 and a scale
+MEAN_BYTES = 2 * HEAD_DIM  # bf16
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Dense FLOP/s and bytes/s of a data sheet."""
+
+    fp8: float
+    bf16: float
+    memory: float
+
+
+UNKNOWN = Chip(*(float("nan"),) * 3)
+CHIPS = {  # by the name that CUDA gives the device
+    "NVIDIA H100 80GB HBM3": Chip(1979e12, 989e12, 3.35e12),
+    "NVIDIA H200": Chip(1979e12, 989e12, 4.8e12),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOP of fp8 and of bf16 products, and bytes; 0 for what does not bind the phase."""
+
+    fp8: float = 0.0
+    bf16: float = 0.0
+    bytes: float = 0.0
+
+    def floor_us(self, chip: Chip) -> float:
+        """µs at the chip's rates, one after the other; nan for an unknown chip."""
+        return (self.fp8 / chip.fp8 + self.bf16 / chip.bf16 + self.bytes / chip.memory) * 1e6
+
+    def tflops(self, us: float) -> float:
+        return (self.fp8 + self.bf16) / us * 1e-6
+
+    def gb_s(self, us: float) -> float:
+        return self.bytes / us * 1e-3
+
+
+def count(policy: SelectionPolicy, phase: Phase, heads: int, row_lens: Tensor) -> Work:
+    """The work of one layer's call for rows that see `row_lens` [T] int keys, with `heads` index heads.
+
+    Prefill is arithmetic: kept tokens × routed heads and candidates × all heads in fp8, blocks × all heads in bf16.
+    Decode is reading: the kept keys and, to keep or to route by, all page means. Stock DSA keeps all and pools nothing.
+    """
+    lens = row_lens.double()
+    kept = float(lens.clamp(max=policy.blocks * policy.block_size if policy.blocks else math.inf).sum())
+    if phase == "decode":
+        pages = float((lens // PAGE).sum()) if policy.active else 0.0
+        return Work(bytes=kept * KEY_BYTES + pages * MEAN_BYTES)
+    blocks = float((lens // policy.block_size).sum()) if policy.active else 0.0
+    again = float(lens.clamp(max=policy.candidates).sum()) if policy.candidates else 0.0
+    return Work(fp8=(kept * (policy.heads or heads) + again * heads) * PAIR, bf16=blocks * heads * PAIR)
