@@ -6,8 +6,9 @@ Starts one server an arm, all at once, on a seeded random model of DeepSeek-V3.2
 prompts in turn with `return_indexer_topk`, and prints the overlap of each arm's sets with stock's: the rows of the last
 prefill chunk and the decode rows that ran in CUDA graphs. Random weights say nothing about recall on a real model.
 Fails when an arm that must equal another does not, when an arm did not run its policy, when the decode steps of a
-request replayed graphs of the wrong side of the length gate, when tensor-parallel ranks parted, or, with
-`--exact-topk`, when a request selects otherwise in one extend call with others than alone (`shared_extends`).
+request ran on the wrong side of the length gate, when tensor-parallel ranks parted, or, with `--exact-topk`, when a
+request selects otherwise in one extend call with others than alone (`shared_extends`), or from the radix cache than
+cold. Other arguments go to SGLang: `--cuda-graph-backend-decode disabled` decodes eagerly.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,9 @@ from typing import Any
 
 import numpy as np
 import shared_extends
-from gpu_server import EQUAL, SHAPE, Answer, Server, ask, overlaps
+from gpu_server import EQUAL, PREFILL_GRAPHS, SHAPE, Answer, Server, ask, overlaps
+
+from sglang_misa.config import PAGE
 
 NEW_TOKENS = 8
 
@@ -58,14 +62,17 @@ MUST_EQUAL = (
 )
 
 
-def replays(server: Server) -> dict[str, int]:
-    """Decode graphs replayed so far by side of the length gate."""
-    return dict(server.misa().get("replays", {}))
+def decode_steps(server: Server) -> dict[str, int]:
+    """Decode steps so far by side of the length gate: graphs replayed, or calls of every layer where there are none."""
+    status = server.misa()
+    calls = status.get("calls", {}).get("decode", {})
+    eager = {path: count // SHAPE.layers for path, count in calls.items() if ":" not in path}
+    return dict(status.get("replays") or eager)
 
 
 def wrong_side(arm: str, length: int, before: dict[str, int], after: dict[str, int]) -> list[str]:
-    """A sentence when a lone request's decode steps did not all replay the graph of their side of the gate."""
-    steps = {path: after.get(path, 0) - before.get(path, 0) for path in after}
+    """A sentence when a lone request's decode steps were not all on their side of the gate."""
+    steps = {path: after[path] - before.get(path, 0) for path in after}
     wanted = "dsa" if length + NEW_TOKENS < GATED["decode"]["min_len"] else "hisa"
     if steps.get(wanted, 0) >= NEW_TOKENS - 1 and not any(n for path, n in steps.items() if path != wanted):
         return []
@@ -73,8 +80,8 @@ def wrong_side(arm: str, length: int, before: dict[str, int], after: dict[str, i
 
 
 def graph_cost(server: Server) -> list[str]:
-    """What SGLang logged of capturing decode graphs: seconds and memory."""
-    return [line.split("] ", 1)[-1] for line in server.log.read_text().splitlines() if "decode CUDA graph end" in line]
+    """What SGLang logged of capturing graphs: seconds and memory."""
+    return [line.split("] ", 1)[-1] for line in server.log.read_text().splitlines() if "CUDA graph end" in line]
 
 
 def timed(server: Server, ids: list[int], tail: bool) -> tuple[Answer, dict[str, Any]]:
@@ -124,22 +131,28 @@ class Run:
         """Every prompt to every arm, the last one twice."""
         for i, ids in enumerate(self.prompts):
             for arm in self.arms[:: 1 if i % 2 else -1]:  # A B, B A, ...: no arm is always the warmer one
-                before = replays(servers[arm])
+                before = decode_steps(servers[arm])
                 answer, cost = timed(servers[arm], ids, self.selects)
                 if (ARMS[arm] or {}).get("decode") == GATED["decode"]:
-                    self.failures += wrong_side(arm, len(ids), before, replays(servers[arm]))
+                    self.failures += wrong_side(arm, len(ids), before, decode_steps(servers[arm]))
                 self.seen[arm].append(answer.selected)
                 self.record[arm]["requests"].append({"length": len(ids), **cost})
                 print(f"{arm:15} {len(ids):7d} {cost['seconds']:.3f} s", flush=True)
         for arm, server in servers.items():
             again, self.record[arm]["again"] = timed(server, self.prompts[-1], self.selects)
             if self.selects:
-                rows = slice(-16, None)
-                self.record[arm]["again_overlap"] = overlaps(self.seen[arm][-1][rows], again.selected[rows])
+                rows = slice(1 - NEW_TOKENS - PAGE, 1 - NEW_TOKENS)  # prompt rows: the last page's are new again
+                again_overlap = overlaps(self.seen[arm][-1][rows], again.selected[rows])
+                self.record[arm]["again_overlap"] = again_overlap
+                print(f"{arm:15} {len(self.prompts[-1]):7d} again, from the radix cache: {again_overlap}", flush=True)
+                if self.options.exact_topk and not again_overlap[0] >= EQUAL:
+                    self.failures.append(f"{arm}: expected the same sets after a radix hit, got {again_overlap}")
 
     def share_extends(self, servers: dict[str, Server]) -> None:
         for arm, server in servers.items():
-            problems, self.record[arm]["shared_extends"] = shared_extends.check(server)
+            problems, self.record[arm]["shared_extends"] = shared_extends.check(
+                server, graphs=self.options.prefill_graphs
+            )
             self.failures += problems
             print(f"{arm:15} in shared extend calls: {self.record[arm]['shared_extends']}", flush=True)
 
@@ -192,8 +205,12 @@ def main() -> int:
     parser.add_argument("--no-selections", action="store_true", help="time cold prompts only")
     parser.add_argument("--repeats", type=int, default=1, help="cold prompts a length, each with its own tokens")
     parser.add_argument("--exact-topk", action="store_true", help="finish with torch's top-k, in stock and ours alike")
+    parser.add_argument("--prefill-graphs", action="store_true", help="short extends replay SGLang's prefill graphs")
     options, extra = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the servers are stopped too
     run = Run(options)
+    if options.prefill_graphs:
+        extra = PREFILL_GRAPHS.split() + extra
     if options.exact_topk:
         extra += EXACT_TOPK
         os.environ.update(EXACT_ENV)

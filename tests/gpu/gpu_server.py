@@ -36,6 +36,8 @@ SHAPE = demo_model.Shape(
 )
 # NCCL alone: both of these would ask for NVLink multicast, and not every host lends it.
 PARALLEL = "--enforce-disable-flashinfer-allreduce-fusion --disable-custom-all-reduce"
+# SGLang's default on CUDA, but for the sizes: as many extend rows as one of these graphs holds.
+PREFILL_GRAPHS = "--cuda-graph-backend-prefill breakable --cuda-graph-bs-prefill 64 512 1024 2048"
 
 
 def post(url: str, body: dict[str, Any], timeout: float = 600) -> Any:
@@ -65,10 +67,10 @@ class Server:
         if config is not None:
             env["SGLANG_MISA_CONFIG"] = json.dumps(config)
         command = f"""{sys.executable} {HERE / "serve_tail.py"} --model-path {model}
-            --skip-tokenizer-init --host 127.0.0.1 --port {port} --context-length 140000 --mem-fraction-static 0.5
+            --skip-tokenizer-init --host 127.0.0.1 --port {port} --context-length 140000 --mem-fraction-static 0.8
             --chunked-prefill-size 8192 --dsa-prefill-backend flashmla_sparse --dsa-decode-backend flashmla_sparse
             --kv-cache-dtype bfloat16 --grammar-backend none --sampling-backend pytorch --skip-server-warmup
-            --disable-prefill-cuda-graph --cuda-graph-max-bs-decode 4 --max-running-requests 4
+            --cuda-graph-backend-prefill disabled --cuda-graph-max-bs-decode 4 --max-running-requests 4
             --max-total-tokens 300032 --tp-size {ranks} {PARALLEL if ranks > 1 else ""}""".split()
         with log.open("w") as sink:
             self.process = subprocess.Popen(command + extra, stdout=sink, stderr=sink, env=env, start_new_session=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,25 @@ from gpu_server import EQUAL, SHAPE, Server, ask, overlaps
 # (cached, new) tokens in order of arrival: whole pages, and as many new ones as no tile divides. The second request
 # passes a gate of 8192 in its new rows, so stock's rows lie between those of a policy; the longest is not the last.
 REQUESTS = ((12288, 300), (7936, 340), (40960, 700), (20480, 500))
+CALL = re.compile(rb"Prefill batch.*?#new-seq: (\d+).*? graph: (True|False)")
 LOG_LIMIT = 10.0  # seconds that the server's log may lag behind its answer
 
 
-def check(server: Server, requests: tuple[tuple[int, int], ...] = REQUESTS) -> tuple[list[str], dict[str, Any]]:
-    """(problems, record) of `requests` sent one by one and then, over the same prefixes, in one message."""
+@dataclass(frozen=True)
+class Call:
+    """An extend call, as SGLang logs it."""
+
+    requests: int
+    graph: bool  # whether it replayed a prefill graph
+
+
+def check(
+    server: Server, requests: tuple[tuple[int, int], ...] = REQUESTS, *, graphs: bool = False
+) -> tuple[list[str], dict[str, Any]]:
+    """(problems, record) of `requests` sent one by one and then, over the same prefixes, in one message.
+
+    With `graphs` an extend call of several must replay a prefill graph.
+    """
     name, rng = server.log.stem, np.random.default_rng(1)
     prompts = [rng.integers(2, SHAPE.vocab, cached + new).tolist() for cached, new in requests]
 
@@ -37,8 +52,9 @@ def check(server: Server, requests: tuple[tuple[int, int], ...] = REQUESTS) -> t
     calls = _extend_calls(server, seen, len(prompts))
 
     problems, found = [], []
-    if max(calls, default=0) < 2:
-        problems.append(f"{name}: expected several requests in one extend call, got calls of {calls}")
+    if not any(call.requests > 1 and call.graph >= graphs for call in calls):
+        where = "one replay of a prefill graph" if graphs else "one extend call"
+        problems.append(f"{name}: expected several requests in {where}, got {calls}")
     for (cached, new), one, other in zip(requests, alone, together, strict=True):
         if {one.cached, other.cached} != {cached}:
             problems.append(f"{name}: expected {cached} cached tokens, got {one.cached} and {other.cached}")
@@ -46,16 +62,17 @@ def check(server: Server, requests: tuple[tuple[int, int], ...] = REQUESTS) -> t
         found.append({"cached": cached, "new": new, "rows": len(one.selected), "overlap": layers})
         if not layers[0] >= EQUAL:  # NaN, of no rows, is a problem too
             problems.append(f"{name}: {cached} + {new} tokens: expected its own sets among others, got {layers}")
-    return problems, {"requests_by_call": calls, "requests": found}
+    return problems, {"calls": [asdict(call) for call in calls], "requests": found}
 
 
-def _extend_calls(server: Server, start: int, total: int) -> list[int]:
-    """Requests in each extend call that the log names from byte `start` on, once they are `total`."""
+def _extend_calls(server: Server, start: int, total: int) -> list[Call]:
+    """The extend calls that the log names from byte `start` on, once they hold `total` requests."""
     deadline = time.monotonic() + LOG_LIMIT
     while True:
         with server.log.open("rb") as log:
             log.seek(start)
-            calls = [int(n) for n in re.findall(rb"Prefill batch.*?#new-seq: (\d+)", log.read())]
-        if sum(calls) >= total or time.monotonic() > deadline:
+            found = CALL.findall(log.read())
+        calls = [Call(int(requests), graph == b"True") for requests, graph in found]
+        if sum(call.requests for call in calls) >= total or time.monotonic() > deadline:
             return calls
         time.sleep(0.1)
