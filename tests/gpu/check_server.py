@@ -20,12 +20,11 @@ import pathlib
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import shared_extends
-from gpu_server import EQUAL, PREFILL_GRAPHS, SHAPE, Answer, Server, ask, overlaps
+from gpu_server import EQUAL, PREFILL_GRAPHS, SHAPE, Answer, Server, ask, common_prefix, decode_steps, overlaps, stop
 
 from sglang_misa.config import PAGE
 
@@ -62,14 +61,6 @@ MUST_EQUAL = (
 )
 
 
-def decode_steps(server: Server) -> dict[str, int]:
-    """Decode steps so far by side of the length gate: graphs replayed, or calls of every layer where there are none."""
-    status = server.misa()
-    calls = status.get("calls", {}).get("decode", {})
-    eager = {path: count // SHAPE.layers for path, count in calls.items() if ":" not in path}
-    return dict(status.get("replays") or eager)
-
-
 def wrong_side(arm: str, length: int, before: dict[str, int], after: dict[str, int]) -> list[str]:
     """A sentence when a lone request's decode steps were not all on their side of the gate."""
     steps = {path: after[path] - before.get(path, 0) for path in after}
@@ -97,11 +88,6 @@ def idle(arm: str, status: dict[str, Any]) -> list[str]:
         return [f"{arm}: MISA is not live: {status}"]
     policy, calls = status["policy"]["prefill"], status["calls"]["prefill"]
     return [] if calls.get(policy) else [f"{arm}: expected {policy} to run in prefill, got calls {calls}"]
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many leading tokens agree."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
 class Run:
@@ -220,7 +206,7 @@ def main() -> int:
     servers: dict[str, Server] = {}
     try:
         for i, arm in enumerate(run.arms):
-            servers[arm] = Server(ARMS[arm], options.out / f"{arm}.log", options.port + i, extra, options.tp)
+            servers[arm] = Server(ARMS[arm], options.out / f"{arm}.log", options.port + i, extra, ranks=options.tp)
         run.warm_up(servers)
         run.send(servers)
         if run.selects and options.exact_topk:  # whose selections are positions: slots depend on what came before
@@ -230,8 +216,7 @@ def main() -> int:
         logs = "\n".join(f"{arm}: {server.log.read_text()[-3000:]}" for arm, server in servers.items())
         run.failures.append(f"{error}\n{logs}")
     finally:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(Server.stop, servers.values()))
+        stop(servers.values())
     if run.selects:
         run.compare()
     if run.selects and options.tp > 1:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +56,17 @@ def get(url: str, timeout: float = 30) -> Any:
 class Server:
     """One SGLang server in a process group of its own, on `ranks` GPUs."""
 
-    def __init__(self, config: dict[str, Any] | None, log: pathlib.Path, port: int, extra: list[str], ranks: int = 1):
-        model = demo_model.ensure(log.parent, SHAPE)
+    def __init__(
+        self,
+        config: dict[str, Any] | None,
+        log: pathlib.Path,
+        port: int,
+        extra: list[str],
+        *,
+        ranks: int = 1,
+        shape: demo_model.Shape = SHAPE,
+    ):
+        model = demo_model.ensure(log.parent, shape)
         self.url, self.log, self.ranks = f"http://127.0.0.1:{port}", log, ranks
         env = os.environ | {"SELECTION_TAIL": str(TAIL), "SGLANG_DSA_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "0"}
         env.pop("SGLANG_MISA_CONFIG", None)
@@ -127,6 +138,7 @@ class Answer:
     selected: np.ndarray  # int32 [rows, layers, 2048]: ids of the last rows, -1 for none
     output_ids: list[int]
     cached: int  # prompt tokens that the radix cache held
+    verified: int  # steps that verified drafts; 0 without speculative decoding
 
 
 def ask(server: Server, prompts: list[list[int]], new_tokens: int, *, tail: bool) -> list[Answer]:
@@ -141,7 +153,7 @@ def ask(server: Server, prompts: list[list[int]], new_tokens: int, *, tail: bool
         meta = found["meta_info"]
         raw = base64.b64decode(meta["indexer_topk"]) if tail else b""
         selected = np.frombuffer(raw, dtype=np.int32).reshape(-1, SHAPE.layers, SHAPE.index_topk)
-        answers.append(Answer(selected, found["output_ids"], meta["cached_tokens"]))
+        answers.append(Answer(selected, found["output_ids"], meta["cached_tokens"], meta.get("spec_verify_ct", 0)))
     return answers
 
 
@@ -152,6 +164,25 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
         wanted = row_a[row_a >= 0]
         shares.append(np.isin(wanted, row_b).mean() if len(wanted) else 1.0)
     return float(np.mean(shares)) if shares else float("nan")
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many leading tokens agree."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+def decode_steps(server: Server) -> dict[str, int]:
+    """Decode steps so far by side of the length gate: graphs replayed, or calls of every layer where there are none."""
+    status = server.misa()
+    calls = status.get("calls", {}).get("decode", {})
+    eager = {path: count // SHAPE.layers for path, count in calls.items() if ":" not in path}
+    return dict(status.get("replays") or eager)
+
+
+def stop(servers: Iterable[Server]) -> None:
+    """Stop all at once: each takes seconds."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(Server.stop, servers))
 
 
 def overlaps(a: np.ndarray, b: np.ndarray) -> list[float]:
