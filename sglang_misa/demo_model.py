@@ -39,6 +39,7 @@ class Shape:
     index_topk: int = 64
     context: int = 163840
     vocab: int = 320  # the tokenizer's 259 and some never used
+    draft_layers: int = 0  # 1 for multi-token prediction; always a mixture of experts
 
 
 CPU = Shape()
@@ -102,7 +103,7 @@ def config(shape: Shape) -> dict[str, Any]:
         "scoring_func": "sigmoid",
         "norm_topk_prob": True,
         "routed_scaling_factor": 2.5,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": shape.draft_layers,
         "max_position_embeddings": shape.context,
         "rope_theta": 10000,
         "rope_scaling": {
@@ -139,8 +140,8 @@ def weights(shape: Shape) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"{prefix}.down_proj.weight", normal(shape.hidden, size)
 
     sizes = config(shape)
-    yield "model.embed_tokens.weight", normal(sizes["vocab_size"], shape.hidden, std=1.0)
-    for layer in range(shape.layers):
+
+    def block(layer: int) -> Iterator[tuple[str, torch.Tensor]]:
         name = f"model.layers.{layer}"
         yield f"{name}.input_layernorm.weight", ones(shape.hidden)
         yield f"{name}.post_attention_layernorm.weight", ones(shape.hidden)
@@ -161,14 +162,24 @@ def weights(shape: Shape) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"{indexer}.weights_proj.weight", (normal(shape.index_heads, shape.hidden) * spread).bfloat16()
         if layer < shape.dense_layers:
             yield from mlp(f"{name}.mlp", shape.intermediate)
-            continue
+            return
         yield f"{name}.mlp.gate.weight", normal(shape.experts, shape.hidden)
         yield f"{name}.mlp.gate.e_score_correction_bias", torch.zeros(shape.experts)
         yield from mlp(f"{name}.mlp.shared_experts", sizes["moe_intermediate_size"])
         for expert in range(shape.experts):
             yield from mlp(f"{name}.mlp.experts.{expert}", sizes["moe_intermediate_size"])
+
+    yield "model.embed_tokens.weight", normal(sizes["vocab_size"], shape.hidden, std=1.0)
+    for layer in range(shape.layers):
+        yield from block(layer)
     yield "model.norm.weight", ones(shape.hidden)
     yield "lm_head.weight", normal(sizes["vocab_size"], shape.hidden)
+    for layer in range(shape.layers, shape.layers + shape.draft_layers):
+        name = f"model.layers.{layer}"
+        yield from block(layer)
+        yield f"{name}.eh_proj.weight", normal(shape.hidden, 2 * shape.hidden)
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            yield f"{name}.{norm}.weight", ones(shape.hidden)
 
 
 def _write_tokenizer(folder: Path, context: int) -> None:

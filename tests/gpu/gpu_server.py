@@ -1,0 +1,190 @@
+"""A real SGLang server on a seeded random model, and the selections that it answers with, through HTTP."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sglang_misa import demo_model
+
+HERE = pathlib.Path(__file__).parent
+TAIL = 128  # rows of each request whose selections come back
+EQUAL = 0.999  # DeepGEMM multiplies fp8 with fewer accumulator bits than fp32: sets overlap by 0.9993 or more
+
+# True indexer, attention and hidden sizes of one layer stack; the vocabulary is wide so that keys do not repeat.
+SHAPE = demo_model.Shape(
+    hidden=2048,
+    layers=4,
+    heads=64,
+    q_rank=1536,
+    intermediate=4096,
+    dense_layers=4,
+    index_topk=2048,
+    vocab=32000,
+)
+# NCCL alone: both of these would ask for NVLink multicast, and not every host lends it.
+PARALLEL = "--enforce-disable-flashinfer-allreduce-fusion --disable-custom-all-reduce"
+# SGLang's default on CUDA, but for the sizes: as many extend rows as one of these graphs holds.
+PREFILL_GRAPHS = "--cuda-graph-backend-prefill breakable --cuda-graph-bs-prefill 64 512 1024 2048"
+
+
+def post(url: str, body: dict[str, Any], timeout: float = 600) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        return json.load(answer)
+
+
+def get(url: str, timeout: float = 30) -> Any:
+    with urllib.request.urlopen(url, timeout=timeout) as answer:
+        return json.loads(answer.read() or "null")
+
+
+class Server:
+    """One SGLang server in a process group of its own, on `ranks` GPUs."""
+
+    def __init__(
+        self,
+        config: dict[str, Any] | None,
+        log: pathlib.Path,
+        port: int,
+        extra: list[str],
+        *,
+        ranks: int = 1,
+        shape: demo_model.Shape = SHAPE,
+    ):
+        model = demo_model.ensure(log.parent, shape)
+        self.url, self.log, self.ranks = f"http://127.0.0.1:{port}", log, ranks
+        env = os.environ | {"SELECTION_TAIL": str(TAIL), "SGLANG_DSA_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "0"}
+        env.pop("SGLANG_MISA_CONFIG", None)
+        self._digests = log.with_suffix(".digests")
+        if ranks > 1:
+            shutil.rmtree(self._digests, ignore_errors=True)
+            self._digests.mkdir()
+            env["SELECTION_DIGESTS"] = str(self._digests)
+        if config is not None:
+            env["SGLANG_MISA_CONFIG"] = json.dumps(config)
+        command = f"""{sys.executable} {HERE / "serve_tail.py"} --model-path {model}
+            --skip-tokenizer-init --host 127.0.0.1 --port {port} --context-length 140000 --mem-fraction-static 0.8
+            --chunked-prefill-size 8192 --dsa-prefill-backend flashmla_sparse --dsa-decode-backend flashmla_sparse
+            --kv-cache-dtype bfloat16 --grammar-backend none --sampling-backend pytorch --skip-server-warmup
+            --cuda-graph-backend-prefill disabled --cuda-graph-max-bs-decode 4 --max-running-requests 4
+            --max-total-tokens 300032 --tp-size {ranks} {PARALLEL if ranks > 1 else ""}""".split()
+        with log.open("w") as sink:
+            self.process = subprocess.Popen(command + extra, stdout=sink, stderr=sink, env=env, start_new_session=True)
+
+    def wait(self, limit: float = 420) -> float:
+        """Seconds to ready; raises with the end of the log when the server died or took too long."""
+        start = time.monotonic()
+        while time.monotonic() - start < limit:
+            if self.process.poll() is not None:
+                break
+            try:
+                get(self.url + "/health", timeout=2)
+                return time.monotonic() - start
+            except OSError:
+                time.sleep(1)
+        raise RuntimeError(f"the server did not come up; the end of {self.log}:\n{self.log.read_text()[-4000:]}")
+
+    def stop(self) -> None:
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, signum)
+            except ProcessLookupError:
+                return
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                continue
+
+    def misa(self) -> dict[str, Any]:
+        """What /server_info says of MISA; nothing on stock."""
+        return get(self.url + "/server_info")["internal_states"][0].get("misa") or {}
+
+    def flush(self) -> None:
+        """Empty the radix cache, once nothing runs."""
+        with urllib.request.urlopen(self.url + "/flush_cache?timeout=20", data=b"", timeout=30):
+            pass
+
+    def rank_problems(self) -> list[str]:
+        """A sentence when the ranks of a stopped server did not select the same sets for every request."""
+        lines = [file.read_text().splitlines() for file in self._digests.iterdir()]
+        counts = [len(found) for found in lines]
+        if len(counts) != self.ranks or len(set(counts)) > 1:
+            return [f"{self.log.stem}: expected {self.ranks} ranks with as many requests each, got {counts}"]
+        parted = [request for request in zip(*lines, strict=True) if len(set(request)) > 1]
+        if parted:
+            return [f"{self.log.stem}: expected ranks to select the same, got {parted[0]} and {len(parted) - 1} more"]
+        return []
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one request got."""
+
+    selected: np.ndarray  # int32 [rows, layers, 2048]: ids of the last rows, -1 for none
+    output_ids: list[int]
+    cached: int  # prompt tokens that the radix cache held
+    verified: int  # steps that verified drafts; 0 without speculative decoding
+
+
+def ask(server: Server, prompts: list[list[int]], new_tokens: int, *, tail: bool) -> list[Answer]:
+    """The answers to prompts that arrive in one message, with the selections of their last rows if `tail`."""
+    body = {
+        "input_ids": prompts,
+        "sampling_params": {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True},
+        "return_indexer_topk": tail,
+    }
+    answers = []
+    for found in post(server.url + "/generate", body):
+        meta = found["meta_info"]
+        raw = base64.b64decode(meta["indexer_topk"]) if tail else b""
+        selected = np.frombuffer(raw, dtype=np.int32).reshape(-1, SHAPE.layers, SHAPE.index_topk)
+        answers.append(Answer(selected, found["output_ids"], meta["cached_tokens"], meta.get("spec_verify_ct", 0)))
+    return answers
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean |A∩B| / |A| over rows [rows, 2048], -1 left out."""
+    shares = []
+    for row_a, row_b in zip(a, b, strict=True):
+        wanted = row_a[row_a >= 0]
+        shares.append(np.isin(wanted, row_b).mean() if len(wanted) else 1.0)
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many leading tokens agree."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+def decode_steps(server: Server) -> dict[str, int]:
+    """Decode steps so far by side of the length gate: graphs replayed, or calls of every layer where there are none."""
+    status = server.misa()
+    calls = status.get("calls", {}).get("decode", {})
+    eager = {path: count // SHAPE.layers for path, count in calls.items() if ":" not in path}
+    return dict(status.get("replays") or eager)
+
+
+def stop(servers: Iterable[Server]) -> None:
+    """Stop all at once: each takes seconds."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(Server.stop, servers))
+
+
+def overlaps(a: np.ndarray, b: np.ndarray) -> list[float]:
+    """`overlap` of each layer of [rows, layers, 2048]."""
+    return [round(overlap(a[:, layer], b[:, layer]), 5) for layer in range(SHAPE.layers)]
