@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(CUT_THREADS)
     // Counted as they come: a bin is a quarter of an octave, whatever the scores are. What fills up the last quad is lowest.
     constexpr int WIDTH = 32 - Block::LOG_BINS;
     const float4* logits = reinterpret_cast<const float4*>(sample.out + i * sample.ld);
+    uint32_t least = ~0u, most = 0;
     Block::clear(smem);
     Block::sync();
     Block::template each<4>([&](int quad) { return __ldcg(logits + quad); }, (n + 3) / 4, [&](float4 four, int quad) {
@@ -49,7 +50,10 @@ __global__ void __launch_bounds__(CUT_THREADS)
       if (left < 4) four = {four.x, left > 1 ? four.y : NAN, left > 2 ? four.z : NAN, NAN};
       const uint4 keys{rank_key(four.x), rank_key(four.y), rank_key(four.z), rank_key(four.w)};
       reinterpret_cast<uint4*>(staged)[quad] = keys;
-      for (const uint32_t key : {keys.x, keys.y, keys.z, keys.w}) Block::count(smem, key, 0, WIDTH);
+      for (const uint32_t key : {keys.x, keys.y, keys.z, keys.w}) {
+        Block::count(smem, key, 0, WIDTH);
+        most = max(most, key);
+      }
     });
     Block::sync();
     const auto key = [&](int j) { return staged[j]; };
@@ -60,10 +64,9 @@ __global__ void __launch_bounds__(CUT_THREADS)
       value = rank_value(at.inside - at.need <= max(1, rank / 8) ? at.lo : at.lo + 1);
     }
     if (spans) {
-      uint32_t least = ~0u, most = 0;
-      Block::each(key, n, [&](uint32_t key, int) { least = min(least, key), most = max(most, key); });
-      const auto all = Block::range(smem, least, most, rank, n);
       // With too small a sample the cut may lie well below what was sampled.
+      if (n <= rank) Block::each(key, n, [&](uint32_t key, int) { least = min(least, key); });
+      const auto all = Block::range(smem, least, most, rank, n);
       const uint32_t low = n > rank ? rank_key(value) : all.lo - min(all.lo, all.hi - all.lo);
       span = Span::of(low, max(low, all.hi));
     }
