@@ -84,10 +84,11 @@ struct FewHits : HitBuffers {
       for (int q = 0; q < LANE_QUERIES; ++q) threshold[q] = place[q] > limit(q) ? INFINITY : threshold[q];
     }
     __device__ void finish() {
+      const Seat at = seat.anew();
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
         const uint32_t first = shared.first[q][threadIdx.x];
-        if (seat.query(q) < rows) to.count(seat.query(q), blockIdx.x, seat.warp * 8 + seat.lane_row) =
+        if (at.query(q) < rows) to.count(at.query(q), blockIdx.x, at.warp * 8 + at.lane_row) =
               {int((first - address(0)) / sizeof(uint2)), place[q] > limit(q) ? -1 : int((place[q] - first) / sizeof(uint2))};
       }
     }
@@ -129,14 +130,14 @@ struct ManyHits : HitBuffers {
 #pragma unroll
       for (int q = 0; q < OWN; ++q) slot[q] = waiting + q * ROW, place[q] = own.begin + q * own.pitch();
     }
-    __device__ int query(int q) const { return seat.query(q + (upper ? OWN : 0)); }
+    __device__ int query(const Seat& at, int q) const { return at.query(q + (upper ? OWN : 0)); }
 
     __device__ void begin(const Seat& at) {
       seat = at;
 #pragma unroll
       for (int q = 0; q < OWN; ++q) {
         first[q] = place[q];
-        threshold[q] = query(q) < rows && place[q] != FULL ? to.threshold[query(q)] : INFINITY;
+        threshold[q] = query(at, q) < rows && place[q] != FULL ? to.threshold[query(at, q)] : INFINITY;
       }
     }
     __device__ void append(float score, int key, int q) { sm90::stage_above<STEP>(slot[q], score, threshold[q], key); }
@@ -194,6 +195,7 @@ struct ManyHits : HitBuffers {
       place[q] += SECTOR;
     }
     __device__ void finish() {
+      const Seat at = seat.anew();
 #pragma unroll
       for (int q = 0; q < OWN; ++q) {
         const int left = (slot[q] - waiting - q * ROW) / STEP;
@@ -201,8 +203,8 @@ struct ManyHits : HitBuffers {
         read(waiting + q * ROW, out);
         if (left > 0) write(q, out);
         slot[q] = waiting + q * ROW;
-        if (query(q) < rows)
-          to.count(query(q), blockIdx.x, (seat.warp * 8 + seat.lane_row) / OWNERS) = {
+        if (query(at, q) < rows)
+          to.count(query(at, q), blockIdx.x, (at.warp * 8 + at.lane_row) / OWNERS) = {
               int(first[q]), place[q] == FULL ? -1 : int(place[q] - first[q]) - (left > 0 ? SECTOR - left : 0)};
       }
     }
