@@ -13,7 +13,6 @@ constexpr int RANKERS = 256;    // threads of a block: two warpgroups, each with
 constexpr int RANK_BLOCKS = 2;  // on a multiprocessor: one gathers while the other selects
 constexpr int RANK_GROUPS = RANKERS / 128;
 constexpr int RANK_TILE = 64;   // keys of a product
-constexpr int RANK_AHEAD = 2;   // tiles of a group that are on their way while one is multiplied
 constexpr int KEY_BYTES = 128;
 
 using Ranks = Select<RANKERS>;
@@ -170,11 +169,12 @@ struct Rescorer {
     }
   }
 
-  // Scores the keys at n places. put(i, all, score) takes each one's sum over all heads and, of routed heads, over those.
+  // Scores the keys at n places. put(i, all, routed, score) takes each one's sum over all heads and, of routed heads, over those; where
+  // neither is said, nothing is to be put. It shall not branch: lanes hold either sum, and steps wait for it.
   // at.cursor() gives the keys of an even place and the next one, for ascending places; so of an odd number of keys, the
   // place behind the last must have a key too.
   //
-  // In a step, the registers of a tile are gathered into again as soon as its words are taken, from keys that were looked up a
+  // In a step, the tile's registers are gathered into again as soon as its words are taken, from keys that were looked up a
   // step before; and the sums of the step before are finished while the tensor cores multiply. So nothing waits for a look-up,
   // nor a shuffle behind gathers. Beyond the list the last keys are gathered again.
   template <class At, class Put>
@@ -186,50 +186,44 @@ struct Rescorer {
     const uint64_t b = sm90::tile_descriptor(sm90::smem_address(s.select.bins));
     const uint8_t* from = in.k + c * 16;
     asm volatile("" : "+l"(from));  // not to be computed again
-    const uint32_t gates = sm90::smem_address(s.gates[c]);
+    // Held in registers, for which a second tile on its way has none left: read from shared memory for each tile they cost more than
+    // that brought (one H100, 8192 rows of 10,464 keys: 2990 and 2530 us).
+    float4 weight[OWN / 4];
+#pragma unroll
+    for (int i = 0; i < OWN / 4; ++i) weight[i] = sm90::load16(sm90::smem_address(s.gates[c]) + i * 16);
 
     constexpr int NEXT = RANK_GROUPS * RANK_TILE;
     int place = (group - RANK_GROUPS) * RANK_TILE + pair + mine;  // of the score to store next: none before the list
     auto cursor = at.cursor();
     int2 keys;
+    Tile tile;
     const auto look = [&](int ahead) { keys = cursor(min(place + ahead * NEXT, n - 1) & ~1); };
-    const auto load = [&](Tile& tile) {
+    const auto load = [&] {
       gather(tile.a[0], from + uint64_t(uint32_t(keys.x)) * KEY_BYTES);
       gather(tile.a[1], from + uint64_t(uint32_t(keys.y)) * KEY_BYTES);
       tile.scale = __ldg(in.scale + (mine ? keys.y : keys.x));
     };
     const auto store = [&](float score) {
-      if (uint32_t(place) < n && (ROUTED > 0 || !high)) put(place, ROUTED == 0 || odd, score);
+      const bool live = uint32_t(place) < n && (ROUTED > 0 || !high), all = ROUTED == 0 || odd;
+      put(place, live && all, live && !all, score);
       place += NEXT;
     };
     Sums sums{};
-    const auto step = [&](Tile& tile) {
+    look(1);
+    load();
+    look(2);
+    for (int first = group * RANK_TILE; first < n; first += NEXT) {
       float d[H / 2];
       multiply(d, tile, b);
       const float score = finish(sums, high);
       sums.scale = __uint_as_float(take(__float_as_uint(tile.scale)));
-      load(tile);
-      look(RANK_AHEAD + 2);
+      load();
+      look(3);
       store(score);
       sm90::mma_wait<0>();
       sm90::pin(d);
-      float4 weight[OWN / 4];  // read each time, into the registers that held the keys
-#pragma unroll
-      for (int i = 0; i < OWN / 4; ++i) weight[i] = sm90::load16(gates + i * 16);
       fold(sums, d, weight, odd);
-    };
-
-    Tile tiles[RANK_AHEAD];
-    look(1);
-#pragma unroll
-    for (int i = 0; i < RANK_AHEAD; ++i) {
-      load(tiles[i]);
-      look(i + 2);
     }
-    for (int first = group * RANK_TILE; first < n; first += RANK_AHEAD * NEXT)
-#pragma unroll
-      for (int i = 0; i < RANK_AHEAD; ++i)
-        if (i == 0 || first + i * NEXT < n) step(tiles[i]);
     store(finish(sums, high));
   }
 };
@@ -245,7 +239,7 @@ __device__ __forceinline__ bool take_all(const Keys& in, const Output& output, i
 
 // Order of an all-head score among listed keys: below every one of them is OUT, which is for keys that are no more chosen.
 constexpr uint32_t OUT = 0;
-__device__ __forceinline__ uint32_t full_key(float score) { return max(rank_key(score), OUT + 1); }
+__device__ __forceinline__ uint32_t full_key(uint32_t key) { return max(key, OUT + 1); }
 
 // Writes row t's top k of n listed keys, of which `kept` are not OUT; least and most are a thread's own extremes of the kept.
 // `chosen` has room for k places: keys are looked up once all are known, and not by the few lanes that find one at a time.

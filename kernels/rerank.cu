@@ -41,9 +41,16 @@ struct Mark {
     const int rows;
     Seat seat;
     float threshold[LANE_QUERIES];
-    uint2* to;  // of the row group that this lane stores, or null
+    uint32_t mine[LANE_QUERIES];  // all bits for the query whose words this lane stores: to compare would take a predicate each
+    uint2* to;                    // of its row group, or null
 
-    __device__ Lane(const Mark& sink, Shared&, const Task& task) : sink(sink), rows(task.rows) {}
+    __device__ Lane(const Mark& sink, Shared&, const Task& task) : sink(sink), rows(task.rows) {
+#pragma unroll
+      for (int q = 0; q < LANE_QUERIES; ++q) {
+        mine[q] = threadIdx.x % 32 == q ? ~0u : 0;
+        asm volatile("" : "+r"(mine[q]));  // or the compiler would compare each time
+      }
+    }
     __device__ void begin(const Seat& at) {
       seat = at;
       const int lane = threadIdx.x % 32, i = seat.first + lane * 4;
@@ -56,8 +63,8 @@ struct Mark {
       uint2 own{};
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
-        const uint32_t low = __ballot_sync(~0u, score[q][0] > threshold[q]), high = __ballot_sync(~0u, score[q][1] > threshold[q]);
-        if (threadIdx.x % 32 == q) own = {low, high};
+        own.x |= __ballot_sync(~0u, score[q][0] > threshold[q]) & mine[q];
+        own.y |= __ballot_sync(~0u, score[q][1] > threshold[q]) & mine[q];
       }
       if (to) to[key0 / KEYS * 4] = own;
     }
@@ -211,9 +218,10 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
     if (threadIdx.x == 0 && n % 2) low[n] = 0;  // of any segment, a key
     __syncthreads();
     const Span span = job.spans[i];
-    scorer.score(n, list, [&](int j, bool all, float score) {
-      if (all) full[j] = full_key(score);
-      else routed[j] = uint16_t(span.place(rank_key(score)));
+    scorer.score(n, list, [&](int j, bool all, bool of_routed, float score) {
+      const uint32_t key = rank_key(score);
+      sm90::store_if(all, full + j, full_key(key));
+      sm90::store_if(of_routed, routed + j, uint16_t(span.place(key)));
     });
     __syncthreads();
 
@@ -245,8 +253,8 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
         if (threadIdx.x == 0 && cut.inside % 2) s.select.from[cut.inside] = s.select.from[0];
         __syncthreads();
         const Some some{list, s.select.from};
-        scorer.score(cut.inside, some, [&](int j, bool all, float score) {
-          if (!all) s.select.keys[j] = rank_key(score), s.select.index[j] = list.find(s.select.from[j]);
+        scorer.score(cut.inside, some, [&](int j, bool, bool of_routed, float score) {
+          if (of_routed) s.select.keys[j] = rank_key(score), s.select.index[j] = list.find(s.select.from[j]);
         });
         __syncthreads();
         if (threadIdx.x < cut.inside) {

@@ -61,6 +61,18 @@ __device__ __forceinline__ void store8(uint32_t smem, uint2 v) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(smem), "r"(v.x), "r"(v.y) : "memory");
 }
 
+// Stores to shared memory without a branch, into which the compiler would move what makes the value.
+__device__ __forceinline__ void store_if(bool wanted, uint32_t* to, uint32_t value) {
+  asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %0, 0;\n@wanted st.shared.b32 [%1], %2;\n}\n" ::"r"(int(wanted)),
+               "r"(smem_address(to)), "r"(value)
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool wanted, uint16_t* to, uint16_t value) {
+  asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %0, 0;\n@wanted st.shared.b16 [%1], %2;\n}\n" ::"r"(int(wanted)),
+               "r"(smem_address(to)), "h"(value)
+               : "memory");
+}
+
 // Stores (score, key) at the address of these halves if the score is above the threshold, and goes on to the next. A predicated
 // store and no branch: the volatile asm keeps the compiler from making one.
 __device__ __forceinline__ void append_above(uint32_t& low, uint32_t high, float score, float threshold, int key) {

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __gr
   scorer.stage(piece);
   __syncthreads();
   const Pages list{pages, job.in.keys - 1};
-  scorer.score(n, list, [&](int j, bool, float score) { full[j] = full_key(score); });
+  scorer.score(n, list, [&](int j, bool all, bool, float score) { sm90::store_if(all, full + j, full_key(rank_key(score))); });
   __syncthreads();
   uint32_t least = ~0u, most = 0;
   Ranks::each([&](int j) { return full[j]; }, n, [&](uint32_t k, int) { least = min(least, k), most = max(most, k); });

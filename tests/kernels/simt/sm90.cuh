@@ -59,6 +59,10 @@ inline uint2 load8(uint32_t from) {
   return v;
 }
 inline void store8(uint32_t to, uint2 v) { std::memcpy(smem(to), &v, 8); }
+template <class T>
+void store_if(bool wanted, T* to, T value) {
+  if (wanted) *to = value;
+}
 inline void append_above(uint32_t& low, uint32_t high, float score, float threshold, int key) {
   if (!(score > threshold)) return;
   *reinterpret_cast<uint2*>(uint64_t(high) << 32 | low) = {__float_as_uint(score), uint32_t(key)};
