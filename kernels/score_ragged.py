@@ -34,8 +34,6 @@ SCRATCH_BYTES = 256 << 20
 MOST_BYTES = 1 << 30  # whatever the budget
 LISTS_BYTES = 1 << 20  # step in which the row lists grow
 
-SAMPLE = 2048  # keys sampled at least, where one in 8 makes so many
-STRIDES = (8, 32)  # one key in so many is sampled, by length
 SAMPLED_AT_MOST = 49152  # scores that `threshold` holds
 SIGMAS = 4.5  # z: standard deviations of room on either side of a row's expected count
 BUFFER_SIGMAS = {32: 6.5, 16: 8.0}  # the same for a private buffer, as in score_ragged.cu
@@ -59,6 +57,17 @@ def buffers(heads: int, density: float) -> int:
     by sectors (16). On an H100 with h = 8: 2.2 and 2.5 ms at 128K (3 % pass), 0.98 and 0.65 ms at 32K (9 %).
     """
     return 16 if heads < 64 and density * 8 / heads > MANY else 32
+
+
+def sample_stride(keys: int, heads: int) -> int:
+    """One key in so many is sampled: a denser sample costs scores, and saves hits that a sparser one lets pass.
+
+    Of few heads or keys, storing hits limits the collector, and fewer of them pay. One H100, h = 8, 64K, in parts: 1 in
+    16 instead of 32 costs 60 us more and saves some 170.
+    """
+    stores_limit = max(46 << 10, (640 << 10) // heads)
+    wanted = 8 if keys <= 22 << 10 else 16 if keys <= stores_limit else 32
+    return max(wanted, math.ceil(keys / SAMPLED_AT_MOST))
 
 
 def module(heads: int) -> Any:
@@ -108,9 +117,7 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
     Scratch of a pass: thresholds, the division and counts, and max(8 · rows of a block · buffers · entries,
     4 · rows · keys / stride) bytes. Raises ValueError when one block of rows does not fit.
     """
-    least, most = STRIDES
-    stride = min(max(1 << round(math.log2(max(keys, 1) / SAMPLE)) if keys > SAMPLE else least, least), most)
-    stride = max(stride, math.ceil(keys / SAMPLED_AT_MOST))
+    stride = sample_stride(keys, heads)
     root = (SIGMAS + math.sqrt(SIGMAS**2 + 4 * k / stride)) / 2
     rank = math.ceil(root**2)
     hits = (rank + SIGMAS * math.sqrt(rank)) * stride  # hardly ever more
