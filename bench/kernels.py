@@ -22,7 +22,7 @@ import functools
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -289,14 +289,14 @@ def commit() -> str:
         return "unknown"
 
 
-def append(path: pathlib.Path, rows: Iterable[dict[str, object]]) -> None:
+def append(path: pathlib.Path, row: dict[str, object]) -> None:
     fresh = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if fresh:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerow(row)
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -321,16 +321,20 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
-    results = [
-        measure(options.phase, method, heads, rows, length, options.stages)
+    cases = [
+        (method, heads, rows, length)
         for method in options.methods
         for heads in options.index_heads
         for length in options.lengths
         for rows in (options.rows if options.phase == "prefill" else options.batches)
         if options.phase == "decode" or rows <= length
     ]
-    append(options.csv, results)
-    return 0 if all(r["correct"] for r in results) else 1
+    correct = True
+    for case in cases:
+        row = measure(options.phase, *case, options.stages)
+        append(options.csv, row)  # at once: should a later case fail, this one is kept
+        correct = correct and bool(row["correct"])
+    return 0 if correct else 1
 
 
 if __name__ == "__main__":
