@@ -101,7 +101,7 @@ def run(config: MisaConfig | None, arguments: Sequence[str], port: int, report: 
 def _run(console: Console, config: MisaConfig | None, arguments: Sequence[str], url: str, report: Path | None) -> int:
     setup = GPU if torch.cuda.is_available() else CPU
     config = config or setup.config
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-misa"
+    cache = demo_model.cache()
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("Writing a tiny random DeepSeek-V3.2 model", total=1)
         model = demo_model.ensure(cache, setup.shape)

@@ -47,6 +47,11 @@ CPU = Shape()
 GPU = Shape(hidden=512, layers=4, heads=64, q_rank=512, intermediate=1024, dense_layers=4, index_topk=2048)
 
 
+def cache() -> Path:
+    """Where this package keeps models and logs of its own making."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-misa"
+
+
 def ensure(folder: Path, shape: Shape) -> Path:
     """The checkpoint of `shape` under `folder`, written first when it is not there; the same bytes every time."""
     target = folder / f"tiny-dsa-{'x'.join(str(v) for v in asdict(shape).values())}-v{FORMAT}"

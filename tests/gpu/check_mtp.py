@@ -6,7 +6,6 @@ Two servers an arm, one of them with a draft layer. Verification is greedy, so w
 target's: both servers give the same until two logits nearly tie, as they multiply matrices of other shapes. The weights
 are random, so nearly every draft is refused, and its keys are written over by the next step.
 Fails when most answers part early, when nothing was verified, or when steps ran on the wrong side of the length gate.
-Not run on a GPU yet.
 """
 
 from __future__ import annotations

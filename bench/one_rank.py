@@ -1,0 +1,107 @@
+"""Serve what one of eight GPUs computes for DeepSeek-V3.2, with random weights: a full model's times on one GPU.
+
+    python -m sglang_misa.bench.one_rank --layers 30 --misa-preset misa-hisa --port 30000
+
+Every size that tensor parallelism divides is an eighth (attention heads, feed-forward sizes, vocabulary); the rest is
+DeepSeek-V3.2's own, fp8 weights and all 64 index heads included, so that layers cost what they cost there. What is left
+out is the communication of the ranks. A layer takes 1.4 GB; all 61 want an H200. Other flags are
+`sglang_misa.launch_server`'s; text is nonsense, so there is no tokenizer (`bench.load --text ids`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sglang_misa import demo_model
+
+RANKS, LAYERS, HEADS = 8, 61, demo_model.Shape.index_heads
+BLOCK = 128  # side of the square of weights that shares a scale
+# DeepSeek-V3.2's config.json where it is not what `demo_model` writes anyway; the sizes below are divided by the ranks.
+DEEPSEEK = {
+    "hidden_size": 7168,
+    "q_lora_rank": 1536,
+    "index_topk": 2048,
+    "first_k_dense_replace": 3,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+    },
+}
+DIVIDED = {
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "vocab_size": 129280,
+}
+
+
+def config(layers: int = LAYERS) -> dict[str, Any]:
+    """config.json of the first `layers` layers of one rank."""
+    share = {name: size // RANKS for name, size in DIVIDED.items()}
+    return demo_model.config(demo_model.Shape(layers=layers)) | DEEPSEEK | share
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Random weights that keep activations at unit scale, in place of SGLang's `initialize_dummy_weights`.
+
+    That one draws from ±0.001, which is 0 in fp8: an indexer's scores would all be equal, and its top-k a special case.
+    """
+    state = model.state_dict()
+    device = next(iter(state.values())).device
+    generator = torch.Generator(device).manual_seed(demo_model.SEED)
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            continue
+        if name.endswith("_scale_inv"):  # the weight's codes have a standard deviation of 1
+            tensor.fill_(state[name.removesuffix("_scale_inv")].shape[-1] ** -0.5)
+        elif tensor.dim() < 2:
+            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            # an expert or a matrix at a time: a draw of all experts in bf16 would not fit beside the weights
+            fp8 = tensor.element_size() == 1
+            std = 1.0 if fp8 or "embed" in name else tensor.shape[-1] ** -0.5
+            for matrix in tensor.flatten(0, -3) if tensor.dim() > 2 else (tensor,):
+                draw = torch.randn(matrix.shape, generator=generator, device=device, dtype=torch.bfloat16)
+                if "weights_proj" in name:  # the index heads' gates, of unequal sizes as in trained models
+                    spread = torch.randn(HEADS, 1, generator=generator, device=device)
+                    draw[-HEADS:] *= torch.exp(demo_model.GATE_SPREAD * spread)  # SGLang may put wk above them
+                matrix.copy_(draw * std)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until it ends; returns the exit status of `sglang_misa.launch_server`."""
+    from sglang_misa import launch_server
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=LAYERS, help="how many of the 61 layers to serve")
+    options, rest = parser.parse_known_args(argv)
+    if not 1 <= options.layers <= LAYERS:
+        parser.error(f"--layers: expected 1 to {LAYERS}, got {options.layers}")
+    folder = demo_model.cache() / f"deepseek-v3.2-rank-{options.layers}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config(options.layers), indent=1), encoding="utf-8")
+    # DeepGEMM would build its kernels for every batch size, 10 to 20 minutes; as they are needed it takes seconds each.
+    os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
+    return launch_server.main([f"--model-path={folder}", "--load-format=dummy", "--skip-tokenizer-init", *rest])
+
+
+if __name__ == "__mp_main__":  # a process of SGLang, which imports this module again; one of them loads the model
+    from sglang.srt.model_loader import loader
+
+    loader.initialize_dummy_weights = fill
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
