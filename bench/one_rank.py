@@ -91,6 +91,8 @@ def main(argv: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     if not 1 <= options.layers <= LAYERS:
         parser.error(f"--layers: expected 1 to {LAYERS}, got {options.layers}")
+    if not torch.cuda.is_available():
+        parser.error("expected a GPU for weights in fp8, got none; a CPU has launch_server --demo")
     folder = demo_model.cache() / f"deepseek-v3.2-rank-{options.layers}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(options.layers), indent=1), encoding="utf-8")

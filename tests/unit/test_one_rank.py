@@ -59,7 +59,13 @@ def test_sglang_calls_what_is_replaced():
     assert "initialize_dummy_weights" in loader.DummyModelLoader.load_model.__code__.co_names
 
 
-def test_layers_are_checked(capsys):
-    with pytest.raises(SystemExit):
-        one_rank.main(["--layers", "62"])
-    assert "--layers: expected 1 to 61, got 62" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--layers", "62"], "--layers: expected 1 to 61, got 62"), ([], "expected a GPU for weights in fp8, got none")],
+)
+def test_refusals(words, said, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        one_rank.main(words)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
