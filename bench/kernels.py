@@ -1,10 +1,12 @@
 """Kernel bench: the whole indexer of one layer, stock beside ours in one run, checked before it is timed.
 
     python -m sglang_misa.bench.kernels prefill [--lengths 32768 131072] [--rows 8192] [--index-heads 64] [--csv FILE]
+    python -m sglang_misa.bench.kernels prefill --policies misa misa-hier --heads 4 8 16 --candidates 4096 8192 16384
     python -m sglang_misa.bench.kernels decode  [--lengths 8192 131072] [--batches 1 16 64] [--stages]
 
-Each method of the presets has its row, and so has `plain`, which does MISA without a kernel that selects: the routed
-heads' score matrix in memory, then SGLang's top-k, as stock has it. Prefill is timed with events after a flush of the
+Each method of the presets has its row, or one for each of --heads, --candidates and --blocks where it has such a
+number, and so has `plain`, which does MISA without a kernel that selects: the routed heads' score matrix in memory,
+then SGLang's top-k, as stock has it. Prefill is timed with events after a flush of the
 L2 cache and with all launches queued; what the host needs for them is printed beside it. Decode is timed by replaying a
 CUDA graph over rotating inputs. Both report medians. A wrong result is reported as such and not timed, and so is one of
 `plain` where SGLang's top-k, approximate where scores crowd together, missed places. Inputs are random, with
@@ -19,11 +21,12 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import itertools
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,11 +64,21 @@ class Method:
         return PLAIN if self.plain else self.policy.name
 
 
-def methods(phase: Phase, names: Sequence[str]) -> list[Method]:
-    """The methods that differ from stock in `phase`, each once and without a gate, of presets and `PLAIN`: MISA's."""
-    found = [Method(PRESETS["misa" if name == PLAIN else name].policy(phase), name == PLAIN) for name in names]
-    ungated = [replace(m, policy=m.policy.model_copy(update={"min_len": 0})) for m in found if m.policy.active]
-    return list(dict.fromkeys(ungated))
+Sizes = Mapping[str, Sequence[int] | None]  # by the policy's field; None or missing: as the preset has it
+
+
+def sized(policy: SelectionPolicy, sizes: Sizes) -> Iterator[SelectionPolicy]:
+    """`policy` without its gate, with each combination of `sizes` for the numbers that it has."""
+    axes = {name: values for name, values in sizes.items() if values and getattr(policy, name) is not None}
+    for chosen in itertools.product(*axes.values()):
+        yield policy.model_copy(update={"min_len": 0, **dict(zip(axes, chosen, strict=True))})
+
+
+def methods(phase: Phase, names: Sequence[str], sizes: Sizes) -> list[Method]:
+    """The methods that differ from stock in `phase`, each once, of presets and `PLAIN`, which is MISA's."""
+    presets = [(PRESETS["misa" if name == PLAIN else name].policy(phase), name == PLAIN) for name in names]
+    active = [(policy, plain) for policy, plain in presets if policy.active]
+    return list(dict.fromkeys(Method(one, plain) for policy, plain in active for one in sized(policy, sizes)))
 
 
 @dataclass(frozen=True)
@@ -310,12 +323,19 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 65536, 131072])
     parser.add_argument("--rows", nargs="+", type=int, default=[8192], help="prefill: query rows of a call")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64], help="decode: requests of a step")
+    for size, what in (("heads", "routed heads"), ("candidates", "tokens scored again"), ("blocks", "blocks kept")):
+        choices = score_ragged.ROUTED_HEADS if size == "heads" else None
+        parser.add_argument(f"--{size}", nargs="+", type=int, choices=choices, help=f"{what} (default: the presets')")
     parser.add_argument("--stages", action="store_true", help="print the time of every kernel, stock's and ours")
     options = parser.parse_args(words)
-    options.methods = methods(options.phase, options.policies)
+    sizes = {size: getattr(options, size) for size in ("heads", "candidates", "blocks")}
+    options.methods = methods(options.phase, options.policies, sizes)
     if not options.methods:
-        active = ", ".join(name for name in names if methods(options.phase, [name]))
+        active = ", ".join(name for name in names if methods(options.phase, [name], {}))
         parser.error(f"--policies: expected one of {active} in {options.phase}, got {' '.join(options.policies)}")
+    for method in options.methods:
+        for problem in method.policy.problems(options.phase, index_heads=min(options.index_heads), topk=TOPK):
+            parser.error(problem)
     return options
 
 

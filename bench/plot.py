@@ -19,6 +19,12 @@ LINES = pyplot.cycler(linestyle=["-", "--"], marker=["o", "s"])  # the second wh
 RESULTS = pathlib.Path(__file__).parent / "results" / "kernels.csv"
 
 
+def method(row: dict[str, str]) -> str:
+    """The policy and its numbers."""
+    numbers = (("h", "routed_heads"), ("C", "candidates"), ("blocks", "blocks"))
+    return " ".join([row["policy"], *(f"{name}={row[column]}" for name, column in numbers if row[column])])
+
+
 def plot(path: pathlib.Path) -> list[pathlib.Path]:
     """Draw the ratio to stock by context length, one picture a GPU and phase, beside the CSV; returns the files."""
     with path.open() as file:
@@ -31,7 +37,7 @@ def plot(path: pathlib.Path) -> list[pathlib.Path]:
         axes.set_prop_cycle(LINES * pyplot.rcParams["axes.prop_cycle"])
         series: dict[str, dict[int, float]] = {}
         for r in group:
-            label = f"{r['policy']}, H={r['index_heads']}, {'rows' if phase == 'prefill' else 'batch'} {r['rows']}"
+            label = f"{method(r)}, H={r['index_heads']}, {'rows' if phase == 'prefill' else 'batch'} {r['rows']}"
             series.setdefault(label, {})[int(r["length"])] = float(r["ratio"])  # the newest row of a case wins
         for label, points in sorted(series.items()):
             axes.plot(*zip(*sorted(points.items()), strict=True), label=label)

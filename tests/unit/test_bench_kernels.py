@@ -55,6 +55,33 @@ def test_every_method_of_a_phase_is_measured_once() -> None:
     assert plain[0].policy == prefill[0].policy == PRESETS["misa"].prefill.model_copy(update={"min_len": 0})
 
 
+def test_sizes_go_to_the_methods_that_have_them() -> None:
+    words = ["prefill", "--policies", "misa", "misa-hier", "hisa", "--heads", "4", "16", "--candidates", "4096"]
+    found = [(m.name, m.policy.heads, m.policy.candidates, m.policy.blocks) for m in kernels.arguments(words).methods]
+    assert found == [
+        ("misa", 4, None, None),
+        ("misa", 16, None, None),
+        ("misa-hier", 4, 4096, None),
+        ("misa-hier", 16, 4096, None),
+        ("hisa", None, None, 64),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--heads", "5"], "--heads: invalid choice: 5"),
+        (["--heads", "64"], "expected at most the model's 32 index heads, got 64"),
+        (["--candidates", "1024"], "expected at least the model's index_topk = 2048, got 1024"),
+        (["--blocks", "8"], "got 8 × 128 = 1024"),
+    ],
+)
+def test_impossible_sizes_are_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kernels.arguments(["prefill", *words])
+    assert said in capsys.readouterr().err
+
+
 def test_nothing_to_measure_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         kernels.arguments(["decode", "--policies", "plain", "misa"])
