@@ -192,8 +192,8 @@ class MisaConfig(BaseModel):
 DECODE = SelectionPolicy(blocks=64, block_size=128, min_len=32768)
 
 # Prefill's length gates stand where the kernels have overtaken stock on an H100 at H = 64 (bench/results): queries that
-# see up to 8K tokens gain 1.6 to 2 times by misa, 24K to 32K 2.1 times by hisa and 1.6 times by misa-hier (at H = 32 1.6
-# and 1.1 times, and less than nothing up to 16K).
+# see up to 8K tokens gain 1.6 to 2 times by misa, 24K to 32K 2.1 times by hisa and 1.6 times by misa-hier (1.6 and 1.1
+# times at H = 32, where both lose up to 16K).
 PRESETS: dict[str, MisaConfig] = {
     "dsa": MisaConfig(),
     "misa": MisaConfig(prefill=SelectionPolicy(heads=8)),
