@@ -21,8 +21,8 @@ def test_all_ranks_select_the_same_sets(start, model: Path, tmp_path: Path) -> N
         model,
         tmp_path / "log",
         OMP_NUM_THREADS="1",
-        PYTHONPATH=str(Path(__file__).parent / "selections_log"),
-        SELECTIONS_LOG=str(selections),
+        PYTHONPATH=str(Path(__file__).parent / "watch"),
+        WATCH_SELECTIONS=str(selections),
         SGLANG_CPU_OMP_THREADS_BIND="|".join(map(str, cores)),
         SGLANG_NCCL_SO_PATH="/nowhere",  # with NCCL at hand SGLang makes a communicator, which the CPU cannot have
     ) as server:
