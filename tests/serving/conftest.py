@@ -137,7 +137,7 @@ def started(words: str, model: Path, log: Path, **changes: str) -> Iterator[Serv
     port = free_port()
     command = (
         f"{sys.executable} -m sglang_misa.launch_server {SELECTION} {words} --device cpu --model-path {model} "
-        f"--host 127.0.0.1 --port {port} --context-length {CONTEXT}"
+        f"--host 127.0.0.1 --port {port} --context-length {CONTEXT} --sleep-on-idle"
     ).split()
     with log.open("w") as sink:
         process = subprocess.Popen(

@@ -3,7 +3,6 @@
 import http.client
 import random
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import pytest
 
 pytestmark = pytest.mark.serving
 
-SECONDS = 30
 CLIENTS, POOL = 6, 1280  # requests at once, and tokens for all of them
+EACH = 8  # requests of a client
 PROBE = [random.Random(0).randrange(2, 250) for _ in range(400)]
 
 
@@ -30,11 +29,10 @@ def test_page_means_stay_those_of_the_keys(start, model: Path, tmp_path: Path) -
     with start(flags, model, log, **environ) as server:
         before = server.generate(PROBE, new=70)
         server.flush()
-        deadline = time.monotonic() + SECONDS
 
-        def client(seed: int) -> int:
-            numbers, answered = random.Random(seed), 0
-            while time.monotonic() < deadline:
+        def client(seed: int) -> None:
+            numbers = random.Random(seed)
+            for _ in range(EACH):
                 prompt = [numbers.randrange(2, 250) for _ in range(numbers.randrange(20, 300))]
                 if numbers.random() < 0.5:
                     prefix = numbers.choice(prefixes)
@@ -42,20 +40,18 @@ def test_page_means_stay_those_of_the_keys(start, model: Path, tmp_path: Path) -
                 new = numbers.randrange(10, 200)
                 if numbers.random() < 0.2:
                     leave(server, prompt)
-                    continue
-                assert len(server.generate(prompt, new=new).ids) == new
-                answered += 1
-            return answered
+                else:
+                    assert len(server.generate(prompt, new=new).ids) == new
 
         with ThreadPoolExecutor(CLIENTS) as pool:
-            answered = sum(pool.map(client, range(CLIENTS)))
+            list(pool.map(client, range(CLIENTS)))
         server.flush()  # refused while anything runs
         assert server.generate(PROBE, new=70).ids == before.ids
         assert server.misa()["enabled"]
     (counts,) = [file.read_text().split() for file in watched.iterdir()]
     read, wrong = map(int, counts)
     retracted = sum(map(int, re.findall(r"#retracted_reqs: (\d+)", log.read_text())))
-    print(f"{answered} answers, {retracted} requests retracted, {read} page means read")
+    print(f"{retracted} requests retracted, {read} page means read")
     assert wrong == 0
     assert read > 1000
     assert retracted > 5
