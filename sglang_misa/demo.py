@@ -53,7 +53,7 @@ CPU = Setup(
         decode=SelectionPolicy(blocks=4, block_size=64, min_len=128),
         audit=AUDIT,
     ),
-    flags="--device cpu",
+    flags="--device cpu --sleep-on-idle",
     prompt=3000,
 )
 GPU = Setup(
