@@ -6,11 +6,11 @@
 
 Each method of the presets has its row, or one for each of --heads, --candidates and --blocks where it has such a
 number, and so has `plain`, which does MISA without a kernel that selects: the routed heads' score matrix in memory,
-then SGLang's top-k, as stock has it. Prefill is timed with events after a flush of the
-L2 cache and with all launches queued; what the host needs for them is printed beside it. Decode is timed by replaying a
-CUDA graph over rotating inputs. Both report medians. A wrong result is reported as such and not timed, and so is one of
-`plain` where SGLang's top-k, approximate where scores crowd together, missed places. Inputs are random, with
-heavy-tailed gates: they say what a shape costs, and nothing about the recall of a policy on a real model.
+then SGLang's top-k, as stock has it. Prefill is timed with events after a flush of the L2 cache and with all launches
+queued; what the host needs for them is printed beside it. Decode is timed by replaying a CUDA graph over rotating
+inputs. Both report medians. A wrong result is reported as such and not timed, and so is one of `plain` where SGLang's
+top-k, approximate where scores crowd together, missed places. Inputs are random, with heavy-tailed gates: they say what
+a shape costs, and nothing about the recall of a policy on a real model.
 
 TFLOPS (prefill) and GB/s (decode) are the method's least arithmetic and bytes over the measured time; `floor` is the
 time that these take at the chip's data-sheet rate. --stages adds the µs of every kernel, stock's and ours.
@@ -64,7 +64,8 @@ class Method:
         return PLAIN if self.plain else self.policy.name
 
 
-Sizes = Mapping[str, Sequence[int] | None]  # by the policy's field; None or missing: as the preset has it
+SIZES = {"heads": "routed heads", "candidates": "tokens scored again", "blocks": "blocks kept"}  # fields of a policy
+Sizes = Mapping[str, Sequence[int] | None]  # by such a field; None or missing: as the preset has it
 
 
 def sized(policy: SelectionPolicy, sizes: Sizes) -> Iterator[SelectionPolicy]:
@@ -323,12 +324,12 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 65536, 131072])
     parser.add_argument("--rows", nargs="+", type=int, default=[8192], help="prefill: query rows of a call")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64], help="decode: requests of a step")
-    for size, what in (("heads", "routed heads"), ("candidates", "tokens scored again"), ("blocks", "blocks kept")):
+    for size, what in SIZES.items():
         choices = score_ragged.ROUTED_HEADS if size == "heads" else None
         parser.add_argument(f"--{size}", nargs="+", type=int, choices=choices, help=f"{what} (default: the presets')")
     parser.add_argument("--stages", action="store_true", help="print the time of every kernel, stock's and ours")
     options = parser.parse_args(words)
-    sizes = {size: getattr(options, size) for size in ("heads", "candidates", "blocks")}
+    sizes = {size: getattr(options, size) for size in SIZES}
     options.methods = methods(options.phase, options.policies, sizes)
     if not options.methods:
         active = ", ".join(name for name in names if methods(options.phase, [name], {}))

@@ -71,10 +71,10 @@ def fill(model: torch.nn.Module) -> None:
         elif tensor.dim() < 2:
             tensor.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
-            # an expert or a matrix at a time: a draw of all experts in bf16 would not fit beside the weights
+            # an expert at a time: a draw of all of them in bf16 would not fit beside the weights
             fp8 = tensor.element_size() == 1
             std = 1.0 if fp8 or "embed" in name else tensor.shape[-1] ** -0.5
-            for matrix in tensor.flatten(0, -3) if tensor.dim() > 2 else (tensor,):
+            for matrix in tensor.view(-1, *tensor.shape[-2:]):
                 draw = torch.randn(matrix.shape, generator=generator, device=device, dtype=torch.bfloat16)
                 if "weights_proj" in name:  # the index heads' gates, of unequal sizes as in trained models
                     spread = torch.randn(HEADS, 1, generator=generator, device=device)

@@ -69,19 +69,29 @@ class Server:
         assert status == 200, (status, answer)
         return json.loads(answer)
 
-    def generate(self, prompt: str | list[int], new: int = 8, selections: bool = False) -> Generated:
-        """Greedy tokens after `prompt`, with the positions that each row of each layer attended to."""
-        body = {
+    @staticmethod
+    def body(prompt: str | list[int], new: int) -> dict[str, Any]:
+        return {
             "text" if isinstance(prompt, str) else "input_ids": prompt,
             "sampling_params": {"max_new_tokens": new, "temperature": 0, "ignore_eos": True},
-            "return_indexer_topk": selections,
         }
-        answer = self.json("/generate", body)
+
+    def generate(self, prompt: str | list[int], new: int = 8, selections: bool = False) -> Generated:
+        """Greedy tokens after `prompt`, with the positions that each row of each layer attended to."""
+        answer = self.json("/generate", self.body(prompt, new) | {"return_indexer_topk": selections})
         meta = answer["meta_info"]
         raw = base64.b64decode(meta["indexer_topk"]) if selections else b""
         shape = (-1, demo_model.CPU.layers, demo_model.CPU.index_topk)
         selected = np.frombuffer(raw, dtype=np.int32).reshape(shape)
         return Generated(answer["text"], answer["output_ids"], meta["prompt_tokens"], meta["cached_tokens"], selected)
+
+    def leave(self, prompt: str | list[int], new: int) -> None:
+        """Ask for a stream of `new` tokens and go after its first bytes."""
+        body = self.body(prompt, new) | {"stream": True}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        self.send(connection, "/generate", body)
+        assert connection.getresponse().read1(64)
+        connection.close()
 
     def misa(self) -> dict[str, Any]:
         return self.json("/server_info")["internal_states"][0]["misa"]

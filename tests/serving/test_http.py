@@ -1,6 +1,5 @@
 """What a client sees of a server with MISA on, over real HTTP."""
 
-import http.client
 import json
 import time
 from pathlib import Path
@@ -101,15 +100,7 @@ def test_four_at_a_time(server, together):
 
 
 def test_a_client_that_leaves_is_forgotten(server):
-    body = {
-        "text": TEXT[:400],
-        "sampling_params": {"max_new_tokens": 6000, "ignore_eos": True},
-        "stream": True,
-    }
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    server.send(connection, "/generate", body)
-    assert connection.getresponse().read1(64)
-    connection.close()
+    server.leave(TEXT[:400], new=6000)
     deadline = time.monotonic() + 20  # 6000 tokens would take minutes
     while server.request("/flush_cache", {})[0] != 200:  # refused while a request runs
         assert time.monotonic() < deadline, "the request still runs"

@@ -1,6 +1,5 @@
 """A pool too small for its load: retraction, eviction, shared prefixes and clients that leave, all at once."""
 
-import http.client
 import random
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +38,7 @@ def test_page_means_stay_those_of_the_keys(start, model: Path, tmp_path: Path) -
                     prompt = prefix[: numbers.randrange(65, 300)] + prompt
                 new = numbers.randrange(10, 200)
                 if numbers.random() < 0.2:
-                    leave(server, prompt)
+                    server.leave(prompt, new=400)
                 else:
                     assert len(server.generate(prompt, new=new).ids) == new
 
@@ -55,12 +54,3 @@ def test_page_means_stay_those_of_the_keys(start, model: Path, tmp_path: Path) -
     assert wrong == 0
     assert read > 1000
     assert retracted > 5
-
-
-def leave(server, prompt: list[int]) -> None:
-    """Ask for a stream and go after its first bytes."""
-    body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}, "stream": True}
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
-    server.send(connection, "/generate", body)
-    assert connection.getresponse().read1(64)
-    connection.close()

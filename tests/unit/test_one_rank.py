@@ -41,11 +41,10 @@ def test_activations_keep_their_scale(layer):
 
 
 def test_gates_are_unequal_and_keys_are_not(layer):
-    sizes = layer.weights_proj.weight.std(1)
-    assert sizes[-one_rank.HEADS :].max() > 5 * sizes[-one_rank.HEADS :].median()
-    torch.testing.assert_close(
-        sizes[: -one_rank.HEADS] * FAN_IN**0.5, torch.ones(len(sizes) - one_rank.HEADS), rtol=0.2, atol=0
-    )
+    sizes = layer.weights_proj.weight.std(1) * FAN_IN**0.5
+    keys, gates = sizes[: -one_rank.HEADS], sizes[-one_rank.HEADS :]
+    assert gates.max() > 5 * gates.median()
+    torch.testing.assert_close(keys, torch.ones_like(keys), rtol=0.2, atol=0)
 
 
 def test_shares_make_up_the_model():

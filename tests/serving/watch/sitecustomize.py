@@ -35,15 +35,15 @@ class AfterImport(MetaPathFinder):
         return spec
 
 
-def own_file(folder):
-    return Path(folder) / str(os.getpid())
+def own_file(variable):
+    return Path(os.environ[variable]) / str(os.getpid())
 
 
 def selections(hook):
     def wrapper(original, *args, **kwargs):
         selected = hook(original, *args, **kwargs)
         digest = hashlib.sha256(selected.sort(-1).values.cpu().numpy().tobytes()).hexdigest()
-        with own_file(os.environ["WATCH_SELECTIONS"]).open("a") as log:
+        with own_file("WATCH_SELECTIONS").open("a") as log:
             log.write(f"{hook.__name__} {digest}\n")
         return selected
 
@@ -58,13 +58,14 @@ def means(paged_scores):
         import torch
 
         from sglang_misa import reference
+        from sglang_misa.config import PAGE
 
         for pages, length in zip(page_table, row_lens.tolist(), strict=True):
-            complete = pages[: length // 64].long()
+            complete = pages[: length // PAGE].long()
             expected = reference.page_means(buffer[complete])
             same = torch.isclose(stats.means[layer][complete].float(), expected, rtol=2**-7, atol=1e-6).all(1)
             read, wrong = read + len(complete), wrong + int((~same).sum())
-        own_file(os.environ["WATCH_MEANS"]).write_text(f"{read} {wrong}")
+        own_file("WATCH_MEANS").write_text(f"{read} {wrong}")
         return paged_scores(policy, index_q, head_gates, buffer, page_table, row_lens, stats, layer)
 
     return wrapper
