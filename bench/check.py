@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sglang_misa import reference
-from sglang_misa.config import PAGE, SelectionPolicy
+from sglang_misa.config import SelectionPolicy
+from sglang_misa.kernels.layout import PAGE
 
 SAME = 0.9995  # share of the selected scores that must agree
 CLOSE = 2.0**-11  # relative: tensor cores keep about 13 fraction bits of a sum of fp8 products

@@ -35,10 +35,11 @@ from sglang_misa import indexer, reference
 from sglang_misa.bench import check, stock
 from sglang_misa.bench.timing import event_us, graph_us, host_us, kernel_us
 from sglang_misa.bench.work import CHIPS, UNKNOWN, Work, count
-from sglang_misa.block_stats import BlockStats
-from sglang_misa.config import PAGE, PHASES, PRESETS, Phase, SelectionPolicy
-from sglang_misa.kernels import route, score_ragged
+from sglang_misa.config import PHASES, PRESETS, Phase, SelectionPolicy
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 from sglang_misa.kernels.page_means import Layers, update_last_page_means
+from sglang_misa.kernels.prefill import route, topk_routed
+from sglang_misa.page_stats import PageStats
 
 TOPK = 2048
 COLUMNS = (
@@ -111,7 +112,7 @@ def make_layer(rows: int, heads: int, length: int, requests: int, seed: int = 0)
     return Layer(q, gates, buffer, table, lens)
 
 
-def correct_rows(policy: SelectionPolicy, layer: Layer, stats: BlockStats, chosen: Tensor) -> bool:
+def correct_rows(policy: SelectionPolicy, layer: Layer, stats: PageStats, chosen: Tensor) -> bool:
     """Whether sampled rows of `chosen` [T, TOPK] physical slots are the policy's selection; False if none decided."""
     rows = torch.linspace(0, len(layer.row_lens) - 1, min(CHECKED_ROWS, len(layer.row_lens))).long().unique().tolist()
     verdicts = []
@@ -119,7 +120,7 @@ def correct_rows(policy: SelectionPolicy, layer: Layer, stats: BlockStats, chose
         request = row if len(layer.page_table) > 1 else 0
         length = int(layer.row_lens[row])
         pages = layer.page_table[request, : -(-length // PAGE)].long()
-        keys = reference.dequantize_pages(layer.buffer[pages]).reshape(-1, reference.HEAD_DIM)[:length]
+        keys = reference.dequantize_pages(layer.buffer[pages]).reshape(-1, HEAD_DIM)[:length]
         logical = torch.full((len(layer.buffer),), -1, device=pages.device)
         logical[pages] = torch.arange(len(pages), device=pages.device)
         slots = chosen[row].long()
@@ -155,8 +156,8 @@ def routed_logits(policy: SelectionPolicy, call: indexer.RaggedCall, block_means
     rows = (call.index_q, call.head_gates, block_means, call.row_batch, call.row_lens)
     head_ids = route.route(*rows, policy.heads, policy.block_size, policy.router)
     (keys,) = call.k_scale.shape
-    stride = score_ragged.aligned(keys, indexer.ROW_STRIDE)
-    return score_ragged.score_ragged_logits(
+    stride = topk_routed.aligned(keys, indexer.ROW_STRIDE)
+    return topk_routed.routed_logits(
         call.index_q,
         call.head_gates,
         head_ids,
@@ -181,7 +182,7 @@ def bench_prefill(method: Method, heads: int, rows: int, length: int, stages: bo
     stock_topk = stock.fused_topk(ks, layer.row_lens, slots, TOPK)
     baseline = stock.prefill(layer.index_q, layer.head_gates, index_k, k_scale, ks, layer.row_lens, stock_topk)
 
-    stats = BlockStats([layer.buffer], kernels=True)
+    stats = PageStats([layer.buffer], kernels=True)
     lens = torch.tensor([length], dtype=torch.int32, device="cuda")
     call = indexer.RaggedCall(
         layer.index_q,
@@ -225,11 +226,11 @@ def bench_decode(method: Method, heads: int, batch: int, length: int, stages: bo
     # Enough inputs that neither reader finds its keys in L2: ours reads 8K of a row, stock all of it.
     copies = max(1, min(64, (200 << 20) // (batch * min(length, 8192) * 132)))
     layers = [make_layer(batch, heads, length, requests=batch, seed=s) for s in range(copies)]
-    stats = [BlockStats([layer.buffer], kernels=True) for layer in layers]
+    stats = [PageStats([layer.buffer], kernels=True) for layer in layers]
     for layer, means in zip(layers, stats, strict=True):
         means.heal(0, layer.buffer, layer.page_table, layer.row_lens, policy.block_size)
 
-    def ours(layer: Layer, means: BlockStats) -> Tensor:
+    def ours(layer: Layer, means: PageStats) -> Tensor:
         return indexer.paged_topk(
             policy, layer.index_q, layer.head_gates, layer.buffer, layer.page_table, layer.row_lens, means, 0, TOPK
         )
@@ -325,7 +326,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", type=int, default=[8192], help="prefill: query rows of a call")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64], help="decode: requests of a step")
     for size, what in SIZES.items():
-        choices = score_ragged.ROUTED_HEADS if size == "heads" else None
+        choices = topk_routed.ROUTED_HEADS if size == "heads" else None
         parser.add_argument(f"--{size}", nargs="+", type=int, choices=choices, help=f"{what} (default: the presets')")
     parser.add_argument("--stages", action="store_true", help="print the time of every kernel, stock's and ours")
     options = parser.parse_args(words)

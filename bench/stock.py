@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-PAGE = 64
+from sglang_misa.kernels.layout import PAGE
 
 
 def fused_topk(ks: Tensor, ke: Tensor, slots: Tensor, topk: int) -> Callable[[Tensor], Tensor]:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from sglang_misa import reference
-from sglang_misa.config import PAGE
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
-HEADS, DIM, TOPK, KEPT = 64, reference.HEAD_DIM, 2048, 8192
+HEADS, DIM, TOPK, KEPT = 64, HEAD_DIM, 2048, 8192
 BLOCK = 128
 Summary = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [T, H, 128], gates [T, H], keys [L, 128] → block scores [T, M]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sglang_misa.config import PAGE, Phase, SelectionPolicy
-from sglang_misa.reference import HEAD_DIM
+from sglang_misa.config import Phase, SelectionPolicy
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
 PAIR = 2 * HEAD_DIM  # FLOP of a query head and a key
 KEY_BYTES = HEAD_DIM + 4  # fp8 and a scale

@@ -1,27 +1,14 @@
-"""What the kernels expect of the tensors they are handed, checked before a launch."""
+"""Layout of SGLang's index-K pool and the limits of the kernels: the one place for both. Imports nothing.
 
-from __future__ import annotations
+A page is one uint8 row of PAGE_BYTES: PAGE keys of HEAD_DIM fp8 e4m3, then their PAGE fp32 scales.
+"""
 
-import torch
+PAGE = 64  # tokens
+HEAD_DIM = 128  # of an index head; bytes of a key
+PAGE_BYTES = PAGE * (HEAD_DIM + 4)
 
-
-def expect(
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int | None, ...],
-    *dtypes: torch.dtype,
-    row_stride: bool = False,
-    cuda: bool = False,
-) -> None:
-    """Raise ValueError unless `tensor` has this shape (None: any size), one of `dtypes`, and is contiguous.
-
-    row_stride: rows may lie apart (a slice of wider rows), as long as each row is packed; cuda: on a GPU.
-    """
-    same = tensor.dim() == len(shape) and all(w is None or w == g for w, g in zip(shape, tensor.shape, strict=False))
-    packed = tensor.numel() == 0 or tensor.stride(-1) == 1 if row_stride else tensor.is_contiguous()
-    if not (same and packed and tensor.dtype in dtypes and (tensor.is_cuda or not cuda)):
-        layout = ("rows packed" if row_stride else "contiguous") + (", on a GPU" if cuda else "")
-        raise ValueError(
-            f"{name}: expected {' or '.join(map(str, dtypes))} of shape {shape}, {layout}, got {tensor.dtype} of shape "
-            f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
-        )
+INDEX_HEADS = (32, 64)  # H of GLM-5 and DeepSeek-V3.2
+ROUTED_HEADS = (4, 8, 16, 32, 64)  # h that the prefill scorer is built for
+MAX_CANDIDATES = 16384  # C: a row's re-ranking runs in one thread block's shared memory
+MAX_KEPT_PREFILL = 49152  # tokens of (blocks + 1) · block_size, and k / 2, that one row's top k holds in prefill
+MAX_KEPT_DECODE = 32768  # the same in decode, without k / 2

@@ -19,11 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import expect
+from sglang_misa.kernels.checks import expect
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES
 
-PAGE = 64
-HEAD_DIM = 128
-PAGE_BYTES = PAGE * (HEAD_DIM + 4)
 _WARPS = 4  # 64 bytes of keys a thread: four 16-byte loads in flight
 
 

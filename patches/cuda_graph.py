@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from sglang_misa import decode_gate, plugin
+from sglang_misa import decode_gate, runtime
 from sglang_misa.metrics import recorder
 from sglang_misa.patches.forward_batch import longest
 
@@ -32,7 +32,7 @@ def capture_one(
     """
     with decode_gate.capturing(stock=False) as capture:
         original(self, shape_key, forward_fn, *args, **kwargs)
-    if capture.asked and plugin.runtime().config.decode.min_len > 0:
+    if capture.asked and runtime.current().config.decode.min_len > 0:
         with decode_gate.capturing(stock=True):
             original(self, stock_key(shape_key), forward_fn, *args, **kwargs)
 
@@ -41,7 +41,7 @@ def replay(original: Callable[..., Any], self: Any, shape_key: Any, static_forwa
     """FullCudaGraphBackend.replay: the variant that the gate names for this batch's lengths on the host."""
     stock = stock_key(shape_key)
     if stock in self._graphs:
-        policy = plugin.runtime().config.decode
+        policy = runtime.current().config.decode
         tokens = longest(static_forward_batch)
         is_stock = decode_gate.is_stock(policy, tokens)
         unknown = f"{policy.name}:unknown-length"

@@ -13,17 +13,18 @@ from sglang.srt.layers.attention.dsa import dsa_indexer
 from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
 from torch import Tensor
 
-from sglang_misa import audit, decode_gate, indexer, plugin, reference
-from sglang_misa.block_stats import BlockStats
-from sglang_misa.config import PAGE, SelectionPolicy
+from sglang_misa import audit, decode_gate, indexer, reference, runtime
+from sglang_misa.config import SelectionPolicy
+from sglang_misa.kernels.layout import PAGE
 from sglang_misa.metrics import recorder
+from sglang_misa.page_stats import PageStats
 from sglang_misa.patches.forward_batch import longest
 
 
 @functools.cache
-def _auditor(stats: BlockStats) -> audit.Auditor:
+def _auditor(stats: PageStats) -> audit.Auditor:
     """The auditor of one pool's layers: a draft model numbers its own from 0 again."""
-    return audit.Auditor(plugin.runtime().config.audit)
+    return audit.Auditor(runtime.current().config.audit)
 
 
 @functools.cache
@@ -37,15 +38,15 @@ def _bind(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     return bound.arguments
 
 
-def _pool(layer_id: int) -> tuple[Tensor, BlockStats, int]:
+def _pool(layer_id: int) -> tuple[Tensor, PageStats, int]:
     """The layer's index-K buffer, its pool's page means, and the pool-local layer; the getter is a transfer fence."""
     pool = dsa_indexer.get_token_to_kv_pool()
-    return pool.get_index_k_with_scale_buffer(layer_id=layer_id), pool.misa_block_stats, layer_id - pool.start_layer
+    return pool.get_index_k_with_scale_buffer(layer_id=layer_id), pool.misa_page_stats, layer_id - pool.start_layer
 
 
 def get_topk_ragged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """Indexer._get_topk_ragged: the rows of an extend call. Rows under the length gate go to stock DSA."""
-    config = plugin.runtime().config
+    config = runtime.current().config
     call = _bind(original, args, kwargs)
     self, layer_id, metadata = call["self"], call["layer_id"], call["metadata"]
     page_table = metadata.get_page_table_64()
@@ -79,7 +80,7 @@ def _why_stock(policy: SelectionPolicy, auditor: audit.Auditor, layer_id: int, s
 
 def _update_written(call: dict[str, Any]) -> None:
     """Means of the pages that an extend call completed and routed nothing on: only decode will read them."""
-    if plugin.runtime().config.decode.active:
+    if runtime.current().config.decode.active:
         buffer, stats, layer = _pool(call["layer_id"])
         stats.update_written(layer, buffer, call["forward_batch"].out_cache_loc[: call.get("num_tokens")].long())
 
@@ -87,7 +88,7 @@ def _update_written(call: dict[str, Any]) -> None:
 class _Extend:
     """One extend call that selects by policy: gathers the keys as stock does, and finishes with stock's transform."""
 
-    def __init__(self, self_: Any, layer_id: int, layer: int, call: dict[str, Any], stats: BlockStats):
+    def __init__(self, self_: Any, layer_id: int, layer: int, call: dict[str, Any], stats: PageStats):
         self.indexer, self.metadata, self.stats = self_, call["metadata"], stats
         self.layer_id, self.layer = layer_id, layer
         self.ks, self.ke = self.metadata.get_indexer_kvcache_range()
@@ -202,7 +203,7 @@ def _fused(metadata: Any) -> bool:
 
 def get_topk_paged(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """Indexer._get_topk_paged: decode, target_verify and draft_extend rows, eager or captured. The gate chooses."""
-    policy = plugin.runtime().config.decode
+    policy = runtime.current().config.decode
     call = _bind(original, args, kwargs)
     captured = "captured:" if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing() else ""
     if not policy.active:
@@ -236,7 +237,7 @@ def _select_paged(
     buffer: Tensor,
     page_table: Tensor,
     row_lens: Tensor,
-    stats: BlockStats,
+    stats: PageStats,
     layer: int,
 ) -> Tensor:
     """The policy's selection for the rows of a decode call, padded to the rows of its queries."""

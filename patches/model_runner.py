@@ -11,7 +11,7 @@ import torch
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from torch import distributed, nn
 
-from sglang_misa import admission, indexer, plugin
+from sglang_misa import admission, indexer, runtime, versions
 from sglang_misa.admission import AdmissionError
 from sglang_misa.config import ENV, ConfigError, MisaConfig
 from sglang_misa.metrics import recorder
@@ -34,24 +34,24 @@ def load_model(original: Callable[..., None], self: Any) -> None:
     if not self.is_draft_worker or is_deepseek_dsa(self.model_config.hf_config):
         _raise_if([*_indexer_problems(self.model), *register.live()])
         _mark_last(self.model)
-    runtime = plugin.runtime()
-    if runtime.kernels and runtime.config.prefill.active and not self.is_draft_worker:
-        indexer.warm_up(runtime.config.prefill, runtime.index_heads, runtime.topk, runtime.device)
+    armed = runtime.current()
+    if armed.kernels and armed.config.prefill.active and not self.is_draft_worker:
+        indexer.warm_up(armed.config.prefill, armed.index_heads, armed.topk, armed.device)
 
 
 def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """ModelRunner.init_cuda_graphs: the last look before this rank serves, and one at the graphs."""
     problems = register.live()
-    if not self.is_draft_worker and not hasattr(self.token_to_kv_pool, "misa_block_stats"):
+    if not self.is_draft_worker and not hasattr(self.token_to_kv_pool, "misa_page_stats"):
         problems.append(
             f"expected a KV pool with page means, got {type(self.token_to_kv_pool).__name__}; report this model"
         )
     _raise_if(problems)
     if distributed.is_initialized() and not self.is_draft_worker:
-        _meet(distributed.distributed_c10d._get_default_store(), plugin.runtime(), MEETING)
-    recorder.publish_block_stats()
+        _meet(distributed.distributed_c10d._get_default_store(), runtime.current(), MEETING)
+    recorder.publish_page_stats()
     original(self, *args, **kwargs)
-    stats = getattr(self.token_to_kv_pool, "misa_block_stats", None)
+    stats = getattr(self.token_to_kv_pool, "misa_page_stats", None)
     if stats is not None and stats.behind:
         _raise_if(["expected captured decode steps to end with their page means, got none; report this model"])
 
@@ -68,9 +68,9 @@ def _arm(runner: Any) -> None:
         )
     model = runner.model_config.hf_config
     admission.check(_candidate(runner, config))
-    register.apply(plugin.sglang_version())
+    register.apply(versions.installed())
     alone = not distributed.is_initialized()
-    runtime = plugin.Runtime(
+    armed = runtime.Runtime(
         config=config,
         index_heads=model.index_n_heads,
         topk=model.index_topk,
@@ -78,10 +78,10 @@ def _arm(runner: Any) -> None:
         rank=0 if alone else distributed.get_rank(),
         ranks=1 if alone else distributed.get_world_size(),
     )
-    plugin.arm(runtime)
-    recorder.armed(config, runtime.rank, runtime.ranks)
+    runtime.arm(armed)
+    recorder.armed(config, armed.rank, armed.ranks)
     if runner.server_args.enable_metrics:
-        recorder.export(config, plugin.sglang_version(), runtime.rank)
+        recorder.export(config, versions.installed(), armed.rank)
     names = ", ".join(f"{phase} {config.policy(phase).name}" for phase in ("prefill", "decode"))
     logger.info("sglang-misa selects the tokens of sparse attention: %s", names)
 
@@ -102,7 +102,7 @@ def _indexer_problems(model: nn.Module) -> Iterator[str]:
     """Sentences for every indexer of `model` that would not come by our hooks, or whose weights are broken."""
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 
-    runtime = plugin.runtime()
+    armed = runtime.current()
     indexers = {name: module for name, module in model.named_modules() if isinstance(module, Indexer)}
     if not indexers:
         yield f"expected DSA indexers in {type(model).__name__}, got none; {_STOCK}"
@@ -113,9 +113,9 @@ def _indexer_problems(model: nn.Module) -> Iterator[str]:
         forward = getattr(module._forward_method, "__func__", module._forward_method)
         if forward is not Indexer.forward_cuda:
             yield f"{name}: expected forward to be Indexer.forward_cuda, got {forward!r}; {_STOCK}"
-        if module.n_heads != runtime.index_heads or module.index_topk != runtime.topk:
+        if module.n_heads != armed.index_heads or module.index_topk != armed.topk:
             yield (
-                f"{name}: expected H={runtime.index_heads} and k={runtime.topk} as in the model's config, got "
+                f"{name}: expected H={armed.index_heads} and k={armed.topk} as in the model's config, got "
                 f"H={module.n_heads} and k={module.index_topk}; {_STOCK}"
             )
         for weight, tensor in module.named_parameters():
@@ -140,25 +140,25 @@ def _mark_last(model: nn.Module) -> None:
     max(running, key=lambda module: module.layer_id).misa_last = True
 
 
-def _meet(store: distributed.Store, runtime: plugin.Runtime, timeout: timedelta) -> None:
+def _meet(store: distributed.Store, armed: runtime.Runtime, timeout: timedelta) -> None:
     """Return when every rank is armed with the same settings; raise AdmissionError otherwise, or after `timeout`.
 
     Through the process group's store, not a collective: a rank without the plugin does not know that it should answer.
     """
-    mine = runtime.config.to_json()
-    keys = {rank: f"{__name__}/{rank}" for rank in range(runtime.ranks)}
-    store.set(keys[runtime.rank], mine)
+    mine = armed.config.to_json()
+    keys = {rank: f"{__name__}/{rank}" for rank in range(armed.ranks)}
+    store.set(keys[armed.rank], mine)
     try:
         store.wait(list(keys.values()), timeout)
     except distributed.DistStoreError:
         missing = [rank for rank, key in keys.items() if not store.check([key])]
         raise AdmissionError(
-            [f"expected all {runtime.ranks} ranks armed, got nothing from {missing}; set {ENV} and install there too"]
+            [f"expected all {armed.ranks} ranks armed, got nothing from {missing}; set {ENV} and install there too"]
         ) from None
     others = {rank: store.get(key).decode() for rank, key in keys.items()}
     _raise_if(
         [
-            f"rank {rank}: expected the settings of rank {runtime.rank}, {mine}, got {theirs}; set {ENV} alike"
+            f"rank {rank}: expected the settings of rank {armed.rank}, {mine}, got {theirs}; set {ENV} alike"
             for rank, theirs in others.items()
             if theirs != mine
         ]

@@ -111,7 +111,7 @@ PATCHES = (
         target="sglang.srt.mem_cache.memory_pool:DSATokenToKVPool.__init__",
         wrapper="sglang_misa.patches.pool:init",
         why="page means live as long as the index-K pages they describe, and a draft model has a pool of its own",
-        how="after: pool.misa_block_stats = BlockStats(its index-K buffers)",
+        how="after: pool.misa_page_stats = PageStats(its index-K buffers)",
         upstream="none: the JIT store kernels fix the byte width of a page, so the means cannot ride in it",
         remove_when="an index-K page may carry plugin bytes",
         signatures=(

@@ -10,15 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sglang_misa.config import PAGE, ConfigError, MisaConfig
+from sglang_misa.config import ConfigError, MisaConfig
+from sglang_misa.kernels import layout
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
 VERIFIED_SGLANG = ("0.5.17",)  # versions that the whole of it has served on a GPU
 VERIFIED_CAPABILITY = (9, 0)
-KERNEL_HEADS = (32, 64)  # index heads of GLM-5 and DeepSeek-V3.2
-KERNEL_ROUTED_HEADS = (4, 8, 16, 32, 64)
-KERNEL_CANDIDATES = 16384  # their selection runs in one thread block's shared memory
-KERNEL_KEPT = {"prefill": 49152, "decode": 32768}  # tokens of (blocks + 1) · block_size that one row's top-k holds
-HEAD_DIM = 128
+KERNEL_KEPT = {"prefill": layout.MAX_KEPT_PREFILL, "decode": layout.MAX_KEPT_DECODE}
 
 
 class AdmissionError(RuntimeError):
@@ -96,10 +94,10 @@ def _architecture(candidate: Candidate) -> Iterator[str]:
 
 def _index_heads(candidate: Candidate) -> Iterator[str]:
     heads = getattr(candidate.model, "index_n_heads", None)
-    if candidate.is_dsa and candidate.on_kernels and heads not in KERNEL_HEADS:
+    if candidate.is_dsa and candidate.on_kernels and heads not in layout.INDEX_HEADS:
         yield (
-            f"model: expected index_n_heads of {' or '.join(map(str, KERNEL_HEADS))} for the GPU kernels, got {heads}; "
-            "add --misa-backend torch"
+            f"model: expected index_n_heads of {' or '.join(map(str, layout.INDEX_HEADS))} for the GPU kernels, "
+            f"got {heads}; add --misa-backend torch"
         )
 
 
@@ -113,10 +111,10 @@ def _kernel_policies(candidate: Candidate) -> Iterator[str]:
             "prefill.blocks: expected all heads and no candidates with it on GPU kernels, got "
             f"heads={prefill.heads}, candidates={prefill.candidates}; set --misa-prefill-blocks all, {way_out}"
         )
-    if prefill.heads is not None and prefill.heads not in KERNEL_ROUTED_HEADS:
-        yield f"prefill.heads: expected one of {KERNEL_ROUTED_HEADS} on GPU kernels, got {prefill.heads}; {way_out}"
-    if prefill.candidates is not None and prefill.candidates > KERNEL_CANDIDATES:
-        yield f"prefill.candidates: expected at most {KERNEL_CANDIDATES}, got {prefill.candidates}; {way_out}"
+    if prefill.heads is not None and prefill.heads not in layout.ROUTED_HEADS:
+        yield f"prefill.heads: expected one of {layout.ROUTED_HEADS} on GPU kernels, got {prefill.heads}; {way_out}"
+    if prefill.candidates is not None and prefill.candidates > layout.MAX_CANDIDATES:
+        yield f"prefill.candidates: expected at most {layout.MAX_CANDIDATES}, got {prefill.candidates}; {way_out}"
     for phase, policy in (("prefill", prefill), ("decode", decode)):
         kept = 0 if policy.blocks is None else (policy.blocks + 1) * policy.block_size
         if kept > KERNEL_KEPT[phase]:

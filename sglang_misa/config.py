@@ -15,8 +15,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sglang_misa.kernels.layout import PAGE
+
 ENV = "SGLANG_MISA_CONFIG"
-PAGE = 64  # tokens in a page of SGLang's index-K pool; every block is a whole number of pages
 
 Router = Literal["abs", "signed", "weight"]
 Backend = Literal["auto", "triton", "torch"]
@@ -187,8 +188,8 @@ class MisaConfig(BaseModel):
 
 
 # Pruning blocks in decode is 1.2 to 2.6 times as fast as stock at 32K for 1 to 128 requests on an H100, and no slower
-# beyond; at 16K it is 0.8 times for 1 and 4 requests, and ahead from 16 on (kernels/score_paged.py has the table). One
-# gate serves all batches, so it stands where none loses.
+# beyond; at 16K it is 0.8 times for 1 and 4 requests, and ahead from 16 on (the table is in
+# kernels/decode/topk_blocks.py). One gate serves all batches, so it stands where none loses.
 DECODE = SelectionPolicy(blocks=64, block_size=128, min_len=32768)
 
 # Prefill's length gates stand where the kernels have overtaken stock on an H100 at H = 64 (bench/results): queries that

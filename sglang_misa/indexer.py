@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from sglang_misa import reference
-from sglang_misa.block_stats import BlockStats
-from sglang_misa.config import PAGE, SelectionPolicy
-from sglang_misa.kernels import rerank, route, score_paged, score_ragged, topk_blocks
+from sglang_misa.config import SelectionPolicy
+from sglang_misa.kernels.decode import topk_blocks as decode_blocks
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES
+from sglang_misa.kernels.prefill import route, topk_blocks, topk_reranked, topk_routed
+from sglang_misa.page_stats import PageStats
 
 WIDTH_STEP = 256  # pages to which the width of decode scratch is rounded up
 ROW_STRIDE = 4  # SGLang's top-k kernels want the row stride of fp32 logits to be a multiple of this
@@ -105,7 +107,7 @@ class RaggedCall:
 
 
 def ragged_scores(
-    policy: SelectionPolicy, call: RaggedCall, run: Run, stats: BlockStats, layer: int
+    policy: SelectionPolicy, call: RaggedCall, run: Run, stats: PageStats, layer: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Scores of a run of one request, in row chunks: (start, end, fp32 [end - start, L padded to 4])."""
     (span,) = run.spans
@@ -137,7 +139,7 @@ def ragged_topk(
 ) -> None:
     """Select for the rows of a run with the GPU kernels, into their rows of `out` [T, k] int32.
 
-    block_means bf16 [requests, M, 128] from `BlockStats.heal`. MISA takes the top k of the routed heads' scores
+    block_means bf16 [requests, M, 128] from `PageStats.heal`. MISA takes the top k of the routed heads' scores
     at once. MISA† re-scores the best C of them, HISA the tokens of the kept blocks, with all heads. `admission`
     says what has no kernel.
     """
@@ -164,17 +166,17 @@ def ragged_topk(
     head_ids = route.route(*found, policy.heads, policy.block_size, policy.router)
     routed = (index_q, gates, head_ids, index_k, k_scale, ks, ke)
     if policy.candidates is None:
-        score_ragged.topk_ragged(*routed, topk, longest=run.longest, **target)
+        topk_routed.topk_routed(*routed, topk, longest=run.longest, **target)
     else:
-        rerank.topk_reranked(*routed, policy.candidates, topk, **target)
+        topk_reranked.topk_reranked(*routed, policy.candidates, topk, **target)
 
 
 def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -> None:
     """Build and run every prefill kernel of `policy` on a made-up request, so that no user waits for a compiler."""
     length = 2 * topk
     pages = -(-length // PAGE)
-    buffer = torch.zeros(pages, reference.PAGE_BYTES, dtype=torch.uint8, device=device)
-    stats = BlockStats([buffer], kernels=True)
+    buffer = torch.zeros(pages, PAGE_BYTES, dtype=torch.uint8, device=device)
+    stats = PageStats([buffer], kernels=True)
     table = torch.arange(pages, dtype=torch.int32, device=device).unsqueeze(0)
     # Few rows and many have launches of their own, and Triton builds apart for sizes that 16 does not divide.
     shapes = itertools.product((64, 65, topk, topk - 1), (length, length - 1))
@@ -183,9 +185,9 @@ def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -
         only = torch.zeros(rows, dtype=torch.int32, device=device)  # every row is of the one request
         block_means = stats.heal(0, buffer, table, lens, policy.block_size)
         call = RaggedCall(
-            index_q=torch.zeros(rows, index_heads, reference.HEAD_DIM, device=device).to(torch.float8_e4m3fn),
+            index_q=torch.zeros(rows, index_heads, HEAD_DIM, device=device).to(torch.float8_e4m3fn),
             head_gates=torch.ones(rows, index_heads, device=device),
-            index_k=torch.zeros(seen, reference.HEAD_DIM, device=device).to(torch.float8_e4m3fn),
+            index_k=torch.zeros(seen, HEAD_DIM, device=device).to(torch.float8_e4m3fn),
             k_scale=torch.ones(seen, device=device),
             row_lens=torch.arange(seen - rows + 1, seen + 1, dtype=torch.int32, device=device),
             ks=only,
@@ -200,7 +202,7 @@ def warm_up(policy: SelectionPolicy, index_heads: int, topk: int, device: str) -
 
 def _decode_scratch(
     rows: int, width: int, blocks: int, block_size: int, device: torch.device
-) -> score_paged.DecodeScratch:
+) -> decode_blocks.DecodeScratch:
     """Scratch for `rows` rows of `width` pages, shared by all layers.
 
     Sizes are rounded up, for eager decode brings a new batch size or width at almost every step. SGLang warms a shape
@@ -213,8 +215,8 @@ def _decode_scratch(
 @functools.cache
 def _decode_room(
     rows: int, width: int, blocks: int, block_size: int, device: torch.device
-) -> score_paged.DecodeScratch:
-    return score_paged.DecodeScratch.allocate(rows, width, blocks, block_size, device)
+) -> decode_blocks.DecodeScratch:
+    return decode_blocks.DecodeScratch.allocate(rows, width, blocks, block_size, device)
 
 
 def paged_topk(
@@ -224,7 +226,7 @@ def paged_topk(
     buffer: Tensor,
     page_table: Tensor,
     row_lens: Tensor,
-    stats: BlockStats,
+    stats: PageStats,
     layer: int,
     topk: int,
     *,
@@ -239,7 +241,7 @@ def paged_topk(
     rows, width = page_table.shape
     out = torch.empty(rows, topk, dtype=torch.int32, device=index_q.device)
     where = torch.empty_like(out) if positions else None
-    score_paged.decode_topk(
+    decode_blocks.decode_topk(
         index_q,
         head_gates.contiguous(),
         buffer,
@@ -261,7 +263,7 @@ def paged_scores(
     buffer: Tensor,
     page_table: Tensor,
     row_lens: Tensor,
-    stats: BlockStats,
+    stats: PageStats,
     layer: int,
 ) -> Tensor:
     """Scores fp32 [R, W * 64] of R decode rows, straight from the pages; capturable in a CUDA graph.
@@ -275,7 +277,7 @@ def paged_scores(
     for row in range(rows):
         length = row_lens[row : row + 1]
         pages = page_table[row].long().masked_fill(page * PAGE >= length, 0)
-        keys = reference.dequantize_pages(buffer[pages]).reshape(1, -1, reference.HEAD_DIM)
+        keys = reference.dequantize_pages(buffer[pages]).reshape(1, -1, HEAD_DIM)
         scores[row] = reference.policy_scores(
             policy,
             index_q[row].view(1, 1, *index_q.shape[1:]),

@@ -58,7 +58,7 @@ class Recorder:
     """One rank's counts. Everything runs on the scheduler's only thread."""
 
     def __init__(self) -> None:
-        self.block_stats_bytes = 0
+        self.page_stats_bytes = 0
         self._armed: dict[str, Any] = {}
         self._calls: dict[Phase, Counter[str]] = {phase: Counter() for phase in PHASES}
         self._declined: Counter[str] = Counter()
@@ -114,7 +114,7 @@ class Recorder:
             "replays": dict(self._replays),
             "recall": {str(layer): rows.status() for layer, rows in sorted(self._recall.items())},
             "dense_layers": sorted(self._dense_layers),
-            "block_stats_bytes": self.block_stats_bytes,
+            "page_stats_bytes": self.page_stats_bytes,
         }
 
     def export(self, config: MisaConfig, sglang: str, rank: int) -> None:
@@ -123,10 +123,10 @@ class Recorder:
             self._exporter = _Exporter(str(rank))
             self._exporter.describe(config, sglang)
 
-    def publish_block_stats(self) -> None:
+    def publish_page_stats(self) -> None:
         """Export the bytes of page means, once the pools stand."""
         if self._exporter:
-            self._exporter.block_stats_bytes.labels(self._exporter.rank).set(self.block_stats_bytes)
+            self._exporter.page_stats_bytes.labels(self._exporter.rank).set(self.page_stats_bytes)
 
 
 class _Exporter:
@@ -144,7 +144,7 @@ class _Exporter:
         self.build_info = gauge("build_info", "1, labelled with the versions.", "version", "sglang")
         self.policy_info = gauge("policy_info", "1, labelled with the policy of the phase.", "phase", "policy")
         self.routed_heads = gauge("routed_heads", "Index heads routed per query, 0 for all.", "phase")
-        self.block_stats_bytes = gauge("block_stats_bytes", "Bytes of page means beside the index-K pages.")
+        self.page_stats_bytes = gauge("page_stats_bytes", "Bytes of page means beside the index-K pages.")
         self.dense_layers = gauge("dense_layers", "Layers given back to stock DSA for low recall.")
         self.calls = Count("sglang_misa:calls", "Indexer calls of a layer by path taken.", ("rank", "phase", "path"))
         self.declined = Count("sglang_misa:declined", "Calls left to stock DSA.", ("rank", "phase", "reason"))

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sglang_misa.config import PAGE, Router, SelectionPolicy
+from sglang_misa.config import Router, SelectionPolicy
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
-HEAD_DIM = 128
-PAGE_BYTES = PAGE * (HEAD_DIM + 4)  # 64 fp8 keys, then their 64 fp32 scales
 LOWEST = torch.finfo(torch.float32).min
 
 _CHUNK_ELEMENTS = 1 << 26  # fp32 [rows, heads, keys] held at once: 256 MiB

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sglang_misa.config import PAGE
+from sglang_misa.kernels.layout import PAGE
 
 
 def make_pool(pages: int, layers: int = 1) -> tuple[Any, Any]:

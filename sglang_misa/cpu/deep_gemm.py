@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
-PAGE = 64  # tokens in a page
-DIM = 128  # fp8 values of one index key
+from sglang_misa.kernels.layout import HEAD_DIM as DIM
+from sglang_misa.kernels.layout import PAGE
+
 SCRATCH = 1 << 24  # fp32 elements of per-head scores held at once: 64 MiB
 
 

@@ -27,18 +27,19 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sglang_misa.bench.timing import graph_us
-from sglang_misa.kernels.keep_blocks import KeepTuning, keep_blocks
-from sglang_misa.kernels.page_means import Layers, update_last_page_means
-from sglang_misa.kernels.score_paged import (
+from sglang_misa.kernels.decode.keep_blocks import KeepTuning, keep_blocks
+from sglang_misa.kernels.decode.topk_blocks import (
     DecodeScratch,
     ScoreTuning,
     decode_topk,
     keep_tuning,
     score_kept,
 )
-from sglang_misa.kernels.topk_paged import topk_paged
+from sglang_misa.kernels.decode.topk_kept import topk_kept
+from sglang_misa.kernels.layout import HEAD_DIM as DIM
+from sglang_misa.kernels.layout import PAGE, PAGE_BYTES
+from sglang_misa.kernels.page_means import Layers, update_last_page_means
 
-PAGE, DIM, PAGE_BYTES = 64, 128, 8448
 TABLE_WIDTH = 2188  # pages of a 140,000-token context: the table is that wide however short the rows are
 TOPK = 2048
 BLOCKS, BLOCK_SIZE = 64, 128
@@ -163,9 +164,7 @@ class Call:
         )  # fmt: skip
 
     def topk(self) -> None:
-        topk_paged(
-            self.scratch.logits, self.scratch.kept, block_size=BLOCK_SIZE, out=self.out, positions=self.positions
-        )
+        topk_kept(self.scratch.logits, self.scratch.kept, block_size=BLOCK_SIZE, out=self.out, positions=self.positions)
 
     def whole(self, keep: KeepTuning | None = None, score: ScoreTuning | None = None) -> None:
         i = self.inputs
@@ -302,7 +301,7 @@ def check_topk() -> None:
             logits[row, length:] = torch.nan
         out = torch.full((rows, TOPK), -7, dtype=torch.int32, device="cuda")
         positions = out.clone()
-        topk_paged(logits, kept, block_size=BLOCK_SIZE, out=out, positions=positions)
+        topk_kept(logits, kept, block_size=BLOCK_SIZE, out=out, positions=positions)
         for row, length in enumerate(lens):
             token = clean[row, :length].sort(descending=True, stable=True).indices[:TOPK].sort().values
             wanted = torch.full((TOPK,), -1)

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from sglang_misa.bench.timing import event_us, kernel_us
-from sglang_misa.kernels import score_ragged as sr
-from sglang_misa.kernels.cuda_host import Target
+from sglang_misa.kernels.build import Target
+from sglang_misa.kernels.prefill import topk_routed as sr
 
 DEVICE = "cuda"
 
@@ -73,7 +73,7 @@ def reference(p: sr.Problem, rows: slice) -> torch.Tensor:
 
 def logits_of(p: sr.Problem, rows: slice) -> torch.Tensor:
     lo, hi, _ = rows.indices(p.rows)
-    return sr.score_ragged_logits(
+    return sr.routed_logits(
         p.index_q, p.head_gates, p.head_ids, p.index_k, p.k_scale, p.ks, p.ke, first=lo, rows=hi - lo
     )
 

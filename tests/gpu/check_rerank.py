@@ -1,6 +1,6 @@
 """Checks, then times, MISA†'s and HISA's selection in prefill on one Hopper GPU.
 
-    python tests/gpu/check_rerank.py [--fast] [--no-check]
+    python tests/gpu/check_topk_reranked.py [--fast] [--no-check]
 
 The exact checks use small integers and short fractions, whose scores no order of summation rounds: whole sets are
 compared with a stable sort, ties included. The others compare with fp32 within a tolerance. HISA comes first, as it
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from sglang_misa import reference
-from sglang_misa.kernels import rerank, route, topk_blocks
-from sglang_misa.kernels import score_ragged as sr
-from sglang_misa.kernels.cuda_host import Target, build
+from sglang_misa.kernels.build import Target, build
+from sglang_misa.kernels.prefill import route, topk_blocks
+from sglang_misa.kernels.prefill import topk_reranked as rerank
+from sglang_misa.kernels.prefill import topk_routed as sr
 
 DEVICE = "cuda"
 NOTHING, IS_NAN, LOWEST = -1e302, -1e301, -1e300

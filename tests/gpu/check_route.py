@@ -14,11 +14,11 @@ import torch
 
 from sglang_misa import reference
 from sglang_misa.bench.timing import event_us
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES
 from sglang_misa.kernels.page_means import Layers, update_last_page_means, update_page_means, update_slots
-from sglang_misa.kernels.route import ROUTERS, Router, block_scores, route
+from sglang_misa.kernels.prefill.route import ROUTERS, Router, block_scores, route
 
 DEVICE = "cuda"
-PAGE, HEAD_DIM, PAGE_BYTES = 64, 128, 8448
 ROWS, LENGTH, BLOCK, HEADS = 8192, 131072, 256, 8
 PAGES = LENGTH // PAGE
 ORACLE_ROWS = 256

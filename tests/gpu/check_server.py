@@ -26,7 +26,7 @@ import numpy as np
 import shared_extends
 from gpu_server import EQUAL, PREFILL_GRAPHS, SHAPE, Answer, Server, ask, common_prefix, decode_steps, overlaps, stop
 
-from sglang_misa.config import PAGE
+from sglang_misa.kernels.layout import PAGE
 
 NEW_TOKENS = 8
 

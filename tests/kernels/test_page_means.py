@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sglang_misa.block_stats import BlockStats
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 from sglang_misa.kernels.page_means import Layers, update_last_page_means, update_page_means, update_slots
+from sglang_misa.page_stats import PageStats
 
-PAGE, HEAD_DIM = 64, 128
 POISON = 7.0  # a bf16 value that no mean below takes: marks entries that must stay as they were
 LENGTHS = [0, 1, 63, 64, 65, 127, 128, 2047, 2048, 2049]
 
@@ -72,7 +72,7 @@ def test_both_engines_heal_alike(device: str) -> None:
     """Kernel and reference agree on page and block means but for the rounding of a sum."""
     table, lens, pages = make_table(LENGTHS, device)
     pool = make_pool(pages, device)
-    engines = [BlockStats([pool], kernels=kernels) for kernels in (True, False)]
+    engines = [PageStats([pool], kernels=kernels) for kernels in (True, False)]
     ours, theirs = (stats.heal(0, pool, table, lens, 256) for stats in engines)
     torch.testing.assert_close(engines[0].means[0], engines[1].means[0], rtol=2**-7, atol=1e-6)
     torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=1e-6, equal_nan=True)
@@ -115,7 +115,7 @@ def test_one_launch_serves_every_layer_that_has_an_indexer(device: str) -> None:
 def test_a_decode_step_ends_with_the_means_of_all_its_layers(device: str) -> None:
     table, lens, pages = make_table(LENGTHS, device)
     pools = [make_pool(pages, device, seed) for seed in range(2)]
-    stats = BlockStats(pools, kernels=True)
+    stats = PageStats(pools, kernels=True)
     last = sorted({int(table[row, n // PAGE - 1]) for row, n in enumerate(LENGTHS) if n and n % PAGE == 0})
     stats.end_layer(table, lens, last=False)
     assert stats.behind

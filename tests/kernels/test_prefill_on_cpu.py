@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_misa.kernels import rerank
-from sglang_misa.kernels import score_ragged as sr
+from sglang_misa.kernels.prefill import topk_reranked as rerank
+from sglang_misa.kernels.prefill import topk_routed as sr
 
 HERE = pathlib.Path(__file__).parent / "simt"
-SOURCES = pathlib.Path(sr.__file__).parent
+SOURCES = pathlib.Path(sr.__file__).parents[1] / "csrc/sm90"
 TOPK = 96  # k in these tests
 SETTINGS = settings(deadline=None, max_examples=60)
 
@@ -37,7 +37,7 @@ def compiled(folder: pathlib.Path, source: str, *flags: str) -> ctypes.CDLL:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> ctypes.CDLL:
-    loaded = compiled(tmp_path_factory.mktemp("simt"), "score_ragged")
+    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_routed")
     for name in ("divide_rows", "walk", "thresholds", "select_rows", "topk_rows"):
         getattr(loaded, name).restype = ctypes.c_bool
     return loaded
@@ -45,7 +45,7 @@ def kernels(tmp_path_factory) -> ctypes.CDLL:
 
 @pytest.fixture(scope="module")
 def reranking(tmp_path_factory) -> ctypes.CDLL:
-    loaded = compiled(tmp_path_factory.mktemp("simt"), "rerank", "-DMISA_INDEX_HEADS=32")
+    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_reranked", "-DMISA_INDEX_HEADS=32")
     loaded.rerank_rows.restype = ctypes.c_bool
     return loaded
 

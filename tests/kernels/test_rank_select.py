@@ -7,7 +7,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_misa.kernels.rank_select import kth_largest, places, ranked, wins_and_ties
+from sglang_misa.kernels.decode.rank_select import kth_largest, places, ranked, wins_and_ties
 
 LOWEST = torch.finfo(torch.float32).min
 N, WIDTH = 64, 16

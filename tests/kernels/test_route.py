@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from sglang_misa.kernels import route as routing
-from sglang_misa.kernels.route import block_scores, route
+from sglang_misa.kernels.layout import HEAD_DIM
+from sglang_misa.kernels.prefill import route as routing
+from sglang_misa.kernels.prefill.route import block_scores, route
 
-HEAD_DIM = 128
 INF, NAN = float("inf"), float("nan")
 
 

@@ -11,7 +11,7 @@ from sglang.srt.model_executor.runner.shape_key import ShapeKey
 from sglang.srt.model_executor.runner_backend.full_cuda_graph_backend import FullCudaGraphBackend
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_misa import decode_gate, plugin
+from sglang_misa import decode_gate, runtime, versions
 from sglang_misa.config import MisaConfig, SelectionPolicy
 from sglang_misa.metrics import Recorder
 from sglang_misa.patches import cuda_graph, forward_batch, register
@@ -41,7 +41,7 @@ def recorder(monkeypatch):
 @pytest.fixture
 def backend(monkeypatch, recorder):
     """SGLang's backend with our hooks, and CUDA's own part replaced."""
-    register.apply(plugin.sglang_version())
+    register.apply(versions.installed())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     arm(monkeypatch, POLICY)
     device = SimpleNamespace(synchronize=lambda: None, graph=lambda **_: contextlib.nullcontext())
@@ -53,8 +53,8 @@ def backend(monkeypatch, recorder):
 
 
 def arm(monkeypatch, decode):
-    runtime = plugin.Runtime(MisaConfig(decode=decode), 64, 2048, "cuda", 0, 1)
-    monkeypatch.setattr(plugin, "_runtime", runtime)
+    armed = runtime.Runtime(MisaConfig(decode=decode), 64, 2048, "cuda", 0, 1)
+    monkeypatch.setattr(runtime, "_runtime", armed)
 
 
 def step():

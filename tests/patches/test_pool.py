@@ -8,10 +8,10 @@ import torch
 from pools import make_pool
 from transformers import DeepseekV3Config
 
-from sglang_misa import plugin
-from sglang_misa.block_stats import BlockStats
+from sglang_misa import runtime
 from sglang_misa.config import PRESETS
 from sglang_misa.metrics import Recorder
+from sglang_misa.page_stats import PageStats
 from sglang_misa.patches import pool as pool_hooks
 from sglang_misa.patches import register
 
@@ -21,8 +21,8 @@ LAYERS, PAGES = 3, 5
 @pytest.fixture(autouse=True)
 def hooks(monkeypatch):
     monkeypatch.setattr(pool_hooks, "recorder", Recorder())
-    runtime = plugin.Runtime(config=PRESETS["misa"], index_heads=64, topk=2048, device="cpu", rank=0, ranks=1)
-    monkeypatch.setattr(plugin, "_runtime", runtime)
+    armed = runtime.Runtime(config=PRESETS["misa"], index_heads=64, topk=2048, device="cpu", rank=0, ranks=1)
+    monkeypatch.setattr(runtime, "_runtime", armed)
     register.apply(metadata.version("sglang"))
     yield
     register.undo()
@@ -30,13 +30,13 @@ def hooks(monkeypatch):
 
 def test_each_pool_owns_the_means_of_its_pages():
     target, draft = make_pool(PAGES, LAYERS)[0], make_pool(PAGES, LAYERS)[0]
-    assert target.misa_block_stats is not draft.misa_block_stats
-    assert [means.shape for means in target.misa_block_stats.means] == [
+    assert target.misa_page_stats is not draft.misa_page_stats
+    assert [means.shape for means in target.misa_page_stats.means] == [
         (buffer.shape[0], 128) for buffer in target.index_k_with_scale_buffer
     ]
-    assert len(target.misa_block_stats.means) == LAYERS
-    pools = (target.misa_block_stats, draft.misa_block_stats)
-    assert pool_hooks.recorder.block_stats_bytes == sum(stats.nbytes for stats in pools)
+    assert len(target.misa_page_stats.means) == LAYERS
+    pools = (target.misa_page_stats, draft.misa_page_stats)
+    assert pool_hooks.recorder.page_stats_bytes == sum(stats.nbytes for stats in pools)
 
 
 def cell_size(num_layers):
@@ -63,5 +63,5 @@ def test_the_budget_pays_for_the_means(num_layers):
     register.undo()
     without = cell_size(num_layers)
     assert without == num_layers * (576 * 2 + 132)
-    assert (with_means - without) * 64 >= BlockStats.bytes_per_page() * num_layers
+    assert (with_means - without) * 64 >= PageStats.bytes_per_page() * num_layers
     assert (with_means - without) <= without // 200, "half a percent"

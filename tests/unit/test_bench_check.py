@@ -5,7 +5,8 @@ import torch
 
 from sglang_misa import reference
 from sglang_misa.bench import check
-from sglang_misa.config import PAGE, SelectionPolicy
+from sglang_misa.config import SelectionPolicy
+from sglang_misa.kernels.layout import PAGE
 
 HEADS, LENGTH, TOPK = 32, 64 * 30 + 7, 128
 POLICIES = {

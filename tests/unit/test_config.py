@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_misa import config
-from sglang_misa.config import PAGE, PHASES, PRESETS, Audit, ConfigError, MisaConfig, SelectionPolicy
+from sglang_misa.config import PHASES, PRESETS, Audit, ConfigError, MisaConfig, SelectionPolicy
+from sglang_misa.kernels.layout import PAGE
 
 sizes = st.integers(1, 64).map(lambda pages: pages * PAGE)
 heads = st.none() | st.integers(1, 128)

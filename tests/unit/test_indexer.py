@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_misa import indexer, reference
-from sglang_misa.block_stats import BlockStats
-from sglang_misa.config import PAGE, SelectionPolicy
-from sglang_misa.kernels import route, score_ragged
+from sglang_misa.config import SelectionPolicy
+from sglang_misa.kernels.layout import PAGE
+from sglang_misa.kernels.prefill import route, topk_routed
+from sglang_misa.page_stats import PageStats
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=4), st.integers(0, 120))
@@ -58,7 +59,7 @@ def route_in_torch(index_q, head_gates, block_means, row_batch, row_len, heads, 
 def topk_in_torch(
     index_q, head_gates, head_ids, index_k, k_scale, ks, ke, k, *, longest, out, page_table, row_batch, offsets
 ):
-    """What `score_ragged.topk_ragged` promises."""
+    """What `topk_routed.topk_routed` promises."""
     assert offsets is None
     gates = torch.zeros_like(head_gates).scatter_(1, head_ids.long(), head_gates.gather(1, head_ids.long()))
     for row, (start, end) in enumerate(zip(ks.tolist(), ke.tolist(), strict=True)):
@@ -75,7 +76,7 @@ def topk_in_torch(
 def test_requests_of_one_run_select_what_each_would_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = SelectionPolicy(heads=4, block_size=64, min_len=120)
     monkeypatch.setattr(route, "route", route_in_torch)
-    monkeypatch.setattr(score_ragged, "topk_ragged", topk_in_torch)
+    monkeypatch.setattr(topk_routed, "topk_routed", topk_in_torch)
     extend, lens, k = [20, 7, 30, 5], [90, 300, 200, 150], 64  # the first request stays under the gate
     _, _, buffer, table, _, stats = paged_case(3, lens, width=6)
     g = torch.Generator().manual_seed(4)
@@ -133,7 +134,7 @@ def paged_case(seed: int, lens: list[int], width: int):
         pages = -(-length // PAGE)
         table[row, :pages] = order[start : start + pages]
         start += pages
-    stats = BlockStats([buffer])
+    stats = PageStats([buffer])
     stats.update_pages(0, buffer, torch.arange(used + 1))
     q = torch.randn(len(lens), 32, 128, generator=g).to(torch.float8_e4m3fn)
     gates = torch.randn(len(lens), 32, generator=g)
@@ -166,7 +167,7 @@ def test_permuting_physical_pages_changes_nothing() -> None:
     q, gates, buffer, table, row_lens, stats = paged_case(3, [300, 65, 512], width=9)
     before = indexer.paged_scores(POLICY, q, gates, buffer, table, row_lens, stats, 0)
     order = torch.randperm(len(buffer))
-    moved = BlockStats([buffer])
+    moved = PageStats([buffer])
     moved.means[0][order] = stats.means[0]
     shuffled = torch.empty_like(buffer)
     shuffled[order] = buffer

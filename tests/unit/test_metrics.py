@@ -60,7 +60,7 @@ def test_status_travels_as_msgpack():
     recorder.audited(0, 1.0, 1.0, 1.0)
     recorder.layer_dense(0)
     recorder.replayed("hisa")
-    recorder.block_stats_bytes = 256
+    recorder.page_stats_bytes = 256
     status = recorder.status()
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(status)) == status
     assert status["declined"] == {"under-min-len": 1}
@@ -85,8 +85,8 @@ recorder.declined("prefill", "under-min-len")
 recorder.replayed("dsa")
 recorder.audited(0, 0.97, 0.9, 1.0)
 recorder.layer_dense(0)
-recorder.block_stats_bytes = 512
-recorder.publish_block_stats()
+recorder.page_stats_bytes = 512
+recorder.publish_page_stats()
 
 registry = CollectorRegistry()
 multiprocess.MultiProcessCollector(registry)
@@ -115,7 +115,7 @@ def test_prometheus_gets_what_was_counted_since_export(tmp_path):
     assert samples["sglang_misa:routed_heads", "prefill"] == 8
     assert samples["sglang_misa:routed_heads", "decode"] == 0
     assert samples["sglang_misa:policy_info", "decode", "hisa"] == 1
-    assert samples["sglang_misa:block_stats_bytes",] == 512
+    assert samples["sglang_misa:page_stats_bytes",] == 512
     assert samples["sglang_misa:dense_layers",] == 1
     assert samples["sglang_misa:recall_sampled_count",] == 1
     assert samples["sglang_misa:recall_sampled_bucket", "0.95"] == 0

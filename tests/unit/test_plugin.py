@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 from torch import distributed
 
-from sglang_misa import plugin
+from sglang_misa import plugin, runtime
 from sglang_misa.admission import AdmissionError
 from sglang_misa.config import ENV, PRESETS
 
@@ -108,25 +108,25 @@ def test_an_unverified_sglang_stops_the_process(monkeypatch):
 
 @pytest.fixture
 def disarmed(monkeypatch):
-    monkeypatch.setattr(plugin, "_runtime", None)
+    monkeypatch.setattr(runtime, "_runtime", None)
 
 
 def make_runtime(**changes):
     values = {"config": PRESETS["misa"], "index_heads": 64, "topk": 2048, "device": "cpu", "rank": 0, "ranks": 1}
-    return plugin.Runtime(**{**values, **changes})
+    return runtime.Runtime(**{**values, **changes})
 
 
 def test_hooks_before_arming_raise(disarmed):
     with pytest.raises(AdmissionError, match=r"before ModelRunner\.load_model"):
-        plugin.runtime()
+        runtime.current()
 
 
 def test_arming_twice_alike_is_fine_and_otherwise_not(disarmed):
-    plugin.arm(make_runtime())
-    plugin.arm(make_runtime())
-    assert plugin.runtime() == make_runtime()
+    runtime.arm(make_runtime())
+    runtime.arm(make_runtime())
+    assert runtime.current() == make_runtime()
     with pytest.raises(AdmissionError, match="expected one runtime a process"):
-        plugin.arm(make_runtime(index_heads=32))
+        runtime.arm(make_runtime(index_heads=32))
 
 
 @pytest.fixture
@@ -138,14 +138,14 @@ def meet():
         port = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         errors = {}
 
-        def one(runtime):
+        def one(armed):
             store = distributed.TCPStore("127.0.0.1", port.port, is_master=False)
             try:
-                model_runner._meet(store, runtime, timedelta(seconds=2))
+                model_runner._meet(store, armed, timedelta(seconds=2))
             except AdmissionError as error:
-                errors[runtime.rank] = str(error)
+                errors[armed.rank] = str(error)
 
-        threads = [threading.Thread(target=one, args=(runtime,)) for runtime in runtimes]
+        threads = [threading.Thread(target=one, args=(armed,)) for armed in runtimes]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -5,8 +5,9 @@ import torch
 from pools import make_pool
 
 from sglang_misa import reference
-from sglang_misa.block_stats import BlockStats
-from sglang_misa.config import PAGE, SelectionPolicy
+from sglang_misa.config import SelectionPolicy
+from sglang_misa.kernels.layout import PAGE
+from sglang_misa.page_stats import PageStats
 
 POLICY = SelectionPolicy(heads=4, blocks=4, block_size=64, min_len=0)
 HEADS, PAGES = 32, 24
@@ -22,7 +23,7 @@ class Cache:
         self.pool, self.allocator = make_pool(PAGES)
         self.buffer = self.pool.get_index_k_with_scale_buffer(0)
         self.buffer.random_(0, 256)
-        self.stats = BlockStats([self.buffer])
+        self.stats = PageStats([self.buffer])
         self.radix = RadixCache(
             CacheInitParams(
                 disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=self.allocator, page_size=PAGE

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_misa import reference
-from sglang_misa.config import PAGE, SelectionPolicy
+from sglang_misa.config import SelectionPolicy
+from sglang_misa.kernels.layout import PAGE, PAGE_BYTES
 
 HEADS, TOPK = 32, 96
 
@@ -139,6 +140,6 @@ def test_page_layout_round_trip() -> None:
     keys = torch.randn(3, PAGE, 128).to(torch.float8_e4m3fn)
     scales = torch.rand(3, PAGE) + 0.1
     pages = torch.cat([keys.view(torch.uint8).flatten(1), scales.view(torch.uint8).flatten(1)], dim=1)
-    assert pages.shape[1] == reference.PAGE_BYTES
+    assert pages.shape[1] == PAGE_BYTES
     torch.testing.assert_close(reference.dequantize_pages(pages), keys.float() * scales.unsqueeze(-1))
     torch.testing.assert_close(reference.page_means(pages), (keys.float() * scales.unsqueeze(-1)).mean(1))

@@ -58,7 +58,7 @@ def means(paged_scores):
         import torch
 
         from sglang_misa import reference
-        from sglang_misa.config import PAGE
+        from sglang_misa.kernels.layout import PAGE
 
         for pages, length in zip(page_table, row_lens.tolist(), strict=True):
             complete = pages[: length // PAGE].long()

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sglang_misa.kernels.keep_blocks import SHORT_ROW, KeepTuning
-from sglang_misa.kernels.score_paged import DecodeScratch, ScoreTuning, decode_topk
+from sglang_misa.kernels.decode.keep_blocks import SHORT_ROW, KeepTuning
+from sglang_misa.kernels.decode.topk_blocks import DecodeScratch, ScoreTuning, decode_topk
+from sglang_misa.kernels.layout import HEAD_DIM as DIM
+from sglang_misa.kernels.layout import PAGE, PAGE_BYTES
 
-PAGE, DIM, PAGE_BYTES = 64, 128, 8448
 LOWEST = torch.finfo(torch.float32).min
 EDGES = (0, 1, 63, 64, 65, 127, 128, 129, 2047, 2048, 2049)
 TOLERANCE = 1e-5  # of the largest score: fp32 sums in another order

@@ -7,8 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pools import make_pool
 
 from sglang_misa import reference
-from sglang_misa.block_stats import BlockStats
-from sglang_misa.config import PAGE
+from sglang_misa.kernels.layout import PAGE
+from sglang_misa.page_stats import PageStats
 
 PAGES = 24
 
@@ -21,7 +21,7 @@ class Pages(RuleBasedStateMachine):
         self.pool, self.allocator = make_pool(PAGES)
         self.buffer = self.pool.get_index_k_with_scale_buffer(0)
         self.buffer.random_(0, 256)  # freed pages hold anything, NaN included
-        self.stats = BlockStats([self.buffer])
+        self.stats = PageStats([self.buffer])
         self.requests: list[tuple[list[int], int]] = []  # pages, tokens
         self.shared: set[int] = set()
         self.generator = torch.Generator().manual_seed(0)
@@ -127,8 +127,8 @@ TestPages = Pages.TestCase
 
 
 def test_a_layer_without_indexer_costs_nothing() -> None:
-    stats = BlockStats([torch.zeros(0, 8448, dtype=torch.uint8), torch.zeros(3, 8448, dtype=torch.uint8)])
-    assert stats.nbytes == 3 * BlockStats.bytes_per_page() == 3 * 256
+    stats = PageStats([torch.zeros(0, 8448, dtype=torch.uint8), torch.zeros(3, 8448, dtype=torch.uint8)])
+    assert stats.nbytes == 3 * PageStats.bytes_per_page() == 3 * 256
 
 
 def test_verify_rows_of_one_request_share_its_newest_page() -> None:
@@ -136,6 +136,6 @@ def test_verify_rows_of_one_request_share_its_newest_page() -> None:
     buffer = torch.zeros(3, 8448, dtype=torch.uint8)
     buffer[1:, :8192] = torch.randn(2, 8192).to(torch.float8_e4m3fn).view(torch.uint8)
     buffer[1:, 8192:] = torch.ones(2, 64).view(torch.uint8)
-    stats = BlockStats([buffer])
+    stats = PageStats([buffer])
     stats.update_newest(0, buffer, torch.tensor([[1, 2]] * 3), torch.tensor([63, 64, 65], dtype=torch.int32))
     assert torch.equal(stats.means[0][1], reference.page_means(buffer[1:2])[0].bfloat16())

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from sglang_misa.kernels import score_ragged as sr
-from sglang_misa.kernels.cuda_host import Target, build
+from sglang_misa.kernels.build import Target, build
+from sglang_misa.kernels.layout import INDEX_HEADS
+from sglang_misa.kernels.prefill import topk_routed as sr
 
-INDEX_HEADS = (32, 64)
 CANDIDATES = 16384  # C at most
 KEYS = 1 << 22  # of a call at most: 64 segments
 
@@ -44,7 +44,7 @@ def module(heads: int, index_heads: int) -> Any:
             f"heads: expected h of {sr.ROUTED_HEADS}, at most H of {INDEX_HEADS}, got h={heads}, H={index_heads}; "
             "choose another h"
         )
-    return build("rerank.cu", MISA_HEADS=heads, MISA_INDEX_HEADS=index_heads)
+    return build("sm90/topk_reranked.cu", MISA_HEADS=heads, MISA_INDEX_HEADS=index_heads)
 
 
 def listable(blocks: int) -> int:
@@ -161,7 +161,7 @@ def topk_reranked(
 ) -> torch.Tensor:
     """Of each row's best C = `candidates` keys by its routed heads, the exact top k by all heads; int32 [T, k].
 
-    Tensors, windows [ks, ke), what is returned and scratch as in `score_ragged.topk_ragged`, but head_ids ascend in
+    Tensors, windows [ks, ke), what is returned and scratch as in `topk_routed.topk_routed`, but head_ids ascend in
     each row and H is one of `INDEX_HEADS`. k ≤ C ≤ `CANDIDATES`, at most `KEYS` keys. Rows of at most C keys are scored
     with all heads throughout. Ties: the smaller position wins, and NaN scores come last, in either choice. Never
     synchronises. Raises ValueError on shapes, dtypes, layout or limits.

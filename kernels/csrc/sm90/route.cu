@@ -16,7 +16,7 @@
 #include <cstddef>
 
 #include "output.cuh"
-#include "sm90.cuh"
+#include "ptx.cuh"
 
 #ifndef MISA_INDEX_HEADS
 #define MISA_INDEX_HEADS 64  // H: 32 or 64

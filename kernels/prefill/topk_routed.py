@@ -1,6 +1,6 @@
 """Routed-head scores of query rows against a flat run of index keys, and the exact top k of them (CUDA, sm_90a).
 
-`topk_ragged` never writes the score matrix. In passes over a bounded number of rows:
+`topk_routed` never writes the score matrix. In passes over a bounded number of rows:
 
 1. `sample` scores every n-th key; 2. `threshold` takes a low quantile of that sample per row; 3. `collect` scores all
 keys and appends what is above the threshold to buffers owned by single threads; 4. `select` takes the exact top k of
@@ -25,18 +25,17 @@ from typing import Any
 
 import torch
 
-from sglang_misa.kernels.cuda_host import Target, build
-from sglang_misa.kernels.layout import expect
+from sglang_misa.kernels.build import Target, build
+from sglang_misa.kernels.checks import expect
+from sglang_misa.kernels.layout import HEAD_DIM, ROUTED_HEADS
 
-HEAD_DIM = 128
-ROUTED_HEADS = (4, 8, 16, 32, 64)  # h that the kernel is built for; 64 serves full-head modes
 SCRATCH_BYTES = 256 << 20
 MOST_BYTES = 1 << 30  # whatever the budget
 LISTS_BYTES = 1 << 20  # step in which the row lists grow
 
 SAMPLED_AT_MOST = 49152  # scores that `threshold` holds
 SIGMAS = 4.5  # z: standard deviations of room on either side of a row's expected count
-BUFFER_SIGMAS = {32: 6.5, 16: 8.0}  # the same for a private buffer, as in score_ragged.cu
+BUFFER_SIGMAS = {32: 6.5, 16: 8.0}  # the same for a private buffer, as in topk_routed.cu
 COUNTS = 2048  # private buffers of a row at most: `select` brings each one's entries by a copy of its own
 TILE = 128  # keys that the scorer takes at once
 SECTOR = 4  # entries that are written at once
@@ -74,7 +73,7 @@ def module(heads: int) -> Any:
     """The compiled kernels for h routed heads."""
     if heads not in ROUTED_HEADS:
         raise ValueError(f"head_ids: expected one of {ROUTED_HEADS} routed heads a row, got {heads}; choose another h")
-    return build("score_ragged.cu", MISA_HEADS=heads)
+    return build("sm90/topk_routed.cu", MISA_HEADS=heads)
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ def scratch_of(device: torch.device, size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Problem:
-    """The inputs of one call, checked. Shapes and dtypes as in `topk_ragged`."""
+    """The inputs of one call, checked. Shapes and dtypes as in `topk_routed`."""
 
     index_q: torch.Tensor
     head_gates: torch.Tensor
@@ -277,7 +276,7 @@ class Call(abc.ABC):
 
 
 class Ragged(Call):
-    """One `topk_ragged` call."""
+    """One `topk_routed` call."""
 
     def __init__(self, problem: Problem, target: Target, budget: int = SCRATCH_BYTES, longest: int | None = None):
         """longest: keys that a row sees at most; all, unless given."""
@@ -299,7 +298,7 @@ class Ragged(Call):
         return [*numbers, self.at_once(p.bulk_offset, self.ld), self.ld, *addresses]
 
 
-def topk_ragged(
+def topk_routed(
     index_q: torch.Tensor,
     head_gates: torch.Tensor,
     head_ids: torch.Tensor,
@@ -340,7 +339,7 @@ def topk_ragged(
     return out
 
 
-def score_ragged_logits(
+def routed_logits(
     index_q: torch.Tensor,
     head_gates: torch.Tensor,
     head_ids: torch.Tensor,
@@ -353,7 +352,7 @@ def score_ragged_logits(
     rows: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The scores that `topk_ragged` ranks, fp32 [rows, S], bit for bit; -inf outside [ks[t], ke[t]). Inputs as there.
+    """The scores that `topk_routed` ranks, fp32 [rows, S], bit for bit; -inf outside [ks[t], ke[t]). Inputs as there.
 
     `first` and `rows` choose query rows, so that a caller bounds the matrix. `out`, if given, must be filled with what
     the columns outside the windows shall hold.

@@ -1,11 +1,11 @@
 // MISA†: the best C keys of a row by its routed heads, and of those the exact top k by all heads.
 //
-// (1) Sample and threshold as in score_ragged.cu, for C. (2) The scorer marks what passes: one bit a row and key. (3) One block
+// (1) Sample and threshold as in topk_routed.cu, for C. (2) The scorer marks what passes: one bit a row and key. (3) One block
 // a row lists the marked keys, scores them with all heads, routed heads first, so that both scores fall out of one product, cuts
 // the list to the best C by the one and takes the top k by the other. (4) Rows with fewer marks than C, or more than a block
 // holds, are scored into memory, marked again with exactly their best C, and go through (3) once more.
-#include "rank.cuh"
-#include "redo.cuh"
+#include "rescorer.cuh"
+#include "fallback.cuh"
 #include "threshold.cuh"
 
 #ifndef MISA_INDEX_HEADS
@@ -173,7 +173,7 @@ struct Rerank {
 };
 
 // Shared memory of a block, and for each key that it can list.
-constexpr int FIXED_BYTES = 12288, LISTED_BYTES = 8;  // as rerank.py counts them
+constexpr int FIXED_BYTES = 12288, LISTED_BYTES = 8;  // as topk_reranked.py counts them
 static_assert(sizeof(RerankSmem) <= FIXED_BYTES);
 
 __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __grid_constant__ Rerank job) {
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 enum Stage { SAMPLE = 1, THRESHOLD = 2, MARK = 4, RERANK = 8, REDO = 16 };
 
-// How a call's work is divided, and its scratch; as rerank.py lays it out.
+// How a call's work is divided, and its scratch; as topk_reranked.py lays it out.
 struct Plan {
   int rows, workers, stride, rank, candidates, room, at_once;
   int64_t sampled, ld;  // row strides of sampled scores and of those of failed rows

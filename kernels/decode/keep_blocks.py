@@ -13,13 +13,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .rank_select import MAX_ROW, kth_largest, places, ranked, wins_and_ties
+from sglang_misa.kernels.decode.rank_select import MAX_ROW, kth_largest, places, ranked, wins_and_ties
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
 WIDE_LOAD = 4 * 32  # fp32 elements that a warp loads at once
 MIN_TILE = 16  # blocks that one tensor-core tile holds at least
 SHORT_ROW = 512  # rows of at most so many blocks are chosen from by code of their own: a wide table costs them nothing
-PAGE = 64  # tokens in a page of SGLang's index-K pool
-HEAD_DIM = 128
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .cuda_host import build
-from .layout import expect
+from sglang_misa.kernels.build import build
+from sglang_misa.kernels.checks import expect
+from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS
 
-HEAD_DIM = 128
-INDEX_HEADS = (32, 64)
 Router = Literal["abs", "signed", "weight"]
 ROUTERS: tuple[Router, ...] = ("abs", "signed", "weight")  # in the order of route.cu's enumeration
 
@@ -154,7 +153,7 @@ def route(
     head_ids = torch.empty(rows, heads, dtype=torch.int32, device=index_q.device)
     if rows:
         requests, max_blocks, _ = block_means.shape
-        build("route.cu", MISA_INDEX_HEADS=index_heads).route(
+        build("sm90/route.cu", MISA_INDEX_HEADS=index_heads).route(
             index_q.data_ptr(),
             head_gates.data_ptr(),
             block_means.data_ptr(),

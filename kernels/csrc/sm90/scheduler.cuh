@@ -1,6 +1,6 @@
 // Makes the division of a task's tiles among the scorer's thread blocks (score.cuh, Items), on the device, where the windows are.
 #pragma once
-#include "score.cuh"
+#include "scorer.cuh"
 #include "warp.cuh"
 
 namespace misa {
@@ -13,7 +13,7 @@ struct Buffers {
   float sigmas;  // standard deviations of room above that
   float rank;    // of the row's threshold in its sample: the fewer, the more a row's hits vary
   int spare;     // entries beyond those: a tile's, and what the scratch has left, for hits that come in clusters
-  int room;      // entries of one buffer, summed over thread blocks; mirrored by score_ragged.py
+  int room;      // entries of one buffer, summed over thread blocks; mirrored by topk_routed.py
 
   // For tiles that are `part` of a row's (or of several rows').
   __device__ int capacity(float part) const {

@@ -1,5 +1,5 @@
-// The device code of score_ragged.cu and what it includes, as functions that return whether all threads ended.
-#include "score_ragged.cu"
+// The device code of topk_routed.cu and what it includes, as functions that return whether all threads ended.
+#include "topk_routed.cu"
 #include "run.h"
 
 namespace misa {

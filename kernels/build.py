@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from .layout import expect
+from sglang_misa.kernels.checks import expect
 
 
 @functools.cache
 def build(source: str, **defines: int) -> Any:
-    """The functions that `source`, a .cu file beside this one, exports with macros `defines`.
+    """The functions that `source`, a .cu file under csrc/, exports with macros `defines`.
 
     Compiled with nvcc for sm_90a at first use and kept in tvm-ffi's cache, under the digest of its sources.
     """
     from tvm_ffi.cpp import load
 
-    here = Path(__file__).resolve().parent
-    sources = [here / source, *sorted(here.glob("*.cuh"))]
+    here = Path(__file__).resolve().parent / "csrc"
+    sources = [here / source, *sorted((here / source).parent.glob("*.cuh"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     name = "_".join(["misa", Path(source).stem, digest, *(f"{key.lower()}{value}" for key, value in defines.items())])
     key, before = "TVM_FFI_CUDA_ARCH_LIST", os.environ.get("TVM_FFI_CUDA_ARCH_LIST")
@@ -33,7 +33,7 @@ def build(source: str, **defines: int) -> Any:
             name,
             cuda_files=[str(here / source)],
             extra_cuda_cflags=["-O3", *(f"-D{key}={value}" for key, value in defines.items())],
-            extra_include_paths=[str(here)],
+            extra_include_paths=[str((here / source).parent)],
         )
     finally:
         if before is None:

@@ -1,7 +1,7 @@
 """Decode on SGLang's index-K pages: the pipeline of a step, and the scores of the kept tokens with all heads.
 
 A step is three launches, each overlapping the end of the one before: `keep_blocks` reads page means and lists the pages
-worth reading, `score_kept` scores their tokens, `topk_paged` selects.
+worth reading, `score_kept` scores their tokens, `topk_kept` selects.
 Bytes of a row: 4 a token of prefix for the means, 132 a kept token.
 
 Measured on an H100 beside SGLang's own scoring and top k (64 blocks of 128, H = 64, page table of 140,000 tokens, of
@@ -27,8 +27,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .keep_blocks import HEAD_DIM, PAGE, KeepTuning, KeptPages, keep_blocks, launch_options
-from .topk_paged import MAX_ROW, topk_paged
+from sglang_misa.kernels.decode.keep_blocks import KeepTuning, KeptPages, keep_blocks, launch_options
+from sglang_misa.kernels.decode.topk_kept import MAX_ROW, topk_kept
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def decode_topk(
         scratch=scratch,
         tuning=score or ScoreTuning(),
     )
-    topk_paged(scratch.logits, scratch.kept, block_size=block_size, out=out, positions=positions)
+    topk_kept(scratch.logits, scratch.kept, block_size=block_size, out=out, positions=positions)
 
 
 def keep_tuning(rows: int) -> KeepTuning:

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_misa.kernels import rerank
-from sglang_misa.kernels import score_ragged as sr
+from sglang_misa.kernels.prefill import topk_reranked as rerank
+from sglang_misa.kernels.prefill import topk_routed as sr
 
 H100 = 132
 

@@ -1,5 +1,5 @@
-// The device code of rerank.cu, but for what is redone; a function that returns whether all threads ended.
-#include "rerank.cu"
+// The device code of topk_reranked.cu, but for what is redone; a function that returns whether all threads ended.
+#include "topk_reranked.cu"
 #include "run.h"
 
 using namespace misa;

@@ -5,7 +5,7 @@
 #pragma once
 #include "output.cuh"
 #include "select.cuh"
-#include "sm90.cuh"
+#include "ptx.cuh"
 
 namespace misa {
 

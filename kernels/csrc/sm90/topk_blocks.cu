@@ -1,7 +1,7 @@
 // HISA: the tokens of a row's best blocks, and of those the exact top k by all heads. One thread block a row.
 #include <cfloat>
 
-#include "rank.cuh"
+#include "rescorer.cuh"
 
 #ifndef MISA_INDEX_HEADS
 #define MISA_INDEX_HEADS 64  // H: 32 or 64

@@ -1,8 +1,8 @@
 // Exact top k of routed-head scores (score.cuh) without a score matrix: (1) score every `stride`-th key, (2) take a quantile of
 // that sample as the row's threshold, (3) score all keys and append what passes to buffers that each thread owns alone,
 // (4) take the exact top k of the appended, (5) rows that came out short or overflowed are scored into memory and selected
-// there. See score_ragged.py for the statistics.
-#include "redo.cuh"
+// there. See topk_routed.py for the statistics.
+#include "fallback.cuh"
 #include "threshold.cuh"
 
 namespace misa {
@@ -319,7 +319,7 @@ void logits(Numbers inputs, int64_t first, int64_t rows, int64_t out, int64_t ld
   launch_score(call.rows(int(first), int(rows)), call.k, logits, multiprocessors(), pointer<CUstream_st>(stream));
 }
 
-// Division of a call's work, as score_ragged.Plan: numbers, then addresses in scratch.
+// Division of a call's work, as topk_routed.Plan: numbers, then addresses in scratch.
 struct Plan {
   int rows, workers, runs, buffers, stride, rank, spare, entries, room, sampled, at_once, ld;
   int32_t* failed;   // how many, the rows …, and at [all rows + 1] the meeting counter

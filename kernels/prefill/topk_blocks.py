@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from sglang_misa.kernels.cuda_host import Target, build
-from sglang_misa.kernels.layout import expect
+from sglang_misa.kernels.build import Target, build
+from sglang_misa.kernels.checks import expect
+from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE
 
-HEAD_DIM = 128
-PAGE = 64
-INDEX_HEADS = (32, 64)
 MAX_KEPT = 49152  # tokens of (blocks + 1) · block_size, and k / 2: what one thread block's shared memory lists
 
 
@@ -35,7 +33,7 @@ def topk_blocks(
     index_q fp8 e4m3 [T, H, 128], H ∈ `INDEX_HEADS`; head_gates fp32 [T, H]; index_k fp8 [S, 128]; k_scale fp32 [S];
     ks and ke int32 [T], the row's window [ks[t], ke[t]); block_scores fp32 [T, M], of at least the
     (ke[t] - ks[t]) // block_size blocks that are complete in it; block_size a multiple of 64. The first and the newest
-    complete block stay in any case. Returns int32 [T, k] as `score_ragged.topk_ragged`: positions relative to ks[t],
+    complete block stay in any case. Returns int32 [T, k] as `topk_routed.topk_routed`: positions relative to ks[t],
     slots or shifted positions, in no order, -1 behind the last. Ties: the older block and the smaller position win;
     NaN comes last. Never synchronises. Raises ValueError on shapes, dtypes, layout or limits.
     Mirrors SGLang's fp8_mqa_logits + topk_transform.
@@ -63,7 +61,7 @@ def topk_blocks(
     target.check(rows, k)
     if rows > 0:
         tensors = (index_q, head_gates, index_k, k_scale, ks, ke)
-        build("topk_blocks.cu", MISA_INDEX_HEADS=heads).topk(
+        build("sm90/topk_blocks.cu", MISA_INDEX_HEADS=heads).topk(
             [*(tensor.data_ptr() for tensor in tensors), index_k.shape[0]],
             target.arguments(),
             rows,

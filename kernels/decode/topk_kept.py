@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from .cuda_host import build
-from .keep_blocks import PAGE, KeptPages
+from sglang_misa.kernels.build import build
+from sglang_misa.kernels.decode.keep_blocks import KeptPages
+from sglang_misa.kernels.layout import PAGE
 
 MAX_ROW = 32768  # scores of a row: a thread block holds them in registers
 LOWEST = torch.finfo(torch.float32).min
 
 
-def topk_paged(
+def topk_kept(
     logits: torch.Tensor,
     kept: KeptPages,
     *,
@@ -38,7 +39,7 @@ def topk_paged(
     rows, room = logits.shape
     if rows == 0:
         return
-    build("topk_paged.cu").topk(
+    build("sm90/topk_kept.cu").topk(
         logits.data_ptr(),
         kept.lens.data_ptr(),
         kept.pages.data_ptr(),

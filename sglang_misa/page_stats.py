@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from sglang_misa import reference
-from sglang_misa.config import PAGE
 from sglang_misa.kernels import page_means
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
 
-class BlockStats:
+class PageStats:
     """Page means of one KV pool (a draft model's pool has its own)."""
 
     def __init__(self, index_buffers: Sequence[Tensor], *, kernels: bool = False):
@@ -26,16 +26,14 @@ class BlockStats:
         kernels: update with the Triton kernels (CUDA) instead of the reference.
         """
         self.kernels = kernels
-        self.means = [
-            torch.zeros(b.shape[0], reference.HEAD_DIM, dtype=torch.bfloat16, device=b.device) for b in index_buffers
-        ]
+        self.means = [torch.zeros(b.shape[0], HEAD_DIM, dtype=torch.bfloat16, device=b.device) for b in index_buffers]
         self.behind = False  # whether a decode step has selected in a layer and not come to `end_layer`'s last one
         self._layers = page_means.Layers.of(index_buffers, self.means) if kernels else None
 
     @staticmethod
     def bytes_per_page() -> int:
         """Bytes of one page's mean in one layer: what the KV pool's budget must grow by."""
-        return int(reference.HEAD_DIM * torch.bfloat16.itemsize)
+        return int(HEAD_DIM * torch.bfloat16.itemsize)
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +53,7 @@ class BlockStats:
         if self.kernels:
             return page_means.update_page_means(buffer, self.means[layer], page_table, seq_lens, block_size)
         block_pages = block_size // PAGE
-        shape = len(page_table), page_table.shape[1] // block_pages, reference.HEAD_DIM
+        shape = len(page_table), page_table.shape[1] // block_pages, HEAD_DIM
         blocks = torch.empty(shape, dtype=torch.bfloat16, device=buffer.device)
         for request, length in enumerate(seq_lens.tolist()):
             pages = page_table[request : request + 1, : length // PAGE]

@@ -1,7 +1,7 @@
 // Exact selection of the largest of n keys by THREADS threads (the first of a block): a histogram finds the bin that holds
 // the cut, what is above it is chosen at once, and the few elements inside it are ranked against each other.
 #pragma once
-#include "sm90.cuh"
+#include "ptx.cuh"
 #include "warp.cuh"
 
 namespace misa {

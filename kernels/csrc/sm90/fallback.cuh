@@ -1,6 +1,6 @@
 // Rows that a sample's threshold failed: scored into memory, a bounded number at a time, and selected from exactly.
 #pragma once
-#include "score.cuh"
+#include "scorer.cuh"
 #include "select.cuh"
 
 namespace misa {

@@ -12,7 +12,7 @@
 #include <cstddef>
 
 #include "output.cuh"
-#include "sm90.cuh"
+#include "ptx.cuh"
 
 #ifndef MISA_HEADS
 #define MISA_HEADS 8  // routed heads h: 4, 8, 16, 32 or 64

@@ -1,0 +1,47 @@
+"""The state of one rank: what its hooks select with. Armed once, by the hook on ModelRunner.load_model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_misa.admission import AdmissionError
+from sglang_misa.config import MisaConfig
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What the hooks of this process select with."""
+
+    config: MisaConfig
+    index_heads: int  # H
+    topk: int  # k
+    device: str
+    rank: int
+    ranks: int
+
+    @property
+    def kernels(self) -> bool:
+        """Whether the GPU kernels select, not the PyTorch reference."""
+        return self.device == "cuda" and self.config.backend != "torch"
+
+
+_runtime: Runtime | None = None
+
+
+def arm(runtime: Runtime) -> None:
+    """Make `runtime` the one that the hooks read. Twice with the same values is fine; AdmissionError with others."""
+    global _runtime
+    if _runtime not in (None, runtime):
+        raise AdmissionError([f"expected one runtime a process, {_runtime}, got {runtime}; start another server"])
+    _runtime = runtime
+
+
+def current() -> Runtime:
+    """What the hooks select with. Raises AdmissionError before `arm`."""
+    if _runtime is None:
+        raise AdmissionError(["expected an armed process, got a hook called before ModelRunner.load_model"])
+    return _runtime
+
+
+def is_armed() -> bool:
+    return _runtime is not None
