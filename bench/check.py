@@ -30,16 +30,16 @@ def same_selection(
     q, gates, row_lens = index_q[None, None], head_gates[None, None], torch.tensor([[length]], device=keys.device)
     complete = row_lens // policy.block_size
     k_tilde = reference.block_means(means[None], policy.block_size // PAGE)
-    statistic, block_scores = reference.block_statistics(q, gates, k_tilde, complete, policy.router)
+    statistics = reference.block_statistics(q, gates, k_tilde, complete, policy.router)
     if policy.heads is not None and policy.heads < head_gates.numel():
-        ranked = statistic.flatten().sort(descending=True).values
+        ranked = statistics.heads.flatten().sort(descending=True).values
         if _tied(ranked[policy.heads - 1], ranked[policy.heads]):
             return None
     allowed = torch.ones(length, dtype=torch.bool, device=keys.device)
     if policy.blocks is not None and int(complete) > policy.blocks:
-        block, scores = torch.arange(int(complete), device=keys.device), block_scores.flatten()
+        block, scores = torch.arange(int(complete), device=keys.device), statistics.blocks.flatten()
         forced = (block == 0) | (block == int(complete) - 1)
-        kept = reference.keep_blocks(block_scores, complete, policy.blocks).flatten()
+        kept = reference.keep_blocks(statistics.blocks, complete, policy.blocks).flatten()
         contested = scores[kept & ~forced]
         cut = contested.min() if contested.numel() else scores.new_tensor(torch.inf)
         tied = ~forced & ((scores - cut).abs() <= NEAR * scores.abs().max())

@@ -154,8 +154,8 @@ def _device(candidate: Candidate) -> Iterator[str]:
             f"device: expected an NVIDIA GPU, or the CPU with the platform of this package, got {candidate.device}, "
             "which scores through other code; serve without --misa-* flags"
         )
-    elif candidate.device == "cpu" and candidate.config.backend == "triton":
-        yield "--misa-backend: expected auto or torch without a GPU, got triton; drop the flag"
+    elif candidate.device == "cpu" and candidate.config.backend == "kernels":
+        yield "--misa-backend: expected auto or torch without a GPU, got kernels; drop the flag"
     elif candidate.on_kernels and candidate.capability != VERIFIED_CAPABILITY:
         yield (
             f"device: expected compute capability {_dotted(VERIFIED_CAPABILITY)} (Hopper) for the GPU kernels, got "

@@ -1,26 +1,29 @@
 """What the user chooses: one `SelectionPolicy` for prefill, one for decode, and the few settings around them.
 
-The same `MisaConfig` is written as `--misa-*` flags of the launcher, as one JSON object in SGLANG_MISA_CONFIG
-(the launcher's children and plain `sglang serve` read that), or as a JSON file named by `--misa-config`.
+The same `MisaConfig` is written as one JSON object in SGLANG_MISA_CONFIG (the launcher's children and plain `sglang
+serve` read that), as a JSON file, or as `--misa-*` flags of the launcher (`flags.py`).
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sglang_misa.kernels.layout import PAGE
 
+logger = logging.getLogger(__name__)
+
 ENV = "SGLANG_MISA_CONFIG"
 
-Router = Literal["abs", "signed", "weight"]
-Backend = Literal["auto", "triton", "torch"]
+Router = Literal["mean", "peak", "signed", "weight"]
+Backend = Literal["auto", "kernels", "torch"]
+ALIASES = {"router": {"abs": "mean"}, "backend": {"triton": "kernels"}}  # words of earlier releases
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
@@ -33,8 +36,17 @@ class ConfigError(ValueError):
         super().__init__("sglang-misa cannot use this configuration:\n" + "\n".join(f"  - {p}" for p in self.problems))
 
 
+def _renamed(field: str, word: object) -> object:
+    """`word`, or the one that replaced it since an earlier release, which the log then says."""
+    new = ALIASES[field].get(word) if isinstance(word, str) else None
+    if new is None:
+        return word
+    logger.warning("%s: %r is called %r now; both are understood", field, word, new)
+    return new
+
+
 class SelectionPolicy(BaseModel):
-    """How the top-k tokens of one phase are found: which tokens, which heads, which finish (DSA is none of them)."""
+    """How the top-k tokens of one phase are found: which tokens, heads and keys, and which finish."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -42,19 +54,30 @@ class SelectionPolicy(BaseModel):
         None, ge=1, description="index heads h routed per query on the block means; 'all' scores with every head"
     )
     router: Router = Field(
-        "abs",
-        description="router statistic over blocks: abs = mean of |w·ReLU(q·k̃)| (the MISA paper), "
+        "mean",
+        description="router statistic over blocks: mean of |w·ReLU(q·k̃)| (the MISA paper), peak = its maximum, "
         "signed = mean of w·ReLU(q·k̃), weight = |w| alone",
+    )
+    residual: bool = Field(
+        False, description="score the heads that are not routed too, fused to one linear column: one more than heads"
     )
     blocks: int | None = Field(
         None, ge=2, description="token blocks kept per query, first and newest included; 'all' prunes none"
+    )
+    sketch: Literal[1, 2] | None = Field(
+        None, description="decode: score sketches of b bits a coordinate around the page means instead of the keys"
     )
     candidates: int | None = Field(
         None,
         ge=1,
         description="tokens C kept by the cheap score and scored again with all heads; 'none' takes top-k at once",
     )
-    block_size: int = Field(256, ge=PAGE, multiple_of=PAGE, description="tokens in a block, a multiple of 64")
+    exact: bool = Field(
+        False, description="prefill: all heads and tokens, selected exactly by kernels of ours, without a score matrix"
+    )
+    block_size: int = Field(
+        256, ge=PAGE, multiple_of=PAGE, description="tokens in a block of the router or of HISA, a multiple of 64"
+    )
     min_len: int = Field(
         8192,
         ge=0,
@@ -62,33 +85,57 @@ class SelectionPolicy(BaseModel):
         "fewer, get stock DSA",
     )
 
+    @field_validator("router", mode="before")
+    @classmethod
+    def _renamed_router(cls, word: object) -> object:
+        return _renamed("router", word)
+
     @property
     def name(self) -> str:
-        """The method's name in the literature, of the axes in use."""
-        if self.heads is None and self.blocks is None:
+        """The method's name in the literature, and the axes in use that it has no name for."""
+        if not self.active:
             return "dsa"
-        head, block = self.heads is not None, self.blocks is not None
-        base = "misa-hisa" if head and block else "misa" if head else "hisa"
-        return base + ("-hier" if self.candidates is not None else "")
+        if self.exact:
+            return "exact"
+        base = "+".join(name for name, axis in (("misa", self.heads), ("hisa", self.blocks)) if axis is not None)
+        parts = [
+            base,
+            self.router if self.heads is not None and self.router != "mean" else "",
+            "residual" if self.residual else "",
+            f"sketch{self.sketch}" if self.sketch else "",
+            "hier" if self.candidates is not None and not self.sketch else "",
+        ]
+        return "-".join(filter(None, parts))
 
     @property
     def active(self) -> bool:
         """Whether this policy differs from stock DSA at all (a re-ranking of all-head scores changes nothing)."""
+        return self.exact or self.heads is not None or self.blocks is not None or self.sketch is not None
+
+    @property
+    def columns(self) -> int | None:
+        """Scored columns a key: the routed heads and the residual; None for all heads."""
+        return None if self.heads is None else self.heads + self.residual
+
+    @property
+    def pooled(self) -> bool:
+        """Whether this policy reads pooled keys: to route heads or to keep blocks."""
         return self.heads is not None or self.blocks is not None
 
     def problems(self, phase: Phase, *, index_heads: int | None = None, topk: int | None = None) -> Iterator[str]:
         """Sentences for what is impossible in this policy, alone or with a model's `index_heads` H and `topk` k."""
         flag = f"--misa-{phase}"
-        if self.candidates is not None and not self.active:
-            yield (
-                f"{phase}.candidates: expected a policy that leaves heads or tokens out, got candidates="
-                f"{self.candidates} with all heads and all tokens; set {flag}-heads or {flag}-blocks, or drop it"
-            )
+        yield from self._alone(phase, flag)
         kept = None if self.blocks is None else self.blocks * self.block_size
         if kept is not None and self.candidates is not None and kept < self.candidates:
             yield (
                 f"{phase}.candidates: expected at most blocks × block_size = {kept} tokens, got {self.candidates}; "
                 f"raise {flag}-blocks or lower {flag}-candidates"
+            )
+        if index_heads is not None and self.heads is not None and self.residual and self.heads == index_heads:
+            yield (
+                f"{phase}.residual: expected fewer routed heads than the model's {index_heads}, as none is left over, "
+                f"got {self.heads}; lower {flag}-heads, or drop {flag}-residual"
             )
         if index_heads is not None and self.heads is not None and self.heads > index_heads:
             yield (
@@ -106,6 +153,39 @@ class SelectionPolicy(BaseModel):
                 f"{self.blocks} × {self.block_size} = {kept}; raise {flag}-blocks (HISA uses 64 blocks of 128)"
             )
 
+    def _alone(self, phase: Phase, flag: str) -> Iterator[str]:
+        """Sentences for axes that contradict each other whatever the model is."""
+        if self.exact:
+            axes = ("heads", "residual", "blocks", "sketch", "candidates")
+            others = [name for name in axes if getattr(self, name) not in (None, False)]
+            if others:
+                yield (
+                    f"{phase}.exact: expected all heads, tokens and keys with it, got {', '.join(others)} too; drop "
+                    f"{flag}-exact or the others"
+                )
+            if phase == "decode":
+                yield f"decode.exact: expected prefill, where there is a score matrix to save; drop {flag}-exact"
+        if self.residual and self.heads is None:
+            yield (
+                f"{phase}.residual: expected routed heads with it, as all heads leave none over, got heads=all; set "
+                f"{flag}-heads, or drop {flag}-residual"
+            )
+        if self.sketch is not None and phase == "prefill":
+            yield (
+                f"prefill.sketch: expected none, as prefill reads a key once for many rows, got {self.sketch}; drop "
+                f"{flag}-sketch"
+            )
+        if self.sketch is not None and self.candidates is None:
+            yield (
+                f"{phase}.sketch: expected candidates to score on the stored keys, got none; set {flag}-candidates "
+                "(8192 keeps 0.96 of DSA's tokens with 1 bit and 0.998 with 2 on a trained indexer at 128K)"
+            )
+        if self.candidates is not None and not self.active:
+            yield (
+                f"{phase}.candidates: expected a policy that leaves heads, tokens or bits out, got candidates="
+                f"{self.candidates} with all of them; set {flag}-heads, {flag}-blocks or {flag}-sketch, or drop it"
+            )
+
 
 class Audit(BaseModel):
     """Recall of live selections against the dense indexer, and what happens when it sinks."""
@@ -121,7 +201,7 @@ class Audit(BaseModel):
 
 
 class MisaConfig(BaseModel):
-    """Everything sglang-misa reads. Build one with `from_json`, `from_flags` or `PRESETS[name]`."""
+    """Everything sglang-misa reads. Build one with `from_json`, `flags.from_flags` or `PRESETS[name]`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -130,8 +210,13 @@ class MisaConfig(BaseModel):
     audit: Audit = Audit()
     backend: Backend = Field(
         "auto",
-        description="auto = Triton/CUDA kernels on a GPU they support and PyTorch elsewhere; torch = the reference",
+        description="auto = kernels (CUDA and Triton) on a GPU and PyTorch elsewhere; torch = the reference",
     )
+
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _renamed_backend(cls, word: object) -> object:
+        return _renamed("backend", word)
 
     def policy(self, phase: Phase) -> SelectionPolicy:
         return self.prefill if phase == "prefill" else self.decode
@@ -187,129 +272,38 @@ class MisaConfig(BaseModel):
         return cls.from_json(text, ENV) if text.strip() else None
 
 
-# Pruning blocks in decode is 1.2 to 2.6 times as fast as stock at 32K for 1 to 128 requests on an H100, and no slower
-# beyond; at 16K it is 0.8 times for 1 and 4 requests, and ahead from 16 on (the table is in
-# kernels/decode/topk_blocks.py). One gate serves all batches, so it stands where none loses.
-DECODE = SelectionPolicy(blocks=64, block_size=128, min_len=32768)
+HISA_DECODE = SelectionPolicy(blocks=64, block_size=128, min_len=32768)
 
-# Prefill's length gates stand where the kernels have overtaken stock on an H100 at H = 64 (bench/results): queries that
-# see up to 8K tokens gain 1.6 to 2 times by misa, 24K to 32K 2.1 times by hisa and 1.6 times by misa-hier (1.6 and 1.1
-# times at H = 32, where both lose up to 16K).
+# Each length gate stands where the kernels have overtaken stock (docs/measured.md); one gate serves all batches.
 PRESETS: dict[str, MisaConfig] = {
     "dsa": MisaConfig(),
+    # As published: MISA and MISA† (arXiv 2605.07363), HISA (arXiv 2603.28458), and the best of both in its phase.
     "misa": MisaConfig(prefill=SelectionPolicy(heads=8)),
     "misa-hier": MisaConfig(prefill=SelectionPolicy(heads=8, candidates=8192, min_len=32768)),
-    "hisa": MisaConfig(
-        prefill=SelectionPolicy(blocks=64, block_size=128, min_len=24576),
-        decode=DECODE,
+    "hisa": MisaConfig(prefill=SelectionPolicy(blocks=64, block_size=128, min_len=24576), decode=HISA_DECODE),
+    "misa-hisa": MisaConfig(prefill=SelectionPolicy(heads=8), decode=HISA_DECODE),
+    # Ours: heads routed by their peak, the others as one column, and decode over sketches (docs/quality.md).
+    "fast": MisaConfig(
+        prefill=SelectionPolicy(heads=7, router="peak", residual=True, block_size=128),
+        decode=SelectionPolicy(
+            heads=7, router="peak", residual=True, sketch=1, candidates=8192, block_size=64, min_len=32768
+        ),
     ),
-    # Each phase cuts what binds it: prefill the tensor cores' heads, decode the bytes of the keys it reads.
-    "misa-hisa": MisaConfig(prefill=SelectionPolicy(heads=8), decode=DECODE),
+    "faithful": MisaConfig(
+        prefill=SelectionPolicy(heads=7, router="peak", residual=True, candidates=4096, block_size=128, min_len=16384),
+        decode=SelectionPolicy(
+            heads=7, router="peak", residual=True, sketch=2, candidates=8192, block_size=64, min_len=32768
+        ),
+    ),
+    "exact": MisaConfig(prefill=SelectionPolicy(exact=True, min_len=16384)),
 }
+DEFAULT_PRESET = "faithful"
 
 
-class _Flag(NamedTuple):
-    """One `--misa-*` flag: the path of its field in the JSON, how a word becomes a value, and its help."""
-
-    name: str
-    path: tuple[str, ...]
-    none_word: str | None
-    choices: tuple[str, ...] | None
-    kind: type
-    help: str
-
-
-def _flags() -> list[_Flag]:
-    none_words = {"heads": "all", "blocks": "all", "candidates": "none"}
-    groups: list[tuple[tuple[str, ...], type[BaseModel]]] = [((p,), SelectionPolicy) for p in PHASES]
-    groups += [(("audit",), Audit), ((), MisaConfig)]
-    flags = []
-    for prefix, model in groups:
-        for field, info in model.model_fields.items():
-            if model is MisaConfig and field != "backend":
-                continue
-            choices = getattr(info.annotation, "__args__", None)
-            words = tuple(choices) if choices and all(isinstance(c, str) for c in choices) else None
-            kind = str if words else float if info.annotation is float else int
-            path = (*prefix, field)
-            name = "--misa-" + "-".join(path).replace("_", "-")
-            flags.append(_Flag(name, path, none_words.get(field), words, kind, info.description or ""))
-    return flags
-
-
-def add_cli_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `--misa-preset`, `--misa-config` and one flag for each field of MisaConfig to `parser`."""
-    group = parser.add_argument_group("token selection (sglang-misa)")
-    group.add_argument(
-        "--misa-preset", choices=[*PRESETS], help="start from a named method; further flags change it (default: misa)"
-    )
-    group.add_argument("--misa-config", metavar="FILE", help="start from a JSON file shaped like SGLANG_MISA_CONFIG")
-    for flag in _flags():
-        metavar = (
-            None
-            if flag.choices
-            else ("N" if flag.kind is int else "X") + (f"|{flag.none_word}" if flag.none_word else "")
-        )
-        group.add_argument(flag.name, dest=flag.name, choices=flag.choices, metavar=metavar, help=flag.help)
-
-
-def flag_names() -> list[str]:
-    """Every flag this package owns."""
-    return ["--misa-preset", "--misa-config", *(f.name for f in _flags())]
-
-
-def from_flags(arguments: argparse.Namespace) -> MisaConfig | None:
-    """The configuration named by parsed flags (see `add_cli_flags`); None when no `--misa-*` flag was given: off.
-
-    Raises ConfigError for a value of the wrong type, an unreadable file or an impossible combination.
-    """
-    given = vars(arguments)
-    chosen = [(flag, given[flag.name]) for flag in _flags() if given.get(flag.name) is not None]
-    if not chosen and given.get("misa_preset") is None and given.get("misa_config") is None:
-        return None
-    if given.get("misa_preset") is not None and given.get("misa_config") is not None:
-        raise ConfigError(["expected one starting point, got both --misa-preset and --misa-config; drop one"])
-    if given.get("misa_config") is not None:
-        base = _read_file(given["misa_config"])
-    else:
-        base = PRESETS[given.get("misa_preset") or "misa"]
-    data = base.model_dump()
-    problems = []
-    for flag, word in chosen:
-        try:
-            value = None if word == flag.none_word else flag.kind(word)
-        except ValueError:
-            expected = ("a whole number" if flag.kind is int else "a number") + (
-                f" or '{flag.none_word}'" if flag.none_word else ""
-            )
-            problems.append(f"{flag.name}: expected {expected}, got {word!r}")
-            continue
-        target = data
-        for key in flag.path[:-1]:
-            target = target[key]
-        target[flag.path[-1]] = value
-    if problems:
-        raise ConfigError(problems)
-    return MisaConfig.from_mapping(data, "flags")
-
-
-def reject_unknown_flags(words: Sequence[str]) -> None:
-    """Raise ConfigError when `words` hold a `--misa-*` flag that does not exist, naming the closest that does."""
-    problems = []
-    for word in words:
-        name = word.split("=", 1)[0]
-        if name.startswith("--misa") and name not in flag_names():
-            problems.append(f"unknown flag {name}{_suggest(name, flag_names())}; see --help")
-    if problems:
-        raise ConfigError(problems)
-
-
-def _read_file(path: str) -> MisaConfig:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return MisaConfig.from_json(file.read(), path)
-    except OSError as error:
-        raise ConfigError([f"--misa-config: expected a readable JSON file, got {path} ({error.strerror})"]) from None
+def preset_name(config: MisaConfig) -> str | None:
+    """The name of the preset whose policies `config` has, whatever its audit is; None without one."""
+    policies = config.prefill, config.decode
+    return next((name for name, preset in PRESETS.items() if (preset.prefill, preset.decode) == policies), None)
 
 
 def _sentence(error: Any) -> str:
@@ -319,11 +313,12 @@ def _sentence(error: Any) -> str:
         parents: dict[str, type[BaseModel]] = {"prefill": SelectionPolicy, "decode": SelectionPolicy, "audit": Audit}
         model = parents.get(str(error["loc"][0]), MisaConfig) if len(error["loc"]) > 1 else MisaConfig
         known = list(model.model_fields)
-        return f"{where}: unknown name{_suggest(str(error['loc'][-1]), known)}; known are {', '.join(known)}"
+        return f"{where}: unknown name{suggest(str(error['loc'][-1]), known)}; known are {', '.join(known)}"
     return f"{where}: {error['msg'].replace('Input should be', 'expected')}, got {_short(error.get('input'))}"
 
 
-def _suggest(name: str, known: Sequence[str]) -> str:
+def suggest(name: str, known: Sequence[str]) -> str:
+    """ ", did you mean …?" with the closest of `known`, or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f", did you mean {close[0]}?" if close else ""
 

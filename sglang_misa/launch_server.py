@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_misa import config as misa
+from sglang_misa import flags
 from sglang_misa.config import ConfigError, MisaConfig
 from sglang_misa.cpu import ENV as CPU_ENV
 
@@ -28,8 +29,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the server, or the demo, until it ends; returns the exit status."""
     ours, rest = _parser().parse_known_args(argv)
     try:
-        misa.reject_unknown_flags(rest)
-        from_flags = misa.from_flags(ours)
+        flags.reject_unknown_flags(rest)
+        from_flags = flags.from_flags(ours)
         chosen = from_flags or MisaConfig.from_env()
         theirs = _peek(rest)
         _raise_if(_port_problems(theirs))
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "One is also read here: --device cpu serves on a machine without a GPU, for demos and tests.",
         allow_abbrev=False,
     )
-    misa.add_cli_flags(parser)
+    flags.add_cli_flags(parser)
     keys = parser.add_argument_group("keys")
     keys.add_argument("--api-key-file", metavar="FILE", help="SGLang's --api-key, read from a file: not seen in ps")
     keys.add_argument("--admin-api-key-file", metavar="FILE", help="the same for SGLang's --admin-api-key")

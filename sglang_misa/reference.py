@@ -9,6 +9,7 @@ No function reads a tensor back to the host, so all of them can be captured in a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from sglang_misa.config import Router, SelectionPolicy
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
 LOWEST = torch.finfo(torch.float32).min
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 _CHUNK_ELEMENTS = 1 << 26  # fp32 [rows, heads, keys] held at once: 256 MiB
 
@@ -61,32 +63,78 @@ def index_scores(index_q: Tensor, head_gates: Tensor, keys: Tensor) -> Tensor:
     return scores
 
 
+class BlockStatistics(NamedTuple):
+    """What a row's products with the block means tell of its heads and of the blocks."""
+
+    heads: Tensor  # E [N, T, H]: what the router ranks
+    positive: Tensor  # φ [N, T, H]: share of the keys on which a head is positive, as Φ(μ/σ) of its products
+    blocks: Tensor  # [N, T, M]: scores with all heads, -inf for blocks that are not complete
+
+
 def block_statistics(
     index_q: Tensor, head_gates: Tensor, k_tilde: Tensor, complete: Tensor, router: Router
-) -> tuple[Tensor, Tensor]:
-    """Router statistic E [N, T, H] and block scores [N, T, M], from one product with the block means.
+) -> BlockStatistics:
+    """Router statistic, positive shares and block scores, from one product with the block means.
 
     index_q [N, T, H, 128], head_gates [N, T, H], k_tilde [N, M, 128], complete [N, T]: blocks complete at the row's own
-    length. E is the mean over those blocks (arXiv 2605.07363, Eq. 7); without any, or for `weight`, it is |w|.
-    Blocks that are not complete score -inf.
+    length. E over those blocks: `mean` of |w·ReLU(q·k̃)| (arXiv 2605.07363, Eq. 7), `peak` its maximum, `signed` the
+    mean of w·ReLU(q·k̃); |w| for `weight` or without a block. φ is ½ without a block, and 0 for a head whose products
+    are not finite, so that it adds nothing to the residual.
     """
     n, rows, heads, _ = index_q.shape
     blocks = k_tilde.shape[1]
     gates = head_gates.float()
+    weight = gates.abs()
     if blocks == 0:
-        return gates.abs(), gates.new_empty(n, rows, 0)
-    statistic = torch.empty_like(gates)
+        return BlockStatistics(weight, torch.full_like(gates, 0.5), gates.new_empty(n, rows, 0))
+    statistic, positive = torch.empty_like(gates), torch.empty_like(gates)
     block_scores = gates.new_empty(n, rows, blocks)
     visible = torch.arange(blocks, device=k_tilde.device) < complete.unsqueeze(-1)  # [N, T, M]
     step = max(1, _CHUNK_ELEMENTS // max(1, n * heads * blocks))
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        q, w, seen = index_q[:, part].float(), gates[:, part], visible[:, part]
-        dots = torch.matmul(q.flatten(1, 2), k_tilde.float().transpose(1, 2)).unflatten(1, q.shape[1:3]).relu_()
-        block_scores[:, part] = torch.matmul(w.unsqueeze(2), dots).squeeze(2).masked_fill_(~seen, -torch.inf)
-        activity = dots.masked_fill_(~seen.unsqueeze(2), 0.0).sum(-1) / seen.sum(-1, keepdim=True).clamp_min(1)
-        statistic[:, part] = {"abs": w.abs() * activity, "signed": w * activity, "weight": w.abs()}[router]
-    return torch.where(complete.unsqueeze(-1) > 0, statistic, gates.abs()), block_scores
+        q, w, seen = index_q[:, part].float(), gates[:, part], visible[:, part].unsqueeze(2)
+        dots = torch.matmul(q.flatten(1, 2), k_tilde.float().transpose(1, 2)).unflatten(1, q.shape[1:3])
+        positive[:, part] = _positive_share(dots.masked_fill(~seen, 0.0), seen.sum(-1).clamp_min(1), seen)
+        activity = dots.relu()
+        block_scores[:, part] = torch.matmul(w.unsqueeze(2), activity).squeeze(2)
+        activity = activity.masked_fill_(~seen, 0.0)
+        mean = activity.sum(-1) / seen.sum(-1).clamp_min(1)
+        statistic[:, part] = {
+            "mean": w.abs() * mean,
+            "peak": w.abs() * activity.amax(-1),
+            "signed": w * mean,
+            "weight": w.abs(),
+        }[router]
+    some = complete.unsqueeze(-1) > 0
+    return BlockStatistics(
+        torch.where(some, statistic, weight),
+        positive.masked_fill_(~some, 0.5),
+        block_scores.masked_fill_(~visible, -torch.inf),
+    )
+
+
+def _positive_share(dots: Tensor, count: Tensor, seen: Tensor) -> Tensor:
+    """Φ(μ/σ) [N, T, H] of products [N, T, H, M] that are 0 where not `seen` [N, T, 1, M]; `count` [N, T, 1] are."""
+    mean = dots.sum(-1) / count
+    variance = ((dots - mean.unsqueeze(-1)) ** 2).masked_fill_(~seen, 0.0).sum(-1) / count
+    share = torch.where(variance > 0, torch.special.ndtr(mean * variance.rsqrt()), (mean.sign() + 1) / 2)
+    return torch.where(torch.isfinite(mean) & torch.isfinite(variance), share, 0.0)
+
+
+def residual_query(index_q: Tensor, head_gates: Tensor, head_ids: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """The heads that are not routed as one linear query: q̄ = Σ_{j not routed} w[t, j] · φ[t, j] · q[t, j].
+
+    index_q [N, T, H, 128], head_gates [N, T, H], head_ids [N, T, h], positive φ [N, T, H]. Returns q̄ / scale, rounded
+    to fp8 e4m3, as fp32 [N, T, 128] and scale [N, T], amax |q̄| / 448. A head of no finite weight adds nothing.
+    """
+    weight = head_gates.float() * positive
+    weight = torch.where(torch.isfinite(weight) & (positive > 0), weight, 0.0).scatter(2, head_ids, 0.0)
+    query = torch.matmul(weight.unsqueeze(2), torch.nan_to_num(index_q.float())).squeeze(2)
+    scale = query.abs().amax(-1) / FP8_MAX
+    usable = torch.isfinite(scale) & (scale > 0)
+    query = torch.where(usable.unsqueeze(-1), query / scale.unsqueeze(-1), 0.0)
+    return query.to(torch.float8_e4m3fn).float(), torch.where(usable, scale, 1.0)
 
 
 def top_heads(statistic: Tensor, heads: int) -> Tensor:
@@ -117,41 +165,65 @@ def keep_blocks(block_scores: Tensor, complete: Tensor, blocks: int) -> Tensor:
 
 
 def policy_scores(
-    policy: SelectionPolicy, index_q: Tensor, head_gates: Tensor, keys: Tensor, means: Tensor, row_lens: Tensor
+    policy: SelectionPolicy,
+    index_q: Tensor,
+    head_gates: Tensor,
+    keys: Tensor,
+    means: Tensor,
+    row_lens: Tensor,
+    sketched: Tensor | None = None,
 ) -> Tensor:
     """Scores fp32 [N, T, L] whose top k is the policy's selection; -inf where a token is out of it.
 
     index_q [N, T, H, 128], head_gates [N, T, H], keys [N, L, 128], means [N, P, 128] of the complete pages, row_lens
-    [N, T]: keys row t sees. A visible token whose score is NaN or -inf gets the lowest finite score, so that a row
-    never has fewer than min(k, row_len) tokens to choose from.
+    [N, T]: keys row t sees; sketched [N, L, 128], for a policy with a sketch: the keys as their pages' sketches say. A
+    visible token whose score is NaN or -inf gets the lowest finite score, so that a row never has fewer than min(k,
+    row_len) tokens to choose from.
     """
     position = torch.arange(keys.shape[1], device=keys.device)
     visible = position < row_lens.unsqueeze(-1)  # [N, T, L]
-    if not policy.active:
+    if not policy.active or policy.exact:
         return _finite(index_scores(index_q, head_gates, keys), visible)
 
     complete = row_lens // policy.block_size
     k_tilde = block_means(means, policy.block_size // PAGE)
-    statistic, block_scores = block_statistics(index_q, head_gates, k_tilde, complete, policy.router)
-    if policy.heads is None:
-        scores = index_scores(index_q, head_gates, keys)
-    else:
-        ids = top_heads(statistic, policy.heads)
-        routed_q = index_q.float().gather(2, ids.unsqueeze(-1).expand(*ids.shape, index_q.shape[-1]))
-        scores = index_scores(routed_q, head_gates.float().gather(2, ids), keys)
+    statistics = block_statistics(index_q, head_gates, k_tilde, complete, policy.router)
+    scanned = keys
+    if policy.sketch is not None:
+        assert sketched is not None, "a policy with a sketch selects from sketched keys"
+        scanned = sketched
+    scores = _cheap_scores(policy, index_q, head_gates, scanned, statistics)
 
     kept = visible
-    if policy.blocks is not None and block_scores.shape[-1] > 0:
-        block = (position // policy.block_size).clamp_max(block_scores.shape[-1] - 1)
+    if policy.blocks is not None and statistics.blocks.shape[-1] > 0:
+        block = (position // policy.block_size).clamp_max(statistics.blocks.shape[-1] - 1)
         tail = position >= (complete * policy.block_size).unsqueeze(-1)
-        kept = visible & (tail | keep_blocks(block_scores, complete, policy.blocks)[..., block])
+        kept = visible & (tail | keep_blocks(statistics.blocks, complete, policy.blocks)[..., block])
     scores = _finite(scores, kept)
+    if policy.candidates is None:
+        return scores
 
-    if policy.candidates is not None and policy.candidates < keys.shape[1]:
-        best = scores.topk(policy.candidates, dim=-1).indices
+    if policy.sketch is not None:  # the page that is not complete has none: its tokens are always among the candidates
+        tail = position >= (row_lens // PAGE * PAGE).unsqueeze(-1)
+        scores = scores.masked_fill_(tail & kept, torch.inf)
+    if policy.candidates < keys.shape[1]:
+        best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., : policy.candidates]
         kept = kept & torch.zeros_like(kept).scatter_(-1, best, True)
-    if policy.candidates is not None:
-        scores = _finite(index_scores(index_q, head_gates, keys), kept)
+    return _finite(index_scores(index_q, head_gates, keys), kept)
+
+
+def _cheap_scores(
+    policy: SelectionPolicy, index_q: Tensor, head_gates: Tensor, keys: Tensor, statistics: BlockStatistics
+) -> Tensor:
+    """Scores fp32 [N, T, L] by the policy's columns: all heads, or those it routes and the residual of the others."""
+    if policy.heads is None:
+        return index_scores(index_q, head_gates, keys)
+    ids = top_heads(statistics.heads, policy.heads)
+    routed_q = index_q.float().gather(2, ids.unsqueeze(-1).expand(*ids.shape, index_q.shape[-1]))
+    scores = index_scores(routed_q, head_gates.float().gather(2, ids), keys)
+    if policy.residual:
+        query, scale = residual_query(index_q, head_gates, ids, statistics.positive)
+        scores += scale.unsqueeze(-1) * torch.matmul(query, keys.float().transpose(1, 2))
     return scores
 
 

@@ -85,11 +85,11 @@ def check_heads(
     for request in batch.unique().tolist():
         for part in (batch == request).nonzero()[:, 0].split(ORACLE_ROWS):
             complete = (lens[part] // block_size).clamp(max=pooled.shape[1])
-            statistic, _ = reference.block_statistics(
+            statistics = reference.block_statistics(
                 index_q[part][None], gates[part][None], pooled[request][None].float(), complete[None], router
             )
-            wanted = reference.top_heads(statistic, heads)[0]
-            ranked = torch.nan_to_num(statistic[0], nan=-torch.inf, posinf=torch.inf, neginf=reference.LOWEST)
+            wanted = reference.top_heads(statistics.heads, heads)[0]
+            ranked = torch.nan_to_num(statistics.heads[0], nan=-torch.inf, posinf=torch.inf, neginf=reference.LOWEST)
             best, chosen = (ranked.gather(1, ids.long()).sort().values for ids in (wanted, head_ids[part]))
             torch.testing.assert_close(chosen, best, rtol=1e-4, atol=1e-5)
             same = (wanted == head_ids[part]).all(1).float().mean()

@@ -71,7 +71,7 @@ REFUSED = {
     "NPU": (candidate(device="npu", capability=None), "got npu"),
     "XPU": (candidate(device="xpu", capability=None), "got xpu"),
     "kernels without a GPU": (
-        candidate(config=policy(prefill={"heads": 8}, backend="triton"), device="cpu", capability=None),
+        candidate(config=policy(prefill={"heads": 8}, backend="kernels"), device="cpu", capability=None),
         "--misa-backend: expected auto or torch",
     ),
     "Blackwell": (candidate(capability=(10, 0)), "expected compute capability 9.0 (Hopper)"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_misa import config
+from sglang_misa import config, flags
 from sglang_misa.config import PHASES, PRESETS, Audit, ConfigError, MisaConfig, SelectionPolicy
 from sglang_misa.kernels.layout import PAGE
 
@@ -16,17 +16,23 @@ heads = st.none() | st.integers(1, 128)
 
 
 @st.composite
-def policies(draw):
+def policies(draw, phase):
+    if phase == "prefill" and draw(st.booleans()):
+        return SelectionPolicy(exact=True, min_len=draw(st.integers(0, 1 << 20)))
     heads_, blocks = draw(heads), draw(st.none() | st.integers(2, 512))
     block_size = draw(sizes)
     most = None if blocks is None else blocks * block_size
-    candidates = None
+    candidates, sketch = None, None
     if heads_ is not None or blocks is not None:
         candidates = draw(st.none() | st.integers(1, most or 1 << 20))
+    if phase == "decode" and candidates is not None:
+        sketch = draw(st.sampled_from([None, 1, 2]))
     return SelectionPolicy(
         heads=heads_,
-        router=draw(st.sampled_from(["abs", "signed", "weight"])),
+        router=draw(st.sampled_from(["mean", "peak", "signed", "weight"])),
+        residual=heads_ is not None and draw(st.booleans()),
         blocks=blocks,
+        sketch=sketch,
         candidates=candidates,
         block_size=block_size,
         min_len=draw(st.integers(0, 1 << 20)),
@@ -42,27 +48,35 @@ audits = st.builds(
 ).filter(lambda audit: audit.rows > 0 or audit.floor == 0)  # a floor without rows is refused, see MISTAKES
 configs = st.builds(
     MisaConfig,
-    prefill=policies(),
-    decode=policies(),
+    prefill=policies("prefill"),
+    decode=policies("decode"),
     audit=audits,
-    backend=st.sampled_from(["auto", "triton", "torch"]),
+    backend=st.sampled_from(["auto", "kernels", "torch"]),
 )
 
 
 def from_flags(*words):
     parser = argparse.ArgumentParser()
-    config.add_cli_flags(parser)
-    return config.from_flags(parser.parse_args(words))
+    flags.add_cli_flags(parser)
+    return flags.from_flags(parser.parse_args(words))
 
 
 def flags_of(wanted):
     """The words that say `wanted` in full."""
     words = ["--misa-preset", "dsa"]
-    none_words = {"heads": "all", "blocks": "all", "candidates": "none"}
+    none_words = {"heads": "all", "blocks": "all", "sketch": "none", "candidates": "none"}
+    spelled = {True: "on", False: "off"}
     for prefix, values in wanted.model_dump().items():
         for name, value in values.items() if isinstance(values, dict) else [("", values)]:
             path = "-".join(filter(None, ("misa", prefix, name))).replace("_", "-")
-            words += [f"--{path}", none_words[name] if value is None else str(value)]
+            words += [
+                f"--{path}",
+                none_words[name]
+                if value is None
+                else spelled.get(value, str(value))
+                if isinstance(value, bool)
+                else str(value),
+            ]
     return words
 
 
@@ -75,7 +89,7 @@ def test_flags_and_json_say_the_same(wanted):
 @given(configs)
 def test_every_field_has_a_flag(wanted):
     words = {word for word in flags_of(wanted) if word.startswith("--")}
-    assert words | {"--misa-config"} == set(config.flag_names())
+    assert words | {"--misa-config"} == set(flags.flag_names())
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -101,7 +115,10 @@ MISTAKES = {
     "not JSON": ("{", "expected one JSON object or one of dsa, misa"),
     "not an object": ("[1]", "the object"),
     "string for a number": ({"prefill": {"heads": "8"}}, "prefill.heads: expected a valid integer, got '8'"),
-    "number for a word": ({"prefill": {"router": 1}}, "prefill.router: expected 'abs', 'signed' or 'weight', got 1"),
+    "number for a word": (
+        {"prefill": {"router": 1}},
+        "prefill.router: expected 'mean', 'peak', 'signed' or 'weight', got 1",
+    ),
     "float for an integer": ({"prefill": {"heads": 8.5}}, "prefill.heads"),
     "a floor that nothing is measured against": (
         {"audit": {"floor": 0.9}},
@@ -120,6 +137,18 @@ MISTAKES = {
     "unknown phase": ({"prefil": {}}, "prefil: unknown name, did you mean prefill?"),
     "unknown audit": ({"audit": {"row": 1}}, "audit.row: unknown name, did you mean rows?"),
     "re-ranking all heads": ({"decode": {"candidates": 8192}}, "decode.candidates: expected a policy that leaves"),
+    "a residual of no heads": ({"prefill": {"residual": True}}, "prefill.residual: expected routed heads with it"),
+    "a sketch in prefill": (
+        {"prefill": {"heads": 8, "sketch": 1, "candidates": 8192}},
+        "prefill.sketch: expected none, as prefill reads a key once for many rows, got 1",
+    ),
+    "a sketch without candidates": ({"decode": {"sketch": 2}}, "decode.sketch: expected candidates"),
+    "bits that no sketch has": ({"decode": {"sketch": 3, "candidates": 8192}}, "decode.sketch: expected 1 or 2, got 3"),
+    "exact with heads": (
+        {"prefill": {"exact": True, "heads": 8}},
+        "prefill.exact: expected all heads, tokens and keys",
+    ),
+    "exact in decode": ({"decode": {"exact": True}}, "decode.exact: expected prefill"),
     "more candidates than kept": (
         {"prefill": {"blocks": 32, "block_size": 128, "candidates": 8192}},
         "expected at most blocks × block_size = 4096 tokens, got 8192; raise --misa-prefill-blocks",
@@ -139,6 +168,10 @@ def test_a_mistake_is_named(name):
 
 IMPOSSIBLE = {
     "more heads than the model": ({"heads": 65}, "heads: expected at most the model's 64 index heads, got 65"),
+    "a residual of all heads": (
+        {"heads": 64, "residual": True},
+        "residual: expected fewer routed heads than the model",
+    ),
     "fewer candidates than k": ({"heads": 8, "candidates": 1024}, "expected at least the model's index_topk = 2048"),
     "fewer kept tokens than k": ({"blocks": 8, "block_size": 64}, "8 × 64 = 512"),
 }
@@ -180,5 +213,33 @@ def test_a_mistaken_flag_is_named(words, message):
 
 def test_an_unknown_flag_gets_a_suggestion():
     with pytest.raises(ConfigError, match="--misa-prefil-heads, did you mean --misa-prefill-heads"):
-        config.reject_unknown_flags(["--model-path", "x", "--misa-prefil-heads=8"])
-    config.reject_unknown_flags(["--misa-prefill-heads=8", "--tp", "8"])
+        flags.reject_unknown_flags(["--model-path", "x", "--misa-prefil-heads=8"])
+    flags.reject_unknown_flags(["--misa-prefill-heads=8", "--tp", "8"])
+
+
+def test_words_of_earlier_releases_are_understood_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    old = MisaConfig.from_mapping({"prefill": {"heads": 8, "router": "abs"}, "backend": "triton"}, "here")
+    assert (old.prefill.router, old.backend) == ("mean", "kernels")
+    assert from_flags("--misa-prefill-router", "abs").prefill.router == "mean"
+    assert "'abs' is called 'mean' now" in caplog.text
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_known_by_its_policies(name):
+    assert config.preset_name(PRESETS[name].model_copy(update={"audit": Audit(rows=4)})) == name
+    assert config.preset_name(MisaConfig(prefill=SelectionPolicy(heads=3))) is None
+
+
+def test_policies_are_named_by_their_axes():
+    assert [preset.prefill.name for preset in PRESETS.values()] == [
+        "dsa",
+        "misa",
+        "misa-hier",
+        "hisa",
+        "misa",
+        "misa-peak-residual",
+        "misa-peak-residual-hier",
+        "exact",
+    ]
+    assert PRESETS["fast"].decode.name == "misa-peak-residual-sketch1"
+    assert SelectionPolicy(heads=8, blocks=64, block_size=128).name == "misa+hisa"

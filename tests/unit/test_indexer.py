@@ -50,10 +50,10 @@ def test_runs_are_the_rows_above_the_gate(requests: list[tuple[int, int]], min_l
 
 def route_in_torch(index_q, head_gates, block_means, row_batch, row_len, heads, block_size, router):
     """What `route.route` promises, by the reference: the kernel needs a GPU."""
-    statistic, _ = reference.block_statistics(
+    statistics = reference.block_statistics(
         index_q[:, None], head_gates[:, None], block_means[row_batch].float(), (row_len // block_size)[:, None], router
     )
-    return reference.top_heads(statistic, heads)[:, 0].int()
+    return reference.top_heads(statistics.heads, heads)[:, 0].int()
 
 
 def topk_in_torch(

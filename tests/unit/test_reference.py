@@ -40,10 +40,14 @@ def policies(**fixed: object) -> st.SearchStrategy[SelectionPolicy]:
         "blocks": st.sampled_from([None, 2, 4]),
         "candidates": st.sampled_from([None, TOPK, 128]),
         "block_size": st.sampled_from([64, 128]),
-        "router": st.sampled_from(["abs", "signed", "weight"]),
+        "router": st.sampled_from(["mean", "peak", "signed", "weight"]),
     }
     fixed_axes = {k: st.just(v) for k, v in fixed.items()}
-    return st.builds(SelectionPolicy, **(axes | {"min_len": st.just(0)} | fixed_axes))
+    built = st.builds(SelectionPolicy, **(axes | {"min_len": st.just(0)} | fixed_axes))
+    with_residual = st.booleans() if "residual" not in fixed else st.just(fixed["residual"])
+    return st.tuples(built, with_residual).map(
+        lambda pair: pair[0].model_copy(update={"residual": pair[1] and pair[0].heads not in (None, HEADS)})
+    )
 
 
 DSA = SelectionPolicy()
@@ -55,14 +59,19 @@ def test_all_heads_routed_is_dsa(case: Case, policy: SelectionPolicy) -> None:
 
 
 @given(cases(), policies(blocks=None, candidates=None))
-def test_routed_heads_equal_all_heads_with_zeroed_gates(case: Case, policy: SelectionPolicy) -> None:
+def test_routed_heads_equal_all_heads_with_zeroed_gates_and_the_residual_is_one_linear_column(
+    case: Case, policy: SelectionPolicy
+) -> None:
     heads = policy.heads or HEADS
     complete = case.row_lens // policy.block_size
     k_tilde = reference.block_means(case.means, policy.block_size // PAGE)
-    statistic, _ = reference.block_statistics(case.q, case.gates, k_tilde, complete, policy.router)
-    ids = reference.top_heads(statistic, heads)
+    statistics = reference.block_statistics(case.q, case.gates, k_tilde, complete, policy.router)
+    ids = reference.top_heads(statistics.heads, heads)
     zeroed = torch.zeros_like(case.gates).scatter(2, ids, case.gates.gather(2, ids))
     expected = reference.index_scores(case.q, zeroed, case.keys)
+    if policy.residual:
+        query, scale = reference.residual_query(case.q, case.gates, ids, statistics.positive)
+        expected += torch.einsum("ntd,nld->ntl", query * scale.unsqueeze(-1), case.keys)
     visible = torch.isfinite(case.scores(policy))
     torch.testing.assert_close(case.scores(policy)[visible], expected[visible], rtol=1e-5, atol=1e-4)
 
@@ -129,11 +138,11 @@ def test_router_picks_the_heads_that_answer_the_blocks() -> None:
     gates = torch.zeros(1, 1, HEADS)
     gates[..., 3], gates[..., 5] = -1.0, 2.0
     k_tilde, complete = torch.eye(128)[:1].unsqueeze(0), torch.ones(1, 1, dtype=torch.int32)
-    for router, head in {"abs": 3, "weight": 5}.items():
-        statistic, _ = reference.block_statistics(q, gates, k_tilde, complete, router)
-        assert reference.top_heads(statistic, 1).item() == head
-    signed, _ = reference.block_statistics(q, gates, k_tilde, complete, "signed")
-    assert signed[0, 0, 3] < 0  # the signed router would suppress the head that answers
+    for router, head in {"mean": 3, "weight": 5}.items():
+        statistics = reference.block_statistics(q, gates, k_tilde, complete, router)
+        assert reference.top_heads(statistics.heads, 1).item() == head
+    signed = reference.block_statistics(q, gates, k_tilde, complete, "signed")
+    assert signed.heads[0, 0, 3] < 0  # the signed router would suppress the head that answers
 
 
 def test_page_layout_round_trip() -> None:
@@ -143,3 +152,34 @@ def test_page_layout_round_trip() -> None:
     assert pages.shape[1] == PAGE_BYTES
     torch.testing.assert_close(reference.dequantize_pages(pages), keys.float() * scales.unsqueeze(-1))
     torch.testing.assert_close(reference.page_means(pages), (keys.float() * scales.unsqueeze(-1)).mean(1))
+
+
+def test_the_residual_is_the_expected_value_of_the_heads_left_out() -> None:
+    """One head is always positive, one never, one half the time: their shares are 1, 0 and ½ of their products."""
+    q = torch.zeros(1, 1, HEADS, 128)
+    q[..., 1, 0], q[..., 2, 0], q[..., 3, 1] = 2.0, -2.0, 4.0
+    gates = torch.zeros(1, 1, HEADS)
+    gates[..., 0], gates[..., 1:4] = 9.0, 1.0
+    k_tilde = torch.zeros(1, 2, 128)
+    k_tilde[0, :, 0], k_tilde[0, :, 1] = 1.0, torch.tensor([1.0, -1.0])
+    complete = torch.full((1, 1), 2)
+    statistics = reference.block_statistics(q, gates, k_tilde, complete, "weight")
+    assert statistics.positive[0, 0, 1:4].tolist() == [1.0, 0.0, 0.5]
+    query, scale = reference.residual_query(q, gates, torch.tensor([[[0]]]), statistics.positive)
+    torch.testing.assert_close((query * scale.unsqueeze(-1))[0, 0, :3], torch.tensor([2.0, 2.0, 0.0]))
+
+
+def test_a_head_that_is_not_finite_adds_nothing_to_the_residual() -> None:
+    case = Case(1, 200, 3)
+    clean, broken = case.gates.clone(), case.gates.clone()
+    clean[..., 5], broken[..., 5] = 0.0, float("nan")
+    ids = torch.zeros(1, 3, 1, dtype=torch.int64)
+    complete = case.row_lens // 64
+    k_tilde = reference.block_means(case.means, 1)
+    for gates in (clean, broken):
+        statistics = reference.block_statistics(case.q, gates, k_tilde, complete, "peak")
+        query, scale = reference.residual_query(case.q, gates, ids, statistics.positive)
+        assert torch.isfinite(query * scale.unsqueeze(-1)).all()
+        if gates is clean:
+            expected = query
+    assert torch.equal(query, expected)
