@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_misa import decode_gate, runtime
+from sglang_misa.audit import Taps
 from sglang_misa.metrics import recorder
 from sglang_misa.patches.forward_batch import longest
 
@@ -32,6 +33,8 @@ def capture_one(
     """
     with decode_gate.capturing(stock=False) as capture:
         original(self, shape_key, forward_fn, *args, **kwargs)
+    if capture.taps:
+        vars(self).setdefault("misa_taps", {})[shape_key] = Taps(capture.taps)
     if capture.asked and runtime.current().config.decode.min_len > 0:
         with decode_gate.capturing(stock=True):
             original(self, stock_key(shape_key), forward_fn, *args, **kwargs)
@@ -47,4 +50,7 @@ def replay(original: Callable[..., Any], self: Any, shape_key: Any, static_forwa
         unknown = f"{policy.name}:unknown-length"
         recorder.replayed("dsa" if is_stock else unknown if tokens is None else policy.name)
         shape_key = stock if is_stock else shape_key
-    return original(self, shape_key, static_forward_batch, **kwargs)
+    result = original(self, shape_key, static_forward_batch, **kwargs)
+    if taps := vars(self).get("misa_taps", {}).get(shape_key):
+        taps.replayed()
+    return result

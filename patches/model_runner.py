@@ -11,7 +11,7 @@ import torch
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from torch import distributed, nn
 
-from sglang_misa import admission, indexer, runtime, versions
+from sglang_misa import admission, runtime, versions
 from sglang_misa.admission import AdmissionError
 from sglang_misa.config import ENV, ConfigError, MisaConfig
 from sglang_misa.metrics import recorder
@@ -35,25 +35,27 @@ def load_model(original: Callable[..., None], self: Any) -> None:
         _raise_if([*_indexer_problems(self.model), *register.live()])
         _mark_last(self.model)
     armed = runtime.current()
-    if armed.kernels and armed.config.prefill.active and not self.is_draft_worker:
-        indexer.warm_up(armed.config.prefill, armed.index_heads, armed.topk, armed.device)
+    if armed.kernels and not self.is_draft_worker:
+        from sglang_misa.engines import kernels
+
+        kernels.warm_up(armed)
 
 
 def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """ModelRunner.init_cuda_graphs: the last look before this rank serves, and one at the graphs."""
     problems = register.live()
-    if not self.is_draft_worker and not hasattr(self.token_to_kv_pool, "misa_page_stats"):
+    if not self.is_draft_worker and not hasattr(self.token_to_kv_pool, "misa_selector"):
         problems.append(
-            f"expected a KV pool with page means, got {type(self.token_to_kv_pool).__name__}; report this model"
+            f"expected a KV pool with page statistics, got {type(self.token_to_kv_pool).__name__}; report this model"
         )
     _raise_if(problems)
     if distributed.is_initialized() and not self.is_draft_worker:
         _meet(distributed.distributed_c10d._get_default_store(), runtime.current(), MEETING)
     recorder.publish_page_stats()
     original(self, *args, **kwargs)
-    stats = getattr(self.token_to_kv_pool, "misa_page_stats", None)
-    if stats is not None and stats.behind:
-        _raise_if(["expected captured decode steps to end with their page means, got none; report this model"])
+    selector = getattr(self.token_to_kv_pool, "misa_selector", None)
+    if selector is not None and selector.engine.behind:
+        _raise_if(["expected captured decode steps to end with their page statistics, got none; report this model"])
 
 
 def _arm(runner: Any) -> None:
@@ -74,6 +76,7 @@ def _arm(runner: Any) -> None:
         config=config,
         index_heads=model.index_n_heads,
         topk=model.index_topk,
+        context_len=runner.model_config.context_len,
         device=runner.device,
         rank=0 if alone else distributed.get_rank(),
         ranks=1 if alone else distributed.get_world_size(),

@@ -81,8 +81,8 @@ class SelectionPolicy(BaseModel):
     min_len: int = Field(
         8192,
         ge=0,
-        description="a prefill query that sees fewer tokens than this, and a decode step whose longest request has "
-        "fewer, get stock DSA",
+        description="a prefill query that sees at most so many tokens, and a decode step whose longest request has at "
+        "most so many, get stock DSA",
     )
 
     @field_validator("router", mode="before")
@@ -192,8 +192,9 @@ class Audit(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    rows: int = Field(0, ge=0, description="query rows checked against all heads in each audited prefill call; 0 = off")
-    every: int = Field(64, ge=1, description="audit one prefill call of a layer in this many")
+    rows: int = Field(0, ge=0, description="query rows checked against all heads in each audited call; 0 = off")
+    every: int = Field(64, ge=1, description="audit one call of a layer, and one replay of decode graphs, in this many")
+    decode_layers: int = Field(8, ge=1, description="in decode graphs, watch one layer in this many")
     floor: float = Field(0.0, ge=0.0, le=1.0, description="mean recall of a layer under which `action` is taken")
     action: Literal["log", "dense"] = Field(
         "log", description="under the floor: log = warn, dense = give that layer back to stock DSA until restart"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from sglang_misa.config import SelectionPolicy
 
@@ -19,6 +20,7 @@ class Capture:
 
     stock: bool
     asked: bool = False
+    taps: list[Any] = field(default_factory=list)  # what the auditors of the captured layers leave
 
 
 _capture: Capture | None = None
@@ -36,6 +38,11 @@ def capturing(stock: bool) -> Iterator[Capture]:
         _capture = None
 
 
+def capture() -> Capture | None:
+    """The capture under way, if there is one."""
+    return _capture
+
+
 def is_stock(policy: SelectionPolicy, longest: int | None) -> bool:
     """Whether stock DSA selects in a step whose longest request has `longest` tokens; unknown (None), the policy does.
 
@@ -44,4 +51,4 @@ def is_stock(policy: SelectionPolicy, longest: int | None) -> bool:
     if _capture is not None:
         _capture.asked = True
         return _capture.stock
-    return longest is not None and longest < policy.min_len
+    return longest is not None and longest <= policy.min_len

@@ -229,7 +229,7 @@ def _problems(config: MisaConfig, status: Mapping[str, Any]) -> Iterator[str]:
             yield f"MISA did not run: expected {policy.name} in {phase}, got {json.dumps(calls)}"
     if not config.active:
         yield "MISA did not run: expected a policy, got stock DSA in both phases; drop --misa-preset dsa"
-    elif not status["recall"]:
+    elif not status["recall"]["prefill"]:
         yield "recall was not measured: expected audited prefill rows, got none; set --misa-audit-rows and a policy"
 
 
@@ -245,7 +245,7 @@ def _print(
     recall = Table(title=f"Recall of prefill ({config.prefill.name}) against the dense indexer")
     for column in ("layer", "mean", "p10", "rows"):
         recall.add_column(column, justify="right")
-    for layer, row in status["recall"].items():
+    for layer, row in status["recall"]["prefill"].items():
         recall.add_row(layer, f"{row['recall']:.3f}", f"{row['p10']:.3f}", str(row["rows"]))
     console.print(requests)
     if recall.row_count:
@@ -275,7 +275,7 @@ def _status(url: str) -> Any:
     return _call(f"{url}/server_info")["internal_states"][0].get("misa") or {
         "enabled": False,
         "calls": {phase: {} for phase in PHASES},
-        "recall": {},
+        "recall": {"prefill": {}, "decode": {}},
     }
 
 

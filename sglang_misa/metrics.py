@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_misa import __version__
-from sglang_misa.config import PHASES, MisaConfig, Phase
+from sglang_misa.config import PHASES, MisaConfig, Phase, preset_name
 
 RECALL_BINS = 1000  # a layer's recalls are kept as a histogram of this resolution
-RECALL_BUCKETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.999, 1.0)
+RECALL_BUCKETS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999, 1.0)
 LOW_PERCENTILE = 0.1
 
 
@@ -63,7 +63,7 @@ class Recorder:
         self._calls: dict[Phase, Counter[str]] = {phase: Counter() for phase in PHASES}
         self._declined: Counter[str] = Counter()
         self._replays: Counter[str] = Counter()
-        self._recall: dict[int, _LayerRecall] = {}
+        self._recall: dict[tuple[Phase, int], _LayerRecall] = {}
         self._dense_layers: set[int] = set()
         self._exporter: _Exporter | None = None
 
@@ -71,7 +71,13 @@ class Recorder:
         """This rank's hooks are in place: `rank` of `ranks` in its process group."""
         policies = {phase: config.policy(phase).name for phase in PHASES}
         gates = {phase: config.policy(phase).min_len for phase in PHASES if config.policy(phase).active}
-        self._armed = {"policy": policies, "min_len": gates, "rank": rank, "ranks": ranks}
+        self._armed = {
+            "preset": preset_name(config),
+            "policy": policies,
+            "min_len": gates,
+            "rank": rank,
+            "ranks": ranks,
+        }
 
     def ran(self, phase: Phase, path: str) -> None:
         """One indexer call of a layer took `path`: a policy's name, "dsa", or either after "captured:"."""
@@ -91,11 +97,11 @@ class Recorder:
         if self._exporter:
             self._exporter.declined.labels(self._exporter.rank, phase, reason).inc()
 
-    def audited(self, layer: int, recall: float, iou: float, score_mass: float) -> None:
+    def audited(self, phase: Phase, layer: int, recall: float, iou: float, score_mass: float) -> None:
         """One row of `layer` was compared with the dense indexer; see `audit.overlap`."""
-        self._recall.setdefault(layer, _LayerRecall()).add(recall, iou, score_mass)
+        self._recall.setdefault((phase, layer), _LayerRecall()).add(recall, iou, score_mass)
         if self._exporter:
-            self._exporter.recall.labels(self._exporter.rank).observe(recall)
+            self._exporter.recall.labels(self._exporter.rank, phase, str(layer)).observe(recall)
 
     def layer_dense(self, layer: int) -> None:
         """`layer` was given back to stock DSA for good."""
@@ -112,7 +118,10 @@ class Recorder:
             "calls": {phase: dict(counts) for phase, counts in self._calls.items()},
             "declined": dict(self._declined),
             "replays": dict(self._replays),
-            "recall": {str(layer): rows.status() for layer, rows in sorted(self._recall.items())},
+            "recall": {
+                phase: {str(layer): rows.status() for (p, layer), rows in sorted(self._recall.items()) if p == phase}
+                for phase in PHASES
+            },
             "dense_layers": sorted(self._dense_layers),
             "page_stats_bytes": self.page_stats_bytes,
         }
@@ -150,7 +159,10 @@ class _Exporter:
         self.declined = Count("sglang_misa:declined", "Calls left to stock DSA.", ("rank", "phase", "reason"))
         self.replays = Count("sglang_misa:replays", "Decode graphs replayed by side of the gate.", ("rank", "path"))
         self.recall = Histogram(
-            "sglang_misa:recall_sampled", "Recall of audited rows.", ("rank",), buckets=RECALL_BUCKETS
+            "sglang_misa:recall_sampled",
+            "Recall of audited rows.",
+            ("rank", "phase", "layer"),
+            buckets=RECALL_BUCKETS,
         )
 
     def describe(self, config: MisaConfig, sglang: str) -> None:

@@ -15,6 +15,7 @@ class Runtime:
     config: MisaConfig
     index_heads: int  # H
     topk: int  # k
+    context_len: int  # tokens of a request, at most
     device: str
     rank: int
     ranks: int

@@ -1,12 +1,16 @@
-"""SGLang's real DSA pool and paged allocator on the CPU."""
+"""SGLang's real DSA pool and paged allocator on the CPU, and an engine over such a pool's pages."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from sglang_misa.config import MisaConfig
+from sglang_misa.engines.reference import ReferenceEngine
 from sglang_misa.kernels.layout import PAGE
+from sglang_misa.runtime import Runtime
 
 
 def make_pool(pages: int, layers: int = 1) -> tuple[Any, Any]:
@@ -32,3 +36,12 @@ def make_pool(pages: int, layers: int = 1) -> tuple[Any, Any]:
         pages * PAGE, page_size=PAGE, dtype=torch.bfloat16, device="cpu", kvcache=pool, need_sort=False
     )
     return pool, allocator
+
+
+def reference_runtime(config: MisaConfig, topk: int = 64) -> Runtime:
+    """A rank of its own on the CPU."""
+    return Runtime(config, index_heads=32, topk=topk, context_len=1 << 20, device="cpu", rank=0, ranks=1)
+
+
+def reference_engine(index_k_pages: Sequence[torch.Tensor]) -> ReferenceEngine:
+    return ReferenceEngine(reference_runtime(MisaConfig()), index_k_pages)

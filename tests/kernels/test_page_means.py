@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+from pools import reference_runtime
 
+from sglang_misa import reference
+from sglang_misa.config import MisaConfig
+from sglang_misa.engines.kernels import KernelEngine
+from sglang_misa.engines.reference import ReferenceEngine
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 from sglang_misa.kernels.page_means import Layers, update_last_page_means, update_page_means, update_slots
-from sglang_misa.page_stats import PageStats
+from sglang_misa.runtime import Runtime
 
 POISON = 7.0  # a bf16 value that no mean below takes: marks entries that must stay as they were
 LENGTHS = [0, 1, 63, 64, 65, 127, 128, 2047, 2048, 2049]
@@ -72,10 +77,15 @@ def test_both_engines_heal_alike(device: str) -> None:
     """Kernel and reference agree on page and block means but for the rounding of a sum."""
     table, lens, pages = make_table(LENGTHS, device)
     pool = make_pool(pages, device)
-    engines = [PageStats([pool], kernels=kernels) for kernels in (True, False)]
-    ours, theirs = (stats.heal(0, pool, table, lens, 256) for stats in engines)
-    torch.testing.assert_close(engines[0].means[0], engines[1].means[0], rtol=2**-7, atol=1e-6)
-    torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=1e-6, equal_nan=True)
+    means = torch.zeros(pages, HEAD_DIM, dtype=torch.bfloat16, device=device)
+    blocks = update_page_means(pool, means, table, lens, 256)
+    engine = ReferenceEngine(reference_runtime(MisaConfig()), [pool])
+    for row, length in enumerate(LENGTHS):
+        own = table[row, : length // PAGE].long()
+        engine.pages_written(0, own * PAGE + PAGE - 1)
+        torch.testing.assert_close(means[own], engine.stats.means[0][own], rtol=2**-7, atol=1e-6)
+        wanted = reference.block_means(engine.stats.means[0][own].unsqueeze(0), 4)[0]
+        torch.testing.assert_close(blocks[row, : len(wanted)].float(), wanted, rtol=2**-6, atol=1e-6)
 
 
 def test_last_page_and_slots_give_the_bits_of_the_full_pass(device: str) -> None:
@@ -115,15 +125,16 @@ def test_one_launch_serves_every_layer_that_has_an_indexer(device: str) -> None:
 def test_a_decode_step_ends_with_the_means_of_all_its_layers(device: str) -> None:
     table, lens, pages = make_table(LENGTHS, device)
     pools = [make_pool(pages, device, seed) for seed in range(2)]
-    stats = PageStats(pools, kernels=True)
+    runtime = Runtime(MisaConfig(), 64, 2048, 8192, device, 0, 1)
+    engine = KernelEngine(runtime, pools)
     last = sorted({int(table[row, n // PAGE - 1]) for row, n in enumerate(LENGTHS) if n and n % PAGE == 0})
-    stats.end_layer(table, lens, last=False)
-    assert stats.behind
-    assert not any(mean.any() for mean in stats.means)
-    stats.end_layer(table, lens, last=True)
-    assert not stats.behind
-    for pool, mean in zip(pools, stats.means, strict=True):
+    engine.behind = True
+    engine.end_step(table, lens)
+    assert not engine.behind
+    for pool, mean in zip(pools, engine.stats.means, strict=True):
         torch.testing.assert_close(mean[last].float(), naive_page_means(pool)[last], rtol=2**-7, atol=1e-6)
+        others = [page for page in range(pages) if page not in last]
+        assert not mean[others].any()
 
 
 def test_a_page_among_many_is_read_at_its_64_bit_address(device: str) -> None:

@@ -53,7 +53,7 @@ def backend(monkeypatch, recorder):
 
 
 def arm(monkeypatch, decode):
-    armed = runtime.Runtime(MisaConfig(decode=decode), 64, 2048, "cuda", 0, 1)
+    armed = runtime.Runtime(MisaConfig(decode=decode), 64, 2048, 8192, "cuda", 0, 1)
     monkeypatch.setattr(runtime, "_runtime", armed)
 
 
@@ -73,8 +73,8 @@ def test_each_shape_has_both_graphs_and_the_longest_request_chooses(backend, rec
     for key in KEYS:
         assert backend.can_run(None, key)
         for lengths, expected in (
-            ((5, MIN_LEN - 1), "stock"),
-            ((5, MIN_LEN), "policy"),
+            ((5, MIN_LEN), "stock"),
+            ((5, MIN_LEN + 1), "policy"),
             ((), "stock"),  # an idle data-parallel rank
         ):
             assert backend.replay(key, batch(*lengths)) == expected

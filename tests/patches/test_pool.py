@@ -21,7 +21,7 @@ LAYERS, PAGES = 3, 5
 @pytest.fixture(autouse=True)
 def hooks(monkeypatch):
     monkeypatch.setattr(pool_hooks, "recorder", Recorder())
-    armed = runtime.Runtime(config=PRESETS["misa"], index_heads=64, topk=2048, device="cpu", rank=0, ranks=1)
+    armed = runtime.Runtime(PRESETS["misa"], 64, 2048, 8192, "cpu", 0, 1)
     monkeypatch.setattr(runtime, "_runtime", armed)
     register.apply(metadata.version("sglang"))
     yield
@@ -30,13 +30,13 @@ def hooks(monkeypatch):
 
 def test_each_pool_owns_the_means_of_its_pages():
     target, draft = make_pool(PAGES, LAYERS)[0], make_pool(PAGES, LAYERS)[0]
-    assert target.misa_page_stats is not draft.misa_page_stats
-    assert [means.shape for means in target.misa_page_stats.means] == [
+    stats = [pool.misa_selector.engine.stats for pool in (target, draft)]
+    assert stats[0] is not stats[1]
+    assert [means.shape for means in stats[0].means] == [
         (buffer.shape[0], 128) for buffer in target.index_k_with_scale_buffer
     ]
-    assert len(target.misa_page_stats.means) == LAYERS
-    pools = (target.misa_page_stats, draft.misa_page_stats)
-    assert pool_hooks.recorder.page_stats_bytes == sum(stats.nbytes for stats in pools)
+    assert len(stats[0].means) == LAYERS
+    assert pool_hooks.recorder.page_stats_bytes == sum(each.nbytes for each in stats)
 
 
 def cell_size(num_layers):

@@ -21,8 +21,8 @@ def test_status_names_the_policies_and_counts(server):
     assert after["policy"] == {"prefill": "misa", "decode": "hisa"}
     for phase, path in after["policy"].items():
         assert after["calls"][phase][path] > before["calls"][phase].get(path, 0)
-    assert set(after["recall"]) == {"0", "1"}
-    assert all(0 < layer["recall"] <= 1 for layer in after["recall"].values())
+    assert set(after["recall"]["prefill"]) == {"0", "1"}
+    assert all(0 < layer["recall"] <= 1 for layer in after["recall"]["prefill"].values())
 
 
 def test_short_prompts_are_stock(server):

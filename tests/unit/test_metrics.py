@@ -33,8 +33,8 @@ def test_calls_are_counted_by_phase_and_path(made):
 def test_recall_is_the_mean_and_p10_bounds_a_tenth_of_the_rows(audited):
     recorder = Recorder()
     for row in audited:
-        recorder.audited(3, *row)
-    layer = recorder.status()["recall"]["3"]
+        recorder.audited("prefill", 3, *row)
+    layer = recorder.status()["recall"]["prefill"]["3"]
     assert layer["rows"] == len(audited)
     for name, values in zip(("recall", "iou", "score_mass"), zip(*audited, strict=True), strict=True):
         assert layer[name] == pytest.approx(sum(values) / len(values))
@@ -57,7 +57,7 @@ def test_status_travels_as_msgpack():
     recorder.armed(PRESETS["hisa"], rank=0, ranks=1)
     recorder.ran("prefill", "hisa")
     recorder.declined("prefill", "under-min-len")
-    recorder.audited(0, 1.0, 1.0, 1.0)
+    recorder.audited("prefill", 0, 1.0, 1.0, 1.0)
     recorder.layer_dense(0)
     recorder.replayed("hisa")
     recorder.page_stats_bytes = 256
@@ -83,7 +83,7 @@ for _ in range(3):
     recorder.ran("prefill", "misa-hisa-hier")
 recorder.declined("prefill", "under-min-len")
 recorder.replayed("dsa")
-recorder.audited(0, 0.97, 0.9, 1.0)
+recorder.audited("prefill", 0, 0.97, 0.9, 1.0)
 recorder.layer_dense(0)
 recorder.page_stats_bytes = 512
 recorder.publish_page_stats()
@@ -119,5 +119,5 @@ def test_prometheus_gets_what_was_counted_since_export(tmp_path):
     assert samples["sglang_misa:dense_layers",] == 1
     assert samples["sglang_misa:recall_sampled_count",] == 1
     assert samples["sglang_misa:recall_sampled_bucket", "0.95"] == 0
-    assert samples["sglang_misa:recall_sampled_bucket", "0.975"] == 1
+    assert samples["sglang_misa:recall_sampled_bucket", "0.97"] == 1
     assert all(("rank", "2") in map(tuple, labels) for _, labels, _ in json.loads(run.stdout))

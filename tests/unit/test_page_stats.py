@@ -4,7 +4,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from pools import make_pool
+from pools import make_pool, reference_engine
 
 from sglang_misa import reference
 from sglang_misa.kernels.layout import PAGE
@@ -21,7 +21,7 @@ class Pages(RuleBasedStateMachine):
         self.pool, self.allocator = make_pool(PAGES)
         self.buffer = self.pool.get_index_k_with_scale_buffer(0)
         self.buffer.random_(0, 256)  # freed pages hold anything, NaN included
-        self.stats = PageStats([self.buffer])
+        self.engine = reference_engine([self.buffer])
         self.requests: list[tuple[list[int], int]] = []  # pages, tokens
         self.shared: set[int] = set()
         self.generator = torch.Generator().manual_seed(0)
@@ -56,14 +56,14 @@ class Pages(RuleBasedStateMachine):
         if last == first:
             self.requests.pop()
             return
-        self.stats.update_written(0, self.buffer, self.write(pages, first, last))
+        self.engine.pages_written(0, self.write(pages, first, last))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), tokens=st.integers(1, 100))
     def next_chunk(self, data: st.DataObject, tokens: int) -> None:
         pages, first, last = self.grow(data.draw(st.integers(0, len(self.requests) - 1)), tokens)
         if last > first:
-            self.stats.update_written(0, self.buffer, self.write(pages, first, last))
+            self.engine.pages_written(0, self.write(pages, first, last))
 
     @precondition(lambda self: self.requests)
     @rule(steps=st.integers(1, 5))
@@ -78,7 +78,7 @@ class Pages(RuleBasedStateMachine):
                     self.write(pages, first, last)
             width = max((len(t) for t in tables), default=1) + 3
             stale = [t + [PAGES + 7] * (width - len(t)) for t in [*tables, [0]]]  # past a row's end: no page at all
-            self.stats.update_newest(0, self.buffer, torch.tensor(stale), torch.tensor([*lens, 1], dtype=torch.int32))
+            self.engine.end_step(torch.tensor(stale), torch.tensor([*lens, 1], dtype=torch.int32))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), rejected=st.integers(1, 4))
@@ -104,7 +104,7 @@ class Pages(RuleBasedStateMachine):
         if last == first:
             self.requests.pop()
             return
-        self.stats.update_written(0, self.buffer, self.write(grown, first, last))
+        self.engine.pages_written(0, self.write(grown, first, last))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -119,7 +119,7 @@ class Pages(RuleBasedStateMachine):
         for pages, length in self.requests:
             complete = torch.tensor(pages[: length // PAGE], dtype=torch.long)
             expected = reference.page_means(self.buffer[complete]).bfloat16()
-            assert torch.equal(self.stats.of(0, complete.unsqueeze(0))[0], expected)
+            assert torch.equal(self.engine.stats.means[0][complete], expected)
 
 
 Pages.TestCase.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
@@ -127,7 +127,7 @@ TestPages = Pages.TestCase
 
 
 def test_a_layer_without_indexer_costs_nothing() -> None:
-    stats = PageStats([torch.zeros(0, 8448, dtype=torch.uint8), torch.zeros(3, 8448, dtype=torch.uint8)])
+    stats = PageStats.allocate([torch.zeros(0, 8448, dtype=torch.uint8), torch.zeros(3, 8448, dtype=torch.uint8)])
     assert stats.nbytes == 3 * PageStats.bytes_per_page() == 3 * 256
 
 
@@ -136,6 +136,6 @@ def test_verify_rows_of_one_request_share_its_newest_page() -> None:
     buffer = torch.zeros(3, 8448, dtype=torch.uint8)
     buffer[1:, :8192] = torch.randn(2, 8192).to(torch.float8_e4m3fn).view(torch.uint8)
     buffer[1:, 8192:] = torch.ones(2, 64).view(torch.uint8)
-    stats = PageStats([buffer])
-    stats.update_newest(0, buffer, torch.tensor([[1, 2]] * 3), torch.tensor([63, 64, 65], dtype=torch.int32))
-    assert torch.equal(stats.means[0][1], reference.page_means(buffer[1:2])[0].bfloat16())
+    engine = reference_engine([buffer])
+    engine.end_step(torch.tensor([[1, 2]] * 3), torch.tensor([63, 64, 65], dtype=torch.int32))
+    assert torch.equal(engine.stats.means[0][1], reference.page_means(buffer[1:2])[0].bfloat16())

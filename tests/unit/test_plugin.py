@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -112,8 +113,7 @@ def disarmed(monkeypatch):
 
 
 def make_runtime(**changes):
-    values = {"config": PRESETS["misa"], "index_heads": 64, "topk": 2048, "device": "cpu", "rank": 0, "ranks": 1}
-    return runtime.Runtime(**{**values, **changes})
+    return replace(runtime.Runtime(PRESETS["misa"], 64, 2048, 8192, "cpu", 0, 1), **changes)
 
 
 def test_hooks_before_arming_raise(disarmed):

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from pools import make_pool
+from pools import make_pool, reference_engine
 
 from sglang_misa import reference
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels.layout import PAGE
-from sglang_misa.page_stats import PageStats
 
 POLICY = SelectionPolicy(heads=4, blocks=4, block_size=64, min_len=0)
 HEADS, PAGES = 32, 24
@@ -23,7 +22,7 @@ class Cache:
         self.pool, self.allocator = make_pool(PAGES)
         self.buffer = self.pool.get_index_k_with_scale_buffer(0)
         self.buffer.random_(0, 256)
-        self.stats = PageStats([self.buffer])
+        self.engine = reference_engine([self.buffer])
         self.radix = RadixCache(
             CacheInitParams(
                 disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=self.allocator, page_size=PAGE
@@ -42,7 +41,7 @@ class Cache:
         fresh = self.allocator.alloc(room)
         slots = torch.cat([cached.long(), fresh])
         self.write(tokens, slots, first=len(cached))
-        self.stats.update_written(0, self.buffer, slots[len(cached) : len(tokens)])
+        self.engine.pages_written(0, slots[len(cached) : len(tokens)])
         scores = self.scores(tokens, slots)
         aligned = len(tokens) // PAGE * PAGE
         self.radix.insert(InsertParams(key=RadixKey(tokens[:aligned]), value=slots[:aligned].clone()))
@@ -65,7 +64,7 @@ class Cache:
         keys = reference.dequantize_pages(self.buffer[pages]).reshape(1, -1, 128)[:, : len(tokens)]
         g = torch.Generator().manual_seed(0)
         q = torch.randn(1, 1, HEADS, 128, generator=g).to(torch.float8_e4m3fn)
-        means = self.stats.of(0, pages[: len(tokens) // PAGE].unsqueeze(0))
+        means = self.engine.stats.means[0][pages[: len(tokens) // PAGE]].unsqueeze(0)
         lens = torch.tensor([[len(tokens)]])
         return reference.policy_scores(POLICY, q, torch.randn(1, 1, HEADS, generator=g), keys, means, lens)
 

@@ -1,0 +1,158 @@
+"""One indexer call of one layer in this package's terms: tensors, host numbers, and where the selection goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sglang_misa.kernels.layout import PAGE
+
+
+@dataclass(frozen=True)
+class Span:
+    """One request's rows in an extend call, in host numbers."""
+
+    request: int
+    first_row: int
+    rows: int
+    first_key: int  # column of its first key among the gathered keys of all requests
+    length: int  # keys its last row sees
+
+    @property
+    def last_row(self) -> int:
+        return self.first_row + self.rows
+
+    def gate(self, min_len: int) -> int:
+        """First row that sees more than `min_len` keys."""
+        seen_by_first = self.length - self.rows + 1
+        return self.first_row + min(max(min_len - seen_by_first + 1, 0), self.rows)
+
+    def seen_by(self, row: int) -> int:
+        """Keys that row `row` of the call sees."""
+        return self.length - (self.last_row - 1 - row)
+
+
+def spans(extend_lens: Sequence[int], seq_lens: Sequence[int]) -> tuple[Span, ...]:
+    """The spans of a batch: `extend_lens` rows and `seq_lens` keys a request, both in batch order."""
+    result, row, key = [], 0, 0
+    for request, (rows, length) in enumerate(zip(extend_lens, seq_lens, strict=True)):
+        result.append(Span(request, row, rows, key, length))
+        row, key = row + rows, key + length
+    return tuple(result)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive rows of an extend call that are selected alike, in host numbers: of one request or of several."""
+
+    spans: tuple[Span, ...]
+    first: int
+    last: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.last)
+
+    @property
+    def keys(self) -> slice:
+        """Columns of its requests' keys among the gathered ones."""
+        return slice(self.spans[0].first_key, self.spans[-1].first_key + self.spans[-1].length)
+
+    @property
+    def longest(self) -> int:
+        """Keys that a row sees, at most."""
+        return max(span.seen_by(min(self.last, span.last_row) - 1) for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the chosen tokens go, and what stands for one: its slot, its place among the gathered keys, or itself.
+
+    ids [T, k] int32, -1 behind the last; page_table [requests, W] int32 with row_batch [T] int32: physical slots;
+    offsets [T] int32: position + offset; neither: the position in the row.
+    """
+
+    ids: Tensor
+    page_table: Tensor | None = None
+    row_batch: Tensor | None = None
+    offsets: Tensor | None = None
+
+    @property
+    def topk(self) -> int:
+        return int(self.ids.shape[1])
+
+    def rows(self, rows: slice) -> Output:
+        """The same output for some rows."""
+        return Output(
+            self.ids[rows],
+            self.page_table,
+            None if self.row_batch is None else self.row_batch[rows],
+            None if self.offsets is None else self.offsets[rows],
+        )
+
+    def of(self, positions: Tensor) -> Tensor:
+        """What stands for positions [T, n] int64 of the rows; -1 stays."""
+        result = positions
+        if self.page_table is not None and self.row_batch is not None:
+            table = self.page_table[self.row_batch.long()].long()
+            page = (positions.clamp_min(0) // PAGE).clamp_max(table.shape[1] - 1)
+            result = table.gather(1, page) * PAGE + positions % PAGE
+        elif self.offsets is not None:
+            result = positions + self.offsets.unsqueeze(1)
+        return torch.where(positions >= 0, result, -1).int()
+
+
+@dataclass(frozen=True)
+class ExtendCall:
+    """The rows of an extend call, with the keys of all requests gathered one after another (S in all).
+
+    index_q [T, H, 128] fp8; head_gates [T, H] fp32; index_k [S, 128] fp8; k_scale [S] fp32; seq_lens [T] int32: keys
+    each row sees; ks [T] int32: the column of the first of them; row_batch [T] int32: its request; page_table
+    [requests, W] int32; request_lens [requests] int32: keys the last row of each sees.
+    """
+
+    layer: int  # of the pool
+    spans: tuple[Span, ...]
+    index_q: Tensor
+    head_gates: Tensor
+    index_k: Tensor
+    k_scale: Tensor
+    seq_lens: Tensor
+    ks: Tensor
+    row_batch: Tensor
+    page_table: Tensor
+    request_lens: Tensor
+    output: Output
+
+    def keys(self, span: Span) -> Tensor:
+        """Dequantised keys fp32 [L, 128] of one request."""
+        part = slice(span.first_key, span.first_key + span.length)
+        return self.index_k[part].float() * self.k_scale[part].unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class DecodeCall:
+    """R decode, verify or draft rows over their pages; the call may be captured in a CUDA graph.
+
+    index_q [R, H, 128] fp8; head_gates [R, H] fp32; index_k_pages [num_pages, 8448] uint8; page_table [R, W] int32,
+    stale past ceil(len / 64); seq_lens [R] int32; ids [R, k] int32: slots, or positions in the row.
+    """
+
+    layer: int  # of the pool
+    index_q: Tensor
+    head_gates: Tensor
+    index_k_pages: Tensor
+    page_table: Tensor
+    seq_lens: Tensor
+    ids: Tensor
+    positions: bool  # write positions, not slots
+
+    @property
+    def output(self) -> Output:
+        if self.positions:
+            return Output(self.ids)
+        rows = torch.arange(len(self.ids), dtype=torch.int32, device=self.ids.device)
+        return Output(self.ids, self.page_table, rows)

@@ -1,0 +1,43 @@
+"""Engines select tokens: `kernels` on a GPU, `reference` anywhere. One is chosen for each pool, once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from sglang_misa.call import DecodeCall, ExtendCall, Run
+from sglang_misa.config import SelectionPolicy
+from sglang_misa.page_stats import PageStats
+from sglang_misa.runtime import Runtime
+
+
+class Engine(Protocol):
+    """What selects for the layers of one KV pool, and keeps the statistics of its pages."""
+
+    stats: PageStats
+    behind: bool  # whether a decode step has begun whose pages `end_step` has not seen
+
+    def extend(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> None:
+        """Refresh the statistics of the call's pages, then select for the rows of each run into `call.output`."""
+
+    def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
+        """Select for every row into `call.ids`. Capturable in a CUDA graph."""
+
+    def pages_written(self, layer: int, slots: Tensor) -> None:
+        """Update the pages whose last token is among `slots` [n] int64, just written in `layer` by stock's path."""
+
+    def end_step(self, page_table: Tensor, seq_lens: Tensor) -> None:
+        """Update, in every layer, the page that each row's newest token completed. Capturable in a CUDA graph."""
+
+
+def engine_for(runtime: Runtime, index_k_pages: Sequence[Tensor]) -> Engine:
+    """The engine of a pool with `index_k_pages` uint8 [num_pages, 8448] a layer."""
+    if runtime.kernels:
+        from sglang_misa.engines.kernels import KernelEngine
+
+        return KernelEngine(runtime, index_k_pages)
+    from sglang_misa.engines.reference import ReferenceEngine
+
+    return ReferenceEngine(runtime, index_k_pages)

@@ -1,0 +1,175 @@
+"""The engine on a Hopper GPU: composes the kernels into policies and owns their scratch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, Span
+from sglang_misa.config import SelectionPolicy
+from sglang_misa.kernels import page_means
+from sglang_misa.kernels.decode.topk_blocks import DecodeScratch, decode_topk
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES
+from sglang_misa.kernels.prefill.route import block_scores, route
+from sglang_misa.kernels.prefill.topk_blocks import topk_blocks
+from sglang_misa.kernels.prefill.topk_reranked import topk_reranked
+from sglang_misa.kernels.prefill.topk_routed import topk_routed
+from sglang_misa.page_stats import PageStats
+from sglang_misa.runtime import Runtime
+
+
+class KernelEngine:
+    """See `engines.Engine`. `admission` says which policies have no kernel."""
+
+    def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor]):
+        self.runtime = runtime
+        self.index_k_pages = tuple(index_k_pages)
+        self.stats = PageStats.allocate(index_k_pages)
+        self.behind = False
+        self._layers = page_means.Layers.of(index_k_pages, self.stats.means)
+
+    def extend(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> None:
+        block_means = self._refresh(call, runs)
+        for policy, run in runs:
+            self._select(call, policy, run, block_means)
+
+    def _refresh(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> Tensor:
+        """Recompute the means of the call's complete pages; returns those of its blocks, as the runs' policy has them.
+
+        Every page, not the new ones alone: a prefix that a host cache restored brings none.
+        """
+        sizes = {policy.block_size for policy, _ in runs if policy.pooled} or {PAGE}
+        (block_size,) = sizes
+        return page_means.update_page_means(
+            self.index_k_pages[call.layer], self.stats.means[call.layer], call.page_table, call.request_lens, block_size
+        )
+
+    def _select(self, call: ExtendCall, policy: SelectionPolicy, run: Run, block_means: Tensor) -> None:
+        rows, keys, output = run.rows, run.keys, call.output.rows(run.rows)
+        index_q, gates = call.index_q[rows], call.head_gates[rows].contiguous()
+        seq_lens, row_batch = call.seq_lens[rows], call.row_batch[rows]
+        ks = call.ks[rows] - keys.start if keys.start else call.ks[rows]
+        found = (index_q, gates, block_means, row_batch, seq_lens)
+        scored = (call.index_k[keys], call.k_scale[keys])
+        target = {
+            "out": output.ids,
+            "page_table": output.page_table,
+            "row_batch": output.row_batch,
+            "offsets": output.offsets,
+        }
+        if policy.blocks is not None:
+            scores = block_scores(*found, policy.block_size)
+            windows = (ks, ks + seq_lens)
+            topk_blocks(
+                index_q, gates, *scored, scores, *windows, policy.blocks, policy.block_size, output.topk, **target
+            )
+            return
+        if policy.heads is None:
+            head_ids = (
+                torch.arange(gates.shape[1], dtype=torch.int32, device=gates.device).expand_as(gates).contiguous()
+            )
+        else:
+            head_ids = route(*found, policy.heads, policy.block_size, policy.router)
+        routed = (index_q, gates, head_ids, *scored, ks, ks + seq_lens)
+        if policy.candidates is None:
+            topk_routed(*routed, output.topk, longest=run.longest, **target)
+        else:
+            topk_reranked(*routed, policy.candidates, output.topk, **target)
+
+    def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
+        assert policy.blocks is not None
+        self.behind = True
+        decode_topk(
+            call.index_q,
+            call.head_gates.contiguous(),
+            call.index_k_pages,
+            self.stats.means[call.layer],
+            call.page_table,
+            call.seq_lens,
+            block_size=policy.block_size,
+            scratch=self._scratch(len(call.ids), policy),
+            out=torch.empty_like(call.ids) if call.positions else call.ids,
+            positions=call.ids if call.positions else None,
+        )
+
+    def _scratch(self, rows: int, policy: SelectionPolicy) -> DecodeScratch:
+        """Scratch for `rows` rows, shared by all layers.
+
+        Rows are rounded up, for eager decode brings a new batch size at almost every step; the width is the widest. A
+        shape is warmed up before it is captured, so no allocation is captured; none is freed, as graphs keep addresses.
+        """
+        assert policy.blocks is not None
+        device = self.index_k_pages[0].device
+        room = _decode_room(
+            1 << (rows - 1).bit_length(), -(-self.runtime.context_len // PAGE), policy.blocks, policy.block_size, device
+        )
+        return room.first(rows)
+
+    def pages_written(self, layer: int, slots: Tensor) -> None:
+        page_means.update_slots(self.index_k_pages[layer], self.stats.means[layer], slots)
+
+    def end_step(self, page_table: Tensor, seq_lens: Tensor) -> None:
+        self.behind = False
+        page_means.update_last_page_means(self._layers, page_table, seq_lens)
+
+
+@functools.cache
+def _decode_room(rows: int, width: int, blocks: int, block_size: int, device: torch.device) -> DecodeScratch:
+    return DecodeScratch.allocate(rows, width, blocks, block_size, device)
+
+
+def warm_up(runtime: Runtime) -> None:
+    """Build and run every kernel of the policies on made-up requests: nothing compiles once users are served."""
+    device = torch.device(runtime.device, torch.cuda.current_device())
+    pages = -(-2 * runtime.topk // PAGE)
+    index_k_pages = torch.zeros(pages, PAGE_BYTES, dtype=torch.uint8, device=device)
+    engine = KernelEngine(runtime, [index_k_pages])
+    table = torch.arange(pages, dtype=torch.int32, device=device).unsqueeze(0)
+    for policy in (runtime.config.prefill, SelectionPolicy(exact=True)) if runtime.config.prefill.active else ():
+        # Few rows and many have launches of their own, and Triton builds apart for sizes that 16 does not divide.
+        for number, rows in enumerate((64, 65, runtime.topk, runtime.topk - 1)):
+            engine.extend(*_made_up_extend(runtime, policy, table, rows, number % 2 == 0, device))
+    if runtime.config.decode.active:
+        for rows in (1, 4, 32):  # each with its own launch sizes
+            lens = torch.full((rows,), pages * PAGE, dtype=torch.int32, device=device)
+            call = DecodeCall(
+                layer=0,
+                index_q=torch.zeros(rows, runtime.index_heads, HEAD_DIM, device=device).to(torch.float8_e4m3fn),
+                head_gates=torch.ones(rows, runtime.index_heads, device=device),
+                index_k_pages=index_k_pages,
+                page_table=table.expand(rows, -1).contiguous(),
+                seq_lens=lens,
+                ids=torch.empty(rows, runtime.topk, dtype=torch.int32, device=device),
+                positions=False,
+            )
+            engine.decode(call, runtime.config.decode)
+            engine.end_step(call.page_table, lens)
+    torch.cuda.synchronize(device)
+
+
+def _made_up_extend(
+    runtime: Runtime, policy: SelectionPolicy, table: Tensor, rows: int, even: bool, device: torch.device
+) -> tuple[ExtendCall, list[tuple[SelectionPolicy, Run]]]:
+    """A call of one request whose last `rows` tokens are new, and its only run."""
+    seen = table.shape[1] * PAGE - (0 if even else 1)
+    span = Span(0, 0, rows, 0, seen)
+    row_batch = torch.zeros(rows, dtype=torch.int32, device=device)
+    ids = torch.empty(rows, runtime.topk, dtype=torch.int32, device=device)
+    call = ExtendCall(
+        layer=0,
+        spans=(span,),
+        index_q=torch.zeros(rows, runtime.index_heads, HEAD_DIM, device=device).to(torch.float8_e4m3fn),
+        head_gates=torch.ones(rows, runtime.index_heads, device=device),
+        index_k=torch.zeros(seen, HEAD_DIM, device=device).to(torch.float8_e4m3fn),
+        k_scale=torch.ones(seen, device=device),
+        seq_lens=torch.arange(seen - rows + 1, seen + 1, dtype=torch.int32, device=device),
+        ks=row_batch,
+        row_batch=row_batch,
+        page_table=table,
+        request_lens=torch.tensor([seen], dtype=torch.int32, device=device),
+        output=Output(ids, table, row_batch) if even else Output(ids),
+    )
+    return call, [(policy, Run((span,), 0, rows))]

@@ -1,0 +1,101 @@
+"""The engine in plain PyTorch: the algorithms of `reference.py` on any device, far slower than stock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sglang_misa import reference
+from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, Span
+from sglang_misa.config import SelectionPolicy
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+from sglang_misa.page_stats import PageStats
+from sglang_misa.runtime import Runtime
+
+_PAGES_AT_ONCE = 4096  # 128 MiB of fp32 keys
+
+
+class ReferenceEngine:
+    """See `engines.Engine`. Extend calls sync with the host; decode can be captured in a CUDA graph."""
+
+    def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor]):
+        self.config = runtime.config
+        self.index_k_pages = tuple(index_k_pages)
+        self.stats = PageStats.allocate(index_k_pages)
+        self.behind = False
+
+    def extend(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> None:
+        for span in call.spans:
+            self._update(call.layer, call.page_table[span.request, : span.length // PAGE])
+        for policy, run in runs:
+            for span in run.spans:
+                first, last = max(run.first, span.first_row), min(run.last, span.last_row)
+                self._select(call, policy, span, first, last)
+
+    def _select(self, call: ExtendCall, policy: SelectionPolicy, span: Span, first: int, last: int) -> None:
+        keys = call.keys(span).unsqueeze(0)
+        pages = call.page_table[span.request, : span.length // PAGE].long()
+        for start, end in reference.row_chunks(last - first, span.length):
+            rows = slice(first + start, first + end)
+            scores = reference.policy_scores(
+                policy,
+                call.index_q[rows].unsqueeze(0),
+                call.head_gates[rows].unsqueeze(0),
+                keys,
+                self.stats.means[call.layer][pages].unsqueeze(0),
+                call.seq_lens[rows].unsqueeze(0),
+            )
+            _write(call.output.rows(rows), scores.squeeze(0))
+
+    def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
+        self.behind = True
+        self._update_newest(call.layer, call.page_table, call.seq_lens)
+        rows, width = call.page_table.shape
+        scores = torch.empty(rows, width * PAGE, dtype=torch.float32, device=call.ids.device)
+        page = torch.arange(width, device=call.ids.device)
+        for row in range(rows):
+            length = call.seq_lens[row : row + 1]
+            pages = call.page_table[row].long().masked_fill(page * PAGE >= length, 0)
+            scores[row] = reference.policy_scores(
+                policy,
+                call.index_q[row].view(1, 1, *call.index_q.shape[1:]),
+                call.head_gates[row].view(1, 1, -1),
+                reference.dequantize_pages(call.index_k_pages[pages]).reshape(1, -1, HEAD_DIM),
+                self.stats.means[call.layer][pages].unsqueeze(0),
+                length.unsqueeze(0),
+            ).flatten()
+        _write(call.output, scores)
+
+    def pages_written(self, layer: int, slots: Tensor) -> None:
+        self._update(layer, slots[slots % PAGE == PAGE - 1] // PAGE)
+
+    def end_step(self, page_table: Tensor, seq_lens: Tensor) -> None:
+        self.behind = False
+        for layer, pages in enumerate(self.index_k_pages):
+            if len(pages):
+                self._update_newest(layer, page_table, seq_lens)
+
+    def _update(self, layer: int, pages: Tensor) -> None:
+        """Recompute the statistics of `pages` [n] (any integer dtype)."""
+        for part in pages.long().split(_PAGES_AT_ONCE):
+            self.stats.means[layer][part] = reference.page_means(self.index_k_pages[layer][part]).bfloat16()
+
+    def _update_newest(self, layer: int, page_table: Tensor, seq_lens: Tensor) -> None:
+        """The same for the page that each row's newest token completed, without a look at the host.
+
+        A row that completed nothing writes the statistics of page 0, SGLang's dummy page, which nobody reads.
+        """
+        newest = (seq_lens.long() // PAGE - 1).clamp_min(0)
+        completed = (seq_lens > 0) & (seq_lens % PAGE == 0)
+        pages = torch.where(completed, page_table.gather(1, newest.unsqueeze(1)).squeeze(1), 0)
+        self._update(layer, pages)
+
+
+def _write(output: Output, scores: Tensor) -> None:
+    """The top k of `scores` [T, L] into `output`: every finite or +inf score may win, among equals the earlier does."""
+    best = torch.sort(scores, dim=-1, descending=True, stable=True)
+    positions = best.indices[:, : output.topk].masked_fill(best.values[:, : output.topk] == -torch.inf, -1)
+    output.ids.fill_(-1)
+    output.ids[:, : positions.shape[1]] = output.of(positions)

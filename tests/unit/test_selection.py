@@ -1,0 +1,292 @@
+"""The length gate by row, what is selected in one call and in several, and what an audit of it says."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pools import reference_runtime
+
+from sglang_misa import reference, selection
+from sglang_misa.call import DecodeCall, ExtendCall, Output, spans
+from sglang_misa.config import Audit, MisaConfig, SelectionPolicy
+from sglang_misa.engines import kernels
+from sglang_misa.engines.reference import ReferenceEngine
+from sglang_misa.kernels.layout import PAGE
+from sglang_misa.metrics import Recorder
+from sglang_misa.selection import DSA, Selector
+
+TOPK = 64
+requests_ = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=5)
+
+
+@given(requests_, st.integers(0, 120))
+def test_the_gate_splits_rows_by_their_own_length(requests: list[tuple[int, int]], min_len: int) -> None:
+    extend, lens = [rows for rows, _ in requests], [rows + prefix for rows, prefix in requests]
+    batch = spans(extend, lens)
+    assert batch[-1].last_row == sum(extend)
+    for span, (rows, prefix) in zip(batch, requests, strict=True):
+        seen = [prefix + i + 1 for i in range(rows)]
+        assert [span.seen_by(row) for row in range(span.first_row, span.last_row)] == seen
+        assert span.gate(min_len) - span.first_row == sum(length <= min_len for length in seen)
+
+
+@given(requests_, st.integers(0, 120))
+def test_every_row_is_in_one_run_of_the_policy_or_of_dsa(requests: list[tuple[int, int]], min_len: int) -> None:
+    policy = SelectionPolicy(heads=4, min_len=min_len)
+    batch = spans([rows for rows, _ in requests], [rows + prefix for rows, prefix in requests])
+    seen = [prefix + i + 1 for rows, prefix in requests for i in range(rows)]
+    request = [i for i, (rows, _) in enumerate(requests) for _ in range(rows)]
+    runs = selection.runs(policy, batch)
+    assert [row for _, run in runs for row in range(run.first, run.last)] == list(range(len(seen)))
+    assert all(one is not other for (one, _), (other, _) in itertools.pairwise(runs)), "neighbours share a run"
+    for chosen, run in runs:
+        rows = range(run.first, run.last)
+        assert all((seen[row] > min_len) == (chosen is policy) for row in rows)
+        assert [span.request for span in run.spans] == sorted({request[row] for row in rows})
+        assert run.longest == max(seen[row] for row in rows)
+        assert run.keys.stop - run.keys.start == sum(span.length for span in run.spans)
+
+
+class Batch:
+    """Requests in a pool of random pages, in shuffled order, with stale garbage in the page table's tails."""
+
+    def __init__(self, seed: int, lens: list[int], width: int):
+        self.g = torch.Generator().manual_seed(seed)
+        used = sum(-(-n // PAGE) for n in lens)
+        keys = torch.randn(used + 1, PAGE, 128, generator=self.g).to(torch.float8_e4m3fn).view(torch.uint8).flatten(1)
+        scales = (torch.rand(used + 1, PAGE, generator=self.g) + 0.1).view(torch.uint8)
+        self.index_k_pages = torch.cat([keys, scales], dim=1)
+        order, start = (torch.randperm(used, generator=self.g) + 1).int(), 0
+        self.table, self.lens = torch.full((len(lens), width), 1 << 30, dtype=torch.int32), lens
+        for row, length in enumerate(lens):
+            pages = -(-length // PAGE)
+            self.table[row, :pages] = order[start : start + pages]
+            start += pages
+
+    def keys(self, request: int) -> torch.Tensor:
+        pages = self.table[request, : -(-self.lens[request] // PAGE)].long()
+        return reference.dequantize_pages(self.index_k_pages[pages]).reshape(-1, 128)[: self.lens[request]]
+
+    def queries(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        q = torch.randn(rows, 32, 128, generator=self.g).to(torch.float8_e4m3fn)
+        return q, torch.randn(rows, 32, generator=self.g)
+
+    def extend(self, rows: list[int], queries: tuple[torch.Tensor, torch.Tensor], output: str = "slots") -> ExtendCall:
+        """The last `rows` tokens of each request as one call."""
+        row_batch = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows)).int()
+        first_key = torch.tensor([0, *self.lens]).cumsum(0)[:-1]
+        ids = torch.full((sum(rows), TOPK), -7, dtype=torch.int32)
+        outputs = {
+            "slots": Output(ids, self.table, row_batch),
+            "offsets": Output(ids, offsets=first_key[row_batch].int()),
+            "positions": Output(ids),
+        }
+        seen = [torch.arange(n - t + 1, n + 1) for t, n in zip(rows, self.lens, strict=True)]
+        return ExtendCall(
+            layer=0,
+            spans=spans(rows, self.lens),
+            index_q=queries[0],
+            head_gates=queries[1],
+            index_k=torch.cat([self.keys(request) for request in range(len(rows))]),
+            k_scale=torch.ones(sum(self.lens)),
+            seq_lens=torch.cat(seen).int(),
+            ks=first_key[row_batch].int(),
+            row_batch=row_batch,
+            page_table=self.table,
+            request_lens=torch.tensor(self.lens, dtype=torch.int32),
+            output=outputs[output],
+        )
+
+    def decode(self, queries: tuple[torch.Tensor, torch.Tensor], *, positions: bool = False) -> DecodeCall:
+        return DecodeCall(
+            layer=0,
+            index_q=queries[0],
+            head_gates=queries[1],
+            index_k_pages=self.index_k_pages,
+            page_table=self.table,
+            seq_lens=torch.tensor(self.lens, dtype=torch.int32),
+            ids=torch.full((len(self.lens), TOPK), -7, dtype=torch.int32),
+            positions=positions,
+        )
+
+
+def selector(batch: Batch, **settings_: object) -> Selector:
+    return Selector(reference_runtime(MisaConfig(**settings_), TOPK), [batch.index_k_pages])
+
+
+def sets(ids: torch.Tensor) -> list[set[int]]:
+    return [set(row.tolist()) - {-1} for row in ids]
+
+
+POLICIES = [
+    SelectionPolicy(heads=4, block_size=64, min_len=120),
+    SelectionPolicy(heads=7, router="peak", residual=True, block_size=64, candidates=100, min_len=120),
+    SelectionPolicy(blocks=3, block_size=64, min_len=120),
+    SelectionPolicy(exact=True, min_len=120),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_a_row_selects_the_same_alone_in_chunks_and_beside_others(policy: SelectionPolicy) -> None:
+    rows, batch = [20, 7, 30, 5], Batch(3, [90, 300, 200, 150], width=6)
+    queries = batch.queries(sum(rows))
+    whole = batch.extend(rows, queries)
+    selector(batch, prefill=policy).extend(whole)
+    first = 0
+    for request, count in enumerate(rows):
+        for chunk in (slice(first, first + count // 2), slice(first + count // 2, first + count)):
+            alone = Batch.__new__(Batch)
+            alone.index_k_pages, alone.table = batch.index_k_pages, batch.table[request : request + 1]
+            alone.lens = [batch.lens[request] - (first + count - chunk.stop)]
+            part = alone.extend([chunk.stop - chunk.start], (queries[0][chunk], queries[1][chunk]))
+            selector(batch, prefill=policy).extend(part)
+            assert sets(part.output.ids) == sets(whole.output.ids[chunk])
+        first += count
+
+
+def test_rows_under_the_gate_take_dsa_and_short_rows_take_all() -> None:
+    rows, batch = [20, 64, 150], Batch(5, [110, 64, 300], width=6)
+    call = batch.extend(rows, batch.queries(sum(rows)), "positions")
+    selector(batch, prefill=SelectionPolicy(heads=1, block_size=64, min_len=200)).extend(call)
+    for row, length in enumerate(call.seq_lens.tolist()):
+        chosen = sets(call.output.ids)[row]
+        request = int(call.row_batch[row])
+        if length <= TOPK:
+            assert chosen == set(range(length))
+        elif length <= 200:
+            scores = reference.index_scores(
+                call.index_q[row, None, None], call.head_gates[row, None, None], batch.keys(request)[None, :length]
+            )
+            assert chosen == set(scores.flatten().topk(TOPK).indices.tolist())
+
+
+def test_outputs_say_the_same_tokens() -> None:
+    rows, batch = [3, 40], Batch(1, [200, 260], width=5)
+    queries = batch.queries(sum(rows))
+    calls = {name: batch.extend(rows, queries, name) for name in ("positions", "offsets", "slots")}
+    for call in calls.values():
+        selector(batch, prefill=POLICIES[0]).extend(call)
+    positions = calls["positions"].output.ids.long()
+    for name in ("offsets", "slots"):
+        output = calls[name].output
+        assert sets(output.of(positions)) == sets(output.ids)
+
+
+def route_in_torch(index_q, head_gates, block_means, row_batch, row_len, heads, block_size, router):
+    """What `route` promises, by the reference: the kernel needs a GPU."""
+    statistics = reference.block_statistics(
+        index_q[:, None], head_gates[:, None], block_means[row_batch].float(), (row_len // block_size)[:, None], router
+    )
+    return reference.top_heads(statistics.heads, heads)[:, 0].int()
+
+
+def topk_in_torch(
+    index_q, head_gates, head_ids, index_k, k_scale, ks, ke, k, *, longest, out, page_table, row_batch, offsets
+):
+    """What `topk_routed` promises."""
+    assert offsets is None
+    gates = torch.zeros_like(head_gates).scatter_(1, head_ids.long(), head_gates.gather(1, head_ids.long()))
+    for row, (start, end) in enumerate(zip(ks.tolist(), ke.tolist(), strict=True)):
+        assert 0 <= start < end <= len(index_k)
+        assert end - start <= longest
+        keys = index_k[start:end].float() * k_scale[start:end, None]
+        scores = reference.index_scores(index_q[row, None, None], gates[row, None, None], keys[None]).flatten()
+        best = scores.topk(min(k, end - start)).indices
+        out[row] = -1
+        out[row, : len(best)] = page_table[row_batch[row], best // PAGE] * PAGE + best % PAGE
+
+
+def block_means_in_torch(index_k_pages, means, page_table, seq_lens, block_size):
+    """What `update_page_means` promises."""
+    means.copy_(reference.page_means(index_k_pages).bfloat16())
+    table = page_table.long().clamp(0, len(means) - 1)
+    return reference.block_means(means[table], block_size // PAGE).bfloat16()
+
+
+def test_the_kernel_engine_hands_each_run_its_rows_keys_and_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "route", route_in_torch)
+    monkeypatch.setattr(kernels, "topk_routed", topk_in_torch)
+    monkeypatch.setattr(kernels.page_means, "update_page_means", block_means_in_torch)
+    rows, batch = [20, 7, 30, 5], Batch(3, [90, 300, 200, 150], width=6)  # the first request stays under the gate
+    queries = batch.queries(sum(rows))
+    ours, wanted = batch.extend(rows, queries), batch.extend(rows, queries)
+    runtime = reference_runtime(MisaConfig(prefill=POLICIES[0]), TOPK)
+    chosen = selection.runs(POLICIES[0], ours.spans)
+    assert [policy for policy, _ in chosen] == [DSA, POLICIES[0]]
+    kernels.KernelEngine(runtime, [batch.index_k_pages]).extend(ours, chosen)
+    ReferenceEngine(runtime, [batch.index_k_pages]).extend(wanted, chosen)
+    pairs = list(zip(sets(ours.output.ids), sets(wanted.output.ids), strict=True))
+    assert all(len(mine) == len(theirs) for mine, theirs in pairs)
+    assert all(len(mine & theirs) >= len(mine) - 1 for mine, theirs in pairs), "more than a tie in rounding apart"
+
+
+DECODE = SelectionPolicy(heads=4, blocks=3, block_size=64, min_len=0)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1000), st.lists(st.integers(1, 600), min_size=1, max_size=3), st.booleans())
+def test_decode_rows_select_what_extend_rows_of_the_same_length_select(
+    seed: int, lens: list[int], positions: bool
+) -> None:
+    batch = Batch(seed, lens, width=10)
+    queries = batch.queries(len(lens))
+    decode = batch.decode(queries, positions=positions)
+    extend = batch.extend([1] * len(lens), queries, "positions" if positions else "slots")
+    one = selector(batch, prefill=DECODE, decode=DECODE)
+    one.extend(extend)
+    one.decode(decode)
+    assert sets(decode.ids) == sets(extend.output.ids)
+
+
+def test_permuting_physical_pages_changes_nothing() -> None:
+    batch = Batch(3, [300, 65, 512], width=9)
+    queries = batch.queries(3)
+    before = batch.decode(queries, positions=True)
+    one = selector(batch, decode=DECODE)
+    one.engine._update(0, torch.arange(len(batch.index_k_pages)))
+    one.decode(before)
+    order = torch.randperm(len(batch.index_k_pages))
+    shuffled, table = torch.empty_like(batch.index_k_pages), batch.table.clone()
+    shuffled[order] = batch.index_k_pages
+    valid = table < len(order)
+    table[valid] = order[table[valid].long()].int()
+    batch.index_k_pages, batch.table = shuffled, table
+    other = selector(batch, decode=DECODE)
+    other.engine._update(0, torch.arange(len(shuffled)))
+    after = batch.decode(queries, positions=True)
+    other.decode(after)
+    assert torch.equal(before.ids, after.ids)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    fresh = Recorder()
+    monkeypatch.setattr(selection.audit, "recorder", fresh)
+    return fresh
+
+
+def test_the_audit_of_both_phases_is_the_recall_of_what_was_written(recorder: Recorder) -> None:
+    batch = Batch(7, [500, 430], width=9)
+    one = selector(batch, prefill=POLICIES[0], decode=DECODE, audit=Audit(rows=2, every=1))
+    queries = batch.queries(2)
+    calls = [batch.extend([1, 1], queries), batch.decode(queries)]
+    one.extend(calls[0])
+    one.decode(calls[1])
+    dense = batch.extend([1, 1], queries)
+    selector(batch, prefill=SelectionPolicy(exact=True, min_len=0)).extend(dense)
+    for phase, ids in (("prefill", calls[0].output.ids), ("decode", calls[1].ids)):
+        pairs = zip(sets(ids), sets(dense.output.ids), strict=True)
+        expected = [len(mine & best) / TOPK for mine, best in pairs]
+        assert recorder.status()["recall"][phase]["0"]["rows"] == 2
+        assert recorder.status()["recall"][phase]["0"]["recall"] == pytest.approx(sum(expected) / 2)
+
+
+def test_rows_that_see_no_more_than_k_are_not_audited_in_decode(recorder: Recorder) -> None:
+    batch = Batch(7, [TOPK, 400], width=9)
+    one = selector(batch, decode=DECODE, audit=Audit(rows=2, every=1))
+    call = batch.decode(batch.queries(2))
+    one.decode(replace(call))
+    assert recorder.status()["recall"]["decode"]["0"]["rows"] == 1
