@@ -19,6 +19,7 @@ time that these take at the chip's data-sheet rate. --stages adds the µs of eve
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import functools
 import itertools
@@ -31,12 +32,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sglang_misa import indexer, reference
+from sglang_misa import indexer
 from sglang_misa.bench import check, stock
+from sglang_misa.bench.inputs import unpack_pages
 from sglang_misa.bench.timing import event_us, graph_us, host_us, kernel_us
 from sglang_misa.bench.work import CHIPS, UNKNOWN, Work, count
 from sglang_misa.config import PHASES, PRESETS, Phase, SelectionPolicy
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+from sglang_misa.kernels.layout import PAGE
 from sglang_misa.kernels.page_means import Layers, update_last_page_means
 from sglang_misa.kernels.prefill import route, topk_routed
 from sglang_misa.page_stats import PageStats
@@ -120,7 +122,7 @@ def correct_rows(policy: SelectionPolicy, layer: Layer, stats: PageStats, chosen
         request = row if len(layer.page_table) > 1 else 0
         length = int(layer.row_lens[row])
         pages = layer.page_table[request, : -(-length // PAGE)].long()
-        keys = reference.dequantize_pages(layer.buffer[pages]).reshape(-1, HEAD_DIM)[:length]
+        index_k, k_scale = (x[:length] for x in unpack_pages(layer.buffer[pages]))
         logical = torch.full((len(layer.buffer),), -1, device=pages.device)
         logical[pages] = torch.arange(len(pages), device=pages.device)
         slots = chosen[row].long()
@@ -128,9 +130,9 @@ def correct_rows(policy: SelectionPolicy, layer: Layer, stats: PageStats, chosen
         if bool((positions[slots >= 0] < 0).any()):
             return False
         means = stats.means[0][pages[: length // PAGE]]
-        verdicts.append(
-            check.same_selection(policy, layer.index_q[row], layer.head_gates[row], keys, means, positions, TOPK)
-        )
+        seen = check.Row(layer.index_q[row], layer.head_gates[row], index_k, k_scale, means)
+        with contextlib.suppress(check.Undecided):
+            verdicts.append(check.selection_flaw(policy, seen, positions, TOPK) is None)
     return False not in verdicts and True in verdicts
 
 
