@@ -62,9 +62,9 @@ class Scores:
 
 
 def kth(values: Tensor, among: Tensor, k: int) -> Tensor:
-    """The k-th largest of `values` [L] where `among` [L]; -inf where there are fewer."""
-    if int(among.sum()) < k:
-        return values.new_tensor(-torch.inf)
+    """The k-th largest of `values` [L] where `among` [L]; -inf where there are fewer, inf for k = 0."""
+    if k == 0 or int(among.sum()) < k:
+        return values.new_tensor(torch.inf if k == 0 else -torch.inf)
     return values.masked_fill(~among, -torch.inf).topk(k).values[-1]
 
 
