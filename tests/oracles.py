@@ -242,7 +242,7 @@ class Paged:
 
     def scores(self, row: int, precision: float = PRECISION) -> Scores:
         """Bounds [len] of a row's scores by all heads."""
-        return row_scores(self.index_q[row], self.head_gates[row], *self.keys(row), precision)
+        return row_scores(self.index_q[row], self.head_gates[row], *self.keys(row), precision=precision)
 
     def block_scores(self, row: int, block_size: int, precision: float = PRECISION) -> Scores:
         """Bounds of the scores of a row's complete blocks, by the means of their pages."""
@@ -250,7 +250,7 @@ class Paged:
         means = self.page_means[self.pages(row)[: complete * block_size // PAGE]].float()
         pooled = means.view(complete, -1, HEAD_DIM).mean(1).bfloat16()
         ones = torch.ones(complete, device=means.device)
-        return row_scores(self.index_q[row], self.head_gates[row], pooled, ones, precision)
+        return row_scores(self.index_q[row], self.head_gates[row], pooled, ones, precision=precision)
 
     def slots(self, row: int, positions: Tensor) -> Tensor:
         """Physical slots of positions [n] of a row."""
