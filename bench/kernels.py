@@ -20,11 +20,12 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
 import itertools
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -145,12 +146,13 @@ def bench_decode(case: Case, stages: bool) -> Outcome:
     engine = bench.engine_of(
         case.policy, shape, [layers[i % copies].index_k_pages for i in range(max(copies, bench.LAYERS))]
     )
-    ours, verdict = [], None
+    ours: list[Callable[[], object]] = []
+    verdict = None
     for i, layer in enumerate(layers):
         last_slots = torch.arange(len(layer.index_k_pages), device="cuda") * PAGE + PAGE - 1
         engine.pages_written(i, last_slots)
         call = layer.decode_call(i, torch.full((case.rows, TOPK), -1, dtype=torch.int32, device="cuda"))
-        ours.append(lambda call=call: engine.decode(call, case.policy))
+        ours.append(functools.partial(engine.decode, call, case.policy))
         if i < 2 and (verdict is None or verdict.flaw is None):
             ours[-1]()
             verdict = bench.judge(case.policy, layer, engine, i, call.ids)

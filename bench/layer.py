@@ -1,4 +1,4 @@
-"""One layer of an indexer on the GPU: pages in random physical order, an engine's calls, and stock's beside them."""
+"""One layer of an indexer: pages in random physical order, an engine's calls, and stock's beside them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from sglang_misa.bench import check, inputs, stock
 from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, spans
 from sglang_misa.config import MisaConfig, Phase, SelectionPolicy
-from sglang_misa.engines.kernels import KernelEngine
+from sglang_misa.engines import Engine, engine_for
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.runtime import Runtime
 
@@ -33,6 +33,7 @@ class Shape:
     length: int
     inputs: str
     requests: int = 1  # prefill: the rows are theirs in equal shares
+    device: str = "cuda"
 
 
 @dataclass(frozen=True)
@@ -54,25 +55,27 @@ class Layer:
         share = shape.rows // requests
         width = -(-shape.length // PAGE)
         pages = requests * width + 1
-        generator = torch.Generator("cuda").manual_seed(seed)
-        table = (torch.randperm(pages - 1, device="cuda", generator=generator) + 1).view(requests, width)
-        index_k_pages = torch.zeros(pages, PAGE * (128 + 4), dtype=torch.uint8, device="cuda")
+        device = shape.device
+        generator = torch.Generator(device).manual_seed(seed)
+        table = (torch.randperm(pages - 1, device=device, generator=generator) + 1).view(requests, width)
+        index_k_pages = torch.zeros(pages, PAGE * (128 + 4), dtype=torch.uint8, device=device)
         queries, gates = [], []
         for request in range(requests):
-            x = inputs.make(shape.inputs, share, shape.length, shape.index_heads, seed=seed * requests + request)
+            own = seed * requests + request
+            x = inputs.make(shape.inputs, share, shape.length, shape.index_heads, seed=own, device=device)
             index_k = torch.nn.functional.pad(x.index_k.view(torch.uint8), (0, 0, 0, width * PAGE - shape.length))
             k_scale = torch.nn.functional.pad(x.k_scale, (0, width * PAGE - shape.length))
             index_k_pages[table[request]] = inputs.pack_pages(index_k, k_scale)
             queries.append(x.index_q.view(torch.uint8))
             gates.append(x.head_gates)
-        ends = torch.arange(shape.length - share + 1, shape.length + 1, dtype=torch.int32, device="cuda")
+        ends = torch.arange(shape.length - share + 1, shape.length + 1, dtype=torch.int32, device=device)
         return cls(
             shape,
             torch.cat(queries).view(inputs.FP8),
             torch.cat(gates).contiguous(),
             index_k_pages,
             table.int(),
-            torch.arange(requests, dtype=torch.int32, device="cuda").repeat_interleave(share),
+            torch.arange(requests, dtype=torch.int32, device=device).repeat_interleave(share),
             ends.repeat(requests),
         )
 
@@ -105,7 +108,7 @@ class Layer:
             ks=self.ks,
             row_batch=self.row_batch,
             page_table=self.page_table,
-            request_lens=torch.tensor(lens, dtype=torch.int32, device="cuda"),
+            request_lens=torch.tensor(lens, dtype=torch.int32, device=self.ks.device),
             output=Output(ids, self.page_table, self.row_batch),
         )
 
@@ -128,7 +131,7 @@ class Layer:
         tensors = self.index_q, self.head_gates, self.index_k_pages, self.page_table, self.seq_lens
         return stock.decode(*tensors, TOPK)
 
-    def row(self, t: int, engine: KernelEngine, layer: int) -> check.Row:
+    def row(self, t: int, engine: Engine, layer: int) -> check.Row:
         """What row t sees, with the page statistics that the engine has of it."""
         length = int(self.seq_lens[t])
         pages = self.page_table[self.row_batch[t].long(), : -(-length // PAGE)].long()
@@ -153,7 +156,7 @@ class Verdict:
     recall: float
 
 
-def judge(policy: SelectionPolicy, layer: Layer, engine: KernelEngine, index: int, slots: Tensor) -> Verdict:
+def judge(policy: SelectionPolicy, layer: Layer, engine: Engine, index: int, slots: Tensor) -> Verdict:
     """Compare sampled rows of `slots` [T, k] with the policy's selection from `layer`, the engine's `index`-th."""
     rows = torch.linspace(0, len(slots) - 1, min(CHECKED_ROWS, len(slots))).long().unique().tolist()
     decided, recalls = 0, []
@@ -170,17 +173,16 @@ def judge(policy: SelectionPolicy, layer: Layer, engine: KernelEngine, index: in
     return Verdict(None if decided else "heads tie in every sampled row", sum(recalls) / len(recalls))
 
 
-def engine_of(policy: SelectionPolicy, shape: Shape, pages: list[Tensor]) -> KernelEngine:
+def engine_of(policy: SelectionPolicy, shape: Shape, pages: list[Tensor]) -> Engine:
     """The engine that a server would have for this policy, over layers with these index-K pages."""
-    config = MisaConfig(**{shape.phase: policy})
+    config = MisaConfig(prefill=policy) if shape.phase == "prefill" else MisaConfig(decode=policy)
     context = -(-shape.length // PAGE) * PAGE
-    runtime = Runtime(config, shape.index_heads, TOPK, context, device="cuda", rank=0, ranks=1)
-    return KernelEngine(runtime, pages)
+    return engine_for(Runtime(config, shape.index_heads, TOPK, context, shape.device, rank=0, ranks=1), pages)
 
 
-def extend(policy: SelectionPolicy, layer: Layer, engine: KernelEngine) -> tuple[Call, Tensor]:
+def extend(policy: SelectionPolicy, layer: Layer, engine: Engine) -> tuple[Call, Tensor]:
     """(call, slots): a call that selects for all rows of `layer`, and where it writes."""
-    slots = torch.full((layer.shape.rows, TOPK), -1, dtype=torch.int32, device="cuda")
+    slots = torch.full((layer.shape.rows, TOPK), -1, dtype=torch.int32, device=layer.shape.device)
     call = layer.extend_call(slots)
     runs = [(policy, Run(call.spans, 0, layer.shape.rows))]
     return lambda: engine.extend(call, runs), slots

@@ -13,7 +13,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,14 @@ COPIES = 4  # of the inputs
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How the launches of a step are cut."""
+
+    keep: KeepTuning
+    score: ScoreTuning = field(default_factory=ScoreTuning)
+
+
+@dataclass(frozen=True)
 class Step:
     """A layer of a decode step."""
 
@@ -52,28 +60,28 @@ class Step:
         scratch = DecodeScratch.allocate(rows, width, BLOCKS, BLOCK_SIZE, means.device)
         return cls(layer, means, scratch, torch.empty(rows, TOPK, dtype=torch.int32, device="cuda"))
 
-    def select(self, keep: KeepTuning, score: ScoreTuning) -> None:
+    def select(self, cut: Cut) -> None:
         la = self.layer
         tensors = (la.index_q, la.head_gates, la.index_k_pages, self.means, la.page_table, la.seq_lens)
-        cuts = {"keep": keep, "score": score}
-        decode_topk(*tensors, block_size=BLOCK_SIZE, scratch=self.scratch, out=self.out, **cuts)
+        written = {"block_size": BLOCK_SIZE, "scratch": self.scratch, "out": self.out}
+        decode_topk(*tensors, **written, keep=cut.keep, score=cut.score)
 
 
 def cuts(stage: str) -> Iterator[str]:
     """One line for each cut of `stage` on each shape."""
     for rows, length in SHAPES:
         steps = [Step.make(rows, length, seed) for seed in range(COPIES)]
-        default = {"keep": keep_tuning(rows), "score": ScoreTuning()}
-        steps[0].select(**default)
+        default = Cut(keep_tuning(rows))
+        steps[0].select(default)
         expected = steps[0].out.clone()
         for cut in CUTS[stage]:
-            chosen = default | {stage: cut}
+            chosen = replace(default, **{stage: cut})
             try:
-                (us,) = graph_us([[lambda step=step, chosen=chosen: step.select(**chosen) for step in steps]])
+                (us,) = graph_us([[functools.partial(step.select, chosen) for step in steps]])
             except RuntimeError as error:  # a cut may not fit the chip: the others still count
                 yield f"{rows:4d} × {length >> 10}K {stage} {cut}: {str(error)[:80]}"
                 continue
-            steps[0].select(**chosen)
+            steps[0].select(chosen)
             same = "" if torch.equal(steps[0].out, expected) else "  SELECTS OTHERWISE"
             yield f"{rows:4d} × {length >> 10}K {stage} {asdict(cut)} {us:8.2f} us{same}"
 
@@ -84,8 +92,7 @@ def upkeep() -> Iterator[str]:
         steps = [Step.make(rows, length, seed) for seed in range(COPIES)]
         order = [steps[i % COPIES] for i in range(LAYERS)]
         layers = Layers.of([s.layer.index_k_pages for s in order], [s.means for s in order])
-        default = keep_tuning(rows), ScoreTuning()
-        selections = [functools.partial(step.select, *default) for step in order]
+        selections = [functools.partial(step.select, Cut(keep_tuning(rows))) for step in order]
         table, lens = steps[0].layer.page_table, steps[0].layer.seq_lens
         update: Callable[[], object] = functools.partial(update_last_page_means, layers, table, lens)
         without, together, alone = graph_us([selections, [*selections, update], [update] * 8])
