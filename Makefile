@@ -20,13 +20,7 @@ lint: install
 
 # On a machine with one Hopper GPU.
 gpu-test: install
-	$(BIN)/python tests/gpu/check_prefill.py
-	$(BIN)/python tests/gpu/check_rerank.py
-	$(BIN)/python tests/gpu/check_decode.py
-	$(BIN)/python tests/gpu/check_route.py
-	$(BIN)/python tests/gpu/check_server.py --out build/gpu --exact-topk
-	$(BIN)/python tests/gpu/check_mtp.py --out build/gpu/mtp
-	$(BIN)/python tests/gpu/check_server.py --out build/gpu/graphs --exact-topk --prefill-graphs --arms stock misa-hisa misa-hier hisa hisa-torch --lengths 4096 32768 65536 --max-total-tokens 131072
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 install: $(INSTALLED)
 

@@ -1,6 +1,15 @@
-"""Whether a kernel's selection is the reference's, near ties aside: no timing is reported on a wrong one."""
+"""Whether a kernel's selection is the policy's: no time is reported for a wrong one.
+
+Scores are intervals. Tensor cores keep about 13 fraction bits of a sum of fp8 products, so a kernel may rank two keys
+either way whose intervals meet, and no others. What an interval is relative to is the size of the products and not of
+the score, which cancels where gates are negative.
+"""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,54 +18,209 @@ from sglang_misa import reference
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels.layout import PAGE
 
-SAME = 0.9995  # share of the selected scores that must agree
-CLOSE = 2.0**-11  # relative: tensor cores keep about 13 fraction bits of a sum of fp8 products
+PRECISION = 2.0**-13  # of |q|·|k|: how exact a product of a head and a key is on tensor cores
 NEAR = 2.0**-7  # relative gap under which two head statistics or block scores count as tied: pooled keys are bf16
+RESIDUAL = 2.0**-8  # of |q̄|·|k|: a coordinate or two of q̄ may round to the neighbouring fp8 number
+MOST_TIES = 32  # sets of routed heads that are tried, where heads tie at the cut
+LOWEST = torch.finfo(torch.float32).min
 
 
-def same_selection(
-    policy: SelectionPolicy, index_q: Tensor, head_gates: Tensor, keys: Tensor, means: Tensor, chosen: Tensor, topk: int
-) -> bool | None:
-    """Whether the positions `chosen` are a top-k of the policy for one row that sees all of `keys`.
+@dataclass(frozen=True)
+class Row:
+    """What one query row sees."""
 
-    index_q [H, 128], head_gates [H], keys [L, 128] fp32, means [L // 64, 128], chosen [topk] int (-1 behind the last).
-    Blocks whose scores tie at the cut may be kept or not; None where heads tie at the cut, which decides nothing.
+    index_q: Tensor  # [H, 128] fp8 or float
+    head_gates: Tensor  # [H] fp32
+    index_k: Tensor  # [L, 128] fp8 or float
+    k_scale: Tensor  # [L] fp32
+    means: Tensor  # [L // 64, 128] float, the means of its complete pages
+    sketched: Tensor | None = None  # [L, 128] fp32: the keys as the sketches of their pages say
+
+    def __len__(self) -> int:
+        return len(self.k_scale)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Bounds fp32 [L] of the scores that a right kernel may find."""
+
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def around(cls, value: Tensor, slack: Tensor) -> Scores:
+        """NaN and -inf are the lowest number, as the kernels rank them."""
+        low, high = (torch.nan_to_num(x, nan=LOWEST, posinf=torch.inf, neginf=LOWEST) for x in (value, value))
+        slack = torch.where(torch.isfinite(value), slack + torch.finfo(torch.float32).tiny, 0)
+        return cls(low - slack, high + slack)
+
+    def best(self, among: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Masks bool [L]: the keys that are surely, and those that may be, among the best `count` of `among` [L]."""
+        if int(among.sum()) <= count:
+            return among, among
+        return among & (self.low > kth(self.high, among, count)), among & (self.high >= kth(self.low, among, count))
+
+
+def kth(values: Tensor, among: Tensor, k: int) -> Tensor:
+    """The k-th largest of `values` [L] where `among` [L]; -inf where there are fewer, inf for k = 0."""
+    if k == 0 or int(among.sum()) < k:
+        return values.new_tensor(torch.inf if k == 0 else -torch.inf)
+    return values.masked_fill(~among, -torch.inf).topk(k).values[-1]
+
+
+def row_scores(
+    index_q: Tensor,
+    head_gates: Tensor,
+    index_k: Tensor,
+    k_scale: Tensor,
+    residual: tuple[Tensor, Tensor] | None = None,
+    *,
+    precision: float = PRECISION,
+) -> Scores:
+    """I[s] = k_scale[s] · (Σ_j w[j] · ReLU(q[j]·k[s]) + scale · q̄·k[s]) over the heads of index_q [h, 128].
+
+    head_gates [h], index_k [L, 128], k_scale [L]; residual: q̄ [128] and its scale.
     """
-    length = keys.shape[0]
-    wanted = min(topk, length)
-    chosen = chosen[chosen >= 0].long()
-    if len(chosen) != wanted or chosen.unique().numel() != wanted or int(chosen.max()) >= length:
-        return False
-    q, gates, row_lens = index_q[None, None], head_gates[None, None], torch.tensor([[length]], device=keys.device)
-    complete = row_lens // policy.block_size
-    k_tilde = reference.block_means(means[None], policy.block_size // PAGE)
-    statistics = reference.block_statistics(q, gates, k_tilde, complete, policy.router)
-    if policy.heads is not None and policy.heads < head_gates.numel():
-        ranked = statistics.heads.flatten().sort(descending=True).values
-        if _tied(ranked[policy.heads - 1], ranked[policy.heads]):
+    q, k = index_q.float(), index_k.float()
+    dots, size = q @ k.T, k.norm(dim=1)
+    margin = precision * q.norm(dim=1, keepdim=True) * size
+    value, slack = head_gates @ dots.relu(), head_gates.abs() @ (margin * (dots > -margin))
+    if residual is not None:
+        query, scale = residual
+        value += scale * (k @ query)
+        slack += scale * RESIDUAL * query.norm() * size
+    return Scores.around(value * k_scale, slack * k_scale.abs())
+
+
+def flaw(chosen: Tensor, surely: Tensor, maybe: Tensor, scores: Scores, k: int) -> str | None:
+    """What is wrong with positions `chosen` [n] as the best k of some candidates; None where it may be right.
+
+    surely and maybe: masks bool [L] of the keys that are, and that may be, candidates.
+    """
+    expected = min(k, int(maybe.sum()))
+    if len(chosen) != expected or len(chosen.unique()) != expected:
+        return f"expected {expected} different positions, got {len(chosen.unique())} in {len(chosen)}"
+    if expected and (int(chosen.min()) < 0 or int(chosen.max()) >= len(maybe)):
+        return f"expected positions under {len(maybe)}, got {int(chosen.min())} to {int(chosen.max())}"
+    taken = torch.zeros_like(maybe)
+    taken[chosen] = True
+    for problem, wrong in (
+        ("are no candidates", taken & ~maybe),
+        ("are clearly below the cut", taken & (scores.high < kth(scores.low, surely, k))),
+        ("are missing, clearly above the cut", ~taken & surely & (scores.low > kth(scores.high, maybe, k))),
+    ):
+        if wrong.any():
+            return f"{int(wrong.sum())} positions {problem}, the first {wrong.nonzero()[:4, 0].tolist()}"
+    return None
+
+
+def selection_flaw(policy: SelectionPolicy, row: Row, chosen: Tensor, topk: int) -> str | None:
+    """What is wrong with `chosen` [topk] int (-1 behind the last) as the policy's top k; None if it may be right.
+
+    Where heads tie at the cut, the selection by any of them is right; raises Undecided where too many do.
+    """
+    if (chosen >= 0).sum() != min(topk, len(row)):
+        return f"expected {min(topk, len(row))} positions, got {int((chosen >= 0).sum())}"
+    positions = chosen[chosen >= 0].long()
+    if len(positions) and int(positions.max()) >= len(row):
+        return f"expected positions under {len(row)}, got {int(positions.max())}"
+    full = row_scores(*_tensors(row))
+    every = torch.ones(len(row), dtype=torch.bool, device=chosen.device)
+    if len(row) <= topk or not policy.active or policy.exact:
+        return flaw(positions, every, every, full, topk)
+    complete = torch.tensor([[len(row) // policy.block_size]], device=chosen.device)
+    k_tilde = reference.block_means(row.means[None], policy.block_size // PAGE)
+    rows = row.index_q[None, None], row.head_gates[None, None]
+    statistics = reference.block_statistics(*rows, k_tilde, complete, policy.router)
+    allowed, problem = _allowed(policy, statistics.blocks.flatten(), positions, len(row))
+    if problem is not None:
+        return problem
+    problems = []
+    for heads in _routed(policy, statistics.heads.flatten()):
+        cheap = _cheap(policy, row, heads, statistics.positive)
+        if policy.candidates is None:
+            found = flaw(positions, allowed, allowed, cheap, topk)
+        else:
+            found = flaw(positions, *cheap.best(allowed, policy.candidates), full, topk)
+        if found is None:
             return None
-    allowed = torch.ones(length, dtype=torch.bool, device=keys.device)
-    if policy.blocks is not None and int(complete) > policy.blocks:
-        block, scores = torch.arange(int(complete), device=keys.device), statistics.blocks.flatten()
-        forced = (block == 0) | (block == int(complete) - 1)
-        kept = reference.keep_blocks(statistics.blocks, complete, policy.blocks).flatten()
-        contested = scores[kept & ~forced]
-        cut = contested.min() if contested.numel() else scores.new_tensor(torch.inf)
-        tied = ~forced & ((scores - cut).abs() <= NEAR * scores.abs().max())
-        used = torch.zeros_like(kept)
-        used[(chosen // policy.block_size).clamp_max(int(complete) - 1)] = True
-        if bool((used & ~kept & ~tied).any()) or int((used | forced).sum()) > policy.blocks:
-            return False
-        position = torch.arange(length, device=keys.device)
-        tail = position >= int(complete) * policy.block_size
-        kept = torch.where(tied, used, kept)
-        allowed = tail | kept[(position // policy.block_size).clamp_max(int(complete) - 1)]
-    free = policy.model_copy(update={"blocks": None})
-    scores = reference.policy_scores(free, q, gates, keys[None], means[None], row_lens).flatten()
-    best = scores.masked_fill(~allowed, -torch.inf).topk(wanted).values
-    ours = scores[chosen].sort(descending=True).values
-    return bool(torch.isclose(ours, best, rtol=CLOSE, atol=1e-4).float().mean() >= SAME)
+        problems.append(found)
+    return problems[0]
 
 
-def _tied(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs() <= NEAR * a.abs())
+class Undecided(Exception):
+    """So many heads tie at the cut that nothing can be said of a row."""
+
+
+def _tensors(row: Row) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return row.index_q, row.head_gates, row.index_k, row.k_scale
+
+
+def _cheap(policy: SelectionPolicy, row: Row, heads: Tensor | None, positive: Tensor) -> Scores:
+    """Bounds of the scores by `heads` [h] (None: all), the residual of the others, and the sketched keys if any."""
+    index_q, gates, index_k, k_scale = _tensors(row)
+    if policy.sketch is not None:
+        assert row.sketched is not None, "a policy with a sketch selects from sketched keys"
+        index_k, k_scale = row.sketched, torch.ones_like(k_scale)
+    residual = None
+    if heads is not None:
+        if policy.residual:
+            rows = index_q[None, None], gates[None, None]
+            query, scale = reference.residual_query(*rows, heads[None, None], positive)
+            residual = query.flatten(), scale.flatten()
+        index_q, gates = index_q.float()[heads], gates[heads]
+    scores = row_scores(index_q, gates, index_k, k_scale, residual)
+    if policy.sketch is None:
+        return scores
+    tail = torch.arange(len(row), device=gates.device) >= len(row) // PAGE * PAGE  # always among the candidates
+    return Scores(*(bound.masked_fill(tail, torch.inf) for bound in (scores.low, scores.high)))
+
+
+def _routed(policy: SelectionPolicy, statistic: Tensor) -> Iterator[Tensor | None]:
+    """The sets of heads that a right router may take, the likeliest first; None: all heads."""
+    if policy.heads is None or policy.heads >= len(statistic):
+        yield None
+        return
+    ranked = torch.nan_to_num(statistic, nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=LOWEST)
+    order = ranked.sort(descending=True, stable=True).indices
+    cut = ranked[order[policy.heads - 1]]
+    tied = (ranked[order] - cut).abs() <= NEAR * cut.abs()
+    sure = [int(j) for j in order[: policy.heads] if not tied[(order == j).nonzero()[0, 0]]]
+    open_ = order[tied].tolist()
+    for count, others in enumerate(itertools.combinations(open_, policy.heads - len(sure))):
+        if count == MOST_TIES:
+            raise Undecided
+        yield torch.tensor(sorted([*sure, *others]), device=statistic.device)
+
+
+def _allowed(policy: SelectionPolicy, block_scores: Tensor, chosen: Tensor, length: int) -> tuple[Tensor, str | None]:
+    """The tokens of the kept blocks, bool [length], as `chosen` shows which of the tied blocks were kept."""
+    complete = length // policy.block_size
+    position = torch.arange(length, device=chosen.device)
+    if policy.blocks is None or complete <= policy.blocks:
+        return torch.ones_like(position, dtype=torch.bool), None
+    block = torch.arange(complete, device=chosen.device)
+    forced = (block == 0) | (block == complete - 1)
+    count = torch.tensor([[complete]], device=chosen.device)
+    kept = reference.keep_blocks(block_scores[None, None, :complete], count, policy.blocks).flatten()
+    contested = block_scores[:complete][kept & ~forced]
+    cut = contested.min() if contested.numel() else block_scores.new_tensor(torch.inf)
+    tied = ~forced & ((block_scores[:complete] - cut).abs() <= NEAR * block_scores[:complete].abs().max())
+    used = torch.zeros_like(kept)
+    inside = chosen[chosen < complete * policy.block_size]
+    used[inside // policy.block_size] = True
+    tail = position >= complete * policy.block_size
+    of_block = (position // policy.block_size).clamp_max(complete - 1)
+    if (used & ~kept & ~tied).any():
+        return tail, f"block {int((used & ~kept & ~tied).nonzero()[0, 0])} is not among the best {policy.blocks}"
+    if int((used | forced).sum()) > policy.blocks:
+        return tail, f"expected tokens of {policy.blocks} blocks, got {int((used | forced).sum())}"
+    return tail | torch.where(tied, used, kept)[of_block], None
+
+
+def recall(row: Row, chosen: Tensor, topk: int) -> float:
+    """Share of DSA's fp32 top k among `chosen` [topk] int (-1 behind the last)."""
+    k = row.index_k.float() * row.k_scale[:, None]
+    dense = reference.index_scores(row.index_q[None, None], row.head_gates[None, None], k[None]).flatten()
+    wanted = dense.topk(min(topk, len(row))).indices
+    return float(torch.isin(wanted, chosen).float().mean())

@@ -1,18 +1,17 @@
 """Kernel bench: the whole indexer of one layer, stock beside ours in one run, checked before it is timed.
 
-    python -m sglang_misa.bench.kernels prefill [--lengths 32768 131072] [--rows 8192] [--index-heads 64] [--csv FILE]
-    python -m sglang_misa.bench.kernels prefill --policies misa misa-hier --heads 4 8 16 --candidates 4096 8192 16384
-    python -m sglang_misa.bench.kernels decode  [--lengths 8192 131072] [--batches 1 16 64] [--stages]
+    python -m sglang_misa.bench.kernels prefill --preset fast faithful --inputs random trained:layer0.safetensors
+    python -m sglang_misa.bench.kernels prefill --cached                # few new rows over long prefixes
+    python -m sglang_misa.bench.kernels prefill --inputs hostile        # every hostile input by name
+    python -m sglang_misa.bench.kernels decode --rows 1 16 64 --length 131072 --csv kernels.csv
 
-Each method of the presets has its row, or one for each of --heads, --candidates and --blocks where it has such a
-number, and so has `plain`, which does MISA without a kernel that selects: the routed heads' score matrix in memory,
-then SGLang's top-k, as stock has it. Prefill is timed with events after a flush of the L2 cache and with all launches
-queued; what the host needs for them is printed beside it. Decode is timed by replaying a CUDA graph over rotating
-inputs. Both report medians. A wrong result is reported as such and not timed, and so is one of `plain` where SGLang's
-top-k, approximate where scores crowd together, missed places. Inputs are random, with heavy-tailed gates: they say what
-a shape costs, and nothing about the recall of a policy on a real model.
+Ours goes through the engine that serves: page statistics, routing, scoring and selection. A wrong selection is
+reported as such and not timed. Recall is the mean share of DSA's fp32 top 2048 in sampled rows; on random inputs it
+says nothing about a real model. Prefill is timed with events after a flush of the L2 cache, stock and ours in turn,
+with all launches queued; what the host needs for them is printed beside it. Decode replays a CUDA graph over rotating
+inputs, in turn too. All times are medians.
 
-TFLOPS (prefill) and GB/s (decode) are the method's least arithmetic and bytes over the measured time; `floor` is the
+TFLOPS (prefill) and GB/s (decode) are the policy's least arithmetic and bytes over the measured time; `floor` is the
 time that these take at the chip's data-sheet rate. --stages adds the µs of every kernel, stock's and ours.
 """
 
@@ -20,53 +19,77 @@ from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import functools
 import itertools
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from sglang_misa import indexer, reference
-from sglang_misa.bench import check, stock
+from sglang_misa.bench import inputs, stock
 from sglang_misa.bench.timing import event_us, graph_us, host_us, kernel_us
 from sglang_misa.bench.work import CHIPS, UNKNOWN, Work, count
 from sglang_misa.config import PHASES, PRESETS, Phase, SelectionPolicy
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE
-from sglang_misa.kernels.page_means import Layers, update_last_page_means
-from sglang_misa.kernels.prefill import route, topk_routed
-from sglang_misa.page_stats import PageStats
+from sglang_misa.kernels.layout import PAGE
 
 TOPK = 2048
 COLUMNS = (
-    *("gpu", "phase", "policy", "index_heads", "routed_heads", "candidates", "blocks", "rows", "length"),
-    *("stock_us", "ours_us", "ratio", "correct", "commit"),
+    *("gpu", "sglang", "phase", "preset", "policy", "index_heads", "routed_heads", "residual", "candidates", "blocks"),
+    *("sketch", "rows", "length", "inputs", "stock_us", "ours_us", "ratio", "recall", "correct", "commit"),
+    *("driver", "torch", "date"),
 )
-RESULTS = pathlib.Path(__file__).parent / "results" / "kernels.csv"
-CHECKED_ROWS = 24
-LAYERS = 61  # of DeepSeek-V3.2: those that share the upkeep of page means in decode
+SIZES = {  # fields of a policy that the command line varies
+    "heads": "routed heads",
+    "candidates": "tokens scored again",
+    "blocks": "blocks kept",
+    "block_size": "tokens of a block",
+    "sketch": "bits of a sketch",
+}
+LENGTHS = {"prefill": [8192, 32768, 65536, 131072], "decode": [8192, 32768, 65536, 131072]}
+ROWS = {"prefill": [8192], "decode": [1, 4, 16, 64]}
+CACHED_ROWS, CACHED_LENGTHS = [1024, 2048, 4096], [131072, 262144, 524288]
 DSA = SelectionPolicy()
-PLAIN = "plain"
 
 
 @dataclass(frozen=True)
-class Method:
-    """What is timed beside stock: a policy by our kernels or, in prefill, by `routed_logits` and stock's top-k."""
+class Case:
+    """One row of the table."""
 
+    phase: Phase
+    preset: str
     policy: SelectionPolicy
-    plain: bool = False
+    index_heads: int
+    rows: int
+    length: int
+    inputs: str
+    requests: int = 1
 
     @property
-    def name(self) -> str:
-        return PLAIN if self.plain else self.policy.name
+    def source(self) -> str:
+        """The inputs' name, without a file's folder, and how many prompts share a call."""
+        kind, _, rest = self.inputs.partition(":")
+        name = f"trained:{pathlib.Path(rest).stem}" if kind == "trained" else self.inputs
+        return name if self.requests == 1 else f"{name} x{self.requests}"
 
 
-SIZES = {"heads": "routed heads", "candidates": "tokens scored again", "blocks": "blocks kept"}  # fields of a policy
-Sizes = Mapping[str, Sequence[int] | None]  # by such a field; None or missing: as the preset has it
+@dataclass(frozen=True)
+class Outcome:
+    """µs of stock and of ours on the GPU, nan unless the result was right; of their launches on the host, in prefill;
+    and of each kernel of both, if asked for."""
+
+    stock_us: float
+    ours_us: float
+    flaw: str | None
+    recall: float
+    host_us: tuple[float, float] | None
+    stages: Mapping[str, Mapping[str, float]]
+
+
+Sizes = Mapping[str, Sequence[int] | None]  # by a field of the policy; None or missing: as the preset has it
 
 
 def sized(policy: SelectionPolicy, sizes: Sizes) -> Iterator[SelectionPolicy]:
@@ -76,218 +99,124 @@ def sized(policy: SelectionPolicy, sizes: Sizes) -> Iterator[SelectionPolicy]:
         yield policy.model_copy(update={"min_len": 0, **dict(zip(axes, chosen, strict=True))})
 
 
-def methods(phase: Phase, names: Sequence[str], sizes: Sizes) -> list[Method]:
-    """The methods that differ from stock in `phase`, each once, of presets and `PLAIN`, which is MISA's."""
-    presets = [(PRESETS["misa" if name == PLAIN else name].policy(phase), name == PLAIN) for name in names]
-    active = [(policy, plain) for policy, plain in presets if policy.active]
-    return list(dict.fromkeys(Method(one, plain) for policy, plain in active for one in sized(policy, sizes)))
+def policies(phase: Phase, presets: Sequence[str], sizes: Sizes) -> list[tuple[str, SelectionPolicy]]:
+    """(preset, policy) of what differs from stock in `phase`: each policy once, under the first preset that has it."""
+    found: dict[SelectionPolicy, str] = {}
+    for preset in presets:
+        base = PRESETS[preset].policy(phase)
+        for policy in sized(base, sizes) if base.active else ():
+            found.setdefault(policy, preset)
+    return [(preset, policy) for policy, preset in found.items()]
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer's inputs: a pool of pages in random physical order, and `requests` of `length` keys in it."""
+def bench_prefill(case: Case, stages: bool) -> Outcome:
+    """One extend call: the last `rows` rows of prompts of `length` tokens."""
+    from sglang_misa.bench import layer as bench
 
-    index_q: Tensor  # [T, H, 128] fp8
-    head_gates: Tensor  # [T, H] fp32
-    buffer: Tensor  # [num_pages, 8448] uint8
-    page_table: Tensor  # [requests, W] int32
-    row_lens: Tensor  # [T] int32
-
-
-def make_layer(rows: int, heads: int, length: int, requests: int, seed: int = 0) -> Layer:
-    g = torch.Generator("cuda").manual_seed(seed)
-    width = -(-length // PAGE)
-    pages = requests * width + 1
-    keys = torch.randn(pages * PAGE, 128, device="cuda", generator=g).to(torch.float8_e4m3fn).view(torch.uint8)
-    scales = torch.rand(pages, PAGE, device="cuda", generator=g).add_(0.5)
-    buffer = torch.cat([keys.view(pages, -1), scales.view(torch.uint8)], dim=1)
-    table = (torch.randperm(pages - 1, device="cuda", generator=g) + 1).view(requests, width).int()
-    q = torch.randn(rows, heads, 128, device="cuda", generator=g).to(torch.float8_e4m3fn)
-    gates = torch.randn(rows, heads, device="cuda", generator=g).mul_(1.5).exp_() * heads**-0.5
-    gates *= torch.where(torch.rand(rows, heads, device="cuda", generator=g) < 0.1, -1.0, 1.0)
-    if requests == 1 and rows > 1:  # an extend call: row t sees one key more than row t - 1
-        lens = torch.arange(length - rows + 1, length + 1, dtype=torch.int32, device="cuda")
-    else:
-        lens = torch.full((rows,), length, dtype=torch.int32, device="cuda")
-    return Layer(q, gates, buffer, table, lens)
-
-
-def correct_rows(policy: SelectionPolicy, layer: Layer, stats: PageStats, chosen: Tensor) -> bool:
-    """Whether sampled rows of `chosen` [T, TOPK] physical slots are the policy's selection; False if none decided."""
-    rows = torch.linspace(0, len(layer.row_lens) - 1, min(CHECKED_ROWS, len(layer.row_lens))).long().unique().tolist()
-    verdicts = []
-    for row in rows:
-        request = row if len(layer.page_table) > 1 else 0
-        length = int(layer.row_lens[row])
-        pages = layer.page_table[request, : -(-length // PAGE)].long()
-        keys = reference.dequantize_pages(layer.buffer[pages]).reshape(-1, HEAD_DIM)[:length]
-        logical = torch.full((len(layer.buffer),), -1, device=pages.device)
-        logical[pages] = torch.arange(len(pages), device=pages.device)
-        slots = chosen[row].long()
-        positions = torch.where(slots < 0, -1, logical[slots.clamp_min(0) // PAGE] * PAGE + slots % PAGE)
-        if bool((positions[slots >= 0] < 0).any()):
-            return False
-        means = stats.means[0][pages[: length // PAGE]]
-        verdicts.append(
-            check.same_selection(policy, layer.index_q[row], layer.head_gates[row], keys, means, positions, TOPK)
-        )
-    return False not in verdicts and True in verdicts
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """µs of stock and of ours on the GPU, the latter nan unless its result was right; the keys that the rows saw; µs of
-    the launches of stock and of ours on the host, in prefill; and of each kernel of both, if asked for."""
-
-    stock_us: float
-    ours_us: float
-    correct: bool
-    row_lens: Tensor
-    host_us: tuple[float, float] | None
-    stages: dict[str, dict[str, float]]
-
-
-def routed_logits(policy: SelectionPolicy, call: indexer.RaggedCall, block_means: Tensor) -> Tensor:
-    """The scores that MISA ranks, all of them in memory: fp32 [T, S], as DeepGEMM leaves stock's.
-
-    Columns that a row does not see hold anything.
-    """
-    assert policy.heads is not None
-    rows = (call.index_q, call.head_gates, block_means, call.row_batch, call.row_lens)
-    head_ids = route.route(*rows, policy.heads, policy.block_size, policy.router)
-    (keys,) = call.k_scale.shape
-    stride = topk_routed.aligned(keys, indexer.ROW_STRIDE)
-    return topk_routed.routed_logits(
-        call.index_q,
-        call.head_gates,
-        head_ids,
-        call.index_k,
-        call.k_scale,
-        call.ks,
-        call.ks + call.row_lens,
-        out=torch.empty(len(call.row_lens), stride, device=call.index_k.device)[:, :keys],
-    )
-
-
-def bench_prefill(method: Method, heads: int, rows: int, length: int, stages: bool) -> Outcome:
-    """One indexer call for the last `rows` rows of a prompt of `length` tokens."""
-    policy = method.policy
-    layer = make_layer(rows, heads, length, requests=1)
-    pages = layer.page_table[0].long()
-    index_k = layer.buffer[pages, : PAGE * 128].reshape(-1, 128).view(torch.float8_e4m3fn)[:length].contiguous()
-    k_scale = layer.buffer[pages, PAGE * 128 :].contiguous().view(torch.float32).flatten()[:length].contiguous()
-    position = torch.arange(length, device="cuda")
-    slots = (pages[position // PAGE] * PAGE + position % PAGE).int().unsqueeze(0)
-    ks = torch.zeros_like(layer.row_lens)
-    stock_topk = stock.fused_topk(ks, layer.row_lens, slots, TOPK)
-    baseline = stock.prefill(layer.index_q, layer.head_gates, index_k, k_scale, ks, layer.row_lens, stock_topk)
-
-    stats = PageStats([layer.buffer], kernels=True)
-    lens = torch.tensor([length], dtype=torch.int32, device="cuda")
-    call = indexer.RaggedCall(
-        layer.index_q,
-        layer.head_gates,
-        index_k,
-        k_scale,
-        layer.row_lens,
-        ks,
-        torch.zeros_like(ks),
-        layer.page_table,
-        lens,
-    )
-    run = indexer.Run((indexer.Span(0, 0, rows, 0, length),), 0, rows)
-    out = torch.full((rows, TOPK), -1, dtype=torch.int32, device="cuda")
-    space = indexer.OutputSpace(pages=layer.page_table)
-
-    def ours() -> Tensor:
-        block_means = stats.heal(0, layer.buffer, layer.page_table, lens, policy.block_size)
-        if method.plain:
-            return stock_topk(routed_logits(policy, call, block_means))
-        indexer.ragged_topk(policy, call, run, block_means, space, out)
-        return out
-
-    correct = correct_rows(policy, layer, stats, ours())
+    shape = bench.Shape("prefill", case.index_heads, case.rows, case.length, case.inputs, case.requests)
+    layer = bench.Layer.make(shape)
+    engine = bench.engine_of(case.policy, shape, [layer.index_k_pages])
+    ours, slots = bench.extend(case.policy, layer, engine)
+    ours()
+    verdict = bench.judge(case.policy, layer, engine, 0, slots)
+    baseline = layer.stock()
+    calls = [baseline, ours] if verdict.flaw is None else [baseline]
+    times = event_us(calls)
     return Outcome(
-        stock_us=event_us(baseline),
-        ours_us=event_us(ours) if correct else float("nan"),
-        correct=correct,
-        row_lens=layer.row_lens,
+        stock_us=times[0],
+        ours_us=times[1] if len(times) > 1 else float("nan"),
+        flaw=verdict.flaw,
+        recall=verdict.recall,
         host_us=(host_us(baseline), host_us(ours)),
         stages={"stock": kernel_us(baseline), "ours": kernel_us(ours)} if stages else {},
     )
 
 
-def bench_decode(method: Method, heads: int, batch: int, length: int, stages: bool) -> Outcome:
-    """A layer of a decode step of `batch` requests of `length` tokens.
+def bench_decode(case: Case, stages: bool) -> Outcome:
+    """A layer of a decode step of `rows` requests of `length` tokens.
 
-    Ours has its share of the step's one launch that brings the page means of all layers up to date.
+    Ours has its share of the step's one launch that brings the page statistics of all layers up to date.
     """
-    policy = method.policy
-    # Enough inputs that neither reader finds its keys in L2: ours reads 8K of a row, stock all of it.
-    copies = max(1, min(64, (200 << 20) // (batch * min(length, 8192) * 132)))
-    layers = [make_layer(batch, heads, length, requests=batch, seed=s) for s in range(copies)]
-    stats = [PageStats([layer.buffer], kernels=True) for layer in layers]
-    for layer, means in zip(layers, stats, strict=True):
-        means.heal(0, layer.buffer, layer.page_table, layer.row_lens, policy.block_size)
+    from sglang_misa.bench import layer as bench
 
-    def ours(layer: Layer, means: PageStats) -> Tensor:
-        return indexer.paged_topk(
-            policy, layer.index_q, layer.head_gates, layer.buffer, layer.page_table, layer.row_lens, means, 0, TOPK
-        )
-
-    served = [i % copies for i in range(LAYERS)]
-    addresses = Layers.of([layers[i].buffer for i in served], [stats[i].means[0] for i in served])
+    shape = bench.Shape("decode", case.index_heads, case.rows, case.length, case.inputs)
+    # Enough inputs that neither reader finds its keys in L2: ours reads 8K of a row at least, stock all of it.
+    copies = max(1, min(64, (200 << 20) // (case.rows * min(case.length, 8192) * 132)))
+    layers = [bench.Layer.make(shape, seed) for seed in range(copies)]
+    engine = bench.engine_of(
+        case.policy, shape, [layers[i % copies].index_k_pages for i in range(max(copies, bench.LAYERS))]
+    )
+    ours: list[Callable[[], object]] = []
+    verdict = None
+    for i, layer in enumerate(layers):
+        last_slots = torch.arange(len(layer.index_k_pages), device="cuda") * PAGE + PAGE - 1
+        engine.pages_written(i, last_slots)
+        call = layer.decode_call(i, torch.full((case.rows, TOPK), -1, dtype=torch.int32, device="cuda"))
+        ours.append(functools.partial(engine.decode, call, case.policy))
+        if i < 2 and (verdict is None or verdict.flaw is None):
+            ours[-1]()
+            verdict = bench.judge(case.policy, layer, engine, i, call.ids)
+    assert verdict is not None
 
     def upkeep() -> None:
-        update_last_page_means(addresses, layers[0].page_table, layers[0].row_lens)
+        engine.end_step(layers[0].page_table, layers[0].seq_lens)
 
-    correct = all(
-        correct_rows(policy, layer, means, ours(layer, means))
-        for layer, means in zip(layers[:2], stats[:2], strict=True)
-    )
-    baselines = [stock.decode(la.index_q, la.head_gates, la.buffer, la.page_table, la.row_lens, TOPK) for la in layers]
-    mine = [functools.partial(ours, la, me) for la, me in zip(layers, stats, strict=True)]
+    stocks = [layer.stock() for layer in layers]
+    kinds = [stocks, ours, [upkeep]] if verdict.flaw is None else [stocks]
+    times = graph_us(kinds)
     return Outcome(
-        stock_us=graph_us(baselines),
-        ours_us=graph_us(mine) + graph_us([upkeep]) / LAYERS if correct else float("nan"),
-        correct=correct,
-        row_lens=layers[0].row_lens,
+        stock_us=times[0],
+        ours_us=times[1] + times[2] / bench.LAYERS if len(times) > 1 else float("nan"),
+        flaw=verdict.flaw,
+        recall=verdict.recall,
         host_us=None,
-        stages={"stock": kernel_us(baselines[0]), "ours": kernel_us(mine[0])} if stages else {},
+        stages={"stock": kernel_us(stocks[0]), "ours": kernel_us(ours[0])} if stages else {},
     )
 
 
-def measure(phase: Phase, method: Method, heads: int, rows: int, length: int, stages: bool) -> dict[str, object]:
-    bench, unit, rate = (
-        (bench_prefill, "TFLOPS", Work.tflops) if phase == "prefill" else (bench_decode, "GB/s", Work.gb_s)
-    )
-    outcome, policy = bench(method, heads, rows, length, stages), method.policy
+def measure(case: Case, stages: bool) -> dict[str, object]:
+    """The row of a case; prints it with what the table does not hold."""
+    prefill, policy = case.phase == "prefill", case.policy
+    outcome = (bench_prefill if prefill else bench_decode)(case, stages)
     torch.cuda.empty_cache()
-    gpu = torch.cuda.get_device_name()
-    row = {
-        "gpu": gpu,
-        "phase": phase,
-        "policy": method.name,
-        "index_heads": heads,
+    right = outcome.flaw is None
+    row: dict[str, object] = {
+        "gpu": torch.cuda.get_device_name(),
+        "sglang": stock.version(),
+        "phase": case.phase,
+        "preset": case.preset,
+        "policy": policy.name,
+        "index_heads": case.index_heads,
         "routed_heads": policy.heads or "",
+        "residual": int(policy.residual),
         "candidates": policy.candidates or "",
         "blocks": policy.blocks or "",
-        "rows": rows,
-        "length": length,
+        "sketch": policy.sketch or "",
+        "rows": case.rows,
+        "length": case.length,
+        "inputs": case.source,
         "stock_us": round(outcome.stock_us, 1),
-        "ours_us": round(outcome.ours_us, 1) if outcome.correct else "",
-        "ratio": round(outcome.stock_us / outcome.ours_us, 2) if outcome.correct else "",
-        "correct": outcome.correct,
+        "ours_us": round(outcome.ours_us, 1) if right else "",
+        "ratio": round(outcome.stock_us / outcome.ours_us, 3) if right else "",
+        "recall": round(outcome.recall, 4),
+        "correct": right,
         "commit": commit(),
+        "driver": driver(),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-    shown = [f"{name}={row[name]}" for name in COLUMNS[1:-1] if row[name] != ""]
-    work, dsa = (count(p, phase, heads, outcome.row_lens) for p in (policy, DSA))
+    shown = [f"{name}={row[name]}" for name in COLUMNS[2:-4] if row[name] != ""]
+    lens = torch.full((case.rows,), case.length) - torch.arange(case.rows if prefill else 1) % (
+        case.rows // case.requests
+    )
+    work, dsa = (count(p, case.phase, case.index_heads, lens) for p in (policy, DSA))
+    unit, rate = ("TFLOPS", Work.tflops) if prefill else ("GB/s", Work.gb_s)
     shown.append(f"{unit}={rate(work, outcome.ours_us):.0f} (stock {rate(dsa, outcome.stock_us):.0f})")
-    floor_us = work.floor_us(CHIPS.get(gpu, UNKNOWN))
+    floor_us = work.floor_us(CHIPS.get(str(row["gpu"]), UNKNOWN))
     shown += [f"floor_us={floor_us:.1f}", f"of_floor={floor_us / outcome.ours_us:.0%}"]
     if outcome.host_us is not None:
         shown.append("host_us={:.0f} (stock {:.0f})".format(*reversed(outcome.host_us)))
-    print("  ".join(shown))
+    print("  ".join(shown), *([f"WRONG: {outcome.flaw}"] if outcome.flaw else []))
     for whose, kernels in outcome.stages.items():
         for kernel, us in kernels.items():
             print(f"    {whose:<5} {us:9.1f} us  {kernel}")
@@ -296,15 +225,30 @@ def measure(phase: Phase, method: Method, heads: int, rows: int, length: int, st
 
 
 def commit() -> str:
-    """The commit under test; `-dirty` marks a changed tree; 'unknown' outside a checkout."""
-    git = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty", "--match=-"]
+    """The commit of the checkout that this file lies in, `-dirty` for a changed tree; empty in an installed package."""
+    here = pathlib.Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run([*git, "ls-files", "--error-unmatch", str(here)], capture_output=True, check=True)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--match=-"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return ""
+    return described.stdout.strip()
+
+
+def driver() -> str:
+    """The version of the NVIDIA driver; empty where nothing says it."""
+    try:
+        text = pathlib.Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return ""
+    return next((word for word in text.split() if word.count(".") == 2 and word[0].isdigit()), "")
 
 
 def append(path: pathlib.Path, row: dict[str, object]) -> None:
+    """Add a row to a CSV, under COLUMNS where it is new."""
     fresh = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
@@ -314,47 +258,58 @@ def append(path: pathlib.Path, row: dict[str, object]) -> None:
         writer.writerow(row)
 
 
-def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The parsed command line, with `methods`. Leaves with a message where it asks for nothing to measure."""
+def cases(words: Sequence[str] | None = None) -> tuple[list[Case], argparse.Namespace]:
+    """What a command line asks for. Leaves with a message where that is nothing, or impossible."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*PRESETS, PLAIN]
     parser.add_argument("phase", choices=PHASES)
-    parser.add_argument("--csv", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--policies", nargs="+", choices=names, default=names, help="default: all active in the phase")
-    parser.add_argument("--index-heads", nargs="+", type=int, default=[64, 32], choices=[32, 64])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 65536, 131072])
-    parser.add_argument("--rows", nargs="+", type=int, default=[8192], help="prefill: query rows of a call")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64], help="decode: requests of a step")
+    parser.add_argument("--csv", type=pathlib.Path, help="append the rows to this file (default: print them only)")
+    parser.add_argument("--preset", nargs="+", choices=[*PRESETS], default=[*PRESETS], help="default: all")
+    parser.add_argument("--inputs", nargs="+", default=["random"], help=inputs.__doc__.split("\n\n")[1])
+    parser.add_argument("--index-heads", nargs="+", type=int, default=[64], choices=[32, 64])
+    parser.add_argument("--length", nargs="+", type=int, help="keys of a request")
+    parser.add_argument("--rows", nargs="+", type=int, help="prefill: query rows of a call; decode: requests of a step")
+    parser.add_argument("--cached", action="store_true", help="prefill: few new rows over long cached prefixes")
+    parser.add_argument(
+        "--requests", nargs="+", type=int, default=[1], help="prefill: prompts that share a call's rows"
+    )
     for size, what in SIZES.items():
-        choices = topk_routed.ROUTED_HEADS if size == "heads" else None
-        parser.add_argument(f"--{size}", nargs="+", type=int, choices=choices, help=f"{what} (default: the presets')")
+        parser.add_argument("--" + size.replace("_", "-"), nargs="+", type=int, help=f"{what} (default: the presets')")
     parser.add_argument("--stages", action="store_true", help="print the time of every kernel, stock's and ours")
     options = parser.parse_args(words)
-    sizes = {size: getattr(options, size) for size in SIZES}
-    options.methods = methods(options.phase, options.policies, sizes)
-    if not options.methods:
-        active = ", ".join(name for name in names if methods(options.phase, [name], {}))
-        parser.error(f"--policies: expected one of {active} in {options.phase}, got {' '.join(options.policies)}")
-    for method in options.methods:
-        for problem in method.policy.problems(options.phase, index_heads=min(options.index_heads), topk=TOPK):
+    if options.cached and options.phase == "decode":
+        parser.error("--cached: expected prefill, where rows share a prefix, got decode; drop it")
+    rows = options.rows or (CACHED_ROWS if options.cached else ROWS[options.phase])
+    lengths = options.length or (CACHED_LENGTHS if options.cached else LENGTHS[options.phase])
+    sources = [n for name in options.inputs for n in (_hostile() if name == "hostile" else [name])]
+    wanted = policies(options.phase, options.preset, {size: getattr(options, size) for size in SIZES})
+    if not wanted:
+        active = ", ".join(name for name, preset in PRESETS.items() if preset.policy(options.phase).active)
+        parser.error(f"--preset: expected one of {active} in {options.phase}, got {' '.join(options.preset)}")
+    for _, policy in wanted:
+        for problem in policy.problems(options.phase, index_heads=min(options.index_heads), topk=TOPK):
             parser.error(problem)
-    return options
+    axes = itertools.product(wanted, options.index_heads, sources, lengths, rows, options.requests)
+    found = [
+        Case(options.phase, preset, policy, heads, count_, length, source, requests)
+        for (preset, policy), heads, source, length, count_, requests in axes
+        if options.phase == "decode" or (count_ % requests == 0 and count_ // requests <= length)
+    ]
+    if not found:
+        parser.error(f"--rows: expected at most as many as keys of a request, got {rows} and {lengths}; choose others")
+    return found, options
+
+
+def _hostile() -> list[str]:
+    return [f"hostile:{name}" for name in inputs.names()]
 
 
 def main() -> int:
-    options = arguments()
-    cases = [
-        (method, heads, rows, length)
-        for method in options.methods
-        for heads in options.index_heads
-        for length in options.lengths
-        for rows in (options.rows if options.phase == "prefill" else options.batches)
-        if options.phase == "decode" or rows <= length
-    ]
+    found, options = cases()
     correct = True
-    for case in cases:
-        row = measure(options.phase, *case, options.stages)
-        append(options.csv, row)  # at once: should a later case fail, this one is kept
+    for case in found:
+        row = measure(case, options.stages)
+        if options.csv is not None:
+            append(options.csv, row)  # at once: should a later case fail, this one is kept
         correct = correct and bool(row["correct"])
     return 0 if correct else 1
 

@@ -1,4 +1,4 @@
-"""How GPU work is timed: medians of events with a cold L2, or of CUDA-graph replays; and kernel by kernel."""
+"""How GPU work is timed: medians of events with a cold L2, or of CUDA-graph replays, in turn; and kernel by kernel."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from torch.profiler import ProfilerActivity, profile
 HEAD_START = 8_000_000  # cycles, about 4 ms: longer than a slow host needs for the launches of one call
 
 
-def event_us(call: Callable[[], object], repeats: int = 15, flush_bytes: int = 256 << 20) -> float:
-    """Median µs that `call` takes on the GPU, after a flush of the L2 cache and with all its launches queued."""
+def event_us(calls: Sequence[Callable[[], object]], repeats: int = 15, flush_bytes: int = 256 << 20) -> list[float]:
+    """Median µs that each of `calls` takes on the GPU, in turn: after a flush of the L2 cache, all launches queued."""
     flush = torch.empty(flush_bytes, dtype=torch.uint8, device="cuda")
 
     def prepare() -> None:
         flush.zero_()
         torch.cuda._sleep(HEAD_START)
 
-    for _ in range(3):
-        call()
-    return _median_us(call, repeats, before=prepare)
+    for call in calls:
+        for _ in range(3):
+            call()
+    return _median_us(calls, repeats, before=prepare)
 
 
 def host_us(call: Callable[[], object], repeats: int = 15) -> float:
@@ -38,8 +39,17 @@ def host_us(call: Callable[[], object], repeats: int = 15) -> float:
     return float(statistics.median(times))
 
 
-def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
-    """Median µs of one of `calls`, all replayed from one CUDA graph: several inputs, so that L2 does not hold one."""
+def graph_us(kinds: Sequence[Sequence[Callable[[], object]]], repeats: int = 20) -> list[float]:
+    """Median µs of a call of each kind, in turn: its calls are replayed from one CUDA graph.
+
+    Several calls a kind have inputs of their own, so that L2 does not hold one.
+    """
+    graphs = [_captured(calls) for calls in kinds]
+    times = _median_us([graph.replay for graph in graphs], repeats)
+    return [us / len(calls) for us, calls in zip(times, kinds, strict=True)]
+
+
+def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -51,7 +61,7 @@ def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
         for call in calls:
             call()
     graph.replay()
-    return _median_us(graph.replay, repeats) / len(calls)
+    return graph
 
 
 def kernel_us(call: Callable[[], object], repeats: int = 5, flush_bytes: int = 256 << 20) -> dict[str, float]:
@@ -79,14 +89,17 @@ def _short(kernel: str) -> str:
     return match.group().strip() if match else plain
 
 
-def _median_us(call: Callable[[], object], repeats: int, before: Callable[[], object] = lambda: None) -> float:
-    times = []
+def _median_us(
+    calls: Sequence[Callable[[], object]], repeats: int, before: Callable[[], object] = lambda: None
+) -> list[float]:
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before()
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
-    return float(statistics.median(times))
+        for call, taken in zip(calls, times, strict=True):
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before()
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            taken.append(start.elapsed_time(stop) * 1e3)
+    return [float(statistics.median(taken)) for taken in times]

@@ -13,6 +13,7 @@ from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 PAIR = 2 * HEAD_DIM  # FLOP of a query head and a key
 KEY_BYTES = HEAD_DIM + 4  # fp8 and a scale
 MEAN_BYTES = 2 * HEAD_DIM  # bf16
+SKETCH_SCALE_BYTES = 2  # of a key
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,20 @@ class Work:
         return self.bytes / us * 1e-3
 
 
-def count(policy: SelectionPolicy, phase: Phase, heads: int, row_lens: Tensor) -> Work:
-    """The work of one layer's call for rows that see `row_lens` [T] int keys, with `heads` index heads.
+def count(policy: SelectionPolicy, phase: Phase, heads: int, seq_lens: Tensor) -> Work:
+    """The work of one layer's call for rows that see `seq_lens` [T] int keys, with `heads` index heads.
 
-    Prefill is arithmetic: kept tokens × routed heads and candidates × all heads in fp8, blocks × all heads in bf16.
-    Decode is reading: the kept keys and, to keep or to route by, all page means. Stock DSA keeps all and pools nothing.
+    Prefill is arithmetic: kept tokens × scored columns and candidates × all heads in fp8, blocks × all heads in bf16.
+    Decode is reading: the kept keys, or the sketches of all and the candidates' keys, and, to keep, to route or to
+    sketch by, all page means. Stock DSA keeps all and pools nothing.
     """
-    lens = row_lens.double()
+    lens = seq_lens.double()
     kept = float(lens.clamp(max=policy.blocks * policy.block_size if policy.blocks else math.inf).sum())
-    if phase == "decode":
-        pages = float((lens // PAGE).sum()) if policy.active else 0.0
-        return Work(bytes=kept * KEY_BYTES + pages * MEAN_BYTES)
-    blocks = float((lens // policy.block_size).sum()) if policy.active else 0.0
     again = float(lens.clamp(max=policy.candidates).sum()) if policy.candidates else 0.0
-    return Work(fp8=(kept * (policy.heads or heads) + again * heads) * PAIR, bf16=blocks * heads * PAIR)
+    if phase == "decode":
+        pages = float((lens // PAGE).sum()) if policy.pooled or policy.sketch else 0.0
+        scanned = KEY_BYTES if policy.sketch is None else HEAD_DIM * policy.sketch / 8 + SKETCH_SCALE_BYTES
+        reread = again * KEY_BYTES if policy.sketch else 0.0  # otherwise the first pass has read them
+        return Work(bytes=kept * scanned + reread + pages * MEAN_BYTES)
+    blocks = float((lens // policy.block_size).sum()) if policy.pooled else 0.0
+    return Work(fp8=(kept * (policy.columns or heads) + again * heads) * PAIR, bf16=blocks * heads * PAIR)

@@ -1,34 +1,8 @@
-"""Kernels run on the GPU where there is one, else on CPU tensors through Triton's interpreter.
-
-Every buffer they leave uninitialised starts as NaN.
-"""
-
-import os
-from collections.abc import Callable
-from typing import Any
+"""Every buffer that a kernel leaves uninitialised starts as NaN."""
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before any of them is imported
-
-
-@pytest.fixture(scope="session")
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and its kin return NaN (integers: their minimum), so that a forgotten tail shows."""
-
-    def poisoned(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
-            tensor = create(*args, **kwargs)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
-
-        return wrapper
-
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+def _nothing_is_zero_by_chance(poisoned_empty: None) -> None:
+    pass

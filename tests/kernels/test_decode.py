@@ -6,42 +6,23 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from oracles import FP32, STALE, Paged, assert_best, assert_block_filter
 from torch import Tensor
 
+from sglang_misa.bench.check import PRECISION as TENSOR_CORES
+from sglang_misa.bench.inputs import pack_pages, unpack_pages
 from sglang_misa.kernels.decode.keep_blocks import SHORT_ROW, KeepTuning
 from sglang_misa.kernels.decode.topk_blocks import DecodeScratch, ScoreTuning, decode_topk
 from sglang_misa.kernels.layout import HEAD_DIM as DIM
 from sglang_misa.kernels.layout import PAGE, PAGE_BYTES
 
-LOWEST = torch.finfo(torch.float32).min
 EDGES = (0, 1, 63, 64, 65, 127, 128, 129, 2047, 2048, 2049)
-TOLERANCE = 1e-5  # of the largest score: fp32 sums in another order
-
-
-@dataclass(frozen=True)
-class Batch:
-    index_q: Tensor
-    head_gates: Tensor
-    pool: Tensor
-    page_means: Tensor
-    page_table: Tensor
-    seq_lens: Tensor
-
-    def keys(self, row: int) -> Tensor:
-        """The row's keys fp32 [len, 128], in logical order."""
-        length = int(self.seq_lens[row])
-        pages = self.pool[self.page_table[row, : -(-length // PAGE)].long()]
-        keys = pages[:, : PAGE * DIM].contiguous().view(torch.float8_e4m3fn).float().view(-1, PAGE, DIM)
-        scales = pages[:, PAGE * DIM :].contiguous().view(torch.float32)
-        return (keys * scales.unsqueeze(-1)).flatten(0, 1)[:length]
-
-    def means(self, row: int) -> Tensor:
-        return self.page_means[self.page_table[row, : int(self.seq_lens[row]) // PAGE].long()].float()
+PRECISION = FP32 if not torch.cuda.is_available() else TENSOR_CORES
 
 
 def make(
     lens: tuple[int, ...], *, heads: int = 32, width: int | None = None, seed: int = 0, device: str = "cpu"
-) -> Batch:
+) -> Paged:
     """Random rows. Whatever must not be read is hostile: pages that nobody owns are NaN, so are the means of incomplete
     pages and of a row's newest complete one, which this step or its drafts may have completed, and page-table entries
     past a row's end are huge or negative."""
@@ -51,32 +32,23 @@ def make(
     num_pages = sum(used) + 5
     ids = torch.randperm(num_pages - 1, generator=random)[: sum(used)] + 1  # page 0 belongs to padded rows
     pool = torch.full((num_pages, PAGE_BYTES), 0x7F, dtype=torch.uint8)  # fp8 and fp32 NaN
-    pool[ids, : PAGE * DIM] = (
-        torch.randn(len(ids), PAGE * DIM, generator=random).to(torch.float8_e4m3fn).view(torch.uint8)
-    )
-    scales = torch.rand(len(ids), PAGE, generator=random) + 0.5
-    pool[ids, PAGE * DIM :] = scales.view(torch.uint8)
+    keys = torch.randn(len(ids) * PAGE, DIM, generator=random).to(torch.float8_e4m3fn)
+    pool[ids] = pack_pages(keys, torch.rand(len(ids) * PAGE, generator=random) + 0.5)
     means = torch.full((num_pages, DIM), float("nan"), dtype=torch.bfloat16)
-    table = (
-        torch.tensor([2**31 - 1, -(2**31), -1, 10**9], dtype=torch.int32).repeat(len(lens), width)[:, :width].clone()
-    )
+    table = torch.tensor(STALE, dtype=torch.int32).repeat(len(lens), width)[:, :width].clone()
     start = 0
     for row, (length, count) in enumerate(zip(lens, used, strict=True)):
         own = ids[start : start + count]
         table[row, :count] = own.int()
         full = own[: length // PAGE]
-        keys = pool[full, : PAGE * DIM].view(torch.float8_e4m3fn).float().view(-1, PAGE, DIM)
-        means[full] = (keys * pool[full, PAGE * DIM :].view(torch.float32).unsqueeze(-1)).mean(1).bfloat16()
+        index_k, k_scale = unpack_pages(pool[full])
+        means[full] = (index_k.float() * k_scale[:, None]).view(-1, PAGE, DIM).mean(1).bfloat16()
         means[full[-1:]] = float("nan")
         start += count
     index_q = torch.randn(len(lens), heads, DIM, generator=random).to(torch.float8_e4m3fn)
     gates = torch.randn(len(lens), heads, generator=random)
     parts = (index_q, gates, pool, means, table, torch.tensor(lens, dtype=torch.int32))
-    return Batch(*(part.to(device) for part in parts))
-
-
-def scores(batch: Batch, row: int, keys: Tensor) -> Tensor:
-    return batch.head_gates[row] @ torch.relu(batch.index_q[row].float() @ keys.T)
+    return Paged(*(part.to(device) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -97,7 +69,7 @@ class Result:
 
 
 def run(
-    batch: Batch,
+    batch: Paged,
     *,
     blocks: int,
     block_size: int = 128,
@@ -107,13 +79,13 @@ def run(
     score: ScoreTuning | None = None,
 ) -> Result:
     rows, width = batch.page_table.shape
-    scratch = scratch or DecodeScratch.allocate(rows, width, blocks, block_size, batch.pool.device)
-    out = torch.empty(rows, k, dtype=torch.int32, device=batch.pool.device)
+    scratch = scratch or DecodeScratch.allocate(rows, width, blocks, block_size, batch.index_k_pages.device)
+    out = torch.empty(rows, k, dtype=torch.int32, device=batch.index_k_pages.device)
     positions = torch.empty_like(out)
     decode_topk(
         batch.index_q,
         batch.head_gates,
-        batch.pool,
+        batch.index_k_pages,
         batch.page_means,
         batch.page_table,
         batch.seq_lens,
@@ -127,44 +99,10 @@ def run(
     return Result(out, positions, scratch)
 
 
-def assert_best(chosen: Tensor, among: Tensor, ranked: Tensor, k: int) -> None:
-    """`chosen` are the min(k, n) positions of `among` with the highest `ranked` scores, up to rounding at the edge."""
-    assert len(chosen) == min(k, len(among)) == len(chosen.unique())
-    mask = torch.zeros(len(ranked), dtype=torch.bool, device=ranked.device)
-    mask[among] = True
-    assert mask[chosen].all()
-    left = mask.clone()
-    left[chosen] = False
-    if len(chosen) and left.any():
-        assert ranked[chosen].min() >= ranked[left].max() - TOLERANCE * ranked[mask].abs().max()
-
-
-def check_row(batch: Batch, result: Result, row: int, blocks: int, block_size: int, k: int) -> None:
-    """The kept blocks are the best by page means; the tokens are the best of the kept ones; slots name their pages."""
-    length = int(batch.seq_lens[row])
-    taken = result.row(row)
-    if length == 0:
-        assert len(taken) == 0
-        return
-    complete = length // block_size
-    count = min(complete, blocks) + (length % block_size > 0)
-    kept = result.scratch.kept.blocks[row, :count].long()
-    assert int(result.scratch.kept.lens[row]) == min(complete, blocks) * block_size + length % block_size
-    full = kept[kept < complete]
-    if complete > blocks:
-        assert full[0] == 0
-        assert full[-1] == complete - 1
-        pages = batch.means(row)[: complete * block_size // PAGE]
-        k_tilde = pages.view(complete, -1, DIM).mean(1).bfloat16().float()
-        middle = torch.arange(1, complete - 1, device=kept.device)
-        assert_best(full[1:-1], middle, scores(batch, row, k_tilde), blocks - 2)
-    else:
-        assert torch.equal(kept, torch.arange(count, device=kept.device))
-    position = torch.arange(length, device=kept.device)
-    visible = position[torch.isin(position // block_size, kept)]
-    assert_best(taken, visible, scores(batch, row, batch.keys(row)), k)
-    slots = batch.page_table[row, taken // PAGE] * PAGE + taken % PAGE
-    assert torch.equal(result.slots[row, : len(taken)].long(), slots.long())
+def check_row(batch: Paged, result: Result, row: int, blocks: int, block_size: int, k: int) -> None:
+    assert result.positions.shape[1] == k
+    found = result.scratch.kept, result.slots[row], result.positions[row]
+    assert_block_filter(batch, row, *found, blocks=blocks, block_size=block_size, precision=PRECISION)
 
 
 @pytest.mark.parametrize(
@@ -203,18 +141,21 @@ def test_blocks_for_all_is_dsa_and_few_tokens_are_all_taken(device: str) -> None
         if length <= 256:
             assert torch.equal(taken, everything)
         else:
-            assert_best(taken, everything, scores(batch, row, batch.keys(row)), 256)
+            assert_best(taken, everything, batch.scores(row, PRECISION), 256)
 
 
 def test_physical_pages_and_stale_entries_do_not_matter(device: str) -> None:
     batch = make((1500, 900, 129), device=device)
     expected = run(batch, blocks=4)
-    order = torch.randperm(len(batch.pool), generator=torch.Generator().manual_seed(5)).to(device)
+    order = torch.randperm(len(batch.index_k_pages), generator=torch.Generator().manual_seed(5)).to(device)
     moved = torch.empty_like(order)
     moved[order] = torch.arange(len(order), device=device)
     used = torch.arange(batch.page_table.shape[1], device=device) < -(-batch.seq_lens[:, None] // PAGE)
     table = torch.where(used, moved[batch.page_table.clamp(0, len(order) - 1).long()].int(), -12345)
-    result = run(replace(batch, pool=batch.pool[order], page_means=batch.page_means[order], page_table=table), blocks=4)
+    result = run(
+        replace(batch, index_k_pages=batch.index_k_pages[order], page_means=batch.page_means[order], page_table=table),
+        blocks=4,
+    )
     assert torch.equal(result.positions, expected.positions)
 
 
@@ -239,14 +180,13 @@ def test_broken_gates_leave_no_holes(device: str, gate: float) -> None:
 
 def test_a_nan_score_wins_only_what_no_number_wants(device: str) -> None:
     batch = make((640,), device=device)
-    scales = batch.pool[:, PAGE * DIM :].view(torch.float32)
+    scales = batch.index_k_pages[:, PAGE * DIM :].view(torch.float32)
     page = int(batch.page_table[0, 1])
     scales[page] = float("nan")
     taken = run(batch, blocks=6).row(0)
     assert not torch.isin(taken, torch.arange(64, 128, device=device)).any()
     everything = run(batch, blocks=6, k=600).row(0)
-    ranked = scores(batch, 0, batch.keys(0)).nan_to_num(nan=LOWEST)
-    assert_best(everything, torch.arange(640, device=device), ranked, 600)
+    assert_best(everything, torch.arange(640, device=device), batch.scores(0, PRECISION), 600)
 
 
 def test_a_row_longer_than_the_short_path_equals_the_oracle(device: str) -> None:

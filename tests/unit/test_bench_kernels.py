@@ -1,11 +1,13 @@
 """What the kernel bench counts and what it measures: all of it that needs no GPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from sglang_misa.bench import kernels
+from sglang_misa.bench import inputs, kernels
 from sglang_misa.bench.work import CHIPS, Work, count
-from sglang_misa.config import PRESETS, SelectionPolicy
+from sglang_misa.config import PHASES, PRESETS, SelectionPolicy
 
 LENS = torch.tensor([1000, 3000], dtype=torch.int32)  # 3 + 11 blocks of 256, 7 + 23 of 128, 15 + 46 pages
 HISA = SelectionPolicy(blocks=4, block_size=128)  # keeps 512 tokens of each
@@ -19,6 +21,8 @@ HISA = SelectionPolicy(blocks=4, block_size=128)  # keeps 512 tokens of each
         (SelectionPolicy(heads=8, candidates=2000), (4000 * 8 + 3000 * 64) * 256, 14 * 64 * 256),
         (HISA, 1024 * 64 * 256, 30 * 64 * 256),
         (HISA.model_copy(update={"heads": 8}), 1024 * 8 * 256, 30 * 64 * 256),
+        (SelectionPolicy(heads=7, residual=True), 4000 * 8 * 256, 14 * 64 * 256),
+        (SelectionPolicy(exact=True), 4000 * 64 * 256, 0),
     ],
 )
 def test_prefill_is_counted_in_flop(policy: SelectionPolicy, fp8: int, bf16: int) -> None:
@@ -31,6 +35,7 @@ def test_prefill_is_counted_in_flop(policy: SelectionPolicy, fp8: int, bf16: int
         (SelectionPolicy(), 4000 * 132),
         (HISA, 1024 * 132 + 61 * 256),
         (SelectionPolicy(heads=8), 4000 * 132 + 61 * 256),
+        (SelectionPolicy(sketch=1, candidates=512), 4000 * 18 + 1024 * 132 + 61 * 256),
     ],
 )
 def test_decode_is_counted_in_bytes(policy: SelectionPolicy, expected: int) -> None:
@@ -46,19 +51,21 @@ def test_at_the_floor_the_rates_are_the_chips() -> None:
     assert (both.floor_us(h100), both.tflops(2.0)) == (pytest.approx(2), pytest.approx(1484))
 
 
-def test_every_method_of_a_phase_is_measured_once() -> None:
-    prefill, decode = (kernels.arguments([phase]).methods for phase in ("prefill", "decode"))
-    assert [m.name for m in prefill] == ["misa", "misa-hier", "hisa", "plain"]
-    assert [m.name for m in decode] == ["hisa"]
-    plain = kernels.arguments(["prefill", "--policies", "plain"]).methods
-    assert plain == prefill[3:]
-    assert plain[0].policy == prefill[0].policy == PRESETS["misa"].prefill.model_copy(update={"min_len": 0})
+def test_every_policy_of_a_phase_is_measured_once() -> None:
+    prefill, decode = (
+        [c.preset for c in kernels.cases([phase, "--rows", "1", "--length", "64"])[0]] for phase in PHASES
+    )
+    assert prefill == ["misa", "misa-hier", "hisa", "fast", "faithful", "exact"]  # misa-hisa prefills as misa does
+    assert decode == ["hisa", "fast", "faithful"]
+    (case,), _ = kernels.cases(["prefill", "--preset", "misa", "--length", "65536"])
+    assert case.policy == PRESETS["misa"].prefill.model_copy(update={"min_len": 0})
+    assert (case.rows, case.inputs) == (8192, "random")
 
 
-def test_sizes_go_to_the_methods_that_have_them() -> None:
-    words = ["prefill", "--policies", "misa", "misa-hier", "hisa", "--heads", "4", "16", "--candidates", "4096"]
-    found = [(m.name, m.policy.heads, m.policy.candidates, m.policy.blocks) for m in kernels.arguments(words).methods]
-    assert found == [
+def test_sizes_go_to_the_policies_that_have_them() -> None:
+    words = ["prefill", "--preset", "misa", "misa-hier", "hisa", "--heads", "4", "16", "--candidates", "4096"]
+    found, _ = kernels.cases([*words, "--length", "65536"])
+    assert [(c.preset, c.policy.heads, c.policy.candidates, c.policy.blocks) for c in found] == [
         ("misa", 4, None, None),
         ("misa", 16, None, None),
         ("misa-hier", 4, 4096, None),
@@ -67,22 +74,40 @@ def test_sizes_go_to_the_methods_that_have_them() -> None:
     ]
 
 
+def test_cached_prefixes_hostile_inputs_and_shared_calls_are_cases() -> None:
+    found, _ = kernels.cases(["prefill", "--preset", "fast", "--cached"])
+    assert {(c.rows, c.length) for c in found} == {(r, k << 10) for r in (1024, 2048, 4096) for k in (128, 256, 512)}
+    found, _ = kernels.cases(["prefill", "--preset", "fast", "--length", "8192", "--inputs", "hostile", "random"])
+    assert len(found) == len(inputs.names()) + 1
+    found, _ = kernels.cases(
+        ["prefill", "--preset", "misa", "--rows", "64", "--length", "8192", "--requests", "1", "64"]
+    )
+    assert [c.source for c in found] == ["random", "random x64"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--heads", "5"], "--heads: invalid choice: 5"),
-        (["--heads", "64"], "expected at most the model's 32 index heads, got 64"),
-        (["--candidates", "1024"], "expected at least the model's index_topk = 2048, got 1024"),
-        (["--blocks", "8"], "got 8 × 128 = 1024"),
+        (["prefill", "--heads", "33", "--index-heads", "32"], "expected at most the model's 32 index heads, got 33"),
+        (["prefill", "--candidates", "1024"], "expected at least the model's index_topk = 2048, got 1024"),
+        (["prefill", "--blocks", "8"], "got 8 × 128 = 1024"),
+        (["decode", "--preset", "misa"], "expected one of hisa, misa-hisa, fast, faithful in decode, got misa"),
+        (["decode", "--cached"], "expected prefill"),
+        (["prefill", "--rows", "9000", "--length", "8192"], "expected at most as many as keys"),
     ],
 )
-def test_impossible_sizes_are_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_cases_are_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        kernels.arguments(["prefill", *words])
+        kernels.cases(words)
     assert said in capsys.readouterr().err
 
 
-def test_nothing_to_measure_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        kernels.arguments(["decode", "--policies", "plain", "misa"])
-    assert "expected one of hisa, misa-hisa in decode, got plain misa" in capsys.readouterr().err
+def test_the_commit_is_that_of_the_checkout_or_none() -> None:
+    assert kernels.commit() == "" or kernels.commit().removesuffix("-dirty").isalnum()
+
+
+def test_a_new_file_starts_with_the_columns(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "kernels.csv"
+    for _ in range(2):
+        kernels.append(path, dict.fromkeys(kernels.COLUMNS, 1))
+    assert path.read_text().splitlines() == [",".join(kernels.COLUMNS), *[",".join("1" * len(kernels.COLUMNS))] * 2]

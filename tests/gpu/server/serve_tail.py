@@ -1,6 +1,6 @@
 """SGLang's server, returning the selections of a request's last rows only: all rows of a 128K prompt are 4 GB of JSON.
 
-    SELECTION_TAIL=256 python tests/gpu/serve_tail.py <arguments of sglang.launch_server>
+    SELECTION_TAIL=256 python tests/gpu/server/serve_tail.py <arguments of sglang.launch_server>
 
 With SELECTION_DIGESTS every rank writes a line a finished request to a file of its own in that folder: a digest of the
 same rows' sets for each layer. Spawned schedulers import this file again, so the changes below hold in them too.

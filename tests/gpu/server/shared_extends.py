@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from gpu_server import EQUAL, SHAPE, Server, ask, overlaps
+from gpu.server.servers import EQUAL, SHAPE, Server, ask, overlaps
 
 # (cached, new) tokens in order of arrival: whole pages, and as many new ones as no tile divides. The second request
 # passes a gate of 8192 in its new rows, so stock's rows lie between those of a policy; the longest is not the last.

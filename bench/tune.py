@@ -1,0 +1,116 @@
+"""How the decode launches of HISA's block filter are cut: every cut timed, and what the page statistics add to a step.
+
+    python -m sglang_misa.bench.tune keep score upkeep
+
+The defaults in kernels/decode come from `keep` and `score`. Times are medians of CUDA-graph replays over rotating
+inputs. A cut that selects otherwise than the default is marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sglang_misa.bench.layer import LAYERS, TOPK, Layer, Shape
+from sglang_misa.bench.timing import graph_us
+from sglang_misa.kernels.decode.keep_blocks import KeepTuning
+from sglang_misa.kernels.decode.topk_blocks import DecodeScratch, ScoreTuning, decode_topk, keep_tuning
+from sglang_misa.kernels.layout import HEAD_DIM
+from sglang_misa.kernels.page_means import Layers, update_last_page_means, update_slots
+
+BLOCKS, BLOCK_SIZE = 64, 128
+SHAPES = [(1, 131072), (4, 131072), (16, 131072), (64, 131072), (1, 32768)]  # rows, length
+CUTS: dict[str, list[KeepTuning] | list[ScoreTuning]] = {
+    "keep": [KeepTuning(pages, warps) for pages, warps in ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8), (256, 8))],
+    "score": [ScoreTuning(pages, warps) for pages, warps in ((1, 4), (2, 4), (2, 8), (4, 4), (4, 8))],
+}
+COPIES = 4  # of the inputs
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the launches of a step are cut."""
+
+    keep: KeepTuning
+    score: ScoreTuning = field(default_factory=ScoreTuning)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A layer of a decode step."""
+
+    layer: Layer
+    means: Tensor
+    scratch: DecodeScratch
+    out: Tensor
+
+    @classmethod
+    def make(cls, rows: int, length: int, seed: int) -> Step:
+        layer = Layer.make(Shape("decode", 64, rows, length, "random"), seed)
+        means = torch.zeros(len(layer.index_k_pages), HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+        update_slots(layer.index_k_pages, means, torch.arange(63, means.shape[0] * 64, 64, device="cuda"))
+        width = layer.page_table.shape[1]
+        scratch = DecodeScratch.allocate(rows, width, BLOCKS, BLOCK_SIZE, means.device)
+        return cls(layer, means, scratch, torch.empty(rows, TOPK, dtype=torch.int32, device="cuda"))
+
+    def select(self, cut: Cut) -> None:
+        la = self.layer
+        tensors = (la.index_q, la.head_gates, la.index_k_pages, self.means, la.page_table, la.seq_lens)
+        written = {"block_size": BLOCK_SIZE, "scratch": self.scratch, "out": self.out}
+        decode_topk(*tensors, **written, keep=cut.keep, score=cut.score)
+
+
+def cuts(stage: str) -> Iterator[str]:
+    """One line for each cut of `stage` on each shape."""
+    for rows, length in SHAPES:
+        steps = [Step.make(rows, length, seed) for seed in range(COPIES)]
+        default = Cut(keep_tuning(rows))
+        steps[0].select(default)
+        expected = steps[0].out.clone()
+        for cut in CUTS[stage]:
+            chosen = replace(default, **{stage: cut})
+            try:
+                (us,) = graph_us([[functools.partial(step.select, chosen) for step in steps]])
+            except RuntimeError as error:  # a cut may not fit the chip: the others still count
+                yield f"{rows:4d} × {length >> 10}K {stage} {cut}: {str(error)[:80]}"
+                continue
+            steps[0].select(chosen)
+            same = "" if torch.equal(steps[0].out, expected) else "  SELECTS OTHERWISE"
+            yield f"{rows:4d} × {length >> 10}K {stage} {asdict(cut)} {us:8.2f} us{same}"
+
+
+def upkeep() -> Iterator[str]:
+    """What the page means of all layers add to a step: one launch behind the selections of its layers."""
+    for rows, (name, length) in itertools.product((1, 4, 16, 64), (("idle", 32765), ("every row ends a page", 32768))):
+        steps = [Step.make(rows, length, seed) for seed in range(COPIES)]
+        order = [steps[i % COPIES] for i in range(LAYERS)]
+        layers = Layers.of([s.layer.index_k_pages for s in order], [s.means for s in order])
+        selections = [functools.partial(step.select, Cut(keep_tuning(rows))) for step in order]
+        table, lens = steps[0].layer.page_table, steps[0].layer.seq_lens
+        update: Callable[[], object] = functools.partial(update_last_page_means, layers, table, lens)
+        without, together, alone = graph_us([selections, [*selections, update], [update] * 8])
+        added = together * (LAYERS + 1) - without * LAYERS
+        yield (
+            f"{rows:4d} rows, {LAYERS} layers, {name}: {without * LAYERS:8.1f} us, means add {added:5.1f} "
+            f"({added / (without * LAYERS):.2%}), alone {alone:.1f}"
+        )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=[*CUTS, "upkeep"])
+    for what in parser.parse_args(words).what:
+        for line in upkeep() if what == "upkeep" else cuts(what):
+            print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Tests that need a Hopper GPU: `pytest -m gpu tests/gpu`. Elsewhere they are skipped.
+
+Sources are compiled side by side before the first test that needs one; what a kernel leaves unwritten starts as NaN.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_misa.bench.inputs import FP8, pack_pages
+from sglang_misa.kernels.build import build
+from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE, PAGE_BYTES
+from sglang_misa.kernels.prefill import topk_reranked, topk_routed
+
+HERE = Path(__file__).parent
+
+
+def missing() -> str | None:
+    """Why the tests cannot run on this machine."""
+    if not torch.cuda.is_available():
+        return "needs an NVIDIA GPU"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return f"needs a Hopper GPU (sm_90), got {torch.cuda.get_device_name()}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = missing()
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """Every CUDA source in the shapes that the tests use, built side by side."""
+    jobs: list[Callable[[], object]] = [lambda h=h: topk_routed.module(h) for h in topk_routed.ROUTED_HEADS]
+    jobs += [lambda h=h: topk_reranked.module(h, 64) for h in (4, 8, 16, 32)]
+    jobs += [lambda: topk_reranked.module(8, 32)]
+    jobs += [lambda h=h: build("sm90/topk_blocks.cu", MISA_INDEX_HEADS=h) for h in INDEX_HEADS]
+    os.environ["TVM_FFI_CUDA_ARCH_LIST"] = "9.0a"  # `build` sets and restores it: here for all threads at once
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(job) for job in jobs]:
+            done.result()
+
+
+@pytest.fixture(scope="session")
+def prefix() -> tuple[torch.Tensor, torch.Tensor]:
+    """Index-K pages of 128K tokens in a pool of twice as many, NaN in the free ones; their shuffled table [1, W]."""
+    pages = 131072 // PAGE
+    keys = torch.randn(pages * PAGE, HEAD_DIM, device="cuda").add_(0.2).to(FP8)
+    table = torch.randperm(2 * pages, device="cuda")[:pages]
+    pool = torch.full((2 * pages, PAGE_BYTES), 0xFF, dtype=torch.uint8, device="cuda")
+    pool[table] = pack_pages(keys, torch.rand(pages * PAGE, device="cuda").add_(0.5))
+    return pool, table.int()[None]
+
+
+@pytest.fixture(autouse=True)
+def _exact_and_poisoned(compiled: None, poisoned_empty: None) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for held in topk_routed._scratch.values():
+        held.fill_(0xFF)  # NaN, and counts of -1
