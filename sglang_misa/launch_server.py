@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_misa import config as misa
-from sglang_misa import flags
+from sglang_misa import flags, key_mask, supervisor
 from sglang_misa.config import ConfigError, MisaConfig
 from sglang_misa.cpu import ENV as CPU_ENV
 
@@ -48,8 +48,7 @@ def main(argv: Sequence[str]) -> int:
         return REFUSED
     if from_flags is not None:
         os.environ[misa.ENV] = from_flags.to_json()
-    _serve(arguments)
-    return 0
+    return supervisor.run(lambda: _serve(arguments), key_mask.given(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -206,9 +205,11 @@ def _serve(arguments: Sequence[str]) -> None:
 
         _raise_if(iter(register.live([register.LOAD_MODEL.target])))
     from sglang.launch_server import run_server
+    from sglang.srt.entrypoints.http_server import app
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    app.add_middleware(key_mask.MaskArguments, keys=key_mask.given(arguments))
     try:
         run_server(prepare_server_args(list(arguments)))
     finally:

@@ -1,0 +1,105 @@
+"""The server as a child process: its output without the keys, its signals passed on, its end as an exit status.
+
+A child, because SGLang's own processes write to the same streams, and because SGLang ends a clean stop by killing
+itself: only a parent can tell that from a crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import selectors
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from sglang_misa.key_mask import Mask
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+OWN_ENDS = {-signum for signum in (*FORWARDED, signal.SIGKILL)}  # statuses of a child that was asked to stop
+CHUNK = 65536  # bytes
+LAST_WORDS = 5.0  # seconds in which the streams of a child that has ended must close
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def run(serve: Callable[[], None], keys: Sequence[str]) -> int:
+    """Call `serve` in a child until it ends, and write its output without `keys`; returns the exit status.
+
+    SIGTERM, SIGINT and SIGHUP go on to the child. The status is 0 where it then ended as asked, 128 + n where signal n
+    ended it unasked, and the child's own otherwise. The child is a session of its own and leaves no process behind.
+    """
+    pipes = {stream: os.pipe() for stream in (1, 2)}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until someone stands ready for them
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        _set_up_child(parent, pipes)
+        serve()
+        return 0
+    for _, sink in pipes.values():
+        os.close(sink)
+    asked = False
+
+    def forward(signum: int, _: object) -> None:
+        nonlocal asked
+        asked = True
+        os.kill(child, signum)
+
+    for signum in FORWARDED:
+        signal.signal(signum, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    _copy(child, {stream: source for stream, (source, _) in pipes.items()}, keys)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if asked and status in OWN_ENDS:
+        return 0
+    return status if status >= 0 else 128 - status
+
+
+def _set_up_child(parent: int, pipes: Mapping[int, tuple[int, int]]) -> None:
+    os.setsid()  # signals come by the parent alone, and SGLang may kill its group
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(128 + signal.SIGKILL)
+    for stream, (source, sink) in pipes.items():
+        os.dup2(sink, stream)
+        os.close(source)
+        os.close(sink)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+
+
+def _copy(child: int, sources: Mapping[int, int], keys: Sequence[str]) -> None:
+    """Copy each source to its stream until all are closed, or LAST_WORDS after the end of `child` and its group."""
+    masks = {stream: Mask(keys) for stream in sources}
+    deadline = None
+    with selectors.DefaultSelector() as selector:
+        for stream, source in sources.items():
+            selector.register(source, selectors.EVENT_READ, stream)
+        ended = os.pidfd_open(child)
+        selector.register(ended, selectors.EVENT_READ)
+        while selector.get_map():
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left < 0:
+                break
+            for key, _ in selector.select(left):
+                if key.fd == ended:
+                    deadline = time.monotonic() + LAST_WORDS
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(child, signal.SIGKILL)
+                elif chunk := os.read(key.fd, CHUNK):
+                    _write(key.data, masks[key.data].feed(chunk))
+                    continue
+                selector.unregister(key.fileobj)
+                os.close(key.fd)
+    for stream, mask in masks.items():
+        _write(stream, mask.end())
+
+
+def _write(stream: int, text: bytes) -> None:
+    """All of `text`, or what a full disk or a reader that left still takes: the server goes on without its log."""
+    with contextlib.suppress(OSError):
+        while text:
+            text = text[os.write(stream, text) :]
