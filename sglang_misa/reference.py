@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sglang_misa.config import Router, SelectionPolicy
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, SKETCH_STEP
 
 LOWEST = torch.finfo(torch.float32).min
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -242,17 +242,15 @@ def _finite(scores: Tensor, kept: Tensor) -> Tensor:
 
 # Page sketches: each key of a complete page as b bits a coordinate of its difference to the page's mean.
 
-SKETCH_STEP = 0.9957  # σ between the four uniform levels that fit a Gaussian best
-
 
 def quantize_pages(pages: Tensor, means: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [n, 64, 128] and scales bf16 [n, 64] of index-K page rows [n, 8448] uint8 around `means` [n, 128] bf16.
+    """Codes uint8 [n, 64, 128] and scales bf16 [n, 64] of page rows [n, 8448] uint8 around `means` bf16 [n, 128].
 
-    A key is sketched as mean + scale · u, with u = code - (2^bits - 1) / 2. One bit is the sign of the key's residual r =
-    key - mean; two bits are the nearest of four levels SKETCH_STEP · σ apart, σ = ‖r‖ / √128. The scale keeps the inner
-    product: ⟨r, scale · u⟩ = ‖r‖². A residual of zero, or one that is not finite, has codes and scale 0: such a key is its
-    page's mean, so what is broken stays in its page. Sums fold the upper half onto the lower one until one number is
-    left, in fp32 and without fused products: a kernel that does the same has the same bits.
+    A key is sketched as mean + scale · u, with u = code - (2^bits - 1) / 2. One bit is the sign of the key's residual
+    r = key - mean; two bits are the nearest of four levels SKETCH_STEP · σ apart, σ = ‖r‖ / √128. The scale keeps the
+    inner product: ⟨r, scale · u⟩ = ‖r‖². A residual of zero, or one that is not finite, has codes and scale 0: such a
+    key is its page's mean, so what is broken stays in its page. Sums fold the upper half onto the lower one until one
+    number is left, in fp32 and without fused products: a kernel that does the same has the same bits.
     """
     residual = dequantize_pages(pages) - means.float().unsqueeze(1)
     energy = _folded_sum(residual * residual)
