@@ -7,8 +7,23 @@ PAGE = 64  # tokens
 HEAD_DIM = 128  # of an index head; bytes of a key
 PAGE_BYTES = PAGE * (HEAD_DIM + 4)
 
+SKETCH_BITS = (1, 2)  # of each coordinate of a key's difference to its page's mean
+SKETCH_STEP = 0.9957  # σ between the four uniform levels that fit a Gaussian best
+
 INDEX_HEADS = (32, 64)  # H of GLM-5 and DeepSeek-V3.2
 ROUTED_HEADS = (4, 8, 16, 32, 64)  # h that the prefill scorer is built for
 MAX_CANDIDATES = 16384  # C: a row's re-ranking runs in one thread block's shared memory
 MAX_KEPT_PREFILL = 49152  # tokens of (blocks + 1) · block_size, and k / 2, that one row's top k holds in prefill
 MAX_KEPT_DECODE = 32768  # the same in decode, without k / 2
+
+
+def sketch_bytes(bits: int) -> int:
+    """Bytes of a page's sketch: codes of `bits` a coordinate in 32-bit words, then a bf16 scale a key.
+
+    The words lie as m16n8k32 tensor-core products read them: lane 4·r + c of a warp holds dimensions 32·c … 32·c + 31
+    of keys 16·g + 2·r (even) and the next one (odd), g = 0 … 3. With e, f < 4:
+    One bit: words [g / 2, lane, g % 2, w]; an even key's dimension 32·c + 16·w + 4·f + e is bit 8·e + 2·f.
+    Two bits: words [g, lane, w]; an even key's dimension 32·c + 8·w + 4·f + e, f < 2, starts at bit 8·e + 4·f.
+    The odd key's code follows the even one's. Scales are ordered [r, g, odd].
+    """
+    return PAGE * (HEAD_DIM * bits // 8 + 2)

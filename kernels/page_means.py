@@ -1,8 +1,9 @@
-"""Means of the stored index keys of complete pages: the pooled keys that routing and block pruning score.
+"""Statistics of complete pages: the mean of the stored keys, which routing and block pruning score, and their sketch.
 
 A page of SGLang's index-K pool is one uint8 row of 8448 bytes: 64 keys × 128 bytes of fp8 e4m3, then 64 fp32 scales.
 Its mean is that of the dequantised keys (fp8 × scale), summed in fp32 and kept as bf16. Every entry point below runs
 the same program on a page, so a mean has the same bits whether a page was filled by prefill, by decode or healed later.
+The sketch, where one is kept, is `reference.quantize_pages` of the page and its stored mean, bit by bit.
 
 All of them fit in a CUDA graph: grids come from shapes, lengths are read on the device, and page-table entries beyond
 a row's complete pages are never read.
@@ -20,24 +21,77 @@ import triton
 import triton.language as tl
 
 from sglang_misa.kernels.checks import expect
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES, SKETCH_BITS, SKETCH_STEP, sketch_bytes
 
 _WARPS = 4  # 64 bytes of keys a thread: four 16-byte loads in flight
 
 
 @triton.jit
-def _store_page_mean(
-    p_keys, p_scales, p_means, i_page, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr
+def _folded_sum(x, ROWS: tl.constexpr, LOG_COLUMNS: tl.constexpr):
+    """Sums [ROWS] over the columns of x, the upper half folded onto the lower one until one is left."""
+    for i in tl.static_range(LOG_COLUMNS):
+        x = tl.sum(tl.reshape(x, [ROWS, 2, 2 ** (LOG_COLUMNS - 1 - i)]), 1)
+    return tl.reshape(x, [ROWS])
+
+
+@triton.jit
+def _store_sketch(
+    b_residual, p_sketch, BITS: tl.constexpr, FAR: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
-    """Store and return the mean of physical page `i_page`; `p_keys`, `p_scales` view one pool as fp8 and as fp32."""
+    """Store a page's sketch at `p_sketch` from its keys without their mean, [PAGE, HEAD_DIM]."""
+    o_key, o_dim = tl.arange(0, PAGE), tl.arange(0, HEAD_DIM)
+    LOG_DIM: tl.constexpr = tl.constexpr(HEAD_DIM.bit_length() - 1)
+    b_square = b_residual * b_residual
+    energy = _folded_sum(b_square, PAGE, LOG_DIM)
+    usable = (energy > 0) & (energy < float("inf"))
+    b_level = tl.where(b_residual >= 0, 0.5, -0.5)
+    if BITS == 2:
+        b_level = tl.where(b_square > energy[:, None] * FAR, b_level * 3, b_level)
+    overlap = _folded_sum(b_residual * b_level, PAGE, LOG_DIM)
+    scale = tl.where(usable, tl.div_rn(energy, tl.where(usable, overlap, 1.0)), 0.0)
+    b_code = tl.where(usable[:, None], b_level + (2**BITS - 1) * 0.5, 0.0).to(tl.int32)
+
+    # where a code lies in its word, and its word in the page: see `layout.sketch_bytes`
+    CELL: tl.constexpr = 8 // BITS // 2  # dimensions, in strides of four, that share a word's bytes
+    STEPS: tl.constexpr = HEAD_DIM // 4 // CELL  # words of two keys
+    shift = o_dim % 4 * 8 + o_dim // 4 % CELL * (2 * BITS)
+    b_word = b_code << (shift[None, :] + (o_key % 2 * BITS)[:, None])
+    b_word = tl.sum(tl.sum(tl.reshape(b_word, [PAGE // 2, 2, STEPS, 4 * CELL]), 3), 1)  # [PAGE // 2, STEPS]
+    pair, word = tl.arange(0, PAGE // 2)[:, None], tl.arange(0, STEPS)[None, :]
+    LANE: tl.constexpr = STEPS // 4  # words of a lane for 16 keys
+    group, lane = pair // 8, pair % 8 * 4 + word // LANE
+    LOADS: tl.constexpr = 4 // LANE  # groups of 16 keys that one load of 16 bytes brings
+    place = ((group // LOADS * 32 + lane) * LOADS + group % LOADS) * LANE + word % LANE
+    tl.store(p_sketch.to(tl.pointer_type(tl.int32)) + place, b_word)
+
+    place = PAGE * HEAD_DIM * BITS // 16 + o_key // 2 % 8 * 8 + o_key // 16 * 2 + o_key % 2
+    # to bf16, ties to even, as the interpreter does not
+    b_bits = scale.to(tl.uint32, bitcast=True)
+    b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
+    tl.store(p_sketch.to(tl.pointer_type(tl.uint16)) + place, b_bits.to(tl.uint16))
+
+
+@triton.jit
+def _store_page_mean(
+    p_keys, p_scales, p_means, p_sketches, i_page,
+    BITS: tl.constexpr, FAR: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr,
+):  # fmt: skip
+    """Store and return the mean of physical page `i_page`; `p_keys`, `p_scales` view one pool as fp8 and as fp32.
+
+    With BITS > 0 store its sketch too.
+    """
     i_page = i_page.to(tl.int64)
     o_key, o_dim = tl.arange(0, PAGE), tl.arange(0, HEAD_DIM)
     # [PAGE, HEAD_DIM]
     b_key = tl.load(p_keys + i_page * PAGE_BYTES + o_key[:, None] * HEAD_DIM + o_dim[None, :]).to(tl.float32)
     # [PAGE]
     b_scale = tl.load(p_scales + i_page * (PAGE_BYTES // 4) + PAGE * HEAD_DIM // 4 + o_key)
-    b_mean = (tl.sum(b_key * b_scale[:, None], axis=0) * (1.0 / PAGE)).to(p_means.dtype.element_ty)
+    b_key *= b_scale[:, None]
+    b_mean = (tl.sum(b_key, axis=0) * (1.0 / PAGE)).to(p_means.dtype.element_ty)
     tl.store(p_means + i_page * HEAD_DIM + o_dim, b_mean)
+    if BITS:
+        p_sketch = p_sketches + i_page * (PAGE * HEAD_DIM * BITS // 8 + PAGE * 2)
+        _store_sketch(b_key - b_mean.to(tl.float32)[None, :], p_sketch, BITS, FAR, PAGE, HEAD_DIM)
     return b_mean
 
 
@@ -47,12 +101,15 @@ def page_means_fwd_kernel(
     p_keys,
     p_scales,
     p_means,
+    p_sketches,
     p_blocks,
     p_table,
     p_lens,
     table_stride,
     max_blocks,
     BLOCK_PAGES: tl.constexpr,
+    BITS: tl.constexpr,
+    FAR: tl.constexpr,
     PAGE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
@@ -63,7 +120,9 @@ def page_means_fwd_kernel(
     b_sum = tl.zeros([HEAD_DIM], tl.float32)
     for i_logical in range(first, last):
         i_page = tl.load(p_table + i_row * table_stride + i_logical)
-        b_sum += _store_page_mean(p_keys, p_scales, p_means, i_page, PAGE, HEAD_DIM, PAGE_BYTES).to(tl.float32)
+        b_sum += _store_page_mean(
+            p_keys, p_scales, p_means, p_sketches, i_page, BITS, FAR, PAGE, HEAD_DIM, PAGE_BYTES
+        ).to(tl.float32)
     if last == first + BLOCK_PAGES:
         b_mean = (b_sum * (1.0 / BLOCK_PAGES)).to(p_blocks.dtype.element_ty)
         tl.store(p_blocks + (i_row * max_blocks + i_block) * HEAD_DIM + tl.arange(0, HEAD_DIM), b_mean)
@@ -73,9 +132,12 @@ def page_means_fwd_kernel(
 def last_page_means_fwd_kernel(
     p_pools,
     p_means,
+    p_sketches,
     p_table,
     p_lens,
     table_stride,
+    BITS: tl.constexpr,
+    FAR: tl.constexpr,
     PAGE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
@@ -89,16 +151,20 @@ def last_page_means_fwd_kernel(
         keys = tl.multiple_of(pool.to(tl.pointer_type(tl.float8e4nv)), 16)
         scales = tl.multiple_of(pool.to(tl.pointer_type(tl.float32)), 16)
         means = tl.multiple_of(tl.load(p_means + i_layer).to(tl.pointer_type(tl.bfloat16)), 16)
-        _store_page_mean(keys, scales, means, i_page, PAGE, HEAD_DIM, PAGE_BYTES)
+        sketches = means
+        if BITS:
+            sketches = tl.multiple_of(tl.load(p_sketches + i_layer).to(tl.pointer_type(tl.uint8)), 16)
+        _store_page_mean(keys, scales, means, sketches, i_page, BITS, FAR, PAGE, HEAD_DIM, PAGE_BYTES)
 
 
 @triton.jit(do_not_specialize_on_alignment=["p_slots"])
 def slot_page_means_fwd_kernel(
-    p_keys, p_scales, p_means, p_slots, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr
-):
+    p_keys, p_scales, p_means, p_sketches, p_slots,
+    BITS: tl.constexpr, FAR: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr,
+):  # fmt: skip
     slot = tl.load(p_slots + tl.program_id(0))
     if (slot >= 0) & (slot % PAGE == PAGE - 1):
-        _store_page_mean(p_keys, p_scales, p_means, slot // PAGE, PAGE, HEAD_DIM, PAGE_BYTES)
+        _store_page_mean(p_keys, p_scales, p_means, p_sketches, slot // PAGE, BITS, FAR, PAGE, HEAD_DIM, PAGE_BYTES)
 
 
 def update_page_means(
@@ -107,15 +173,17 @@ def update_page_means(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     block_size: int,
+    sketches: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Recompute the means of every complete page of each row; returns those of its complete blocks, in one launch.
 
     pool [P, 8448] uint8; means [P, 128] bf16, written at physical pages; page_table [B, W] int32 physical page ids;
-    seq_lens [B] int32 tokens, at most 64·W; block_size: tokens, a multiple of 64. Returns bf16 [B, W·64 // block_size,
-    128], undefined beyond a row's complete blocks. Bound by reading 8448 bytes a page. Raises ValueError for another
-    layout.
+    seq_lens [B] int32 tokens, at most 64·W; block_size: tokens, a multiple of 64; sketches uint8 [P, sketch_bytes(b)],
+    optional, written beside the means. Returns bf16 [B, W·64 // block_size, 128], undefined beyond a row's complete
+    blocks. Bound by reading 8448 bytes a page. Raises ValueError for another layout.
     """
     views = _views(pool, means)
+    bits = _sketch_bits(pool, sketches)
     rows, width = _check_table(page_table, seq_lens)
     block_pages = block_size // PAGE
     if block_size % PAGE or block_pages < 1:
@@ -126,47 +194,53 @@ def update_page_means(
         page_means_fwd_kernel[(triton.cdiv(width, block_pages), rows)](
             *views,
             means,
+            means if sketches is None else sketches,
             blocks,
             page_table,
             seq_lens,
             page_table.stride(0),
             max_blocks,
             BLOCK_PAGES=block_pages,
-            PAGE=PAGE,
-            HEAD_DIM=HEAD_DIM,
-            PAGE_BYTES=PAGE_BYTES,
-            num_warps=_WARPS,
+            **_options(bits),
         )
     return blocks
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Where each layer's pool and means lie, for a launch that serves all of them. The tensors must outlive it.
+    """Where each layer's pool and statistics lie, for a launch that serves all of them. The tensors must outlive it.
 
-    pools, means: int64 [L] addresses on the device, of layers that have an indexer
+    pools, means, sketches: int64 [L] addresses on the device, of layers that have an indexer
+    bits: of the sketches, 0 without any (`sketches` are the means then, and not used)
     """
 
     pools: torch.Tensor
     means: torch.Tensor
+    sketches: torch.Tensor
+    bits: int
 
     @classmethod
-    def of(cls, pools: Sequence[torch.Tensor], means: Sequence[torch.Tensor]) -> Layers:
-        """pools [P, 8448] uint8 and means [P, 128] bf16 of each layer; those with P = 0 are left out."""
-        pairs = [(pool, mean) for pool, mean in zip(pools, means, strict=True) if len(pool)]
-        for pool, mean in pairs:
+    def of(
+        cls,
+        pools: Sequence[torch.Tensor],
+        means: Sequence[torch.Tensor],
+        sketches: Sequence[torch.Tensor] | None = None,
+    ) -> Layers:
+        """pools [P, 8448] uint8, means [P, 128] bf16 and, optional, sketches uint8 [P, sketch_bytes(b)] of each layer.
+
+        Layers with P = 0 are left out.
+        """
+        held = [layer for layer in zip(pools, means, sketches or means, strict=True) if len(layer[0])]
+        bits = 0
+        for pool, mean, sketch in held:
             _views(pool, mean)
-        device = pools[0].device
-        return cls(
-            *(
-                torch.tensor([t.data_ptr() for t in ts], dtype=torch.int64, device=device)
-                for ts in zip(*pairs, strict=True)
-            )
-        )
+            bits = _sketch_bits(pool, sketch if sketches else None)
+        addresses = torch.tensor([[t.data_ptr() for t in layer] for layer in held], dtype=torch.int64).T.contiguous()
+        return cls(*addresses.to(pools[0].device), bits)
 
 
 def update_last_page_means(layers: Layers, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
-    """Recompute, in every layer, the mean of the page that each row's newest token completed (seq_len % 64 == 0).
+    """Recompute, in every layer, the statistics of the page that each row's newest token completed (seq_len % 64 == 0).
 
     For decode, once a step. page_table [R, W] int32; seq_lens [R] int32 with the new token counted, at most 64·W.
     Raises ValueError for another layout.
@@ -176,27 +250,28 @@ def update_last_page_means(layers: Layers, page_table: torch.Tensor, seq_lens: t
         last_page_means_fwd_kernel[(rows, len(layers.pools))](
             layers.pools,
             layers.means,
+            layers.sketches,
             page_table,
             seq_lens,
             page_table.stride(0),
-            PAGE=PAGE,
-            HEAD_DIM=HEAD_DIM,
-            PAGE_BYTES=PAGE_BYTES,
-            num_warps=_WARPS,
+            **_options(layers.bits),
         )
 
 
-def update_slots(pool: torch.Tensor, means: torch.Tensor, slots: torch.Tensor) -> None:
+def update_slots(
+    pool: torch.Tensor, means: torch.Tensor, slots: torch.Tensor, sketches: torch.Tensor | None = None
+) -> None:
     """Recompute the means of the pages whose last token is among the slots just written; negative slots are skipped.
 
-    pool [P, 8448] uint8; means [P, 128] bf16; slots [N] int64, slot = 64·page + offset, as in SGLang's out_cache_loc.
-    Raises ValueError for another layout.
+    pool [P, 8448] uint8; means [P, 128] bf16; slots [N] int64, slot = 64·page + offset, as in SGLang's out_cache_loc;
+    sketches uint8 [P, sketch_bytes(b)], optional, written beside the means. Raises ValueError for another layout.
     """
     views = _views(pool, means)
     expect("slots", slots, (slots.shape[0],), torch.int64)
     if len(slots):
+        written = means if sketches is None else sketches
         slot_page_means_fwd_kernel[(len(slots),)](
-            *views, means, slots, PAGE=PAGE, HEAD_DIM=HEAD_DIM, PAGE_BYTES=PAGE_BYTES, num_warps=_WARPS
+            *views, means, written, slots, **_options(_sketch_bits(pool, sketches))
         )
 
 
@@ -205,6 +280,33 @@ def _views(pool: torch.Tensor, means: torch.Tensor) -> tuple[torch.Tensor, torch
     expect("pool", pool, (pool.shape[0], PAGE_BYTES), torch.uint8)
     expect("means", means, (pool.shape[0], HEAD_DIM), torch.bfloat16)
     return pool.view(torch.float8_e4m3fn), pool.view(torch.float32)
+
+
+def _sketch_bits(pool: torch.Tensor, sketches: torch.Tensor | None) -> int:
+    """Bits a coordinate of `sketches`, 0 without any."""
+    if sketches is None:
+        return 0
+    for bits in SKETCH_BITS:
+        if sketches.shape[1:] == (sketch_bytes(bits),):
+            expect("sketches", sketches, (pool.shape[0], sketch_bytes(bits)), torch.uint8)
+            return bits
+    raise ValueError(
+        f"sketches: expected uint8 [P, {' or '.join(str(sketch_bytes(bits)) for bits in SKETCH_BITS)}], "
+        f"got {tuple(sketches.shape)}; allocate sketch_bytes(bits) a page"
+    )
+
+
+def _options(bits: int) -> dict[str, object]:
+    """Constants of a launch. A fused product has bits of its own, which the reference's sketch does not."""
+    return {
+        "BITS": bits,
+        "FAR": SKETCH_STEP**2 / HEAD_DIM,
+        "PAGE": PAGE,
+        "HEAD_DIM": HEAD_DIM,
+        "PAGE_BYTES": PAGE_BYTES,
+        "num_warps": _WARPS,
+        **({"enable_fp_fusion": False} if bits else {}),
+    }
 
 
 def _check_table(page_table: torch.Tensor, seq_lens: torch.Tensor) -> tuple[int, int]:

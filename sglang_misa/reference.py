@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sglang_misa.config import Router, SelectionPolicy
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, SKETCH_STEP
 
 LOWEST = torch.finfo(torch.float32).min
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -238,3 +238,41 @@ def _finite(scores: Tensor, kept: Tensor) -> Tensor:
     """`scores` with NaN and -inf raised to the lowest finite value where kept, and -inf elsewhere."""
     scores = torch.nan_to_num(scores, nan=LOWEST, posinf=torch.inf, neginf=LOWEST)
     return scores.masked_fill_(~kept, -torch.inf)
+
+
+# Page sketches: each key of a complete page as b bits a coordinate of its difference to the page's mean.
+
+
+def quantize_pages(pages: Tensor, means: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [n, 64, 128] and scales bf16 [n, 64] of page rows [n, 8448] uint8 around `means` bf16 [n, 128].
+
+    A key is sketched as mean + scale · u, with u = code - (2^bits - 1) / 2. One bit is the sign of the key's residual
+    r = key - mean; two bits are the nearest of four levels SKETCH_STEP · σ apart, σ = ‖r‖ / √128. The scale keeps the
+    inner product: ⟨r, scale · u⟩ = ‖r‖². A residual of zero, or one that is not finite, has codes and scale 0: such a
+    key is its page's mean, so what is broken stays in its page. Sums fold the upper half onto the lower one until one
+    number is left, in fp32 and without fused products: a kernel that does the same has the same bits.
+    """
+    residual = dequantize_pages(pages) - means.float().unsqueeze(1)
+    energy = _folded_sum(residual * residual)
+    usable = torch.isfinite(energy) & (energy > 0)
+    level = torch.where(residual >= 0, 0.5, -0.5)
+    if bits == 2:
+        far = residual * residual > energy.unsqueeze(-1) * (SKETCH_STEP**2 / HEAD_DIM)
+        level = torch.where(far, 3 * level, level)
+    scales = torch.where(usable, energy / _folded_sum(residual * level), 0.0)
+    codes = torch.where(usable.unsqueeze(-1), level + (2**bits - 1) / 2, 0.0)
+    return codes.to(torch.uint8), scales.bfloat16()
+
+
+def sketched_keys(codes: Tensor, scales: Tensor, means: Tensor, bits: int) -> Tensor:
+    """Keys fp32 [n, 64, 128] as sketches say: codes and scales of `quantize_pages`, means [n, 128] bf16."""
+    levels = codes.float() - (2**bits - 1) / 2
+    return means.float().unsqueeze(1) + scales.float().unsqueeze(-1) * levels
+
+
+def _folded_sum(x: Tensor) -> Tensor:
+    """Sum over the last dimension, a power of two, in the order that `quantize_pages` states."""
+    while x.shape[-1] > 1:
+        low, high = x.chunk(2, dim=-1)
+        x = low + high
+    return x.squeeze(-1)
