@@ -67,11 +67,21 @@ class Recorder:
         self._dense_layers: set[int] = set()
         self._exporter: _Exporter | None = None
 
-    def armed(self, config: MisaConfig, rank: int, ranks: int) -> None:
-        """This rank's hooks are in place: `rank` of `ranks` in its process group."""
+    def armed(self, config: MisaConfig, rank: int, ranks: int, *, sglang: str, verified: bool) -> None:
+        """This rank's hooks are in place: `rank` of `ranks` in its process group, under SGLang's version `sglang`.
+
+        verified: whether this package has served with that version on such a device before.
+        """
         policies = {phase: config.policy(phase).name for phase in PHASES}
         gates = {phase: config.policy(phase).min_len for phase in PHASES if config.policy(phase).active}
-        self._armed = {"policy": policies, "min_len": gates, "rank": rank, "ranks": ranks}
+        self._armed = {
+            "sglang": sglang,
+            "verified": verified,
+            "policy": policies,
+            "min_len": gates,
+            "rank": rank,
+            "ranks": ranks,
+        }
 
     def ran(self, phase: Phase, path: str) -> None:
         """One indexer call of a layer took `path`: a policy's name, "dsa", or either after "captured:"."""
