@@ -1,33 +1,47 @@
-# Two doors: `make demo` and `make test`. Each needs Python 3.11 or 3.12 with pip on Linux x86_64, and nothing else.
+# Needs Python 3.11 or 3.12 with pip on Linux x86_64, and nothing else. Each target makes the environment that it needs.
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-INSTALLED := $(VENV)/installed-$(shell sha256sum requirements.lock pyproject.toml | sha256sum | cut -c1-16)
+DEMO_FLAGS ?=
 
-.PHONY: demo test lint gpu-test install
-.DEFAULT_GOAL := demo
+# An environment's stamp is named after what was installed, so that another lock makes it anew.
+stamp = $(1)/installed-$(shell cat $(2) pyproject.toml | sha256sum | cut -c1-16)
+MAIN := $(call stamp,.venv,requirements.lock)
+OLD := $(call stamp,.venv-0.5.17,requirements-0.5.17.lock)
+LINT := $(call stamp,.venv-lint,requirements.lock)
 
-demo: install
-	$(BIN)/python -m sglang_misa.launch_server --demo $(DEMO_FLAGS)
+.PHONY: help demo test test-0.5.17 lint gpu-test install
+.DEFAULT_GOAL := help
 
-test: lint
-	$(BIN)/python -m pytest
+help: ## print this
+	@grep -hE '^[a-z0-9.-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## (.*)/make \1|\2/' | column -t -s '|'
 
-lint: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+demo: $(MAIN) ## measure MISA on a tiny random model, then serve it until Ctrl-C (ONCE=1 leaves; DEMO_FLAGS="…")
+	.venv/bin/python -m sglang_misa.launch_server --demo $(DEMO_FLAGS)
 
-# On a machine with one Hopper GPU.
-gpu-test: install
-	$(BIN)/python -m pytest -m gpu tests/gpu
+test: lint $(MAIN) ## what continuous integration runs: lint, then every test that needs no GPU, on SGLang 0.5.23
+	.venv/bin/python -m pytest
 
-install: $(INSTALLED)
+test-0.5.17: $(OLD) ## the tests of patches and of real servers on SGLang 0.5.17
+	.venv-0.5.17/bin/python -m pytest tests/patches tests/serving -m "not download"
 
-# 9 GB of packages: minutes the first time, skipped while the lock stays as it is.
-$(INSTALLED): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit(f"expected Python 3.11 or 3.12, got {v[0]}.{v[1]}; use make PYTHON=python3.12 …")'
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -r requirements.lock
-	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+lint: $(LINT) ## ruff and mypy; needs neither SGLang nor torch
+	.venv-lint/bin/ruff check .
+	.venv-lint/bin/ruff format --check .
+	.venv-lint/bin/mypy
+
+gpu-test: $(MAIN) ## kernels and servers on a machine with one Hopper GPU
+	.venv/bin/python -m pytest -m gpu tests/gpu
+
+install: $(MAIN) ## the environment of demo and test in .venv: 9 GB of packages, minutes the first time
+
+environment = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit(f"expected Python 3.11 or 3.12, got {v[0]}.{v[1]}; use make PYTHON=python3.12 …")' && $(PYTHON) -m venv --clear $(@D)
+
+$(MAIN) $(OLD):
+	@$(environment)
+	$(@D)/bin/python -m pip install -r $(if $(filter $@,$(OLD)),requirements-0.5.17.lock,requirements.lock)
+	$(@D)/bin/python -m pip install --no-deps --no-build-isolation -e .
+	touch $@
+
+$(LINT):
+	@$(environment)
+	$(@D)/bin/python -m pip install -c requirements.lock -e '.[bench,dev]'
 	touch $@

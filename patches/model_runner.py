@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from sglang.srt.arg_groups.overrides import resolved_view
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from torch import distributed, nn
 
@@ -43,12 +44,7 @@ def load_model(original: Callable[..., None], self: Any) -> None:
 
 def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """ModelRunner.init_cuda_graphs: the last look before this rank serves, and one at the graphs."""
-    problems = register.live()
-    if not self.is_draft_worker and not hasattr(self.token_to_kv_pool, "misa_selector"):
-        problems.append(
-            f"expected a KV pool with page statistics, got {type(self.token_to_kv_pool).__name__}; report this model"
-        )
-    _raise_if(problems)
+    _raise_if([*register.live(), *([] if self.is_draft_worker else _serving_problems(self))])
     if distributed.is_initialized() and not self.is_draft_worker:
         _meet(distributed.distributed_c10d._get_default_store(), runtime.current(), MEETING)
     recorder.publish_page_stats()
@@ -56,6 +52,19 @@ def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwa
     selector = getattr(self.token_to_kv_pool, "misa_selector", None)
     if selector is not None and selector.engine.behind:
         _raise_if(["expected captured decode steps to end with their page statistics, got none; report this model"])
+
+
+def _serving_problems(runner: Any) -> Iterator[str]:
+    """Sentences for a pool that may map or move pages in a way of its own, and for attention without an indexer."""
+    from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
+    from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
+
+    for what, found, expected in (
+        ("KV pool", runner.token_to_kv_pool, DSATokenToKVPool),
+        ("attention backend", runner.attn_backend, DeepseekSparseAttnBackend),
+    ):
+        if type(found) is not expected:
+            yield f"{what}: expected SGLang's {expected.__name__}, got {type(found).__name__}; {_STOCK}"
 
 
 def _arm(runner: Any) -> None:
@@ -82,11 +91,15 @@ def _arm(runner: Any) -> None:
         ranks=1 if alone else distributed.get_world_size(),
     )
     runtime.arm(armed)
-    recorder.armed(config, armed.rank, armed.ranks)
-    if runner.server_args.enable_metrics:
-        recorder.export(config, versions.installed(), armed.rank)
+    version = versions.installed()
+    verified = versions.problem(version, runner.device, allow_unverified=False) is None
+    recorder.armed(config, armed.rank, armed.ranks, sglang=version, verified=verified)
+    if resolved_view(runner.server_args).enable_metrics:
+        recorder.export(config, version, armed.rank)
     names = ", ".join(f"{phase} {config.policy(phase).name}" for phase in ("prefill", "decode"))
     logger.info("sglang-misa selects the tokens of sparse attention: %s", names)
+    if not verified:
+        logger.warning("SGLang %s is not verified on this device; verified are %s", version, versions.known())
 
 
 def _candidate(runner: Any, config: MisaConfig) -> admission.Candidate:
@@ -95,7 +108,8 @@ def _candidate(runner: Any, config: MisaConfig) -> admission.Candidate:
         config=config,
         is_dsa=is_deepseek_dsa(runner.model_config.hf_config),
         model=runner.model_config.hf_config,
-        arguments=runner.server_args,
+        arguments=resolved_view(runner.server_args),
+        sglang=versions.installed(),
         device="hip" if runner.device == "cuda" and not on_cuda else runner.device,
         capability=torch.cuda.get_device_capability(runner.gpu_id) if on_cuda else None,
     )
@@ -113,7 +127,8 @@ def _indexer_problems(model: nn.Module) -> Iterator[str]:
         for hooked in ("forward_cuda", "_get_topk_paged", "_get_topk_ragged", "_forward_cuda_k_only"):
             if getattr(type(module), hooked) is not getattr(Indexer, hooked):
                 yield f"{name}: expected SGLang's Indexer.{hooked}, got that of {type(module).__name__}; {_STOCK}"
-        forward = getattr(module._forward_method, "__func__", module._forward_method)
+        method = module._forward_method or module._resolve_forward_method()  # since 0.5.18 chosen at the first call
+        forward = getattr(method, "__func__", method)
         if forward is not Indexer.forward_cuda:
             yield f"{name}: expected forward to be Indexer.forward_cuda, got {forward!r}; {_STOCK}"
         if module.n_heads != armed.index_heads or module.index_topk != armed.topk:

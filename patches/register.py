@@ -11,13 +11,12 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_misa import admission, versions
 from sglang_misa.admission import AdmissionError
-
-VERSIONS = ("0.5.15", "0.5.15.post1", "0.5.16", "0.5.17")  # whose sources the signatures below were checked against
 
 
 @dataclass(frozen=True)
@@ -30,23 +29,12 @@ class Patch:
     how: str
     upstream: str  # the related pull request, or why there is none
     remove_when: str
-    signatures: tuple[tuple[str, str], ...]  # (first version, `fingerprint` of the target), each until the next
+    signatures: Mapping[str, str]  # `fingerprint` of the target, by the first version that has it
 
-    @property
-    def since(self) -> str:
-        return self.signatures[0][0]
-
-    @property
-    def until(self) -> str:
-        return VERSIONS[-1]
-
-    def signature(self, version: str) -> str | None:
-        """The target's fingerprint in SGLang `version`; None outside the window."""
-        if version not in VERSIONS:
-            return None
-        place = VERSIONS.index(version)
-        known = [text for first, text in self.signatures if VERSIONS.index(first) <= place]
-        return known[-1] if known else None
+    def signature(self, version: str) -> str:
+        """The target's fingerprint in a supported SGLang `version`."""
+        known = versions.SUPPORTED[: versions.SUPPORTED.index(version) + 1]
+        return [self.signatures[first] for first in known if first in self.signatures][-1]
 
 
 _NO_EXTENSION_POINT = "none: SGLang has no extension point for choosing an indexer"
@@ -56,6 +44,16 @@ _GRAPHS = "sglang.srt.model_executor.runner_backend.full_cuda_graph_backend"
 _NO_GRAPH_VARIANTS = "none: SGLang's graph variants are its own (LoRA), and a plugin cannot add one"
 _UNTIL_GRAPH_VARIANTS = "a plugin can add a variant of a decode graph and choose it at replay"
 
+_POOL = (
+    "self, size, page_size, kv_lora_rank, dtype, qk_rope_head_dim, layer_num, device, index_head_dim, "
+    "enable_memory_saver, kv_cache_dim, start_layer=, end_layer=, index_buf_size="
+)
+_POOL_SINCE_22 = (
+    "index_kpool=, index_kpool_compress=, tail_extra_slots=, max_running_requests=, skip_topk_layers=, dcp_replicated="
+)
+_BATCH = "cls, batch, model_runner, *, capture_hidden_mode=, return_hidden_states_before_norm"
+_BATCH_SINCE_22 = "extend_position_info=, spec_mrope_positions=, kv_loc_plan=, write_cols="
+
 LOAD_MODEL = Patch(
     target="sglang.srt.model_executor.model_runner:ModelRunner.load_model",
     wrapper="sglang_misa.patches.model_runner:load_model",
@@ -63,7 +61,7 @@ LOAD_MODEL = Patch(
     how="around: admission and the patches below before the weights, the loaded Indexer modules after; may raise",
     upstream="none: the loader is meant to survive its plugins",
     remove_when="the plugin loader can be told that a plugin is mandatory",
-    signatures=(("0.5.15", "self"),),
+    signatures={"0.5.17": "self"},
 )
 
 PATCHES = (
@@ -74,7 +72,7 @@ PATCHES = (
         how="around: scores by the decode policy, finishes with metadata.topk_transform",
         upstream=_NO_EXTENSION_POINT,
         remove_when=_UNTIL_EXTENSION_POINT,
-        signatures=(("0.5.15", "self, forward_batch, layer_id, q_fp8, weights, metadata"),),
+        signatures={"0.5.17": "self, forward_batch, layer_id, q_fp8, weights, metadata"},
     ),
     Patch(
         target="sglang.srt.layers.attention.dsa.dsa_indexer:Indexer._get_topk_ragged",
@@ -83,9 +81,9 @@ PATCHES = (
         how="around: scores by the prefill policy past the length gate, finishes with metadata.topk_transform",
         upstream=_NO_EXTENSION_POINT,
         remove_when=_UNTIL_EXTENSION_POINT,
-        signatures=(
-            ("0.5.15", "self, enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata, topk_result="),
-        ),
+        signatures={
+            "0.5.17": "self, enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata, topk_result="
+        },
     ),
     Patch(
         target="sglang.srt.layers.attention.dsa.dsa_indexer:Indexer._forward_cuda_k_only",
@@ -94,18 +92,10 @@ PATCHES = (
         how="after: the means of the pages just completed",
         upstream=_NO_EXTENSION_POINT,
         remove_when=_UNTIL_EXTENSION_POINT,
-        signatures=(
-            (
-                "0.5.15",
-                "self, x, positions, forward_batch, layer_id, act_quant, enable_dual_stream, metadata, "
-                "return_indices=, *, num_tokens=, topk_result=",
-            ),
-            (
-                "0.5.17",
-                "self, x, positions, forward_batch, layer_id, act_quant, metadata, "
-                "return_indices=, *, num_tokens=, topk_result=",
-            ),
-        ),
+        signatures={
+            "0.5.17": "self, x, positions, forward_batch, layer_id, act_quant, metadata, return_indices=, *, "
+            "num_tokens=, topk_result="
+        },
     ),
     Patch(
         target="sglang.srt.mem_cache.memory_pool:DSATokenToKVPool.__init__",
@@ -114,13 +104,7 @@ PATCHES = (
         how="after: pool.misa_page_stats = PageStats(its index-K buffers)",
         upstream="none: the JIT store kernels fix the byte width of a page, so the means cannot ride in it",
         remove_when="an index-K page may carry plugin bytes",
-        signatures=(
-            (
-                "0.5.15",
-                "self, size, page_size, kv_lora_rank, dtype, qk_rope_head_dim, layer_num, device, index_head_dim, "
-                "enable_memory_saver, kv_cache_dim, start_layer=, end_layer=, index_buf_size=",
-            ),
-        ),
+        signatures={"0.5.17": _POOL, "0.5.22": f"{_POOL}, {_POOL_SINCE_22}"},
     ),
     Patch(
         target="sglang.srt.model_executor.pool_configurator:DefaultPoolConfigurator._compute_cell_size",
@@ -129,7 +113,7 @@ PATCHES = (
         how="after: adds the bytes of a mean, per token and layer",
         upstream="none: follows from the patch of DSATokenToKVPool",
         remove_when="the patch of DSATokenToKVPool is removed",
-        signatures=(("0.5.15", "self, mr, num_layers"), ("0.5.16", "self, kvc, num_layers")),
+        signatures={"0.5.17": "self, kvc, num_layers"},
     ),
     Patch(
         target="sglang.srt.model_executor.model_runner:ModelRunner.init_cuda_graphs",
@@ -138,7 +122,7 @@ PATCHES = (
         how="before: every hook is live here, the pool has its means, and all ranks are armed alike; may raise",
         upstream="none: SGLang has no start-up check for plugins",
         remove_when="the patch of ModelRunner.load_model is removed",
-        signatures=(("0.5.15", "self, capture_decode_cuda_graph="),),
+        signatures={"0.5.17": "self, capture_decode_cuda_graph="},
     ),
     Patch(
         target="sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
@@ -147,13 +131,7 @@ PATCHES = (
         how="after: misa_longest = tokens of the longest request as of the step before, where seq_lens_cpu is None",
         upstream=_NO_GRAPH_VARIANTS,
         remove_when="a batch always has a bound of its lengths on the host",
-        signatures=(
-            ("0.5.15", "cls, batch, model_runner"),
-            (
-                "0.5.16",
-                "cls, batch, model_runner, *, capture_hidden_mode=, return_hidden_states_before_norm",
-            ),
-        ),
+        signatures={"0.5.17": _BATCH, "0.5.22": f"{_BATCH}, {_BATCH_SINCE_22}"},
     ),
     Patch(
         target=f"{_GRAPHS}:FullCudaGraphBackend.capture_one",
@@ -162,10 +140,7 @@ PATCHES = (
         how="around: captures decode shapes by the policy, and once more with stock DSA under a key of its own",
         upstream=_NO_GRAPH_VARIANTS,
         remove_when=_UNTIL_GRAPH_VARIANTS,
-        signatures=(
-            ("0.5.15", "self, shape_key, forward_fn, dummies=, post_warmup_hook="),
-            ("0.5.17", "self, shape_key, forward_fn, capture_inputs=, post_warmup_hook="),
-        ),
+        signatures={"0.5.17": "self, shape_key, forward_fn, capture_inputs=, post_warmup_hook="},
     ),
     Patch(
         target=f"{_GRAPHS}:FullCudaGraphBackend.replay",
@@ -174,7 +149,7 @@ PATCHES = (
         how="before: replaces the key by that of the stock variant under the length gate",
         upstream=_NO_GRAPH_VARIANTS,
         remove_when=_UNTIL_GRAPH_VARIANTS,
-        signatures=(("0.5.15", "self, shape_key, static_forward_batch, **kwargs"),),
+        signatures={"0.5.17": "self, shape_key, static_forward_batch, **kwargs"},
     ),
     Patch(
         target="sglang.srt.managers.scheduler:Scheduler.get_internal_state",
@@ -183,7 +158,7 @@ PATCHES = (
         how="after: internal_state['misa'] = this rank's status",
         upstream="none: SGLang has no extension point for /server_info",
         remove_when="plugins can add to /server_info",
-        signatures=(("0.5.15", "self, recv_req"),),
+        signatures={"0.5.17": "self, recv_req"},
     ),
 )
 
@@ -220,13 +195,10 @@ def fingerprint(function: Callable[..., Any]) -> str:
 def apply(version: str, patches: Sequence[Patch] = PATCHES) -> None:
     """Wrap the targets of `patches` in SGLang `version`, all or none. Patches already applied are left as they are.
 
-    Raises AdmissionError with every reason against: version outside the window, target missing, signature changed,
-    target already wrapped by somebody else.
+    Raises AdmissionError with every reason against: version unknown, target missing, signature changed, target already
+    wrapped by somebody else.
     """
-    if version not in VERSIONS:
-        raise AdmissionError(
-            [f"SGLang: expected one of {', '.join(VERSIONS)}, got {version}; install sglang=={VERSIONS[-1]}"]
-        )
+    admission.check_version(version)
     todo = [patch for patch in patches if patch.target not in _applied]
     if problems := [problem for patch in todo for problem in _obstacles(patch, version)]:
         raise AdmissionError(problems)

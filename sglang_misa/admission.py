@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sglang_misa import versions
 from sglang_misa.config import ConfigError, MisaConfig
 from sglang_misa.kernels import layout
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
-VERIFIED_SGLANG = ("0.5.17",)  # versions that the whole of it has served on a GPU
 VERIFIED_CAPABILITY = (9, 0)
-KERNEL_KEPT = {"prefill": layout.MAX_KEPT_PREFILL, "decode": layout.MAX_KEPT_DECODE}
 
 
 class AdmissionError(RuntimeError):
@@ -34,7 +33,8 @@ class Candidate:
     config: MisaConfig
     is_dsa: bool  # SGLang's own is_deepseek_dsa
     model: Any  # Hugging Face config
-    arguments: Any  # sglang ServerArgs, after its own defaults
+    arguments: Any  # sglang ServerArgs, as SGLang has resolved them
+    sglang: str  # version
     device: str  # "cuda", "hip", "cpu", "npu", "xpu", …
     capability: tuple[int, int] | None  # of a CUDA device
 
@@ -56,22 +56,35 @@ class _Argument(NamedTuple):
         return "--" + self.name.replace("_", "-")
 
 
+_INERT = "with it SGLang serves this model without ever asking an indexer"
+_DSA = (None, "dsa", "nsa")
+_EVERY_SM = "a kernel of each layer waits for every multiprocessor, and this holds some of them, untested"
 _SPLIT = "this rank would hold only a part of the keys that a query sees"
 _EXTERNAL = "an external cache writes index-K pages behind the indexer, untested"
 ARGUMENTS = (
+    _Argument("attention_backend", _DSA, _INERT),
+    _Argument("prefill_attention_backend", _DSA, _INERT),
+    _Argument("decode_attention_backend", _DSA, _INERT),
+    _Argument("enable_nvidia_megakernel", (False,), "a decode step in one kernel never asks an indexer"),
+    _Argument("enable_dsa_fused_indexer", (None, False), "it selects past the functions hooked here"),
+    _Argument("enable_mixed_chunk", (False,), "decode rows in a prefill step would get the prefill policy"),
     _Argument("enable_prefill_cp", (False,), _SPLIT),
     _Argument("attn_cp_size", (1,), _SPLIT),
     _Argument("dcp_size", (1,), _SPLIT),
+    _Argument("enable_kv_cache_sharding", (False,), _SPLIT),
     _Argument("enable_dsa_cache_layer_split", (False,), "each rank would hold only some layers' index-K"),
     _Argument("enable_hisparse", (False,), "its pool maps pages differently, untested"),
     _Argument("enable_flexkv", (False,), _EXTERNAL),
     _Argument("enable_lmcache", (False,), _EXTERNAL),
     _Argument("radix_cache_backend", (None,), _EXTERNAL),
+    _Argument("enable_unified_cache_external_linker", (False,), _EXTERNAL),
+    _Argument("enable_unified_memory", (False,), "it moves pages without their means, untested"),
     _Argument("speculative_eagle_topk", (None, 1), "tree drafts move index-K between pages behind the indexer"),
-    _Argument(
-        "pp_size", (1,), "a kernel of each layer waits for every multiprocessor, and a receive holds one, untested"
-    ),
-    _Argument("enable_pdmux", (False,), "a kernel needs every multiprocessor at once, untested"),
+    _Argument("pp_size", (1,), _EVERY_SM),
+    _Argument("enable_pdmux", (False,), _EVERY_SM),
+    _Argument("enable_two_batch_overlap", (False,), _EVERY_SM),
+    _Argument("startup_weight_load_mode", ("serial",), "the indexers are checked before their weights would be there"),
+    _Argument("enable_deterministic_inference", (False,), "the order of the selected tokens varies from run to run"),
     _Argument("enable_torch_compile", (False,), "Dynamo would trace through the hooks, untested"),
 )
 _BYPASS = (
@@ -115,12 +128,16 @@ def _kernel_policies(candidate: Candidate) -> Iterator[str]:
         yield f"prefill.heads: expected one of {layout.ROUTED_HEADS} on GPU kernels, got {prefill.heads}; {way_out}"
     if prefill.candidates is not None and prefill.candidates > layout.MAX_CANDIDATES:
         yield f"prefill.candidates: expected at most {layout.MAX_CANDIDATES}, got {prefill.candidates}; {way_out}"
-    for phase, policy in (("prefill", prefill), ("decode", decode)):
+    half = candidate.model.index_topk // 2  # prefill lists them too while it narrows a row down
+    for phase, policy, most in (
+        ("prefill", prefill, layout.MAX_KEPT_PREFILL - half),
+        ("decode", decode, layout.MAX_KEPT_DECODE),
+    ):
         kept = 0 if policy.blocks is None else (policy.blocks + 1) * policy.block_size
-        if kept > KERNEL_KEPT[phase]:
+        if kept > most:
             yield (
-                f"{phase}.blocks: expected (blocks + 1) × block_size of at most {KERNEL_KEPT[phase]} tokens, got "
-                f"{kept}; lower --misa-{phase}-blocks, {way_out}"
+                f"{phase}.blocks: expected (blocks + 1) × block_size of at most {most} tokens, got {kept}; lower "
+                f"--misa-{phase}-blocks, {way_out}"
             )
     if decode.heads is not None:
         yield f"decode.heads: expected all, as fewer save nothing on a GPU in decode, got {decode.heads}; {way_out}"
@@ -166,7 +183,7 @@ def _device(candidate: Candidate) -> Iterator[str]:
 def _arguments(candidate: Candidate) -> Iterator[str]:
     rules = ARGUMENTS + (DECODE_ARGUMENTS if candidate.config.decode.active else ())
     for rule in rules:
-        value = getattr(candidate.arguments, rule.name)
+        value = getattr(candidate.arguments, rule.name, rule.allowed[0])  # not every version has every one
         if value not in rule.allowed:
             also = "; or leave decode to stock DSA (--misa-decode-heads all --misa-decode-blocks all)"
             allowed = " or ".join(map(repr, rule.allowed))
@@ -202,6 +219,12 @@ def _audit(candidate: Candidate) -> Iterator[str]:
         )
 
 
+def _version(candidate: Candidate) -> Iterator[str]:
+    allowed = candidate.config.allow_unverified
+    if problem := versions.problem(candidate.sglang, candidate.device, allow_unverified=allowed):
+        yield problem
+
+
 def _policies(candidate: Candidate) -> Iterator[str]:
     if not candidate.is_dsa:
         return
@@ -212,6 +235,7 @@ def _policies(candidate: Candidate) -> Iterator[str]:
 
 
 CHECKS: tuple[Callable[[Candidate], Iterator[str]], ...] = (
+    _version,
     _architecture,
     _index_heads,
     _kernel_policies,
@@ -227,12 +251,9 @@ CHECKS: tuple[Callable[[Candidate], Iterator[str]], ...] = (
 
 
 def check_version(version: str) -> None:
-    """Raise AdmissionError unless SGLang `version` is a verified one: nothing else can be known of another."""
-    if version not in VERIFIED_SGLANG:
-        verified = ", ".join(VERIFIED_SGLANG)
-        raise AdmissionError(
-            [f"SGLang: expected a verified version ({verified}), got {version}; install sglang=={VERIFIED_SGLANG[-1]}"]
-        )
+    """Raise AdmissionError unless SGLang `version` is a supported one; whether on this device, `check` says."""
+    if problem := versions.problem(version, "cpu", allow_unverified=True):
+        raise AdmissionError([problem])
 
 
 def problems(candidate: Candidate) -> list[str]:

@@ -214,6 +214,10 @@ class MisaConfig(BaseModel):
         description="auto = kernels (CUDA and Triton) on a GPU and PyTorch elsewhere; torch = the reference",
     )
 
+    allow_unverified: bool = Field(
+        False, description="serve on a GPU with a version of SGLang that this package was verified with on a CPU only"
+    )
+
     @field_validator("backend", mode="before")
     @classmethod
     def _renamed_backend(cls, word: object) -> object:

@@ -26,7 +26,6 @@ from sglang_misa import config as misa
 from sglang_misa import demo_model
 from sglang_misa.config import PHASES, Audit, MisaConfig, SelectionPolicy
 
-HOST = "127.0.0.1"
 NEW_TOKENS = 16
 START_LIMIT = 600.0  # seconds: a first start on a GPU builds kernels
 STOP_LIMIT = 20.0
@@ -82,15 +81,19 @@ class Answer:
     ran: dict[str, list[str]]
 
 
-def run(config: MisaConfig | None, arguments: Sequence[str], port: int, report: Path | None) -> int:
+def run(
+    config: MisaConfig | None, arguments: Sequence[str], host: str, port: int, key: str | None, report: Path | None
+) -> int:
     """Serve and measure; then serve until Ctrl-C, unless the environment has ONCE=1. Returns the exit status.
 
-    config: the user's, None for the demo's own; arguments: more flags for SGLang; report: where to write JSON.
+    config: the user's, None for the demo's own; arguments: more flags for the launcher, with which the server asks for
+    `key` where there is one; host, port: where it listens; report: where to write JSON.
     """
     console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server is stopped too
     try:
-        return _run(console, config, arguments, f"http://{HOST}:{port}", report)
+        flags = [*arguments, "--host", host, "--port", str(port)]
+        return _run(console, config, flags, Client(_url(host, port), key), report)
     except (ServerError, OSError) as error:  # OSError: the report's file, or a request to a server that just died
         console.print(str(error), style="red", markup=False)
         return 1
@@ -98,7 +101,15 @@ def run(config: MisaConfig | None, arguments: Sequence[str], port: int, report: 
         return 128 + signal.SIGINT
 
 
-def _run(console: Console, config: MisaConfig | None, arguments: Sequence[str], url: str, report: Path | None) -> int:
+def _url(host: str, port: int) -> str:
+    """Where this machine reaches a server that listens on `host`."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
+def _run(
+    console: Console, config: MisaConfig | None, arguments: Sequence[str], client: Client, report: Path | None
+) -> int:
     setup = GPU if torch.cuda.is_available() else CPU
     config = config or setup.config
     cache = demo_model.cache()
@@ -106,21 +117,21 @@ def _run(console: Console, config: MisaConfig | None, arguments: Sequence[str], 
         task = bar.add_task("Writing a tiny random DeepSeek-V3.2 model", total=1)
         model = demo_model.ensure(cache, setup.shape)
         bar.advance(task)
-    words = f"{setup.flags} --model-path {model} --host {HOST} --port {url.rpartition(':')[2]}".split()
+    words = [*setup.flags.split(), "--model-path", str(model)]
     log = cache / "demo.log"
     console.print(f"The server's log: {log}", markup=False, soft_wrap=True)
     with _Server([*arguments, *words], config, log) as server:
         with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
             task = bar.add_task(f"Starting SGLang with MISA on the {setup.device}", total=1)
-            start_seconds = server.wait(f"{url}/health")
+            start_seconds = server.wait(client)
             bar.advance(task)
             prompts = list(_prompts(setup.prompt))
             task = bar.add_task("Sending prompts", total=len(prompts))
             answers = []
             for name, text in prompts:
-                answers.append(_ask(url, name, text))
+                answers.append(_ask(client, name, text))
                 bar.advance(task)
-        status = _status(url)
+        status = client.misa()
         problems = list(_problems(config, status))
         _print(console, setup, config, answers, status)
         if report is not None:
@@ -138,8 +149,34 @@ def _run(console: Console, config: MisaConfig | None, arguments: Sequence[str], 
         if problems:
             return 1
         if os.environ.get("ONCE") != "1":
-            _serve(console, server, url)
+            _serve(console, server, client)
     return 0
+
+
+@dataclass(frozen=True)
+class Client:
+    """Requests to one server, with its key where it asks for one."""
+
+    url: str
+    key: str | None
+
+    def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """GET, or POST of a JSON body; the parsed answer, None for an empty one. Raises OSError."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(f"{self.url}{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=START_LIMIT) as answer:
+            return json.loads(answer.read() or "null")
+
+    def misa(self) -> Any:
+        """What /server_info says of MISA; "enabled" is False where it says nothing."""
+        return self.call("/server_info")["internal_states"][0].get("misa") or {
+            "enabled": False,
+            "calls": {phase: {} for phase in PHASES},
+            "recall": {"prefill": {}, "decode": {}},
+        }
 
 
 class ServerError(RuntimeError):
@@ -156,14 +193,14 @@ class _Server:
         with log.open("w") as sink:
             self.process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environ, start_new_session=True)
 
-    def wait(self, url: str) -> float:
-        """Seconds until `url` answers."""
+    def wait(self, client: Client) -> float:
+        """Seconds until `client` is answered."""
         start = time.monotonic()
         while time.monotonic() - start < START_LIMIT:
             if self.process.poll() is not None:
                 raise ServerError(f"The server ended with status {self.process.returncode}:\n{self._tail()}")
             try:
-                _call(url)
+                client.call("/health")
                 return time.monotonic() - start
             except OSError:
                 time.sleep(0.5)
@@ -199,13 +236,13 @@ def _prompts(length: int) -> Iterator[tuple[str, str]]:
     yield "the first text again", first
 
 
-def _ask(url: str, name: str, text: str) -> Answer:
-    before = _status(url)
+def _ask(client: Client, name: str, text: str) -> Answer:
+    before = client.misa()
     body = {"text": text, "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}}
     start = time.monotonic()
-    meta = _call(f"{url}/generate", body)["meta_info"]
+    meta = client.call("/generate", body)["meta_info"]
     seconds = time.monotonic() - start
-    after = _status(url)
+    after = client.misa()
     ran = {phase: _paths(before["calls"][phase], calls) for phase, calls in after["calls"].items()}
     if replayed := _paths(before["replays"], after["replays"]):
         ran["decode"] = replayed
@@ -256,32 +293,14 @@ def _print(
     )
 
 
-def _serve(console: Console, server: _Server, url: str) -> None:
+def _serve(console: Console, server: _Server, client: Client) -> None:
     body = json.dumps({"text": "Hello", "sampling_params": {"max_new_tokens": 8}})
-    console.print(f"Serving on {url} until Ctrl-C. Try:")
-    console.print(
-        f"  curl {url}/generate -H 'Content-Type: application/json' -d '{body}'", markup=False, soft_wrap=True
-    )
-    console.print(f"  curl {url}/server_info", soft_wrap=True)
+    key = "" if client.key is None else " -H 'Authorization: Bearer …'"
+    console.print(f"Serving on {client.url} until Ctrl-C. Try:")
+    for words in (f"generate -H 'Content-Type: application/json' -d '{body}'", "server_info"):
+        console.print(f"  curl {client.url}/{words}{key}", markup=False, soft_wrap=True)
     try:
         status = server.process.wait()
     except KeyboardInterrupt:
         return
     raise ServerError(f"The server ended with status {status}; see {server.log}")
-
-
-def _status(url: str) -> Any:
-    """What /server_info says of MISA; "enabled" is False where it says nothing."""
-    return _call(f"{url}/server_info")["internal_states"][0].get("misa") or {
-        "enabled": False,
-        "calls": {phase: {} for phase in PHASES},
-        "recall": {"prefill": {}, "decode": {}},
-    }
-
-
-def _call(url: str, body: Mapping[str, Any] | None = None) -> Any:
-    """GET, or POST of a JSON body; the parsed answer, None for an empty one."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=START_LIMIT) as answer:
-        return json.loads(answer.read() or "null")

@@ -73,6 +73,7 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             flag.name,
             dest=flag.name,
+            **({"nargs": "?", "const": "on"} if flag.choices == tuple(SWITCH) else {}),
             choices=flag.choices and [*flag.choices, *old],
             metavar=metavar or (flag.choices and "{" + ",".join(flag.choices) + "}"),
             help=flag.help,

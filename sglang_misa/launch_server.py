@@ -7,6 +7,7 @@ failures are SGLang's or the plugin's: any other status but 0 says that the serv
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import os
 import socket
@@ -35,11 +36,11 @@ def main(argv: Sequence[str]) -> int:
         theirs = _peek(rest)
         _raise_if(_port_problems(theirs))
         if ours.demo:
-            return _demo(chosen, rest, theirs, ours.demo_report)
+            return _demo(chosen, rest, theirs, ours)
         if chosen is not None:
             _raise_if(_environment_problems(os.environ))
         _check_model(chosen, theirs)
-        arguments = [*rest, *_keys(ours)]
+        arguments = [*rest, *(f"{flag}={key}" for flag, key in _keys(ours))]
         if theirs.device == "cpu" and os.environ.get("SGLANG_PLATFORM", "") in ("", CPU_PLATFORM):
             _raise_if(_cpu_problems())
             os.environ.update({CPU_ENV: "1", "SGLANG_PLATFORM": CPU_PLATFORM})
@@ -70,16 +71,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(chosen: MisaConfig | None, rest: list[str], theirs: argparse.Namespace, report: Path | None) -> int:
+def _demo(chosen: MisaConfig | None, rest: list[str], theirs: argparse.Namespace, ours: argparse.Namespace) -> int:
     if theirs.model_path is not None:
         raise ConfigError(["--model-path: expected none, as --demo brings its model; drop one of the two"])
+    keys = dict(_keys(ours))
+    key = keys.get("--api-key", theirs.api_key)
+    if key is None and not _is_loopback(theirs.host):
+        raise ConfigError(
+            [
+                f"--host: expected a loopback address for a demo without a key, got {theirs.host}; add --api-key-file, "
+                "or drop the flag"
+            ]
+        )
     try:
         from sglang_misa import demo
     except ModuleNotFoundError as error:
         raise ConfigError(
             [f"--demo: expected the extras sglang and bench, got no {error.name}; install sglang-misa[sglang,bench]"]
         ) from None
-    return demo.run(chosen, rest, theirs.port or DEFAULT_PORT, report)
+    files = {"--api-key": ours.api_key_file, "--admin-api-key": ours.admin_api_key_file}
+    words = [*rest, *(f"{flag}-file={files[flag]}" for flag in keys)]
+    return demo.run(chosen, words, theirs.host, theirs.port or DEFAULT_PORT, key, ours.demo_report)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
 
 
 def _peek(words: Sequence[str]) -> argparse.Namespace:
@@ -91,6 +110,7 @@ def _peek(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--api-key")
     try:
         return parser.parse_known_args(words)[0]
     except argparse.ArgumentError as error:
@@ -106,6 +126,8 @@ def _port_problems(theirs: argparse.Namespace) -> Iterator[str]:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((theirs.host, port))
+        except socket.gaierror as error:
+            yield f"--host: expected an address or a name of this machine, got {theirs.host} ({error}); correct it"
         except (OSError, OverflowError) as error:
             yield f"--port: expected a free one on {theirs.host}, got {port} ({error}); choose another or free it"
 
@@ -174,20 +196,20 @@ def _model_config(theirs: argparse.Namespace) -> Mapping[str, Any] | None:
         ) from None
 
 
-def _keys(ours: argparse.Namespace) -> list[str]:
-    """SGLang's key flags, with the keys read from their files."""
-    words = []
+def _keys(ours: argparse.Namespace) -> list[tuple[str, str]]:
+    """(SGLang's flag, key) for each key file."""
+    keys = []
     for flag, path in (("--api-key", ours.api_key_file), ("--admin-api-key", ours.admin_api_key_file)):
         if path is None:
             continue
         try:
-            found = Path(path).read_text(encoding="utf-8").split()
+            found = Path(path).read_text(encoding="utf-8-sig").split()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError([f"{flag}-file: expected a readable text file, got {path} ({error})"]) from None
         if len(found) != 1:
             raise ConfigError([f"{flag}-file: expected one key in {path}, got {len(found)} words; leave only the key"])
-        words.append(f"{flag}={found[0]}")
-    return words
+        keys.append((flag, found[0]))
+    return keys
 
 
 def _raise_if(problems: Iterator[str]) -> None:

@@ -67,12 +67,17 @@ class Recorder:
         self._dense_layers: set[int] = set()
         self._exporter: _Exporter | None = None
 
-    def armed(self, config: MisaConfig, rank: int, ranks: int) -> None:
-        """This rank's hooks are in place: `rank` of `ranks` in its process group."""
+    def armed(self, config: MisaConfig, rank: int, ranks: int, *, sglang: str, verified: bool) -> None:
+        """This rank's hooks are in place: `rank` of `ranks` in its process group, under SGLang's version `sglang`.
+
+        verified: whether this package has served with that version on such a device before.
+        """
         policies = {phase: config.policy(phase).name for phase in PHASES}
         gates = {phase: config.policy(phase).min_len for phase in PHASES if config.policy(phase).active}
         self._armed = {
             "preset": preset_name(config),
+            "sglang": sglang,
+            "verified": verified,
             "policy": policies,
             "min_len": gates,
             "rank": rank,

@@ -29,7 +29,9 @@ def create_indexer_capturer(
     )
 
 
-def init_host_cache(self: Any, num_tokens: int, num_layers: int, topk_size: int, name: str) -> None:
+def init_host_cache(
+    self: Any, num_tokens: int, num_layers: int, topk_size: int, name: str, device: str = "cpu"
+) -> None:
     """Pageable buffer [num_tokens, num_layers, topk_size] int32. Mirrors state_capturer.base.BaseHostCache.__init__."""
     self.buffer = torch.zeros((num_tokens, num_layers, topk_size), dtype=torch.int32)
     self.num_tokens, self.num_layers, self.topk_size, self.name = num_tokens, num_layers, topk_size, name

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import pkgutil
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from sglang_misa import versions
 from sglang_misa.cpu import capture, deep_gemm, kernels
 
 MQA_LOGITS_BUDGET = 1 << 29  # bytes of fp32 scores that Indexer holds before it chunks over query rows
@@ -40,29 +42,45 @@ def _last_loc(*args: Any) -> Any:
     return get_last_loc_torch(*args)
 
 
-_ATTENTION = "sglang.kernels.ops.attention"
+def _resolve(target: str) -> Any:
+    try:
+        return pkgutil.resolve_name(target)
+    except (AttributeError, ImportError):
+        return None
+
+
+def _first(*targets: str) -> str:
+    """The first of `targets` that the installed SGLang has; the last where it has none, to be named in the refusal."""
+    return next((target for target in targets if _resolve(target) is not None), targets[-1])
+
+
+_OPS = "sglang.kernels.ops"
+_POOL = "sglang.srt.mem_cache.memory_pool.DSATokenToKVPool"
 _DSA = "sglang.srt.layers.attention.dsa.dsa_indexer"
 
 ARGUMENT_HOOKS: Mapping[str, Callable[..., Any] | type] = {"torch.cuda.get_device_capability": _device_capability}
 
 MODEL_HOOKS: Mapping[str, Callable[..., Any] | type] = {
-    # Scheduler and allocator
+    # Scheduler and allocator: from 0.5.22 on the platform's capabilities say the same
     "sglang.srt.utils.common.support_triton": lambda backend: False,
-    "sglang.kernels.ops.memory.common.get_last_loc_triton": _last_loc,
-    "sglang.kernels.ops.memory.allocator.alloc_extend_kernel": _launchable(kernels.alloc_extend),
-    "sglang.kernels.ops.memory.allocator.alloc_decode_kernel": _launchable(kernels.alloc_decode),
+    f"{_OPS}.memory.common.get_last_loc_triton": _last_loc,
+    f"{_OPS}.memory.allocator.alloc_extend_kernel": _launchable(kernels.alloc_extend),
+    f"{_OPS}.memory.allocator.alloc_decode_kernel": _launchable(kernels.alloc_decode),
     # Pools
-    "sglang.kernels.ops.kvcache.mla_buffer.set_mla_kv_buffer_triton": kernels.store_latent_kv,
-    f"{_ATTENTION}.dsa.index_buf_accessor._set_k_and_s_triton": kernels.store_index_keys,
-    f"{_ATTENTION}.dsa.index_buf_accessor._get_k_and_s_triton": kernels.gather_index_keys,
+    f"{_OPS}.kvcache.mla_buffer.set_mla_kv_buffer_triton": kernels.store_latent_kv,
+    f"{_POOL}.set_index_k_scale_buffer": kernels.set_index_keys,
+    f"{_POOL}.get_index_k_scale_buffer": kernels.get_index_keys,
     # Indexer
-    f"{_ATTENTION}.dsa.triton_kernel.act_quant": kernels.act_quant,
-    f"{_ATTENTION}.fused_store_index_cache.can_use_dsa_fused_store": lambda *shape: False,
-    "sglang.kernels.ops.quantization.hadamard.hadamard_transform": kernels.hadamard_transform,
+    _first(
+        f"{_OPS}.quantization.act_quant_triton.act_quant",
+        f"{_OPS}.attention.dsa.triton_kernel.act_quant",  # until 0.5.22
+    ): kernels.act_quant,
+    f"{_DSA}.can_use_dsa_fused_store": lambda *shape: False,
+    f"{_OPS}.quantization.hadamard.hadamard_transform": kernels.hadamard_transform,
     f"{_DSA}.Indexer._weights_proj_bf16_in_fp32_out": kernels.project_head_gates,
     # Sparse attention
-    f"{_ATTENTION}.dsa.transform_index.transform_index_page_table_prefill": kernels.page_table_rows_prefill,
-    f"{_ATTENTION}.dsa.transform_index.transform_index_page_table_decode": kernels.page_table_rows_decode,
+    f"{_OPS}.attention.dsa.transform_index.transform_index_page_table_prefill": kernels.page_table_rows_prefill,
+    f"{_OPS}.attention.dsa.transform_index.transform_index_page_table_decode": kernels.page_table_rows_decode,
     "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend._forward_tilelang": kernels.sparse_attention,
     # --enable-return-indexer-topk
     "sglang.srt.state_capturer.indexer_topk.create_indexer_capturer": capture.create_indexer_capturer,
@@ -79,15 +97,15 @@ def install_for_models() -> None:
     """What a worker needs before it builds the model. Raises RuntimeError when a hook did not apply."""
     from sglang.srt.layers.attention.dsa import dsa_indexer
     from sglang.srt.layers.rotary_embedding.rope_variant import DeepseekScalingRotaryEmbedding
-    from sglang.srt.layers.utils import MultiPlatformOp
 
     _install({**ARGUMENT_HOOKS, **MODEL_HOOKS})
     # Indexer.forward_cuda is the only full path; these are what it reads from its module and its class.
     dsa_indexer._is_cuda = True
-    dsa_indexer.deep_gemm = deep_gemm
+    dsa_indexer.deep_gemm = sys.modules["deep_gemm"] = deep_gemm  # from 0.5.22 on it is imported at each call
     dsa_indexer.Indexer._mqa_logits_budget_bytes[0] = MQA_LOGITS_BUDGET
-    MultiPlatformOp.register_oot_forward(dsa_indexer.Indexer, dsa_indexer.Indexer.forward_cuda, "cpu")
-    MultiPlatformOp.register_oot_forward(DeepseekScalingRotaryEmbedding, kernels.yarn_rope, "cpu")
+    # The base class that owns this classmethod has another name and place in each version.
+    dsa_indexer.Indexer.register_oot_forward(dsa_indexer.Indexer, dsa_indexer.Indexer.forward_cuda, "cpu")
+    DeepseekScalingRotaryEmbedding.register_oot_forward(DeepseekScalingRotaryEmbedding, kernels.yarn_rope, "cpu")
 
 
 def _install(hooks: Mapping[str, Callable[..., Any] | type]) -> None:
@@ -101,12 +119,5 @@ def _install(hooks: Mapping[str, Callable[..., Any] | type]) -> None:
     if failed:
         raise RuntimeError(
             f"sglang-misa's CPU platform expected to replace {', '.join(failed)} in SGLang, and it did not happen; "
-            "use SGLang 0.5.17, which this platform is written for"
+            f"install one of the versions that this platform is written for: {versions.known()}"
         )
-
-
-def _resolve(target: str) -> Any:
-    try:
-        return pkgutil.resolve_name(target)
-    except (AttributeError, ImportError):
-        return None

@@ -30,7 +30,7 @@ def act_quant(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(fp8 values like x, fp32 scales [..., N / block_size]); a scale_fmt rounds scales up to powers of two (ue8m0).
 
-    Mirrors sglang.kernels.ops.attention.dsa.triton_kernel.act_quant.
+    Mirrors act_quant of sglang.kernels.ops.
     """
     groups = x.float().unflatten(-1, (-1, block_size))
     scale = groups.abs().amax(-1).clamp_min(AMAX_FLOOR) / FP8_MAX
@@ -40,39 +40,42 @@ def act_quant(
     return values.flatten(-2).as_subclass(OnIndexedDevice), scale
 
 
-def store_index_keys(
-    buf: torch.Tensor, loc: torch.Tensor, index_k: torch.Tensor, index_k_scale: torch.Tensor, page_size: int
+def set_index_keys(
+    self: Any, layer_id: int, loc: torch.Tensor, index_k: torch.Tensor, index_k_scale: torch.Tensor
 ) -> None:
-    """Write keys [T, D] fp8 and scales [T] or [T, 1] fp32 at token slots loc [T] of pages buf [P, page·(D+4)] uint8.
+    """Write keys [T, D] fp8 and scales [T] or [T, 1] fp32 at token slots loc [T] of a layer's index-K pages.
 
-    Mirrors sglang.kernels.ops.attention.dsa.index_buf_accessor._set_k_and_s_triton.
+    Mirrors DSATokenToKVPool.set_index_k_scale_buffer.
     """
-    dim = index_k.shape[-1]
-    page, offset = loc // page_size, loc % page_size
-    keys, scales = buf[:, : page_size * dim], buf[:, page_size * dim :]
-    keys.unflatten(1, (page_size, dim))[page, offset] = index_k.view(torch.uint8)
-    scales.unflatten(1, (page_size, 4))[page, offset] = index_k_scale.reshape(-1, 1).view(torch.uint8)
+    keys, scales = _parts(self, layer_id)
+    page, offset = loc // self.page_size, loc % self.page_size
+    keys[page, offset] = index_k.view(torch.uint8)
+    scales[page, offset] = index_k_scale.reshape(-1, 1).view(torch.uint8)
 
 
-def gather_index_keys(
-    buf: torch.Tensor,
+def get_index_keys(
+    self: Any,
+    layer_id: int,
+    seq_len_tensor: torch.Tensor,
     page_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
     seq_len_sum: int,
     max_seq_len: int,
-    page_size: int,
-    index_head_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(keys [Σ len, D] uint8, scales [Σ len, 4] uint8) of all requests, one after another, by page tables [B, W].
 
-    Mirrors sglang.kernels.ops.attention.dsa.index_buf_accessor._get_k_and_s_triton.
+    Mirrors DSATokenToKVPool.get_index_k_scale_buffer.
     """
-    position = torch.arange(max_seq_len)
-    b_i, position = (position < seq_lens[:, None]).nonzero(as_tuple=True)
-    page, offset = page_indices[b_i, position // page_size].long(), position % page_size
-    keys = buf[:, : page_size * index_head_dim].unflatten(1, (page_size, index_head_dim))
-    scales = buf[:, page_size * index_head_dim :].unflatten(1, (page_size, 4))
+    keys, scales = _parts(self, layer_id)
+    b_i, position = (torch.arange(max_seq_len) < seq_len_tensor[:, None]).nonzero(as_tuple=True)
+    page, offset = page_indices[b_i, position // self.page_size].long(), position % self.page_size
     return keys[page, offset], scales[page, offset]
+
+
+def _parts(pool: Any, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of a layer's index-K pages: keys [P, page, D] and scales [P, page, 4], uint8 both."""
+    pages = pool.get_index_k_with_scale_buffer(layer_id)
+    keys = pool.page_size * pool.index_head_dim
+    return pages[:, :keys].unflatten(1, (pool.page_size, -1)), pages[:, keys:].unflatten(1, (pool.page_size, -1))
 
 
 def store_latent_kv(
@@ -171,20 +174,25 @@ def page_table_rows_prefill(
     page_table_is_expanded: bool = False,
     cu_seqlens_q: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Slots of selected positions, for any top-k. Mirrors transform_index_page_table_prefill."""
-    from sglang.kernels.ops.attention.dsa.transform_index import transform_index_page_table_prefill_ref
+    """Slots [rows, k] int32 of selected positions, for any top-k; rows without a request are -1.
 
-    return transform_index_page_table_prefill_ref(
-        page_table, topk_indices.long(), extend_lens_cpu, page_size, output_num_tokens, page_table_is_expanded
-    )
+    page_table has a row a request, or one a token with `page_table_is_expanded`. Mirrors
+    transform_index_page_table_prefill.
+    """
+    rows, topk = topk_indices.shape
+    own = page_table
+    if not page_table_is_expanded:
+        own = page_table.repeat_interleave(torch.tensor(extend_lens_cpu), dim=0)
+    real = sum(extend_lens_cpu)
+    result = torch.full((output_num_tokens or rows, topk), -1, dtype=torch.int32)
+    result[:real] = page_table_rows_decode(own[:real], topk_indices[:real])
+    return result
 
 
 def page_table_rows_decode(page_table: torch.Tensor, topk_indices: torch.Tensor, page_size: int = 1) -> torch.Tensor:
-    """Slots of selected positions, for any top-k. Mirrors transform_index_page_table_decode."""
-    from sglang.kernels.ops.attention.dsa.transform_index import transform_index_page_table_decode_ref
-
-    result = torch.empty_like(topk_indices, dtype=torch.int32)
-    return transform_index_page_table_decode_ref(page_table, topk_indices.long(), result, page_size)
+    """Slots [rows, k] int32 of selected positions, for any top-k. Mirrors transform_index_page_table_decode."""
+    slots = page_table.gather(1, topk_indices.clamp_min(0).long()).int()
+    return slots.masked_fill(topk_indices < 0, -1)
 
 
 def yarn_rope(

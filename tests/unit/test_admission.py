@@ -9,7 +9,7 @@ from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseCo
 from sglang.srt.server_args import ServerArgs
 from transformers import DeepseekV3Config, LlamaConfig
 
-from sglang_misa import admission
+from sglang_misa import admission, versions
 from sglang_misa.config import PRESETS, MisaConfig
 
 
@@ -32,6 +32,7 @@ def candidate(hf=None, **changes):
         is_dsa=is_deepseek_dsa(hf),
         model=hf,
         arguments=arguments(),
+        sglang="0.5.17",
         device="cuda",
         capability=(9, 0),
     )
@@ -57,6 +58,11 @@ ADMITTED = {
     "HiCache while decode is stock": candidate(
         config=PRESETS["misa"], arguments=arguments(enable_hierarchical_cache=True)
     ),
+    "a version verified on the CPU, with the user's word": candidate(
+        config=PRESETS["misa"].model_copy(update={"allow_unverified": True}), sglang="0.5.23"
+    ),
+    "SGLang's own backend by name": candidate(arguments=arguments(attention_backend="dsa")),
+    "prefill blocks up to what a row's top-k holds": candidate(config=policy(prefill={"blocks": 187})),
     "PD while decode is stock": candidate(config=PRESETS["misa"], arguments=arguments(disaggregation_mode="prefill")),
 }
 
@@ -104,9 +110,14 @@ REFUSED = {
         candidate(config=policy(decode={"blocks": 300, "block_size": 128})),
         "decode.blocks: expected (blocks + 1) × block_size of at most 32768",
     ),
-    "more prefill blocks than a row's top-k holds": (
-        candidate(config=policy(prefill={"blocks": 500, "block_size": 128})),
-        "prefill.blocks: expected (blocks + 1) × block_size of at most 49152",
+    "more prefill blocks than a row's top-k holds, beside k / 2": (
+        candidate(config=policy(prefill={"blocks": 188})),
+        "prefill.blocks: expected (blocks + 1) × block_size of at most 48128 tokens, got 48384",
+    ),
+    "a version verified on a CPU only": (candidate(sglang="0.5.23"), "or add --misa-allow-unverified"),
+    "an unknown version": (
+        candidate(config=policy(allow_unverified=True), sglang="0.5.18"),
+        "got 0.5.18; install sglang==0.5.23",
     ),
     "ranks that could part": (
         candidate(
@@ -119,6 +130,18 @@ REFUSED = {
     **{
         name: (candidate(arguments=arguments(**{name: value})), f"--{name.replace('_', '-')}: expected")
         for name, value in {
+            "attention_backend": "fa3",
+            "prefill_attention_backend": "flashinfer",
+            "decode_attention_backend": "trtllm_mla",
+            "enable_nvidia_megakernel": True,
+            "enable_dsa_fused_indexer": True,
+            "enable_mixed_chunk": True,
+            "enable_two_batch_overlap": True,
+            "enable_deterministic_inference": True,
+            "startup_weight_load_mode": "overlap",
+            "enable_unified_memory": True,
+            "enable_unified_cache_external_linker": True,
+            "enable_kv_cache_sharding": True,
             "enable_prefill_cp": True,
             "attn_cp_size": 2,
             "dcp_size": 2,
@@ -158,7 +181,9 @@ def test_every_argument_rule_is_exercised_and_names_a_real_flag():
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     flags = {word for action in parser._actions for word in action.option_strings}
-    assert {rule.flag for rule in rules} <= flags
+    newer = {rule.flag for rule in rules if not hasattr(arguments(), rule.name)}
+    assert {rule.flag for rule in rules} - newer <= flags
+    assert not newer or versions.installed() != versions.SUPPORTED[-1], "the newest version has them all"
 
 
 def test_all_reasons_come_together():
@@ -174,10 +199,14 @@ def test_all_reasons_come_together():
 
 
 @pytest.mark.parametrize("version", ["0.5.16", "0.5.18", "0.5.17.post1", "0.0.0"])
-def test_refuses_an_unverified_version(version):
-    with pytest.raises(admission.AdmissionError, match=f"got {version}; install sglang==0.5.17"):
+def test_refuses_an_unknown_version(version):
+    with pytest.raises(admission.AdmissionError) as caught:
         admission.check_version(version)
+    for words in ("0.5.17 (CPU and GPU)", "0.5.23 (CPU)", f"got {version}; install sglang==0.5.23"):
+        assert words in str(caught.value)
 
 
-def test_admits_the_verified_version():
-    admission.check_version("0.5.17")
+@pytest.mark.parametrize("version", versions.SUPPORTED)
+def test_admits_a_supported_version(version):
+    admission.check_version(version)
+    admission.check(candidate(sglang=version, device="cpu", capability=None))

@@ -138,8 +138,10 @@ def test_keys_come_from_files(tmp_path):
     file = tmp_path / "key"
     file.write_text("secret\n")
     ours, rest = launch_server._parser().parse_known_args(["--admin-api-key-file", str(file), "--tp", "8"])
-    assert launch_server._keys(ours) == ["--admin-api-key=secret"]
+    assert launch_server._keys(ours) == [("--admin-api-key", "secret")]
     assert rest == ["--tp", "8"]
+    file.write_text("\ufeffsecret")  # a byte-order mark is no part of the key
+    assert launch_server._keys(ours) == [("--admin-api-key", "secret")]
     file.write_text("two words")
     with pytest.raises(ConfigError, match="expected one key"):
         launch_server._keys(ours)
@@ -150,6 +152,18 @@ def test_keys_come_from_files(tmp_path):
 
 def test_the_demo_brings_its_model(refused):
     assert "--demo brings its model" in refused("--demo", "--model-path", "owner/model")
+
+
+def test_a_demo_for_other_machines_asks_for_a_key(refused):
+    for host in ("0.0.0.0", "::"):
+        assert f"expected a loopback address for a demo without a key, got {host}" in refused("--demo", "--host", host)
+    assert launch_server._is_loopback("127.0.0.2")
+    assert launch_server._is_loopback("::1")
+    assert not launch_server._is_loopback("some.name")
+
+
+def test_a_host_that_is_none_of_this_machine(refused):
+    assert "--host: expected an address or a name" in refused("--host", "no.such.host.invalid")
 
 
 def test_a_refusal_leaves_the_environment_alone(refused):

@@ -46,15 +46,16 @@ def test_recall_is_the_mean_and_p10_bounds_a_tenth_of_the_rows(audited):
 def test_status_tells_off_from_on():
     recorder = Recorder()
     assert recorder.status()["enabled"] is False
-    recorder.armed(PRESETS["misa"], rank=1, ranks=4)
+    recorder.armed(PRESETS["misa"], rank=1, ranks=4, sglang="0.5.17", verified=True)
     status = recorder.status()
     assert (status["enabled"], status["rank"], status["ranks"]) == (True, 1, 4)
+    assert (status["sglang"], status["verified"]) == ("0.5.17", True)
     assert status["policy"] == {"prefill": "misa", "decode": "dsa"}
 
 
 def test_status_travels_as_msgpack():
     recorder = Recorder()
-    recorder.armed(PRESETS["hisa"], rank=0, ranks=1)
+    recorder.armed(PRESETS["hisa"], rank=0, ranks=1, sglang="0.5.17", verified=True)
     recorder.ran("prefill", "hisa")
     recorder.declined("prefill", "under-min-len")
     recorder.audited("prefill", 0, 1.0, 1.0, 1.0)
@@ -75,7 +76,7 @@ from prometheus_client import CollectorRegistry, multiprocess
 from sglang_misa.config import PRESETS
 from sglang_misa.metrics import recorder
 
-recorder.armed(PRESETS["misa-hisa"], rank=2, ranks=4)
+recorder.armed(PRESETS["misa-hisa"], rank=2, ranks=4, sglang="0.5.17", verified=True)
 recorder.ran("prefill", "before-export")
 recorder.export(PRESETS["misa-hisa"], "0.5.17", 2)
 recorder.export(PRESETS["misa-hisa"], "0.5.17", 2)  # a draft worker's turn
@@ -117,7 +118,7 @@ def test_prometheus_gets_what_was_counted_since_export(tmp_path):
     assert samples["sglang_misa:policy_info", "decode", "hisa"] == 1
     assert samples["sglang_misa:page_stats_bytes",] == 512
     assert samples["sglang_misa:dense_layers",] == 1
-    assert samples["sglang_misa:recall_sampled_count",] == 1
-    assert samples["sglang_misa:recall_sampled_bucket", "0.95"] == 0
-    assert samples["sglang_misa:recall_sampled_bucket", "0.97"] == 1
+    assert samples["sglang_misa:recall_sampled_count", "0", "prefill"] == 1
+    assert samples["sglang_misa:recall_sampled_bucket", "0", "0.95", "prefill"] == 0
+    assert samples["sglang_misa:recall_sampled_bucket", "0", "0.97", "prefill"] == 1
     assert all(("rank", "2") in map(tuple, labels) for _, labels, _ in json.loads(run.stdout))

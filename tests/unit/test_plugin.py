@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 from torch import distributed
 
-from sglang_misa import plugin, runtime
+from sglang_misa import plugin, runtime, versions
 from sglang_misa.admission import AdmissionError
 from sglang_misa.config import ENV, PRESETS
 
@@ -79,7 +79,7 @@ MALFORMED = {
     "broken JSON": ("{", "expected one JSON object"),
     "unknown preset": ("mISA", "expected one JSON object or one of dsa, misa, misa-hier, hisa, misa-hisa"),
     "unknown name": ('{"prefill": {"head": 8}}', "unknown name, did you mean heads?"),
-    "impossible": ('{"decode": {"candidates": 8192}}', "set --misa-decode-heads or --misa-decode-blocks"),
+    "impossible": ('{"decode": {"candidates": 8192}}', "set --misa-decode-heads, --misa-decode-blocks"),
 }
 
 
@@ -100,9 +100,9 @@ def test_a_malformed_variable_gets_past_sglangs_loader():
     assert "served" not in run.stdout
 
 
-def test_an_unverified_sglang_stops_the_process(monkeypatch):
+def test_an_unknown_sglang_stops_the_process(monkeypatch):
     monkeypatch.setenv(ENV, "misa")
-    monkeypatch.setattr(plugin, "sglang_version", lambda: "0.5.99")
+    monkeypatch.setattr(versions, "installed", lambda: "0.5.99")
     with pytest.raises(SystemExit, match=r"got 0\.5\.99"):
         plugin.load()
 
