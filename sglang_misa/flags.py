@@ -73,7 +73,8 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             flag.name,
             dest=flag.name,
-            **({"nargs": "?", "const": "on"} if flag.choices == tuple(SWITCH) else {}),
+            nargs="?" if flag.choices == tuple(SWITCH) else None,
+            const="on" if flag.choices == tuple(SWITCH) else None,
             choices=flag.choices and [*flag.choices, *old],
             metavar=metavar or (flag.choices and "{" + ",".join(flag.choices) + "}"),
             help=flag.help,

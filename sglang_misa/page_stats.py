@@ -13,30 +13,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sglang_misa.kernels.layout import HEAD_DIM
+from sglang_misa.kernels.layout import HEAD_DIM, sketch_bytes
 
 
 @dataclass(frozen=True)
 class PageStats:
     """Statistics of one KV pool's pages (a draft model's pool has its own).
 
-    means: bf16 [num_pages, 128] a layer (0 rows in a layer without an indexer): the mean of a page's dequantised keys
+    Each tensor is one layer's, with 0 rows in a layer without an indexer.
+    means: bf16 [num_pages, 128]: the mean of a page's dequantised keys
+    sketches: uint8 [num_pages, layout.sketch_bytes(bits)], or None where no policy reads them
     """
 
     means: tuple[Tensor, ...]
+    sketches: tuple[Tensor, ...] | None
 
     @classmethod
-    def allocate(cls, index_k_pages: Sequence[Tensor]) -> PageStats:
-        """Room for the pages of a pool: `index_k_pages` uint8 [num_pages, 8448] a layer."""
-        return cls(
-            tuple(torch.zeros(p.shape[0], HEAD_DIM, dtype=torch.bfloat16, device=p.device) for p in index_k_pages)
-        )
+    def allocate(cls, index_k_pages: Sequence[Tensor], bits: int | None = None) -> PageStats:
+        """Room for the pages of a pool: `index_k_pages` uint8 [num_pages, 8448] a layer; `bits` of the sketches."""
+
+        def zeros(width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+            return tuple(torch.zeros(len(pages), width, dtype=dtype, device=pages.device) for pages in index_k_pages)
+
+        sketches = None if bits is None else zeros(sketch_bytes(bits), torch.uint8)
+        return cls(zeros(HEAD_DIM, torch.bfloat16), sketches)
 
     @staticmethod
-    def bytes_per_page() -> int:
+    def bytes_per_page(bits: int | None = None) -> int:
         """Bytes of one page's statistics in one layer: what the KV pool's budget must grow by."""
-        return int(HEAD_DIM * torch.bfloat16.itemsize)
+        return HEAD_DIM * 2 + (0 if bits is None else sketch_bytes(bits))
 
     @property
     def nbytes(self) -> int:
-        return sum(m.nbytes for m in self.means)
+        return sum(tensor.nbytes for tensor in (*self.means, *(self.sketches or ())))
+
+    def sketch(self, layer: int) -> Tensor | None:
+        """The sketches of one layer, or None without any."""
+        return None if self.sketches is None else self.sketches[layer]

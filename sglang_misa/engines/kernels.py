@@ -27,9 +27,9 @@ class KernelEngine:
     def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor]):
         self.runtime = runtime
         self.index_k_pages = tuple(index_k_pages)
-        self.stats = PageStats.allocate(index_k_pages)
+        self.stats = PageStats.allocate(index_k_pages, runtime.config.decode.sketch)
         self.behind = False
-        self._layers = page_means.Layers.of(index_k_pages, self.stats.means)
+        self._layers = page_means.Layers.of(index_k_pages, self.stats.means, self.stats.sketches)
 
     def extend(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> None:
         block_means = self._refresh(call, runs)
@@ -44,7 +44,12 @@ class KernelEngine:
         sizes = {policy.block_size for policy, _ in runs if policy.pooled} or {PAGE}
         (block_size,) = sizes
         return page_means.update_page_means(
-            self.index_k_pages[call.layer], self.stats.means[call.layer], call.page_table, call.request_lens, block_size
+            self.index_k_pages[call.layer],
+            self.stats.means[call.layer],
+            call.page_table,
+            call.request_lens,
+            block_size,
+            self.stats.sketch(call.layer),
         )
 
     def _select(self, call: ExtendCall, policy: SelectionPolicy, run: Run, block_means: Tensor) -> None:
@@ -109,7 +114,7 @@ class KernelEngine:
         return room.first(rows)
 
     def pages_written(self, layer: int, slots: Tensor) -> None:
-        page_means.update_slots(self.index_k_pages[layer], self.stats.means[layer], slots)
+        page_means.update_slots(self.index_k_pages[layer], self.stats.means[layer], slots, self.stats.sketch(layer))
 
     def end_step(self, page_table: Tensor, seq_lens: Tensor) -> None:
         self.behind = False

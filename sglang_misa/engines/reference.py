@@ -58,15 +58,24 @@ class ReferenceEngine:
         for row in range(rows):
             length = call.seq_lens[row : row + 1]
             pages = call.page_table[row].long().masked_fill(page * PAGE >= length, 0)
+            means = self.stats.means[call.layer][pages]
             scores[row] = reference.policy_scores(
                 policy,
                 call.index_q[row].view(1, 1, *call.index_q.shape[1:]),
                 call.head_gates[row].view(1, 1, -1),
                 reference.dequantize_pages(call.index_k_pages[pages]).reshape(1, -1, HEAD_DIM),
-                self.stats.means[call.layer][pages].unsqueeze(0),
+                means.unsqueeze(0),
                 length.unsqueeze(0),
+                self._sketched(policy, call.index_k_pages[pages], means),
             ).flatten()
         _write(call.output, scores)
+
+    def _sketched(self, policy: SelectionPolicy, pages: Tensor, means: Tensor) -> Tensor | None:
+        """The keys [1, 64 n, 128] of complete `pages` [n, 8448] as their sketches say, made here from the stored keys."""
+        if policy.sketch is None:
+            return None
+        codes, scales = reference.quantize_pages(pages, means, policy.sketch)
+        return reference.sketched_keys(codes, scales, means, policy.sketch).reshape(1, -1, HEAD_DIM)
 
     def pages_written(self, layer: int, slots: Tensor) -> None:
         self._update(layer, slots[slots % PAGE == PAGE - 1] // PAGE)

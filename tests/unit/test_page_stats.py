@@ -129,6 +129,10 @@ TestPages = Pages.TestCase
 def test_a_layer_without_indexer_costs_nothing() -> None:
     stats = PageStats.allocate([torch.zeros(0, 8448, dtype=torch.uint8), torch.zeros(3, 8448, dtype=torch.uint8)])
     assert stats.nbytes == 3 * PageStats.bytes_per_page() == 3 * 256
+    pools = [torch.zeros(5, 8448, dtype=torch.uint8)]
+    for bits in (1, 2):
+        assert PageStats.allocate(pools, bits).nbytes == 5 * PageStats.bytes_per_page(bits)
+        assert PageStats.bytes_per_page(bits) <= 40 * PAGE
 
 
 def test_verify_rows_of_one_request_share_its_newest_page() -> None:

@@ -199,7 +199,7 @@ def topk_in_torch(
         out[row, : len(best)] = page_table[row_batch[row], best // PAGE] * PAGE + best % PAGE
 
 
-def block_means_in_torch(index_k_pages, means, page_table, seq_lens, block_size):
+def block_means_in_torch(index_k_pages, means, page_table, seq_lens, block_size, sketches):
     """What `update_page_means` promises."""
     means.copy_(reference.page_means(index_k_pages).bfloat16())
     table = page_table.long().clamp(0, len(means) - 1)
@@ -224,6 +224,7 @@ def test_the_kernel_engine_hands_each_run_its_rows_keys_and_output(monkeypatch: 
 
 
 DECODE = SelectionPolicy(heads=4, blocks=3, block_size=64, min_len=0)
+SKETCHED = SelectionPolicy(heads=7, router="peak", residual=True, sketch=2, candidates=128, block_size=64, min_len=0)
 
 
 @settings(deadline=None)
@@ -241,11 +242,33 @@ def test_decode_rows_select_what_extend_rows_of_the_same_length_select(
     assert sets(decode.ids) == sets(extend.output.ids)
 
 
-def test_permuting_physical_pages_changes_nothing() -> None:
+def test_candidates_of_a_sketch_that_cover_the_row_are_dsa() -> None:
+    batch = Batch(11, [500, 63, 64, 65, 640], width=12)
+    queries = batch.queries(5)
+    sketched, exact = batch.decode(queries, positions=True), batch.extend([1] * 5, queries, "positions")
+    all_of_them = SKETCHED.model_copy(update={"candidates": 640})
+    selector(batch, decode=all_of_them).decode(sketched)
+    selector(batch, prefill=SelectionPolicy(exact=True, min_len=0)).extend(exact)
+    assert sets(sketched.ids) == sets(exact.output.ids)
+
+
+def test_the_tail_of_a_sketched_row_is_always_among_its_candidates() -> None:
+    """Keys of the page that is not complete score highest with all heads, whatever a sketch would have said of them."""
+    batch = Batch(12, [64 * 8 + 30], width=10)
+    tail = batch.table[0, 8]
+    batch.index_k_pages[tail, PAGE * 128 :] = torch.full((PAGE,), 1e4).view(torch.uint8)
+    queries = batch.queries(1)
+    call = batch.decode((queries[0], queries[1].abs()), positions=True)
+    selector(batch, decode=SKETCHED.model_copy(update={"candidates": TOPK})).decode(call)
+    assert {position for position in sets(call.ids)[0] if position >= 512} == set(range(512, 542))
+
+
+@pytest.mark.parametrize("decode", [DECODE, SKETCHED], ids=lambda policy: policy.name)
+def test_permuting_physical_pages_changes_nothing(decode: SelectionPolicy) -> None:
     batch = Batch(3, [300, 65, 512], width=9)
     queries = batch.queries(3)
     before = batch.decode(queries, positions=True)
-    one = selector(batch, decode=DECODE)
+    one = selector(batch, decode=decode)
     one.engine._update(0, torch.arange(len(batch.index_k_pages)))
     one.decode(before)
     order = torch.randperm(len(batch.index_k_pages))
@@ -254,7 +277,7 @@ def test_permuting_physical_pages_changes_nothing() -> None:
     valid = table < len(order)
     table[valid] = order[table[valid].long()].int()
     batch.index_k_pages, batch.table = shuffled, table
-    other = selector(batch, decode=DECODE)
+    other = selector(batch, decode=decode)
     other.engine._update(0, torch.arange(len(shuffled)))
     after = batch.decode(queries, positions=True)
     other.decode(after)
