@@ -1,14 +1,18 @@
 """Every index head against the pooled keys of each query's prefix: which heads to route to, and block scores.
 
-For query t, head j and pooled key k̃_b (the mean of the keys of block b), with x = ReLU(q[t,j]·k̃_b):
+For query t, head j and pooled key k̃_b (the mean of the keys of block b), with x = q[t,j]·k̃_b:
 
-    statistic  E[t,j] = |w[t,j]| · Σ_b x  (abs: the MISA paper, arXiv 2605.07363, Eq. 7–8, whose 1/M ranks alike)
-               E[t,j] =  w[t,j]  · Σ_b x  (signed)        E[t,j] = |w[t,j]|   (weight)
+    statistic  E[t,j] = |w[t,j]| · Σ_b ReLU(x)  (mean: the MISA paper, arXiv 2605.07363, Eq. 7–8, whose 1/M ranks alike)
+               E[t,j] = |w[t,j]| · max_b ReLU(x)  (peak)
+               E[t,j] =  w[t,j]  · Σ_b ReLU(x)  (signed)        E[t,j] = |w[t,j]|  (weight)
     heads      the h largest of E[t,·]; ties go to the lower head, and a NaN loses to every number
-    scores     S[t,b] = Σ_j w[t,j]·x      over all heads (HISA, arXiv 2603.28458)
+    residual   q̄[t] = Σ_{j not among them} w[t,j] · φ[t,j] · q[t,j], φ = Φ(μ/σ) with mean and deviation of x:
+               ReLU(x) is x times "is it positive", and φ is the share of keys on which it is
+    scores     S[t,b] = Σ_j w[t,j] · ReLU(x)  over all heads (HISA, arXiv 2603.28458)
 
-Only blocks complete at the row's own length count, b < row_len // block_size. A row that has none routes by |w|.
-As in DeepGEMM, ReLU of a NaN is 0. A row's heads and scores do not depend on the rows and requests beside it.
+Only blocks complete at the row's own length count, b < row_len // block_size. A row that has none routes by |w|, with
+φ = ½. As in DeepGEMM, ReLU of a NaN is 0; a head whose products are not finite has φ = 0. A row's heads, residual and
+scores do not depend on the rows and requests beside it.
 
 `route` is CUDA (route.cu) and sums over blocks inside a thread; `block_scores` is Triton and sums over heads: a program
 holds up to 128 (query, head) columns against tiles of 64 pooled keys, and only the last tiles of a row pay for masks.
@@ -16,7 +20,7 @@ holds up to 128 (query, head) columns against tiles of 64 pooled keys, and only 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 import triton
@@ -25,9 +29,10 @@ import triton.language as tl
 from sglang_misa.kernels.build import build
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS
+from sglang_misa.kernels.prefill.residual import Residual
 
-Router = Literal["abs", "signed", "weight"]
-ROUTERS: tuple[Router, ...] = ("abs", "signed", "weight")  # in the order of route.cu's enumeration
+Router = Literal["mean", "peak", "signed", "weight"]
+ROUTERS: tuple[Router, ...] = ("mean", "peak", "signed", "weight")  # in the order of route.cu's enumeration
 
 _TILE = 64  # pooled keys a step: the tensor-core rows of one warpgroup
 _WIDE_FROM = 1024  # rows from which several queries share a program; below it each has its own, to fill the GPU
@@ -127,6 +132,7 @@ def block_scores_fwd_kernel(
             tl.store(p_row_scores[None, :] + o_block[:, None], b_none, mask=m_score)
 
 
+@overload
 def route(
     index_q: torch.Tensor,
     head_gates: torch.Tensor,
@@ -135,22 +141,60 @@ def route(
     row_len: torch.Tensor,
     heads: int,
     block_size: int,
-    router: Router = "abs",
-) -> torch.Tensor:
-    """The h index heads each query is scored with: int32 [T, h], ascending.
+    router: Router = ...,
+    residual: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def route(
+    index_q: torch.Tensor,
+    head_gates: torch.Tensor,
+    block_means: torch.Tensor,
+    row_batch: torch.Tensor,
+    row_len: torch.Tensor,
+    heads: int,
+    block_size: int,
+    router: Router = ...,
+    *,
+    residual: Literal[True],
+) -> tuple[torch.Tensor, Residual]: ...
+
+
+def route(
+    index_q: torch.Tensor,
+    head_gates: torch.Tensor,
+    block_means: torch.Tensor,
+    row_batch: torch.Tensor,
+    row_len: torch.Tensor,
+    heads: int,
+    block_size: int,
+    router: Router = "mean",
+    residual: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, Residual]:
+    """The h index heads each query is scored with, int32 [T, h], ascending; with `residual` also that of the others.
 
     index_q [T, H, 128] fp8 e4m3; head_gates [T, H] fp32; block_means [B, M, 128] bf16 from `update_page_means`, with
     anything beyond a request's complete blocks; row_batch [T] int32, the request of each row, best in order; row_len
-    [T] int32, the tokens each row sees; heads h ≤ H ∈ {32, 64}. One launch, which a CUDA graph can hold.
+    [T] int32, the tokens each row sees; heads h ≤ H ∈ {32, 64}, below H where a residual is wanted. One launch or two,
+    which a CUDA graph can hold.
+    A residual's scale is the largest |q̄| / 448; where that is 0 or not finite, it is 1 and the query 0.
     Raises ValueError for another layout.
     """
     rows, index_heads = index_q.shape[:2]
-    if not 1 <= heads <= index_heads:
-        raise ValueError(f"heads: expected 1 to the model's {index_heads} index heads, got {heads}")
+    if not 1 <= heads <= index_heads - residual:
+        most = (
+            f"{index_heads - 1}, which leaves a head to the residual"
+            if residual
+            else f"the model's {index_heads} index heads"
+        )
+        raise ValueError(f"heads: expected 1 to {most}, got {heads}")
     if router not in ROUTERS:
         raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
     _check_rows(index_q, head_gates, block_means, row_batch, row_len, cuda=True)
     head_ids = torch.empty(rows, heads, dtype=torch.int32, device=index_q.device)
+    others = Residual.empty(rows, index_q.device) if residual else None
+    gates = torch.empty_like(head_gates) if residual else None
     if rows:
         requests, max_blocks, _ = block_means.shape
         build("sm90/route.cu", MISA_INDEX_HEADS=index_heads).route(
@@ -160,6 +204,9 @@ def route(
             row_batch.data_ptr(),
             row_len.data_ptr(),
             head_ids.data_ptr(),
+            0 if gates is None else gates.data_ptr(),
+            0 if others is None else others.query.data_ptr(),
+            0 if others is None else others.scale.data_ptr(),
             rows,
             requests,
             max_blocks,
@@ -169,7 +216,7 @@ def route(
             ROUTERS.index("weight" if heads == index_heads else router),
             torch.cuda.current_stream(index_q.device).cuda_stream,
         )
-    return head_ids
+    return head_ids if others is None else (head_ids, others)
 
 
 def block_scores(

@@ -2,6 +2,8 @@
 
     routed[t,l] = k_scale[l] · Σ_{j in head_ids[t]} w[t,j] · ReLU(q[t,j]·k[l])     full[t,l]: the same over all heads
 
+where a residual, if there is one, adds its column to `routed`.
+
 In passes over a bounded number of rows: 1. `sample` and 2. `threshold` as in score_ragged, for C; 3. `mark` scores all
 keys with the routed heads and sets one bit for each that passes; 4. `rerank`, a thread block a row, lists the marked
 keys, gathers each once from L2 and multiplies it with all heads, the routed ones first, so that both scores fall out
@@ -25,6 +27,7 @@ import torch
 from sglang_misa.kernels.build import Target, build
 from sglang_misa.kernels.layout import INDEX_HEADS
 from sglang_misa.kernels.prefill import topk_routed as sr
+from sglang_misa.kernels.prefill.residual import Residual
 
 CANDIDATES = 16384  # C at most
 KEYS = 1 << 22  # of a call at most: 64 segments
@@ -37,14 +40,15 @@ MARKED_KEYS, MARK_BYTES = 128, 64  # a tile of the scorer's ring, for four rows
 SAMPLE_STAGE, THRESHOLD_STAGE, MARK_STAGE, RERANK_STAGE, REDO_STAGE = 1, 2, 4, 8, 16
 
 
-def module(heads: int, index_heads: int) -> Any:
-    """The compiled kernels for h routed of H index heads."""
-    if index_heads not in INDEX_HEADS or heads not in sr.ROUTED_HEADS or heads > index_heads:
+def module(columns: int, index_heads: int, residual: bool = False) -> Any:
+    """The compiled kernels for h routed of H index heads, which with a residual are `columns`."""
+    if index_heads not in INDEX_HEADS or columns not in sr.ROUTED_HEADS or columns > index_heads:
         raise ValueError(
-            f"heads: expected h of {sr.ROUTED_HEADS}, at most H of {INDEX_HEADS}, got h={heads}, H={index_heads}; "
-            "choose another h"
+            f"heads: expected h of {sr.ROUTED_HEADS}, a residual counted, at most H of {INDEX_HEADS}, got h={columns}, "
+            f"H={index_heads}; choose another h"
         )
-    return build("sm90/topk_reranked.cu", MISA_HEADS=heads, MISA_INDEX_HEADS=index_heads)
+    defines = {"MISA_HEADS": columns, "MISA_RESIDUAL": int(residual), "MISA_INDEX_HEADS": index_heads}
+    return build("sm90/topk_reranked.cu", **defines)
 
 
 def listable(blocks: int) -> int:
@@ -129,11 +133,14 @@ class Reranked(sr.Call):
     def __init__(self, problem: sr.Problem, candidates: int, target: Target, budget: int = sr.SCRATCH_BYTES):
         self.candidates = candidates
         self.processors = sr.multiprocessors(problem.device)
-        self.plan = plan(problem.rows, problem.keys, candidates, sr.block_rows(problem.routed), self.processors, budget)
+        self.plan = plan(
+            problem.rows, problem.keys, candidates, sr.block_rows(problem.columns), self.processors, budget
+        )
         super().__init__(problem, target, self.plan.rows, max(budget, self.plan.scores_offset + 4 * self.plan.ld))
 
     def module(self) -> Any:
-        return module(self.problem.routed, int(self.problem.head_gates.shape[1]))
+        problem = self.problem
+        return module(problem.columns, int(problem.head_gates.shape[1]), problem.residual is not None)
 
     def division(self) -> list[int]:
         p = self.plan
@@ -153,6 +160,7 @@ def topk_reranked(
     candidates: int,
     k: int,
     *,
+    residual: Residual | None = None,
     out: torch.Tensor | None = None,
     page_table: torch.Tensor | None = None,
     row_batch: torch.Tensor | None = None,
@@ -161,13 +169,14 @@ def topk_reranked(
 ) -> torch.Tensor:
     """Of each row's best C = `candidates` keys by its routed heads, the exact top k by all heads; int32 [T, k].
 
+    `residual` adds its own column to the score by the routed heads, and counts as one of them in `ROUTED_HEADS`.
     Tensors, windows [ks, ke), what is returned and scratch as in `topk_routed.topk_routed`, but head_ids ascend in
     each row and H is one of `INDEX_HEADS`. k ≤ C ≤ `CANDIDATES`, at most `KEYS` keys. Rows of at most C keys are scored
     with all heads throughout. Ties: the smaller position wins, and NaN scores come last, in either choice. Never
     synchronises. Raises ValueError on shapes, dtypes, layout or limits.
     Mirrors SGLang's fp8_mqa_logits + topk_transform; MISA (2605.07363).
     """
-    problem = sr.Problem(index_q, head_gates, head_ids, index_k, k_scale, ks, ke)
+    problem = sr.Problem(index_q, head_gates, head_ids, index_k, k_scale, ks, ke, residual)
     if not k <= candidates <= CANDIDATES:
         raise ValueError(f"candidates: expected k={k} to {CANDIDATES}, got {candidates}; choose another C")
     if problem.keys > KEYS:

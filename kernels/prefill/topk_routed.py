@@ -28,6 +28,7 @@ import torch
 from sglang_misa.kernels.build import Target, build
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.layout import HEAD_DIM, ROUTED_HEADS
+from sglang_misa.kernels.prefill.residual import Residual
 
 SCRATCH_BYTES = 256 << 20
 MOST_BYTES = 1 << 30  # whatever the budget
@@ -69,11 +70,14 @@ def sample_stride(keys: int, heads: int) -> int:
     return max(wanted, math.ceil(keys / SAMPLED_AT_MOST))
 
 
-def module(heads: int) -> Any:
-    """The compiled kernels for h routed heads."""
-    if heads not in ROUTED_HEADS:
-        raise ValueError(f"head_ids: expected one of {ROUTED_HEADS} routed heads a row, got {heads}; choose another h")
-    return build("sm90/topk_routed.cu", MISA_HEADS=heads)
+def module(columns: int, residual: bool = False) -> Any:
+    """The compiled kernels for so many columns a row: its routed heads and, if there is one, the residual."""
+    if columns not in ROUTED_HEADS:
+        raise ValueError(
+            f"head_ids: expected one of {ROUTED_HEADS} columns a row, got {columns - residual} routed heads"
+            f"{' and a residual' if residual else ''}; choose another h"
+        )
+    return build("sm90/topk_routed.cu", MISA_HEADS=columns, MISA_RESIDUAL=int(residual))
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,7 @@ class Problem:
     k_scale: torch.Tensor
     ks: torch.Tensor
     ke: torch.Tensor
+    residual: Residual | None = None
 
     def __post_init__(self) -> None:
         rows, heads = self.head_gates.shape
@@ -211,14 +216,16 @@ class Problem:
         expect("k_scale", self.k_scale, (self.index_k.shape[0],), torch.float32, cuda=True)
         expect("ks", self.ks, (rows,), torch.int32, cuda=True)
         expect("ke", self.ke, (rows,), torch.int32, cuda=True)
+        if self.residual is not None:
+            self.residual.check(rows)
 
     @property
     def rows(self) -> int:
         return int(self.head_ids.shape[0])
 
     @property
-    def routed(self) -> int:
-        return int(self.head_ids.shape[1])
+    def columns(self) -> int:
+        return int(self.head_ids.shape[1]) + (self.residual is not None)
 
     @property
     def keys(self) -> int:
@@ -230,7 +237,9 @@ class Problem:
 
     def arguments(self) -> list[int]:
         tensors = (self.index_q, self.head_gates, self.head_ids, self.index_k, self.k_scale, self.ks, self.ke)
-        return [*(t.data_ptr() for t in tensors), int(self.head_gates.shape[1]), self.keys]
+        residual = (self.residual.query, self.residual.scale) if self.residual is not None else ()
+        addresses = [t.data_ptr() for t in (*tensors, *residual)]
+        return [*addresses[:7], int(self.head_gates.shape[1]), self.keys, *(addresses[7:] or (0, 0))]
 
 
 SAMPLE_STAGE, THRESHOLD_STAGE, COLLECT_STAGE, SELECT_STAGE, REDO_STAGE = 1, 2, 4, 8, 16
@@ -283,13 +292,13 @@ class Ragged(Call):
         self.k = int(target.out.shape[1])
         longest = problem.keys if longest is None else min(longest, problem.keys)
         processors = multiprocessors(problem.device)
-        self.plan = plan(problem.rows, longest, self.k, problem.routed, processors, budget)
+        self.plan = plan(problem.rows, longest, self.k, problem.columns, processors, budget)
         self.ld = aligned(longest, 4)  # of scores that `redo` writes
         # The whole budget at once: a warm-up before the KV pool is sized then leaves nothing to grow while serving.
         super().__init__(problem, target, problem.rows, max(budget, self.plan.bulk_offset + 4 * self.ld))
 
     def module(self) -> Any:
-        return module(self.problem.routed)
+        return module(self.problem.columns, self.problem.residual is not None)
 
     def division(self) -> list[int]:
         p = self.plan
@@ -308,6 +317,7 @@ def topk_routed(
     ke: torch.Tensor,
     k: int,
     *,
+    residual: Residual | None = None,
     out: torch.Tensor | None = None,
     page_table: torch.Tensor | None = None,
     row_batch: torch.Tensor | None = None,
@@ -317,6 +327,7 @@ def topk_routed(
 ) -> torch.Tensor:
     """Exact top k of k_scale[l] · Σ_{j in head_ids[t]} head_gates[t, j] · ReLU(index_q[t, j] · index_k[l]).
 
+    `residual` adds its own column to the sum, which then counts as one of the h in `ROUTED_HEADS`.
     l runs over [ks[t], ke[t]); index_q fp8 e4m3 [T, H, 128], head_gates fp32 [T, H], head_ids int32 [T, h] with h in
     `ROUTED_HEADS`, index_k fp8 [S, 128], k_scale fp32 [S], ks and ke int32 [T]; out int32 [T, k].
     Returns, in no order, positions relative to ks[t]; with `page_table` [B, W] and `row_batch` [T] the slots
@@ -327,7 +338,7 @@ def topk_routed(
     Raises ValueError on shapes, dtypes or layout.
     Mirrors SGLang's fp8_mqa_logits + topk_transform; MISA (2605.07363).
     """
-    problem = Problem(index_q, head_gates, head_ids, index_k, k_scale, ks, ke)
+    problem = Problem(index_q, head_gates, head_ids, index_k, k_scale, ks, ke, residual)
     if out is None:
         out = torch.empty(problem.rows, k, dtype=torch.int32, device=problem.device)
     target = Target(out, page_table, row_batch, offsets)
@@ -348,6 +359,7 @@ def routed_logits(
     ks: torch.Tensor,
     ke: torch.Tensor,
     *,
+    residual: Residual | None = None,
     first: int = 0,
     rows: int | None = None,
     out: torch.Tensor | None = None,
@@ -357,11 +369,13 @@ def routed_logits(
     `first` and `rows` choose query rows, so that a caller bounds the matrix. `out`, if given, must be filled with what
     the columns outside the windows shall hold.
     """
-    problem = Problem(index_q, head_gates, head_ids, index_k, k_scale, ks, ke)
+    problem = Problem(index_q, head_gates, head_ids, index_k, k_scale, ks, ke, residual)
     rows = problem.rows - first if rows is None else rows
     if out is None:
         out = torch.full((rows, aligned(problem.keys, 4)), -math.inf, device=problem.device)[:, : problem.keys]
     if rows > 0 and problem.keys > 0:
         stream = torch.cuda.current_stream(problem.device).cuda_stream
-        module(problem.routed).logits(problem.arguments(), first, rows, out.data_ptr(), out.stride(0), stream)
+        module(problem.columns, residual is not None).logits(
+            problem.arguments(), first, rows, out.data_ptr(), out.stride(0), stream
+        )
     return out

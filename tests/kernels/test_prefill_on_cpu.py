@@ -3,51 +3,51 @@
 import ctypes
 import math
 import pathlib
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_cpu import COMPILER, aligned, call, compiled, ints
 
 from sglang_misa.kernels.prefill import topk_reranked as rerank
 from sglang_misa.kernels.prefill import topk_routed as sr
 
-HERE = pathlib.Path(__file__).parent / "simt"
-SOURCES = pathlib.Path(sr.__file__).parents[1] / "csrc/sm90"
 TOPK = 96  # k in these tests
 SETTINGS = settings(deadline=None, max_examples=60)
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: g++")
-
-
-def compiled(folder: pathlib.Path, source: str, *flags: str) -> ctypes.CDLL:
-    """The device parts of a source: C++ compilers cannot read the launches that follow their line `---- host`."""
-    for path in [*SOURCES.glob("*.cuh"), SOURCES / f"{source}.cu"]:
-        device, _, host = path.read_text().replace("extern __shared__", "extern").partition("// ---- host")
-        (folder / path.name).write_text(device + ("}  // namespace misa\n" if host else ""))
-    for stand_in in HERE.iterdir():
-        shutil.copy(stand_in, folder)
-    library = folder / f"{source}.so"
-    compiler = ["g++", "-std=c++20", "-O2", "-w", "-shared", "-fPIC", f"-I{folder}", *flags, "-o", library]
-    subprocess.run([*compiler, folder / f"{source}.cpp"], check=True)
-    return ctypes.CDLL(str(library))
+pytestmark = COMPILER
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> ctypes.CDLL:
-    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_routed")
+    return routed(tmp_path_factory.mktemp("simt"))
+
+
+def routed(folder: pathlib.Path, *flags: str) -> ctypes.CDLL:
+    loaded = compiled(folder, "topk_routed", *flags)
     for name in ("divide_rows", "walk", "thresholds", "select_rows", "topk_rows"):
         getattr(loaded, name).restype = ctypes.c_bool
     return loaded
 
 
-@pytest.fixture(scope="module")
-def reranking(tmp_path_factory) -> ctypes.CDLL:
-    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_reranked", "-DMISA_INDEX_HEADS=32")
+@pytest.fixture(scope="module", params=[4, 8, 16], ids="{} columns".format)
+def with_residual(request, tmp_path_factory) -> tuple[ctypes.CDLL, int]:
+    flags = (f"-DMISA_HEADS={request.param}", "-DMISA_RESIDUAL=1")
+    return routed(tmp_path_factory.mktemp("simt"), *flags), request.param
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(32, 8, 0), (32, 8, 1), (64, 4, 1), (64, 16, 1)],
+    ids="H={0[0]} {0[1]} columns {0[2]}".format,
+)
+def reranking(request, tmp_path_factory) -> tuple[ctypes.CDLL, tuple[int, int, int]]:
+    all_heads, columns, residual = request.param
+    flags = (f"-DMISA_INDEX_HEADS={all_heads}", f"-DMISA_HEADS={columns}", f"-DMISA_RESIDUAL={residual}")
+    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_reranked", *flags)
     loaded.rerank_rows.restype = ctypes.c_bool
-    return loaded
+    return loaded, request.param
 
 
 @pytest.fixture(scope="module")
@@ -55,39 +55,6 @@ def blocks(tmp_path_factory) -> ctypes.CDLL:
     loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_blocks", "-DMISA_INDEX_HEADS=32")
     loaded.select_rows.restype = ctypes.c_bool
     return loaded
-
-
-def call(function, *arguments) -> None:
-    """Run a kernel; arrays go as addresses, None as null, floats in single precision."""
-    converted = [
-        ctypes.c_void_p(a.ctypes.data if isinstance(a, np.ndarray) else None)
-        if a is None or isinstance(a, np.ndarray)
-        else ctypes.c_float(a)
-        if isinstance(a, float)
-        else ctypes.c_int64(a)
-        for a in arguments
-    ]
-    assert function(*converted), "some threads of a block could not go on, or a copy was not aligned"
-
-
-def aligned(values, dtype) -> np.ndarray:
-    """A copy at an address that 16 divides, with 16 bytes behind it and no border of 4 GiB inside (see scratch_of)."""
-    values = np.asarray(values, dtype)
-    crossing = []
-    while True:
-        room = np.zeros(values.nbytes + 48, np.uint8)
-        first = room.ctypes.data
-        if first >> 32 == (first + len(room)) >> 32:
-            break
-        crossing.append(room)  # held, or the next one would be the same
-    start = -first % 16
-    held = room[start : start + values.nbytes].view(dtype).reshape(values.shape)
-    held[...] = values
-    return held
-
-
-def ints(values) -> np.ndarray:
-    return np.ascontiguousarray(values, dtype=np.int32)
 
 
 @st.composite
@@ -276,9 +243,12 @@ def test_selection_is_the_exact_top_k_or_refused(kernels, length, kind, buffers,
 
 
 class Case:
-    """Small integers, whose scores no order of summation rounds; rows of three requests and some that see nothing."""
+    """Small integers, whose scores no order of summation rounds; rows of three requests and some that see nothing.
 
-    def __init__(self, seed: int, all_heads: int, heads: int = 8):
+    `columns` a row: routed heads and, with `residual`, that one.
+    """
+
+    def __init__(self, seed: int, all_heads: int, columns: int = 8, residual: bool = False):
         random = np.random.default_rng(seed)
         starts, ends = [], []
         for first, seen, rows in ((0, 1500, 70), (1500, 300, 40), (1800, 2, 2)):
@@ -288,16 +258,32 @@ class Case:
         self.rows = rows = len(self.starts)
         self.q, self.k = random.integers(-1, 2, (rows, all_heads, 128)), random.integers(-1, 2, (self.keys, 128))
         self.gates = random.choice([1.0, 2.0, -1.0], (rows, all_heads), p=[0.5, 0.3, 0.2])
-        self.ids = np.sort(np.argsort(random.random((rows, all_heads)), axis=1)[:, :heads], axis=1)
+        self.ids = np.sort(np.argsort(random.random((rows, all_heads)), axis=1)[:, : columns - residual], axis=1)
+        self.linear = random.integers(-1, 2, (rows, 128)) if residual else np.zeros((rows, 128), int)
+        self.linear_scale = random.choice([1.0, 0.5, 4.0], rows)
         self.scale = 1 + random.integers(0, 64, self.keys) / 64
         e4m3 = np.array([0x00, 0x38, 0xB8], np.uint8)  # 0, 1 and -1
-        heads_and_keys = (all_heads, ints(self.ids), aligned(e4m3[self.k], np.uint8), aligned(self.scale, np.float32))
-        self.inputs = (aligned(e4m3[self.q], np.uint8), aligned(self.gates, np.float32), *heads_and_keys)
+        self.keys_held = (aligned(e4m3[self.k], np.uint8), aligned(self.scale, np.float32))
+        self.queries = (aligned(e4m3[self.q], np.uint8), aligned(self.gates, np.float32))
+        column = (aligned(e4m3[self.linear], np.uint8), aligned(self.linear_scale, np.float32))
+        self.inputs = (
+            *self.queries,
+            all_heads,
+            ints(self.ids),
+            *(column if residual else (None, None)),
+            *self.keys_held,
+        )
         self.windows = (self.starts, self.ends, rows, self.keys)
 
     def scores(self, row: int, heads) -> np.ndarray:
         window = slice(self.starts[row], self.ends[row])
         return self.gates[row, heads] @ np.maximum(self.q[row, heads] @ self.k[window].T, 0) * self.scale[window]
+
+    def routed(self, row: int) -> np.ndarray:
+        """Scores by the routed heads and the residual."""
+        window = slice(self.starts[row], self.ends[row])
+        linear = self.linear_scale[row] * (self.linear[row] @ self.k[window].T)
+        return self.scores(row, self.ids[row]) + linear * self.scale[window]
 
     def check(self, out, failed, best) -> None:
         """Rows hold best(row), -1 behind; few are on the list of those to redo."""
@@ -311,10 +297,20 @@ class Case:
 @pytest.mark.parametrize("many", [False, True], ids=["few hits", "many hits"])
 @pytest.mark.parametrize("workers", [1, 3, 7])
 def test_scored_collected_and_selected_rows_have_the_exact_top_k(kernels, many, workers, monkeypatch):
-    case = Case(workers, all_heads=16)
     monkeypatch.setattr(sr, "MANY", 0.0 if many else 1.0)
+    check_collected(kernels, Case(workers, all_heads=16), 8, workers, many)
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["few hits", "many hits"])
+def test_the_residual_is_one_more_column_without_relu(with_residual, many, monkeypatch):
+    loaded, columns = with_residual
+    monkeypatch.setattr(sr, "MANY", 0.0 if many else 1.0)
+    check_collected(loaded, Case(columns, all_heads=32, columns=columns, residual=True), columns, 3, many)
+
+
+def check_collected(kernels: ctypes.CDLL, case: Case, columns: int, workers: int, many: bool) -> None:
     sr.plan.cache_clear()
-    plan = sr.plan(case.rows, case.keys, TOPK, 8, workers)
+    plan = sr.plan(case.rows, case.keys, TOPK, columns, workers)
     sr.plan.cache_clear()
     assert plan.buffers == (16 if many else 32)
     block_rows = kernels.block_rows()
@@ -330,27 +326,29 @@ def test_scored_collected_and_selected_rows_have_the_exact_top_k(kernels, many, 
     )
     call(kernels.topk_rows, *case.inputs, *case.windows, *numbers, *scratch, out, failed)
 
-    case.check(out, failed, lambda row: np.argsort(-case.scores(row, case.ids[row]), kind="stable")[:TOPK])
+    case.check(out, failed, lambda row: np.argsort(-case.routed(row), kind="stable")[:TOPK])
 
 
 @pytest.mark.parametrize("candidates", [TOPK, 256])
 def test_marked_and_reranked_rows_have_the_exact_top_k_of_their_candidates(reranking, candidates):
-    case, workers = Case(candidates, all_heads=32), 3
-    plan = rerank.plan(case.rows, case.keys, candidates, 64, workers)
+    loaded, (all_heads, columns, residual) = reranking
+    case, workers = Case(candidates, all_heads, columns, bool(residual)), 3
+    block_rows = sr.block_rows(columns)
+    plan = rerank.plan(case.rows, case.keys, candidates, block_rows, workers)
     failed, out = ints(np.full(case.rows + 1, -1)), ints(np.full((case.rows, TOPK), -7))
     numbers = (plan.stride, plan.rank, candidates, TOPK, workers, plan.room)
     scratch = (
         aligned(np.full((case.rows, plan.sampled), np.nan), np.float32),
         plan.sampled,
         aligned(np.full((case.rows, 2), 7), np.uint32),
-        ints(np.full(plan.rows // 64 + 2 * workers + 3, -7)),
+        ints(np.full(plan.rows // block_rows + 2 * workers + 3, -7)),
         aligned(np.full(case.rows, np.nan), np.float32),
         aligned(np.full((plan.rows // 4, -(-case.keys // sr.TILE) * 16), 0xFFFFFFFF), np.uint32),
     )
-    call(reranking.rerank_rows, *case.inputs, *case.windows, *numbers, *scratch, out, failed)
+    call(loaded.rerank_rows, *case.inputs, *case.windows, *numbers, *scratch, out, failed)
 
     def best(row):
-        kept = np.sort(np.argsort(-case.scores(row, case.ids[row]), kind="stable")[:candidates])
+        kept = np.sort(np.argsort(-case.routed(row), kind="stable")[:candidates])
         return kept[np.argsort(-case.scores(row, slice(None))[kept], kind="stable")[:TOPK]]
 
     case.check(out, failed, best)
@@ -363,7 +361,7 @@ def test_tokens_of_kept_blocks_have_the_exact_top_k(blocks, kept, paged):
     case, size, random = Case(kept, all_heads=32), 64, np.random.default_rng(kept)
     pooled = random.integers(-4, 5, (case.rows, case.keys // size)).astype(np.float32)
     pooled[random.random(pooled.shape) < 0.1] = np.nan
-    q, gates, _, _, k, scale = case.inputs
+    (q, gates), (k, scale) = case.queries, case.keys_held
     out, table = ints(np.full((case.rows, TOPK), -7)), ints(random.permutation(64)[:40])
     room = (kept + 1) * size
     place = (table, ints(np.zeros(case.rows)), 40) if paged else (None, None, 0)

@@ -122,8 +122,10 @@ def test_wrong_arguments_are_named(device: str) -> None:
     rows = ints([0, 0], device)
     with pytest.raises(ValueError, match="heads: expected 1 to the model's 64 index heads, got 65"):
         route(index_q, gates, blocks, rows, rows, 65, 64)
-    with pytest.raises(ValueError, match="router: expected one of abs, signed, weight, got 'qnorm'"):
+    with pytest.raises(ValueError, match="router: expected one of mean, peak, signed, weight, got 'qnorm'"):
         route(index_q, gates, blocks, rows, rows, 8, 64, "qnorm")
+    with pytest.raises(ValueError, match="expected 1 to 63, which leaves a head to the residual, got 64"):
+        route(index_q, gates, blocks, rows, rows, 64, 64, residual=True)
     with pytest.raises(ValueError, match="head_gates"):
         block_scores(index_q, gates.bfloat16(), blocks, rows, rows, 64)
     if device == "cpu":

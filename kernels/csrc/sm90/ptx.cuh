@@ -1,6 +1,7 @@
 // Hopper building blocks in plain PTX: mbarriers, the tensor copy engine, fp8 warpgroup matrix products.
 #pragma once
 #include <cuda.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -151,6 +152,29 @@ __device__ __forceinline__ uint32_t moved(uint32_t word, uint32_t nought) {
   return sum;
 }
 
+// Two e4m3 numbers, the first in the low byte, and back; two bf16 numbers, the first in the low half. They round to nearest even.
+__device__ __forceinline__ float2 of_e4m3(uint16_t pair) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+  return __half22float2(reinterpret_cast<const __half2&>(halves));
+}
+__device__ __forceinline__ uint16_t to_e4m3(float2 pair) {
+  uint16_t bits;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(pair.y), "f"(pair.x));
+  return bits;
+}
+__device__ __forceinline__ uint32_t to_bf16(float2 pair) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(pair.y), "f"(pair.x));
+  return bits;
+}
+
+// Four e4m3 numbers with 0 in the place of NaN, whose seven low bits are all set.
+__device__ __forceinline__ uint32_t no_nan(uint32_t four) {
+  const uint32_t nan = ((four & 0x7F7F7F7Fu) + 0x01010101u) & 0x80808080u;
+  return four & ~((nan >> 7) * 0xFFu);
+}
+
 // Barrier 0, for the first THREADS threads of a block.
 template <int THREADS>
 __device__ __forceinline__ void barrier_of() {
@@ -195,6 +219,8 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
 #define SM90_OPERANDS_16(c) \
   c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), \
   c(d[8]), c(d[9]), c(d[10]), c(d[11]), c(d[12]), c(d[13]), c(d[14]), c(d[15])
+#define SM90_NUMBERS_20 SM90_NUMBERS_16 ", %16, %17, %18, %19"
+#define SM90_OPERANDS_20(c) SM90_OPERANDS_16(c), c(d[16]), c(d[17]), c(d[18]), c(d[19])
 #define SM90_NUMBERS_32 \
   SM90_NUMBERS_16 ", " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -202,6 +228,8 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
   SM90_OPERANDS_16(c), \
   c(d[16]), c(d[17]), c(d[18]), c(d[19]), c(d[20]), c(d[21]), c(d[22]), c(d[23]), \
   c(d[24]), c(d[25]), c(d[26]), c(d[27]), c(d[28]), c(d[29]), c(d[30]), c(d[31])
+#define SM90_NUMBERS_36 SM90_NUMBERS_32 ", %32, %33, %34, %35"
+#define SM90_OPERANDS_36(c) SM90_OPERANDS_32(c), c(d[32]), c(d[33]), c(d[34]), c(d[35])
 #define SM90_NUMBERS_64 \
   SM90_NUMBERS_32 ", " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
@@ -261,18 +289,34 @@ __device__ __forceinline__ void mma_bf16(float (&d)[64], const uint32_t (&a)[4],
              "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
 }
 
-// d (64 × N, fp32) = or += a (64 × 32, e4m3, in registers) · b (N × 32, e4m3)ᵀ for N = 64 and 32: a thread's d are N / 2
+// d (64 × N, fp32) = or += a (64 × 32, e4m3, in registers) · b (N × 32, e4m3)ᵀ for N = 72, 64, 40 and 32: a thread's d are N / 2
 // numbers, and its a are four bytes of rows lane/4 and lane/4 + 8 at columns 4·(lane%4), then of both at 16 columns more.
+__device__ __forceinline__ void mma_registers(float (&d)[36], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
+  SM90_WGMMA(36, "m64n72k32.f32.e4m3.e4m3", SM90_SET, "0", "{%36, %37, %38, %39}, %40, accumulate, 1, 1",
+             "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
 __device__ __forceinline__ void mma_registers(float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
   SM90_WGMMA(32, "m64n64k32.f32.e4m3.e4m3", SM90_SET, "0", "{%32, %33, %34, %35}, %36, accumulate, 1, 1",
+             "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+__device__ __forceinline__ void mma_registers(float (&d)[20], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
+  SM90_WGMMA(20, "m64n40k32.f32.e4m3.e4m3", SM90_SET, "0", "{%20, %21, %22, %23}, %24, accumulate, 1, 1",
              "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
 __device__ __forceinline__ void mma_registers(float (&d)[16], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
   SM90_WGMMA(16, "m64n32k32.f32.e4m3.e4m3", SM90_SET, "0", "{%16, %17, %18, %19}, %20, accumulate, 1, 1",
              "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
+__device__ __forceinline__ void mma_registers_add(float (&d)[36], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
+  SM90_WGMMA(36, "m64n72k32.f32.e4m3.e4m3", SM90_ADD, "1", "{%36, %37, %38, %39}, %40, accumulate, 1, 1",
+             "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
 __device__ __forceinline__ void mma_registers_add(float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
   SM90_WGMMA(32, "m64n64k32.f32.e4m3.e4m3", SM90_ADD, "1", "{%32, %33, %34, %35}, %36, accumulate, 1, 1",
+             "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+__device__ __forceinline__ void mma_registers_add(float (&d)[20], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
+  SM90_WGMMA(20, "m64n40k32.f32.e4m3.e4m3", SM90_ADD, "1", "{%20, %21, %22, %23}, %24, accumulate, 1, 1",
              "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
 __device__ __forceinline__ void mma_registers_add(float (&d)[16], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {

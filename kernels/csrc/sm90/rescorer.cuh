@@ -6,6 +6,7 @@
 #include "output.cuh"
 #include "select.cuh"
 #include "ptx.cuh"
+#include "residual.cuh"
 
 namespace misa {
 
@@ -28,6 +29,7 @@ struct Keys {
   const int32_t* ends;      // [T]
   int keys;
   uint32_t nought;          // 0, which the compiler must not know (see Rescorer::take)
+  Residual residual;        // if the routed columns have one
 
   __device__ int start(int t) const { return max(starts[t], 0); }
   __device__ int length(int t) const { return max(min(ends[t], keys) - start(t), 0); }
@@ -36,17 +38,24 @@ struct Keys {
 template <int H>
 struct RankSmem {
   // The queries lie where the histograms of a selection do, at the very start: the ones are read before the others are made.
+  // With a residual they reach into the list of what is ranked, but not to its indices.
   Ranks::Smem select;
   float4 gates[4][H / 16];  // [lane of a quad]: those of its columns, in order
+  float last_gate;          // of the first lane's column beyond those
   int column[H];            // of each head
+  static_assert(sizeof(Ranks::Smem) - 2 * sizeof(Ranks::Smem::index) >= (H + 8) * KEY_BYTES);
 };
 
-// One row's product with the queries: which heads, in what columns, and the gather. `ROUTED` heads come first, so that the
-// running sum after them is their own score.
-template <int H, int ROUTED>
+// One row's product with the queries: which heads, in what columns, and the gather. `ROUTED` columns come first, so that the
+// running sum after them is their own score. With `RESIDUAL` the last of them is no head: it has no ReLU, and no part in the sum
+// over all heads. The head whose place it takes is then the first of eight columns more.
+template <int H, int ROUTED, bool RESIDUAL = false>
 struct Rescorer {
   static constexpr int CHUNKS = H * KEY_BYTES / 16 / RANKERS;  // 16-byte pieces of the queries that a thread moves
-  static constexpr int OWN = H / 4;                            // columns of a thread
+  static constexpr int OWN = H / 4;                            // columns of a thread, but for the eight more
+  static constexpr int SUMS = (H + 8 * RESIDUAL) / 2;          // of a thread in a product
+  static constexpr int HEADS_FIRST = ROUTED - RESIDUAL;        // routed heads
+  static_assert(ROUTED % 4 == 0 && (!RESIDUAL || ROUTED > 0));
   RankSmem<H>& s;
   const Keys& in;
   int t;
@@ -60,35 +69,50 @@ struct Rescorer {
         int below = 0;
         bool routed = false;
 #pragma unroll
-        for (int j = 0; j < ROUTED; ++j) {
-          const int id = __ldg(in.head_ids + int64_t(t) * ROUTED + j);
+        for (int j = 0; j < HEADS_FIRST; ++j) {
+          const int id = __ldg(in.head_ids + int64_t(t) * HEADS_FIRST + j);
           below += id < head, routed |= id == head;
         }
         place = routed ? below : ROUTED + head - below;
       }
-      reinterpret_cast<float*>(s.gates[place % 4])[place / 4] = __ldg(in.gates + int64_t(t) * H + head);
-      s.column[head] = place / 8 * 8 + place % 4 * 2 + place / 4 % 2;
+      (place < H ? reinterpret_cast<float*>(s.gates[place % 4])[place / 4] : s.last_gate) = __ldg(in.gates + int64_t(t) * H + head);
+      s.column[head] = column_of(place);
+    } else if (RESIDUAL && head == H) {
+      reinterpret_cast<float*>(s.gates[3])[ROUTED / 4 - 1] = __ldg(in.residual.scale + t);
     }
   }
+  static __device__ int column_of(int place) { return place / 8 * 8 + place % 4 * 2 + place / 4 % 2; }
 
-  __device__ void fetch(uint4 (&piece)[CHUNKS]) const {
+  // A thread's pieces of the queries; of the residual and of the empty columns the first 64 threads have one each.
+  struct Pieces {
+    uint4 head[CHUNKS], more;
+  };
+  __device__ void fetch(Pieces& piece) const {
     const uint4* q = reinterpret_cast<const uint4*>(in.q + int64_t(t) * H * KEY_BYTES);
 #pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) piece[i] = __ldg(q + threadIdx.x + i * RANKERS);
+    for (int i = 0; i < CHUNKS; ++i) piece.head[i] = __ldg(q + threadIdx.x + i * RANKERS);
+    if constexpr (RESIDUAL) {
+      const uint4* more = reinterpret_cast<const uint4*>(in.residual.query + int64_t(t) * KEY_BYTES);
+      piece.more = threadIdx.x < KEY_BYTES / 16 ? __ldg(more + threadIdx.x) : uint4{0, 0, 0, 0};
+    }
   }
 
   // Rows of 128 bytes, one a column, under the 128-byte swizzle. Within each half of 64 bytes, word w of piece c becomes word
   // c of piece w: step s of the product then reads of lane c what `load` puts into its registers.
-  __device__ void stage(const uint4 (&piece)[CHUNKS]) {
-    uint32_t* b = s.select.bins;
+  __device__ void stage(const Pieces& piece) {
 #pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
-      const int at = threadIdx.x + i * RANKERS, column = s.column[at / 8], half = at % 8 / 4, c = at % 4;
-      const uint32_t word[4] = {piece[i].x, piece[i].y, piece[i].z, piece[i].w};
-#pragma unroll
-      for (int w = 0; w < 4; ++w) b[column * 32 + ((half * 4 + w) ^ (column % 8)) * 4 + c] = word[w];
+    for (int i = 0; i < CHUNKS; ++i) put_piece(s.column[(threadIdx.x + i * RANKERS) / 8], piece.head[i]);
+    if constexpr (RESIDUAL) {
+      const int column = threadIdx.x / 8;
+      if (column < 8) put_piece(column == 0 ? column_of(ROUTED - 1) : H + column, piece.more);
     }
     sm90::fence_async_shared();
+  }
+  __device__ void put_piece(int column, const uint4& piece) {
+    const int half = threadIdx.x % 8 / 4, c = threadIdx.x % 4;
+    const uint32_t word[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) s.select.bins[column * 32 + ((half * 4 + w) ^ (column % 8)) * 4 + c] = word[w];
   }
 
   // A thread's quarters of two neighbouring keys: of the rows lane/4 and lane/4 + 8 of its warp's product.
@@ -115,7 +139,7 @@ struct Rescorer {
   // they are used, or the compiler would move (and wait for) them when loaded.
   __device__ uint32_t take(uint32_t word) const { return sm90::moved(word, in.nought); }
 
-  __device__ __forceinline__ void multiply(float (&d)[H / 2], const Tile& tile, uint64_t b) const {
+  __device__ __forceinline__ void multiply(float (&d)[SUMS], const Tile& tile, uint64_t b) const {
     uint32_t a[4][4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -133,7 +157,8 @@ struct Rescorer {
   }
 
   // Sums a thread's columns, and gives away to its neighbour what that one stores.
-  __device__ __forceinline__ void fold(Sums& sums, const float (&d)[H / 2], const float4 (&gates)[OWN / 4], bool odd) const {
+  __device__ __forceinline__ void fold(Sums& sums, const float (&d)[SUMS], const float4 (&gates)[OWN / 4], float last, bool odd,
+                                       bool fourth) const {
     float sum[2] = {}, routed[2] = {};
 #pragma unroll
     for (int j = 0; j < OWN; ++j) {
@@ -142,9 +167,18 @@ struct Rescorer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float x = d[j / 2 * 4 + half * 2 + j % 2];
-        sum[half] = fmaf(fmaxf(x, 0.f), gate, sum[half]);
-        if (j + 1 == ROUTED / 4) routed[half] = sum[half];
+        if (j + 1 != ROUTED / 4) {
+          sum[half] = fmaf(fmaxf(x, 0.f), gate, sum[half]);
+        } else {
+          const bool linear = RESIDUAL && fourth;  // the quad's fourth lane has the residual's column
+          routed[half] = fmaf(linear ? x : fmaxf(x, 0.f), gate, sum[half]);
+          if (!linear) sum[half] = routed[half];
+        }
       }
+    }
+    if constexpr (RESIDUAL) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) sum[half] = fmaf(fmaxf(d[H / 2 + half * 2], 0.f), last, sum[half]);
     }
     if constexpr (ROUTED > 0) {
 #pragma unroll
@@ -191,6 +225,7 @@ struct Rescorer {
     float4 weight[OWN / 4];
 #pragma unroll
     for (int i = 0; i < OWN / 4; ++i) weight[i] = sm90::load16(sm90::smem_address(s.gates[c]) + i * 16);
+    const float last = RESIDUAL && c == 0 ? s.last_gate : 0.f;
 
     constexpr int NEXT = RANK_GROUPS * RANK_TILE;
     int place = (group - RANK_GROUPS) * RANK_TILE + pair + mine;  // of the score to store next: none before the list
@@ -213,7 +248,7 @@ struct Rescorer {
     load();
     look(2);
     for (int first = group * RANK_TILE; first < n; first += NEXT) {
-      float d[H / 2];
+      float d[SUMS];
       multiply(d, tile, b);
       const float score = finish(sums, high);
       sums.scale = __uint_as_float(take(__float_as_uint(tile.scale)));
@@ -222,7 +257,7 @@ struct Rescorer {
       store(score);
       sm90::mma_wait<0>();
       sm90::pin(d);
-      fold(sums, d, weight, odd);
+      fold(sums, d, weight, last, odd, c == 3);
     }
     store(finish(sums, high));
   }

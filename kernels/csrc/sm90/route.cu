@@ -1,6 +1,9 @@
 // MISA's router: the h of H index heads whose keys' scores a query is likely to owe most to, judged on pooled keys.
 //
-//   E[t, j] = |w[t, j]| · Σ_b ReLU(q[t, j] · k̃_b)        for b < row_len[t] / block_size; the h largest j are written
+//   E[t, j] = |w[t, j]| · Σ_b or max_b ReLU(q[t, j] · k̃_b)        for b < row_len[t] / block_size; the h largest j are written
+//
+// and the residual, one more query in the place of the other heads: q̄[t] = Σ_j w[t, j] · Φ(μ/σ) · q[t, j], with the mean and the
+// standard deviation of the same products.
 //
 // The 64 rows of a matrix product are the heads of one query (of two, where H = 32), held in registers as bf16, and its
 // columns are 128 pooled keys in shared memory: the sum over keys then stays inside a thread until a query is finished.
@@ -8,30 +11,20 @@
 // that pooled keys are read once a block and queries once a chunk. Of the last warpgroup one warp feeds, planning all
 // work, and one warp for each of the others ranks heads while those go on to the next query.
 //
-// A row's sum is taken tile by tile in one order, whatever the rows beside it: its heads do not depend on the call's shape.
-#include <cuda_fp16.h>
-
+// A row's sums are taken tile by tile in one order, whatever the rows beside it: its heads do not depend on the call's shape.
 #include <algorithm>
 #include <climits>
 #include <cstddef>
 
+#include "heads.cuh"
 #include "output.cuh"
-#include "ptx.cuh"
-
-#ifndef MISA_INDEX_HEADS
-#define MISA_INDEX_HEADS 64  // H: 32 or 64
-#endif
+#include "statistics.cuh"
 
 namespace misa {
 
-constexpr int DIM = 128;                          // head dimension
-constexpr int HEADS = MISA_INDEX_HEADS;
 constexpr int LINES = 64;                         // rows of a matrix product: (query, head)
 constexpr int QUERIES = LINES / HEADS;            // of a unit, which a warpgroup takes at once
-constexpr int WARP_HEADS = HEADS / 32;            // of a lane when a warp ranks
-constexpr int TILE = 128;                         // pooled keys of a matrix product
 constexpr int TILE_BYTES = TILE * DIM * 2;
-constexpr int CHUNK = 5;                          // tiles that stay while the block's queries pass
 constexpr int GROUPS = 3;                         // consumer warpgroups
 constexpr int DEPTH = 2;                          // units on their way to each
 constexpr int UNITS = 64;                         // of a thread block at once
@@ -39,13 +32,14 @@ constexpr int PLACES = (UNITS + GROUPS - 1) / GROUPS;
 constexpr int THREADS = (GROUPS + 1) * 128;
 constexpr int HELP_REGISTERS = 56, FOLD_REGISTERS = 152;
 
-enum Router : int { ABS, SIGNED, WEIGHT };
+enum Router : int { MEAN, PEAK, SIGNED, WEIGHT };
 
 struct Task {
   const float* gates;        // [T, HEADS]
   const int32_t* row_batch;  // [T]
   const int32_t* row_len;    // [T]
   int32_t* head_ids;         // [T, heads]
+  float* residual_gates;     // [T, HEADS] of the heads in the residual, 0 for the others; or null
   int rows, share, max_blocks, block_size, heads, router;
 
   // Pooled keys that row t sees.
@@ -68,10 +62,12 @@ struct Report {
   int blocks[QUERIES];
 };
 
+template <class Fold>
 struct Smem {
+  static constexpr int CHUNK = Fold::CHUNK;
   alignas(1024) uint8_t keys[CHUNK][2][TILE * 128];  // two halves of 64 dimensions, 128-byte swizzle
   alignas(1024) uint8_t queries[GROUPS][DEPTH][LINES * DIM];
-  float sums[GROUPS][PLACES][LINES];
+  float values[Fold::VALUES][GROUPS][PLACES][LINES];
   Unit unit[GROUPS][DEPTH];
   Report report[GROUPS];
   uint64_t full[CHUNK], empty[CHUNK];
@@ -79,12 +75,12 @@ struct Smem {
   uint64_t summed[GROUPS], ranked[GROUPS];              // reports
 };
 
-static_assert(sizeof(Smem) <= 227 * 1024, "what a thread block may have on Hopper");
-
 // Shared-memory addresses. The shuffle tells the compiler that `base` is one value for the warp and not worth computing
 // again, so that addresses and descriptors stay in uniform registers.
+template <class Smem>
 struct Places {
   uint32_t base;
+  static_assert(sizeof(Smem) <= 227 * 1024, "what a thread block may have on Hopper");
   __device__ explicit Places(const Smem& s) : base(__shfl_sync(~0u, sm90::smem_address(&s), 0)) {}
   __device__ uint32_t keys(int stage) const { return base + uint32_t(offsetof(Smem, keys)) + stage * TILE_BYTES; }
   __device__ uint32_t queries(int group, int way) const {
@@ -110,9 +106,10 @@ struct Ring {
   }
 };
 
-__device__ __forceinline__ void barriers_init(const Places& places) {
+template <class Smem>
+__device__ __forceinline__ void barriers_init(const Places<Smem>& places) {
   if (threadIdx.x == 0) {
-    for (int i = 0; i < CHUNK; ++i) {
+    for (int i = 0; i < Smem::CHUNK; ++i) {
       sm90::barrier_init(places.full(i), 1);
       sm90::barrier_init(places.empty(i), GROUPS * 4);
     }
@@ -130,11 +127,13 @@ __device__ __forceinline__ void barriers_init(const Places& places) {
 }
 
 // Plans the thread block's work and loads what it needs: runs of rows of one request, chunk by chunk.
+template <class Smem>
 struct Feeder {
+  static constexpr int CHUNK = Smem::CHUNK;
   const Task& task;
   const CUtensorMap *q_map, *k_map;
   Smem& s;
-  const Places places;
+  const Places<Smem> places;
   const int lane = threadIdx.x % 32;
   Ring<CHUNK> ring;
   int issued = 0;  // lane g counts the units of group g
@@ -217,32 +216,15 @@ __device__ __forceinline__ void load_queries(uint32_t (&a)[DIM / 16][4], const u
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint8_t* from = queries + (warp * 16 + line + i % 2 * 8) * DIM + (k ^ line) * 16 + i / 2 * 8 + pair;
-      uint32_t half2;
-      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(half2) : "h"(*reinterpret_cast<const uint16_t*>(from)));
-      const float2 both = __half22float2(reinterpret_cast<const __half2&>(half2));
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(a[k][i]) : "f"(both.y), "f"(both.x));
+      a[k][i] = sm90::to_bf16(sm90::of_e4m3(*reinterpret_cast<const uint16_t*>(from)));
     }
 }
 
-// Adds ReLU(d) of the first `limit` columns to the sums of the thread's two rows; a NaN is 0.
-template <bool MASKED>
-__device__ __forceinline__ void fold(const float (&d)[64], float (&sum)[2][2], int limit) {
-  const int column = threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int n = 0; n < TILE / 8; ++n)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int bit = 0; bit < 2; ++bit) {
-        const float x = fmaxf(d[n * 4 + half * 2 + bit], 0.f);
-        sum[half][bit] += MASKED && n * 8 + column + bit >= limit ? 0.f : x;
-      }
-}
-
-__device__ __forceinline__ void consume(Smem& s) {
+template <class Fold>
+__device__ __forceinline__ void consume(Smem<Fold>& s) {
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // seen by the compiler as the same in all lanes
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, query = warp * 16 / HEADS;
-  const Places places(s);
+  const Places<Smem<Fold>> places(s);
   const uint64_t b_tile = sm90::tile_descriptor(places.keys(0));
 
   int report_parity = 0;
@@ -264,8 +246,8 @@ __device__ __forceinline__ void consume(Smem& s) {
 
     const int sight = blocks - unit.base;
     const int furthest = max(unit.blocks[0], unit.blocks[QUERIES - 1]) - unit.base;
-    float sum[2][2] = {};
-    Ring<CHUNK> ring{unit.stage, unit.parity};
+    Fold fold;
+    Ring<Fold::CHUNK> ring{unit.stage, unit.parity};
     const auto release = [&] {
       if (unit.leaves) {
         __syncwarp();
@@ -289,19 +271,19 @@ __device__ __forceinline__ void consume(Smem& s) {
       sm90::mma_wait<0>();
       sm90::pin(d);
       release();
-      if (sight >= (tile + 1) * TILE) fold<false>(d, sum, TILE);
-      else fold<true>(d, sum, sight - tile * TILE);
+      if (sight >= (tile + 1) * TILE) fold.template add<false>(d, TILE);
+      else fold.template add<true>(d, sight - tile * TILE);
     }
 
-    sm90::barrier_wait(places.ranked(group), report_parity ^ 1);  // earlier sums have been read
-    float* sums = s.sums[group][unit.place] + warp * 16 + lane / 4;
+    sm90::barrier_wait(places.ranked(group), report_parity ^ 1);  // earlier values have been read
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float total = sum[half][0] + sum[half][1];
-      total += __shfl_xor_sync(~0u, total, 1);
-      total += __shfl_xor_sync(~0u, total, 2);
-      if (lane % 4 == 0) sums[half * 8] = unit.base == 0 ? total : sums[half * 8] + total;
-    }
+    for (int value = 0; value < Fold::VALUES; ++value)
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        float& held = s.values[value][group][unit.place][warp * 16 + lane / 4 + row * 8];
+        const float total = fold.total(value, row);
+        if (lane % 4 == 0) held = unit.base == 0 ? total : Fold::join(value, held, total);
+      }
     if (unit.last) {
       if (threadIdx.x % 128 == 0) {
         s.report[group].row = unit.row, s.report[group].place = unit.place;
@@ -315,113 +297,127 @@ __device__ __forceinline__ void consume(Smem& s) {
   }
 }
 
-// Integers in the order of the numbers: -0 equals 0, and a NaN is below them all.
-__device__ __forceinline__ int order(float x) {
-  const int bits = x == 0.f ? 0 : __float_as_int(x);
-  return x != x ? INT_MIN : bits < 0 ? bits ^ INT_MAX : bits;
-}
-
-// Writes the `heads` heads with the largest keys, ascending; lane l brings those of heads l and l + 32. Among equals the
-// lower head goes first.
-__device__ __forceinline__ void choose(const int (&key)[WARP_HEADS], int heads, int32_t* out) {
-  const int lane = threadIdx.x % 32;
-  int before[WARP_HEADS] = {};
-#pragma unroll
-  for (int other = 0; other < 32; ++other)
-#pragma unroll
-    for (int i = 0; i < WARP_HEADS; ++i) {
-      const int theirs = __shfl_sync(~0u, key[i], other);
-#pragma unroll
-      for (int mine = 0; mine < WARP_HEADS; ++mine)
-        before[mine] += theirs > key[mine] || (theirs == key[mine] && (i < mine || (i == mine && other < lane)));
-    }
+// Ranks a row's heads by `key` and writes their choice, and the gates of the others in the residual, where those are finite.
+__device__ __forceinline__ void settle(const Task& task, int64_t t, const int (&key)[WARP_HEADS], const float (&gate)[WARP_HEADS],
+                                       const float (&share)[WARP_HEADS]) {
+  bool chosen[WARP_HEADS];
+  choose(key, task.heads, task.head_ids + t * task.heads, chosen);
+  if (!task.residual_gates) return;
 #pragma unroll
   for (int i = 0; i < WARP_HEADS; ++i) {
-    const uint32_t chosen = __ballot_sync(~0u, before[i] < heads);
-    if (before[i] < heads) out[__popc(chosen & ((1u << lane) - 1))] = i * 32 + lane;
-    out += __popc(chosen);
+    const float own = gate[i] * share[i];
+    task.residual_gates[t * HEADS + i * 32 + threadIdx.x % 32] = !chosen[i] && fabsf(own) <= FLT_MAX ? own : 0.f;
   }
 }
 
-__device__ __forceinline__ void rank(const Task& task, const Smem& s, int group) {
+template <class Fold>
+__device__ __forceinline__ void rank(const Task& task, const Smem<Fold>& s, int group) {
   const int lane = threadIdx.x % 32;
-  const Places places(s);
+  const Places<Smem<Fold>> places(s);
   for (int parity = 0;; parity ^= 1) {
     sm90::barrier_wait(places.summed(group), parity);
     const Report report = s.report[group];
     if (report.row < 0) return;
-    float total[QUERIES][WARP_HEADS];
+    float values[Fold::VALUES][QUERIES][WARP_HEADS];
 #pragma unroll
-    for (int q = 0; q < QUERIES; ++q)
+    for (int value = 0; value < Fold::VALUES; ++value)
 #pragma unroll
-      for (int i = 0; i < WARP_HEADS; ++i) total[q][i] = s.sums[group][report.place][q * HEADS + i * 32 + lane];
+      for (int q = 0; q < QUERIES; ++q)
+#pragma unroll
+        for (int i = 0; i < WARP_HEADS; ++i) values[value][q][i] = s.values[value][group][report.place][q * HEADS + i * 32 + lane];
     __syncwarp();
     if (lane == 0) sm90::barrier_arrive(places.ranked(group));
 #pragma unroll
     for (int q = 0; q < QUERIES; ++q) {
-      if (report.blocks[q] < 0) break;
+      const int blocks = report.blocks[q];
+      if (blocks < 0) break;
       const int64_t t = report.row + q;
       int key[WARP_HEADS];
+      float gates[WARP_HEADS], share[WARP_HEADS];
 #pragma unroll
       for (int i = 0; i < WARP_HEADS; ++i) {
-        const float gate = task.gates[t * HEADS + i * 32 + lane];
-        const float weight = task.router == SIGNED ? gate : fabsf(gate);
-        key[i] = order(report.blocks[q] > 0 ? weight * total[q][i] : fabsf(gate));
+        const float gate = task.gates[t * HEADS + i * 32 + lane], weight = task.router == SIGNED ? gate : fabsf(gate);
+        key[i] = order(blocks > 0 && task.router != WEIGHT ? weight * values[0][q][i] : fabsf(gate));
+        gates[i] = gate, share[i] = 0.5f;
+        if constexpr (Fold::MOMENTS)
+          if (blocks > 0) share[i] = positive_share(values[1][q][i], values[2][q][i], blocks);
       }
-      choose(key, task.heads, task.head_ids + t * task.heads);
+      settle(task, t, key, gates, share);
     }
   }
 }
 
+template <class Fold>
 __global__ void __launch_bounds__(THREADS, 1)
     route_kernel(const __grid_constant__ Task task, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map) {
   extern __shared__ __align__(1024) uint8_t raw[];
-  Smem& s = *reinterpret_cast<Smem*>(raw);
-  barriers_init(Places(s));
+  auto& s = *reinterpret_cast<Smem<Fold>*>(raw);
+  barriers_init(Places<Smem<Fold>>(s));
   if (threadIdx.x < GROUPS * 128) {
     sm90::more_registers<FOLD_REGISTERS>();
     consume(s);
   } else {
     sm90::fewer_registers<HELP_REGISTERS>();
     const int helper = __shfl_sync(~0u, threadIdx.x / 32 - GROUPS * 4, 0);
-    if (helper == 0) Feeder(task, &q_map, &k_map, s).all();
+    if (helper == 0) Feeder<Smem<Fold>>(task, &q_map, &k_map, s).all();
     else if (helper <= GROUPS) rank(task, s, helper - 1);
   }
 }
 
-constexpr int WEIGHT_THREADS = 256;
-
-// Heads by |w| alone, where no pooled key has a say: one warp a row.
-__global__ void __launch_bounds__(WEIGHT_THREADS) weight_kernel(const __grid_constant__ Task task) {
-  const int64_t t = (int64_t(blockIdx.x) * WEIGHT_THREADS + threadIdx.x) / 32;
+// Heads by |w| alone, where no pooled key has a say.
+__global__ void __launch_bounds__(ROW_THREADS) weight_kernel(const __grid_constant__ Task task) {
+  const int64_t t = (int64_t(blockIdx.x) * ROW_THREADS + threadIdx.x) / 32;
   if (t >= task.rows) return;
   int key[WARP_HEADS];
+  float gate[WARP_HEADS], share[WARP_HEADS];
 #pragma unroll
-  for (int i = 0; i < WARP_HEADS; ++i) key[i] = order(fabsf(task.gates[t * HEADS + i * 32 + threadIdx.x % 32]));
-  choose(key, task.heads, task.head_ids + t * task.heads);
+  for (int i = 0; i < WARP_HEADS; ++i) {
+    gate[i] = task.gates[t * HEADS + i * 32 + threadIdx.x % 32];
+    key[i] = order(fabsf(gate[i])), share[i] = 0.5f;
+  }
+  settle(task, t, key, gate, share);
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------
 
-// Addresses on the device; q [rows, HEADS, DIM] e4m3, gates [rows, HEADS], pooled [requests, max_blocks, DIM] bf16.
-void route(int64_t q, int64_t gates, int64_t pooled, int64_t row_batch, int64_t row_len, int64_t head_ids, int64_t rows,
-           int64_t requests, int64_t max_blocks, int64_t block_size, int64_t heads, int64_t router, int64_t stream_address) {
-  const auto stream = pointer<CUstream_st>(stream_address);
-  Task task{pointer<float>(gates), pointer<int32_t>(row_batch), pointer<int32_t>(row_len), pointer<int32_t>(head_ids),
-            int(rows), 0, int(max_blocks), int(block_size), int(heads), int(router)};
-  if (router == WEIGHT || max_blocks == 0) {
-    weight_kernel<<<(rows * 32 + WEIGHT_THREADS - 1) / WEIGHT_THREADS, WEIGHT_THREADS, 0, stream>>>(task);
-    return check(cudaGetLastError(), "weight_kernel");
-  }
+template <class Fold>
+void launch_route(Task task, int64_t q, int64_t pooled, int64_t requests, cudaStream_t stream) {
   const int blocks = multiprocessors(), units = (task.rows + QUERIES - 1) / QUERIES;
   const int rounds = (units + blocks * UNITS - 1) / (blocks * UNITS);
   task.share = (units + blocks * rounds - 1) / (blocks * rounds) * QUERIES;
   const int shares = (task.rows + task.share - 1) / task.share;
-  const CUtensorMap q_map = tensor_map(q, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, rows * HEADS, LINES);
-  const CUtensorMap k_map = tensor_map(pooled, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, requests * max_blocks, TILE);
-  allow_shared(route_kernel, sizeof(Smem));
-  route_kernel<<<std::min(shares, blocks), THREADS, sizeof(Smem), stream>>>(task, q_map, k_map);
+  const CUtensorMap q_map = tensor_map(q, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, int64_t(task.rows) * HEADS, LINES);
+  const CUtensorMap k_map = tensor_map(pooled, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, requests * task.max_blocks, TILE);
+  const auto kernel = route_kernel<Fold>;
+  allow_shared(kernel, sizeof(Smem<Fold>));
+  kernel<<<std::min(shares, blocks), THREADS, sizeof(Smem<Fold>), stream>>>(task, q_map, k_map);
   check(cudaGetLastError(), "route_kernel");
+}
+
+// Addresses on the device; q [rows, HEADS, DIM] e4m3, gates [rows, HEADS], pooled [requests, max_blocks, DIM] bf16. The residual's
+// gates [rows, HEADS], query [rows, DIM] e4m3 and scale [rows] are written unless their addresses are 0.
+void route(int64_t q, int64_t gates, int64_t pooled, int64_t row_batch, int64_t row_len, int64_t head_ids, int64_t residual_gates,
+           int64_t residual_query, int64_t residual_scale, int64_t rows, int64_t requests, int64_t max_blocks, int64_t block_size,
+           int64_t heads, int64_t router, int64_t stream_address) {
+  const auto stream = pointer<CUstream_st>(stream_address);
+  const Task task{pointer<float>(gates), pointer<int32_t>(row_batch), pointer<int32_t>(row_len), pointer<int32_t>(head_ids),
+                  pointer<float>(residual_gates), int(rows), 0, int(max_blocks), int(block_size), int(heads), int(router)};
+  const int row_blocks = int((rows * 32 + ROW_THREADS - 1) / ROW_THREADS);
+  const bool residual = residual_gates != 0;
+  if (max_blocks == 0 || (router == WEIGHT && !residual)) {
+    weight_kernel<<<row_blocks, ROW_THREADS, 0, stream>>>(task);
+    check(cudaGetLastError(), "weight_kernel");
+  } else if (router == PEAK) {
+    if (residual) launch_route<Folded<true, true>>(task, q, pooled, requests, stream);
+    else launch_route<Folded<true, false>>(task, q, pooled, requests, stream);
+  } else {
+    if (residual) launch_route<Folded<false, true>>(task, q, pooled, requests, stream);
+    else launch_route<Folded<false, false>>(task, q, pooled, requests, stream);
+  }
+  if (!residual) return;
+  residual_kernel<<<row_blocks, ROW_THREADS, 0, stream>>>(pointer<uint8_t>(q), task.residual_gates, int(rows),
+                                                          pointer<uint32_t>(residual_query), pointer<float>(residual_scale));
+  check(cudaGetLastError(), "residual_kernel");
 }
 
 }  // namespace misa

@@ -2,6 +2,8 @@
 //
 //   s[t, l] = k_scale[l] · Σ_{j in head_ids[t]} w[t, j] · ReLU(q[t, j] · k[l])        for l in [ks[t], ke[t])
 //
+// and, where the last column is a residual, k_scale[l] · scale[t] · (query[t] · k[l]) more.
+//
 // A product is 64 keys (rows) × 256 columns, the columns being the (query, head) pairs of one warpgroup's QUERIES queries,
 // ordered so that in the m64n256 accumulator fragment a thread holds every head of its own queries: no lane is shuffled.
 // One warp feeds a ring of key tiles; every warpgroup reads each tile for its own queries and runs at its own pace. (Making
@@ -13,15 +15,20 @@
 
 #include "output.cuh"
 #include "ptx.cuh"
+#include "residual.cuh"
 
 #ifndef MISA_HEADS
-#define MISA_HEADS 8  // routed heads h: 4, 8, 16, 32 or 64
+#define MISA_HEADS 8  // columns a query: its routed heads and a residual, together 4, 8, 16, 32 or 64
+#endif
+#ifndef MISA_RESIDUAL
+#define MISA_RESIDUAL 0  // whether the last column is the residual of the heads that are not routed
 #endif
 
 namespace misa {
 
 constexpr int DIM = 128;                              // head dimension = bytes of a key
 constexpr int HEADS = MISA_HEADS;
+constexpr int ROUTED_HEADS = HEADS - MISA_RESIDUAL;   // the residual, if there is one, is the column behind them
 constexpr int COLUMNS = HEADS > 4 ? 256 : 128;        // of one product: 16 queries' settings a thread would not fit
 constexpr int KEYS = 64;                              // rows of one product
 constexpr int QUERIES = COLUMNS / HEADS;              // of a warpgroup
@@ -39,12 +46,13 @@ constexpr int FEED_REGISTERS = 24, FOLD_REGISTERS = GROUPS == 2 ? 240 : 160;
 struct Task {
   const uint8_t* q;         // [T, all_heads, DIM] e4m3
   const float* gates;       // [T, all_heads]
-  const int32_t* head_ids;  // [T, HEADS]
+  const int32_t* head_ids;  // [T, ROUTED_HEADS]
   const float* scale;       // [keys]
   const int32_t* starts;    // [T]
   const int32_t* ends;      // [T]
   const int32_t* row_list;  // or null
   const int32_t* division;  // a Division, or null: all row blocks alike
+  Residual residual;        // if MISA_RESIDUAL
   int first, rows, all_heads, keys, stride, phase;
 
   // Of these rows, every nth key from the middle of the first n on.
@@ -55,6 +63,14 @@ struct Task {
   }
   __device__ int blocks() const { return (rows + ROWS - 1) / ROWS; }
   __device__ int row(int i) const { return row_list ? row_list[first + i] : first + i; }
+  // Column `slot` of row t: its query, and its weight.
+  static constexpr __device__ bool linear(int slot) { return slot == ROUTED_HEADS; }
+  __device__ const uint8_t* query(int64_t t, int slot) const {
+    return linear(slot) ? residual.query + t * DIM : q + (t * all_heads + head_ids[t * ROUTED_HEADS + slot]) * DIM;
+  }
+  __device__ float weight(int64_t t, int slot) const {
+    return linear(slot) ? residual.scale[t] : gates[t * all_heads + head_ids[t * ROUTED_HEADS + slot]];
+  }
   __device__ int sampled(int key) const { return (max(key - phase, 0) + stride - 1) / stride; }
   __device__ int2 window(int i) const {  // in units of scored keys; empty beyond the rows
     if (i >= rows) return {0, 0};
@@ -236,10 +252,7 @@ __device__ __forceinline__ void load_queries(const Task& task, int first, uint8_
   for (int n = threadIdx.x % 128; n < COLUMNS; n += 128) {
     const int query = first + n / 8 / PAIRS * 4 + n % 8 / 2, slot = n / 8 % PAIRS * 2 + n % 2;
     const uint4* source = nullptr;
-    if (query < task.rows) {
-      const int64_t t = task.row(query);
-      source = reinterpret_cast<const uint4*>(task.q + (t * task.all_heads + task.head_ids[t * HEADS + slot]) * DIM);
-    }
+    if (query < task.rows) source = reinterpret_cast<const uint4*>(task.query(task.row(query), slot));
 #pragma unroll
     for (int chunk = 0; chunk < DIM / 16; ++chunk) {
       uint4 value = source ? __ldg(source + chunk) : uint4{0, 0, 0, 0};
@@ -279,8 +292,7 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
       const bool live = seat.query(q) < task.rows;
       const int64_t t = live ? task.row(seat.query(q)) : 0;
 #pragma unroll
-      for (int j = 0; j < HEADS; ++j)
-        weight[q][j] = live ? task.gates[t * task.all_heads + task.head_ids[t * HEADS + j]] : 0.f;
+      for (int j = 0; j < HEADS; ++j) weight[q][j] = live ? task.weight(t, j) : 0.f;
     }
     lane_sink.begin(seat);
 
@@ -313,9 +325,10 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
           for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int bit = 0; bit < 2; ++bit) {
+              const int slot = n % PAIRS * 2 + bit;
               const float x = d[n * 4 + half * 2 + bit];
               float& sum = score[n / PAIRS][half];
-              sum = fmaf(fmaxf(x, 0.f), weight[n / PAIRS][n % PAIRS * 2 + bit], sum);
+              sum = fmaf(Task::linear(slot) ? x : fmaxf(x, 0.f), weight[n / PAIRS][slot], sum);
             }
 #pragma unroll
         for (int q = 0; q < LANE_QUERIES; ++q)
@@ -396,7 +409,7 @@ inline CUtensorMap key_map(int64_t k, int keys, int stride, int phase) {
   return tensor_map(k + (scored > 0 ? int64_t(phase) * DIM : 0), CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, std::max(scored, 1), TILE, stride);
 }
 
-// The inputs of a call: addresses of q, gates, head_ids, k, scale, starts, ends; then all_heads and keys.
+// The inputs of a call: addresses of q, gates, head_ids, k, scale, starts, ends; then all_heads and keys; the residual's addresses.
 struct Inputs {
   Task task{};
   int64_t k;
@@ -404,6 +417,7 @@ struct Inputs {
     task.q = pointer<uint8_t>(v[0]), task.gates = pointer<float>(v[1]), task.head_ids = pointer<int32_t>(v[2]);
     task.scale = pointer<float>(v[4]), task.starts = pointer<int32_t>(v[5]), task.ends = pointer<int32_t>(v[6]);
     task.all_heads = int(v[7]), task.keys = int(v[8]), task.stride = 1;
+    task.residual = {pointer<uint8_t>(v[9]), pointer<float>(v[10])};
   }
   Task rows(int first, int count) const {
     Task part = task;

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __gr
   const int t = blockIdx.x;
   if (take_all(job.in, job.output, t)) return;
   Scorer scorer{s, job.in, t};
-  uint4 piece[Scorer::CHUNKS];
+  Scorer::Pieces piece;
   scorer.fetch(piece);
   scorer.order();
 

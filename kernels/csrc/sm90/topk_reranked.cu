@@ -4,8 +4,8 @@
 // a row lists the marked keys, scores them with all heads, routed heads first, so that both scores fall out of one product, cuts
 // the list to the best C by the one and takes the top k by the other. (4) Rows with fewer marks than C, or more than a block
 // holds, are scored into memory, marked again with exactly their best C, and go through (3) once more.
-#include "rescorer.cuh"
 #include "fallback.cuh"
+#include "rescorer.cuh"
 #include "threshold.cuh"
 
 #ifndef MISA_INDEX_HEADS
@@ -178,7 +178,7 @@ static_assert(sizeof(RerankSmem) <= FIXED_BYTES);
 
 __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __grid_constant__ Rerank job) {
   extern __shared__ __align__(1024) uint8_t raw[];
-  using Scorer = Rescorer<ALL_HEADS, HEADS>;
+  using Scorer = Rescorer<ALL_HEADS, HEADS, MISA_RESIDUAL>;
   RerankSmem& s = *reinterpret_cast<RerankSmem*>(raw);
   uint32_t* full = reinterpret_cast<uint32_t*>(raw + FIXED_BYTES);
   uint16_t* low = reinterpret_cast<uint16_t*>(full + job.room);
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
     const int t = job.row_list ? job.row_list[row] : job.marks.first + row, i = t - job.marks.first;
     if (take_all(job.in, job.output, t)) continue;
     Scorer scorer{s, job.in, t};
-    uint4 piece[Scorer::CHUNKS];
+    Scorer::Pieces piece;
     scorer.fetch(piece);
     scorer.order();
 
@@ -254,13 +254,15 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
         __syncthreads();
         const Some some{list, s.select.from};
         scorer.score(cut.inside, some, [&](int j, bool, bool of_routed, float score) {
-          if (of_routed) s.select.keys[j] = rank_key(score), s.select.index[j] = list.find(s.select.from[j]);
+          if (of_routed) s.select.index[j] = rank_key(score);  // where no query lies
         });
         __syncthreads();
+        if (threadIdx.x < cut.inside) s.select.keys[threadIdx.x] = list.find(s.select.from[threadIdx.x]);
+        __syncthreads();
         if (threadIdx.x < cut.inside) {
-          const uint32_t key = s.select.keys[threadIdx.x], index = s.select.index[threadIdx.x];
+          const uint32_t score = s.select.index[threadIdx.x], key = s.select.keys[threadIdx.x];
           uint32_t before = 0;
-          for (int j = 0; j < cut.inside; ++j) before += s.select.keys[j] > key || (s.select.keys[j] == key && s.select.index[j] < index);
+          for (int j = 0; j < cut.inside; ++j) before += s.select.index[j] > score || (s.select.index[j] == score && s.select.keys[j] < key);
           if (before >= cut.need) full[s.select.from[threadIdx.x]] = OUT;
         }
         __syncthreads();
@@ -318,7 +320,8 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
   const auto stream = pointer<CUstream_st>(stream_address);
   const Task& whole = call.task;
   const Output out = output_of(output);
-  const Keys keys{whole.q, whole.gates, whole.head_ids, pointer<uint8_t>(call.k), whole.scale, whole.starts, whole.ends, whole.keys, 0};
+  const Keys keys{whole.q, whole.gates, whole.head_ids, pointer<uint8_t>(call.k), whole.scale, whole.starts, whole.ends, whole.keys, 0,
+                  whole.residual};
   const int bytes = FIXED_BYTES + plan.room * LISTED_BYTES;
   int32_t* meeting = plan.failed + plan.rows + 1;
   allow_shared(rerank_kernel, bytes);

@@ -29,6 +29,7 @@ using std::max, std::min;
 inline uint32_t min(uint32_t a, int b) { return std::min(a, uint32_t(b)); }
 
 struct int2 { int x, y; };
+struct float2 { float x, y; };
 struct uint2 { uint32_t x, y; };
 struct ushort2 { uint16_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
@@ -173,5 +174,7 @@ inline int __ffs(uint32_t v) { return __builtin_ffs(v); }
 inline uint32_t __float_as_uint(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
 inline int __float_as_int(float f) { return int(__float_as_uint(f)); }
 inline float __uint_as_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline float normcdff(float x) { return float(std::erfc(-double(x) / std::sqrt(2.)) / 2); }
 inline void __threadfence() {}
 inline void __nanosleep(unsigned) { simt::yield(); }

@@ -80,11 +80,11 @@ inline char* swizzled(char* p) {
   const auto at = reinterpret_cast<uintptr_t>(p);
   return reinterpret_cast<char*>(at ^ (at >> 7 & 7) << 4);
 }
-inline void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int, int y) {
+inline void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x, int y) {
   for (int row = 0; row < map->box; ++row)
     for (int piece = 0; piece < 128; piece += 16) {
       char* at = swizzled(smem(to) + row * 128 + piece);
-      if (y + row < map->rows) std::memcpy(at, map->address + (y + row) * map->pitch + piece, 16);
+      if (y + row < map->rows) std::memcpy(at, map->address + (y + row) * map->pitch + x * map->element + piece, 16);
       else std::memset(at, 0, 16);
     }
   Barrier& b = barriers.at(barrier);
@@ -95,6 +95,7 @@ inline void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int,
 inline uint64_t tile_descriptor(uint32_t address) { return address >> 4; }
 inline float e4m3(uint8_t bits) {
   const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  if ((bits & 127) == 127) return NAN;
   const float size = exponent ? std::ldexp(1.f + fraction / 8.f, exponent - 7) : std::ldexp(fraction / 8.f, -6);
   return bits & 127 ? (bits >> 7 ? -size : size) : 0.f;
 }
@@ -103,6 +104,25 @@ inline const std::vector<float> E4M3 = [] {
   for (int bits = 0; bits < 256; ++bits) values.push_back(e4m3(bits));
   return values;
 }();
+inline float2 of_e4m3(uint16_t pair) { return {E4M3[pair & 255], E4M3[pair >> 8]}; }
+// The nearest of the finite numbers; of two, the even one.
+inline uint8_t to_e4m3(float x) {
+  if (x != x) return 127;
+  int best = 0;
+  const auto off = [&](int bits) { return std::abs(double(E4M3[bits]) - std::abs(double(x))); };
+  for (int bits = 1; bits < 127; ++bits)
+    if (off(bits) < off(best) || (off(bits) == off(best) && bits % 2 == 0)) best = bits;
+  return best | (std::signbit(x) ? 128 : 0);
+}
+inline uint16_t to_e4m3(float2 pair) { return to_e4m3(pair.x) | to_e4m3(pair.y) << 8; }
+inline uint32_t no_nan(uint32_t four) {
+  const uint32_t nan = ((four & 0x7F7F7F7Fu) + 0x01010101u) & 0x80808080u;
+  return four & ~((nan >> 7) * 0xFFu);
+}
+inline float of_bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
+inline uint32_t to_bf16(float2 pair) {  // of numbers that bf16 has
+  return __float_as_uint(pair.x) >> 16 | (__float_as_uint(pair.y) & 0xFFFF0000u);
+}
 inline void line(float (&values)[32], uint64_t tile, int row) {  // 32 bytes of a row
   char* from = smem(uint32_t(tile << 4)) + row * 128;
   for (int i = 0; i < 32; ++i) values[i] = E4M3[uint8_t(*swizzled(from + i))];
@@ -149,6 +169,29 @@ template <int COUNT>
 void mma_registers(float (&d)[COUNT], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
   std::fill(d, d + COUNT, 0.f);
   mma_registers_add(d, a0, a1, a2, a3, b);
+}
+// d (64 × 128) += a (64 × 16, bf16, two numbers a register) · b (128 × 16, bf16)ᵀ
+inline void mma_bf16(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  const int quad = threadIdx.x % 32 / 4;
+  if (!accumulate) std::fill(d, d + 64, 0.f);
+  float rows[2][16];
+  simt::together(uint4{a[0], a[1], a[2], a[3]}, [&](auto& all, int) {
+    for (int i = 0; i < 16; ++i) {
+      const uint4 words = all[quad * 4 + i % 8 / 2];
+      rows[0][i] = of_bf16((i < 8 ? words.x : words.z) >> i % 2 * 16 & 0xFFFF);
+      rows[1][i] = of_bf16((i < 8 ? words.y : words.w) >> i % 2 * 16 & 0xFFFF);
+    }
+    return 0;
+  });
+  for (int n = 0; n < 16; ++n)
+    for (int bit = 0; bit < 2; ++bit) {
+      char* from = smem(uint32_t(b << 4)) + (n * 8 + threadIdx.x % 4 * 2 + bit) * 128;
+      for (int i = 0; i < 16; ++i) {
+        uint16_t number;
+        std::memcpy(&number, swizzled(from + i * 2), 2);
+        for (int half = 0; half < 2; ++half) d[n * 4 + half * 2 + bit] += rows[half][i] * of_bf16(number);
+      }
+    }
 }
 inline uint32_t moved(uint32_t word, uint32_t) { return word; }
 inline uint64_t evict_last() { return 0; }

@@ -7,12 +7,14 @@ using namespace misa;
 extern "C" {
 
 // All rows in one pass. Scratch: sample [rows, ld], spans and threshold of each row, table, marks.
-bool rerank_rows(const uint8_t* q, const float* gates, int all_heads, const int32_t* head_ids, const uint8_t* k, const float* scale,
+bool rerank_rows(const uint8_t* q, const float* gates, int all_heads, const int32_t* head_ids, const uint8_t* query,
+               const float* weight, const uint8_t* k, const float* scale,
                  const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, int rank, int candidates, int topk,
                  int workers, int room, float* sample, int64_t ld, uint32_t* spans, int32_t* table, float* threshold, uint32_t* words,
                  int32_t* out, int32_t* failed) {
   Task task = task_of(starts, ends, rows, keys, 1, nullptr);
   task.q = q, task.gates = gates, task.head_ids = head_ids, task.scale = scale, task.all_heads = all_heads;
+  task.residual = {query, weight};
   const Task sampling = task.every(stride);
   const Logits logits{sample, ld, true};
   const Marks marks{words, 0, rows, (keys + TILE - 1) / TILE * (TILE / KEYS)};
@@ -24,7 +26,7 @@ bool rerank_rows(const uint8_t* q, const float* gates, int all_heads, const int3
     return false;
   task.division = table;
   if (!score(task, k, Mark{threshold, marks}, workers)) return false;
-  const Keys all{q, gates, head_ids, k, scale, starts, ends, keys, 0};
+  const Keys all{q, gates, head_ids, k, scale, starts, ends, keys, 0, {query, weight}};
   const Output output{out, topk, nullptr, nullptr, 0, nullptr};
   return simt::launch(rows, RANKERS, [&] { rerank_kernel({all, output, marks, span, nullptr, nullptr, candidates, room, failed}); });
 }

@@ -66,12 +66,14 @@ bool select_rows(const int32_t* starts, const int32_t* ends, int rows, int keys,
 
 // Sample, thresholds, collection and selection of all rows in one pass; `failed` gets the rows that would be redone. Scratch: sample
 // [rows, ld], hits of `room_of_all` entries a buffer, counts [rows + block_rows · workers, buffers], table, threshold [rows].
-bool topk_rows(const uint8_t* q, const float* gates, int all_heads, const int32_t* head_ids, const uint8_t* k, const float* scale,
+bool topk_rows(const uint8_t* q, const float* gates, int all_heads, const int32_t* head_ids, const uint8_t* query,
+               const float* weight, const uint8_t* k, const float* scale,
                const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, int rank, int topk, int workers, int runs,
                int buffers, int spare, int room_of_all, int room, float* sample, int64_t ld, uint2* hits, int2* counts, int32_t* table,
                float* threshold, int32_t* out, int32_t* failed) {
   Task task = task_of(starts, ends, rows, keys, 1, nullptr);
   task.q = q, task.gates = gates, task.head_ids = head_ids, task.scale = scale, task.all_heads = all_heads;
+  task.residual = {query, weight};
   const Task sampling = task.every(stride);
   const Logits logits{sample, ld, true};
   const bool few = buffers == FewHits::BUFFERS;

@@ -1,0 +1,87 @@
+// A query's index heads in one warp: the choice of those that are scored, and the residual query that stands for the others.
+#pragma once
+#include <cfloat>
+#include <climits>
+
+#include "ptx.cuh"
+
+#ifndef MISA_INDEX_HEADS
+#define MISA_INDEX_HEADS 64  // H: 32 or 64
+#endif
+
+namespace misa {
+
+constexpr int DIM = 128;  // head dimension
+constexpr int HEADS = MISA_INDEX_HEADS;
+constexpr int WARP_HEADS = HEADS / 32;  // of a lane when a warp ranks
+constexpr int ROW_THREADS = 256;        // of the kernels that take one warp a row
+
+// Integers in the order of the numbers: -0 equals 0, and a NaN is below them all.
+__device__ __forceinline__ int order(float x) {
+  const int bits = x == 0.f ? 0 : __float_as_int(x);
+  return x != x ? INT_MIN : bits < 0 ? bits ^ INT_MAX : bits;
+}
+
+// Writes the `heads` heads with the largest keys, ascending; lane l brings those of heads l and l + 32, and learns which are chosen.
+// Among equals the lower head goes first.
+__device__ __forceinline__ void choose(const int (&key)[WARP_HEADS], int heads, int32_t* out, bool (&chosen)[WARP_HEADS]) {
+  const int lane = threadIdx.x % 32;
+  int before[WARP_HEADS] = {};
+#pragma unroll
+  for (int other = 0; other < 32; ++other)
+#pragma unroll
+    for (int i = 0; i < WARP_HEADS; ++i) {
+      const int theirs = __shfl_sync(~0u, key[i], other);
+#pragma unroll
+      for (int mine = 0; mine < WARP_HEADS; ++mine)
+        before[mine] += theirs > key[mine] || (theirs == key[mine] && (i < mine || (i == mine && other < lane)));
+    }
+#pragma unroll
+  for (int i = 0; i < WARP_HEADS; ++i) {
+    chosen[i] = before[i] < heads;
+    const uint32_t all = __ballot_sync(~0u, chosen[i]);
+    if (chosen[i]) out[__popc(all & ((1u << lane) - 1))] = i * 32 + lane;
+    out += __popc(all);
+  }
+}
+
+// The residual query Σ_j gates[t, j] · q[t, j] in e4m3 and what it is to be multiplied with. A lane has 16 dimensions of every
+// fourth head, and in the end the sums of four. Gates are finite; a NaN in a query is 0.
+__global__ void __launch_bounds__(ROW_THREADS)
+    residual_kernel(const uint8_t* q, const float* gates, int rows, uint32_t* query, float* scale) {
+  constexpr int PIECES = DIM / 16, PARTS = 32 / PIECES;
+  constexpr float LARGEST = 448.f;  // e4m3
+  const int64_t t = (int64_t(blockIdx.x) * ROW_THREADS + threadIdx.x) / 32;
+  if (t >= rows) return;
+  const int lane = threadIdx.x % 32, piece = lane % PIECES, part = lane / PIECES;
+  float sum[16] = {};
+#pragma unroll 8
+  for (int j = part; j < HEADS; j += PARTS) {
+    const float gate = __ldg(gates + t * HEADS + j);
+    const uint4 bytes = __ldg(reinterpret_cast<const uint4*>(q + (t * HEADS + j) * DIM) + piece);
+    const uint32_t words[4] = {sm90::no_nan(bytes.x), sm90::no_nan(bytes.y), sm90::no_nan(bytes.z), sm90::no_nan(bytes.w)};
+#pragma unroll
+    for (int pair = 0; pair < 8; ++pair) {
+      const float2 two = sm90::of_e4m3(uint16_t(words[pair / 2] >> pair % 2 * 16));
+      sum[pair * 2] = fmaf(gate, two.x, sum[pair * 2]), sum[pair * 2 + 1] = fmaf(gate, two.y, sum[pair * 2 + 1]);
+    }
+  }
+  // Each of two lanes keeps the sums of half of their dimensions: eight, then four.
+  const bool upper = part / 2, odd = part % 2;
+  float half[8], own[4];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) half[i] = (upper ? sum[i + 8] : sum[i]) + __shfl_xor_sync(~0u, upper ? sum[i] : sum[i + 8], 16);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) own[i] = (odd ? half[i + 4] : half[i]) + __shfl_xor_sync(~0u, odd ? half[i] : half[i + 4], 8);
+  uint32_t most = 0;  // as bits, NaN is above infinity and that above all others
+#pragma unroll
+  for (int i = 0; i < 4; ++i) most = max(most, __float_as_uint(fabsf(own[i])));
+  float step = __uint_as_float(__reduce_max_sync(~0u, most)) / LARGEST;
+  const bool none = !(step > 0.f && step <= FLT_MAX);
+  if (none) step = 1.f;
+  const uint32_t low = sm90::to_e4m3({own[0] / step, own[1] / step}), high = sm90::to_e4m3({own[2] / step, own[3] / step});
+  query[t * DIM / 4 + piece * 4 + upper * 2 + odd] = none ? 0 : low | high << 16;
+  if (lane == 0) scale[t] = step;
+}
+
+}  // namespace misa

@@ -1,0 +1,58 @@
+// What the router keeps of a query's products with the pooled keys.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cfloat>
+
+namespace misa {
+
+constexpr int TILE = 128;  // pooled keys of a matrix product
+
+// What a pass over the pooled keys leaves of each (query, head): the statistic and, where a residual is wanted, the products' sum and
+// sum of squares. A NaN product counts nothing in a statistic, and makes the moments NaN.
+template <bool MAXIMUM, bool RESIDUAL>
+struct Folded {
+  static constexpr bool MOMENTS = RESIDUAL;
+  static constexpr int VALUES = RESIDUAL ? 3 : 1;
+  static constexpr int CHUNK = RESIDUAL ? 4 : 5;  // tiles that stay while the block's queries pass: as many as fit beside the values
+  float values[VALUES][2][2] = {};                // [value][row of the thread's two][column's lowest bit]
+
+  static __device__ float join(int value, float a, float b) { return MAXIMUM && value == 0 ? fmaxf(a, b) : a + b; }
+
+  // Adds the first `limit` columns of a product.
+  template <bool MASKED>
+  __device__ __forceinline__ void add(const float (&d)[64], int limit) {
+    const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < TILE / 8; ++n)
+#pragma unroll
+      for (int row = 0; row < 2; ++row)
+#pragma unroll
+        for (int bit = 0; bit < 2; ++bit) {
+          const float x = MASKED && n * 8 + column + bit >= limit ? 0.f : d[n * 4 + row * 2 + bit];
+          float& statistic = values[0][row][bit];
+          statistic = MAXIMUM ? fmaxf(statistic, x) : statistic + fmaxf(x, 0.f);
+          if constexpr (RESIDUAL) {
+            values[1][row][bit] += x;
+            values[2][row][bit] = fmaf(x, x, values[2][row][bit]);
+          }
+        }
+  }
+  // One value of a row, over all columns: for the first lane of a quad.
+  __device__ float total(int value, int row) const {
+    float all = join(value, values[value][row][0], values[value][row][1]);
+    all = join(value, all, __shfl_xor_sync(~0u, all, 1));
+    return join(value, all, __shfl_xor_sync(~0u, all, 2));
+  }
+};
+
+// Φ(μ/σ) of n products by their sum and sum of squares: the share of keys on which a head like this is positive; 0 where they are not
+// finite. In fp32 σ² is off by some 1e-6 of E[x²], which moves Φ by less than 1e-5 while |μ/σ| < 6, where Φ is not 0 or 1 yet.
+__device__ __forceinline__ float positive_share(float sum, float squares, int n) {
+  if (!(squares <= FLT_MAX)) return 0.f;
+  const float mean = sum / float(n), variance = squares / float(n) - mean * mean;
+  if (variance > 0.f) return normcdff(mean * rsqrtf(variance));
+  return mean > 0.f ? 1.f : mean < 0.f ? 0.f : 0.5f;
+}
+
+}  // namespace misa
