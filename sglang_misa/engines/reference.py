@@ -71,7 +71,7 @@ class ReferenceEngine:
         _write(call.output, scores)
 
     def _sketched(self, policy: SelectionPolicy, pages: Tensor, means: Tensor) -> Tensor | None:
-        """The keys [1, 64 n, 128] of complete `pages` [n, 8448] as their sketches say, made here from what is stored."""
+        """The keys [1, 64 n, 128] of complete `pages` [n, 8448] as their sketches say, made from what is stored."""
         if policy.sketch is None:
             return None
         codes, scales = reference.quantize_pages(pages, means, policy.sketch)
