@@ -147,7 +147,15 @@ class Reranked(sr.Call):
         p = self.plan
         at_once = self.at_once(p.scores_offset, p.ld)
         numbers = (p.rows, self.processors, p.stride, p.rank, self.candidates, p.room, at_once, p.sampled, p.ld)
-        offsets = (0, p.spans_offset, p.division_offset, p.sample_offset, p.scale_offset, p.marks_offset, p.scores_offset)
+        offsets = (
+            0,
+            p.spans_offset,
+            p.division_offset,
+            p.sample_offset,
+            p.scale_offset,
+            p.marks_offset,
+            p.scores_offset,
+        )
         return [*numbers, *self.parts(*offsets)]
 
 

@@ -286,7 +286,7 @@ class Call(abc.ABC):
         """What the kernels' `Plan` reads: numbers, then addresses."""
 
     def parts(self, *offsets: int) -> list[int]:
-        """Addresses: of the failed rows, `redo`'s counter and that of slow rows, and of the plan's parts at `offsets`."""
+        """Addresses: of the failed rows, two counters (see `Failed`), and of the plan's parts at `offsets` bytes."""
         start = self.scratch.data_ptr()
         failed = (start, start + 4 * (self.listed + 1), self.slow_rows.data_ptr())
         return [*failed, *(start + self.lists + offset for offset in offsets)]

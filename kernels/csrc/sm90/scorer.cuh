@@ -60,6 +60,7 @@ struct Task {
   __device__ int row(int i) const { return row_list ? row_list[first + i] : first + i; }
   // Scored keys before one of all keys.
   __device__ int before(int limit) const {
+    if (stride == 1) return limit;
     const int i = limit / stride;
     return i + (limit > i * stride && key(i) < limit);
   }
