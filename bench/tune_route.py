@@ -173,7 +173,7 @@ class Table:
             self.wrong += 1
             self.lines.append(f"{name:58} WRONG: {problem}")
         else:
-            self.lines.append(f"{name:58} {event_us(call):9.1f} us")
+            self.lines.append(f"{name:58} {event_us([call])[0]:9.1f} us")
             if parts:
                 self.lines += [f"    {kernel:54} {us:9.1f} us" for kernel, us in kernel_us(call).items() if us > 5]
         print(self.lines[-1], flush=True)

@@ -67,6 +67,8 @@ class Plan:
     sampled: int  # columns of the sampled scores
     spans_offset: int  # in bytes: thresholds lie before
     division_offset: int
+    sample_offset: int  # of the sampled keys
+    scale_offset: int  # of their scales
     marks_offset: int
     scores_offset: int  # of failed rows' scores, `ld` columns apart
     ld: int
@@ -78,7 +80,7 @@ def plan(
 ) -> Plan:
     """Choose the sample so that two blocks a multiprocessor can list what passes.
 
-    Scratch of a pass = rows · max(keys / 8, 4 · keys / stride) + 12 · rows bytes, in as few passes as `budget` allows.
+    Scratch of a pass = rows · max(keys / 8, 4 · keys / stride) + 20 · rows bytes and the sampled keys, in as few passes as `budget` allows.
     Raises ValueError when one block of rows does not fit.
     """
     least, most = STRIDES
@@ -87,11 +89,13 @@ def plan(
     stride = max(max(fits, default=most), math.ceil(keys / sr.SAMPLED_AT_MOST))
     room = listable(2) if _most_hits(candidates, stride) <= listable(2) else listable(1)
     rank = _rank(candidates, stride)
-    sampled = sr.aligned(keys / stride, 4)
+    sampled = sr.aligned(keys / stride + 1, 4)
+    sample_keys = math.ceil(keys / stride)
     row_bytes = max(math.ceil(keys / MARKED_KEYS) * MARK_BYTES // 4, 4 * sampled)
     blocks = math.ceil(rows / block_rows)
-    fixed = 4096 + sr.division_bytes(0, multiprocessors)
-    block_bytes = block_rows * (row_bytes + 12) + 4
+    row_fixed = sr.THRESHOLD_BYTES + 8
+    fixed = 4096 + sr.division_bytes(0, multiprocessors) + (sr.HEAD_DIM + 4) * sample_keys
+    block_bytes = block_rows * (row_bytes + row_fixed) + 4
     fitting = (budget - fixed) // block_bytes
     if fitting < 1:
         raise ValueError(
@@ -99,9 +103,11 @@ def plan(
         )
     pass_blocks = math.ceil(blocks / math.ceil(blocks / fitting))
     rows = pass_blocks * block_rows
-    spans = sr.aligned(4 * rows)
+    spans = sr.aligned(sr.THRESHOLD_BYTES * rows)
     division = spans + sr.aligned(8 * rows)
-    marks = division + sr.division_bytes(pass_blocks, multiprocessors)
+    sample = division + sr.division_bytes(pass_blocks, multiprocessors)
+    scale = sample + sr.aligned(sr.HEAD_DIM * sample_keys)
+    marks = scale + sr.aligned(4 * sample_keys)
     return Plan(
         rows=rows,
         stride=stride,
@@ -110,6 +116,8 @@ def plan(
         sampled=sampled,
         spans_offset=spans,
         division_offset=division,
+        sample_offset=sample,
+        scale_offset=scale,
         marks_offset=marks,
         scores_offset=marks + sr.aligned(rows * row_bytes),
         ld=sr.aligned(keys, 4),
@@ -146,7 +154,16 @@ class Reranked(sr.Call):
         p = self.plan
         at_once = self.at_once(p.scores_offset, p.ld)
         numbers = (p.rows, self.processors, p.stride, p.rank, self.candidates, p.room, at_once, p.sampled, p.ld)
-        return [*numbers, *self.parts(0, p.spans_offset, p.division_offset, p.marks_offset, p.scores_offset)]
+        offsets = (
+            0,
+            p.spans_offset,
+            p.division_offset,
+            p.sample_offset,
+            p.scale_offset,
+            p.marks_offset,
+            p.scores_offset,
+        )
+        return [*numbers, *self.parts(*offsets)]
 
 
 def topk_reranked(

@@ -2,17 +2,20 @@
 
 `topk_routed` never writes the score matrix. In passes over a bounded number of rows:
 
-1. `sample` scores every n-th key; 2. `threshold` takes a low quantile of that sample per row; 3. `collect` scores all
-keys and appends what is above the threshold to buffers owned by single threads; 4. `select` takes the exact top k of
-the appended. Rows that collected fewer than k or overflowed a buffer are listed on the device and, at the end,
-5. `redo` scores them into memory and selects there. So the result is the top k by (score, then smaller position)
-whatever the threshold was; a NaN ranks below every number.
+1. `sample` scores one key in every n; 2. `threshold` takes a low quantile of that sample per row, by score and then
+position; 3. `collect` scores all keys and appends what passes to buffers owned by single threads; 4. `select` takes the
+exact top k of the appended. Rows that collected fewer than k or overflowed a buffer are listed on the device and, at
+the end, 5. `redo` scores them into memory and selects there. So the result is the top k by (score, then smaller
+position) whatever the threshold was; a NaN ranks below every number.
 
 Statistics (`plan`): the r-th largest of a 1/n sample leaves about n·Gamma(r) keys above it. r solves r - z√r = k/n with
 z = 4.5, so a row comes out short with probability 3e-6. A row's room lies z standard deviations above what is expected,
 a buffer's 6.5 or 8, for a call has a quarter of a million of them. Buffers also get what the budget leaves: hits that
 come in clusters are not shared out by chance.
-An order of keys that defeats the sample (periodic in n keys) costs time in `redo`, not exactness.
+
+No order of the keys is in step with the sample, for the place of a sampled key among its n is hashed; nor with the
+buffers, which their threads hand on in turn. Scores that tie at the threshold pass as far as a position, so keys that
+are all the same bring no more of them than others. `slow_rows` counts what `redo` had to do none the less.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ LISTS_BYTES = 1 << 20  # step in which the row lists grow
 SAMPLED_AT_MOST = 49152  # scores that `threshold` holds
 SIGMAS = 4.5  # z: standard deviations of room on either side of a row's expected count
 BUFFER_SIGMAS = {32: 6.5, 16: 8.0}  # the same for a private buffer, as in topk_routed.cu
+THRESHOLD_BYTES = 12  # of a row: a score, one that ties, and where the tied end
 COUNTS = 2048  # private buffers of a row at most: `select` brings each one's entries by a copy of its own
 TILE = 128  # keys that the scorer takes at once
 SECTOR = 4  # entries that are written at once
@@ -82,7 +86,7 @@ def module(columns: int, residual: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class Plan:
-    """Division of one call's work into passes of `rows` rows; `divide.cuh` divides a pass among thread blocks."""
+    """Division of one call's work into passes of `rows` rows; `scheduler.cuh` divides a pass among thread blocks."""
 
     rows: int
     workers: int  # thread blocks that collect
@@ -95,6 +99,8 @@ class Plan:
     sampled: int  # columns of the sampled scores
     division_offset: int  # in bytes: thresholds lie before
     counts_offset: int
+    sample_offset: int  # of the sampled keys
+    scale_offset: int  # of their scales
     bulk_offset: int  # of entries or scores
     bytes: int  # of scratch, lists included
 
@@ -109,22 +115,31 @@ def aligned(count: float, to: int = 256) -> int:
 
 
 def division_bytes(row_blocks: int, workers: int) -> int:
-    """Of a Division, as score.cuh lays it out."""
+    """Of a Division, as scorer.cuh lays it out."""
     return aligned(4 * (1 + row_blocks + 1 + workers + workers + 1))
 
 
 @functools.lru_cache(maxsize=256)
-def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget: int = SCRATCH_BYTES) -> Plan:
-    """Choose the sample, and as few passes as `budget` bytes of scratch allow, for rows of at most `keys` keys.
+def plan(
+    rows: int,
+    keys: int,
+    k: int,
+    heads: int,
+    multiprocessors: int,
+    budget: int = SCRATCH_BYTES,
+    total: int | None = None,
+) -> Plan:
+    """Choose the sample, and as few passes as `budget` bytes of scratch allow, for rows of at most `keys` of `total` keys.
 
-    Scratch of a pass: thresholds, the division and counts, and max(8 · rows of a block · buffers · entries,
+    Scratch of a pass: thresholds, the division, counts, the sampled keys, and max(8 · rows of a block · buffers · entries,
     4 · rows · keys / stride) bytes. Raises ValueError when one block of rows does not fit.
     """
     stride = sample_stride(keys, heads)
     root = (SIGMAS + math.sqrt(SIGMAS**2 + 4 * k / stride)) / 2
     rank = math.ceil(root**2)
     hits = (rank + SIGMAS * math.sqrt(rank)) * stride  # hardly ever more
-    sampled = aligned(keys / stride, 4)
+    sampled = aligned(keys / stride + 1, 4)  # a window's ends may each cut through the keys that one stands for
+    sample_keys = math.ceil((keys if total is None else total) / stride)
     block, subs = block_rows(heads), buffers(heads, rank * stride / max(keys, 1))
     blocks = math.ceil(rows / block)
     for passes in range(1, blocks + 1):
@@ -135,9 +150,11 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
         capacity = expected + BUFFER_SIGMAS[subs] * math.sqrt(expected + expected**2 / rank) + SECTOR
         entry_bytes = 8 * block * subs  # of one entry of each buffer of a worker
         pass_rows = pass_blocks * block
-        division = aligned(4 * pass_rows)
+        division = aligned(THRESHOLD_BYTES * pass_rows)
         counts = division + division_bytes(pass_blocks, workers)
-        bulk = counts + aligned(8 * (pass_rows + workers * block) * subs)
+        sample = counts + aligned(8 * (pass_rows + workers * block) * subs)
+        scale = sample + aligned(HEAD_DIM * sample_keys)
+        bulk = scale + aligned(4 * sample_keys)
         entries = aligned(workers * (capacity + BURST), SECTOR)
         total = bulk + max(entry_bytes * entries, 4 * pass_rows * sampled)
         if total <= budget:
@@ -156,6 +173,8 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
                 sampled=sampled,
                 division_offset=division,
                 counts_offset=counts,
+                sample_offset=sample,
+                scale_offset=scale,
                 bulk_offset=bulk,
                 bytes=bulk + max(entry_bytes * entries, 4 * pass_rows * sampled),
             )
@@ -165,6 +184,16 @@ def plan(rows: int, keys: int, k: int, heads: int, multiprocessors: int, budget:
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+_slow_rows: dict[torch.device, torch.Tensor] = {}
+
+
+def slow_rows(device: torch.device) -> torch.Tensor:
+    """int64 [1] on the device: rows that its prefill kernels selected the slow way so far. Reading it synchronises."""
+    if device not in _slow_rows:
+        _slow_rows[device] = torch.zeros(1, dtype=torch.int64, device=device)
+    return _slow_rows[device]
 
 
 _scratch: dict[torch.device, torch.Tensor] = {}
@@ -253,8 +282,9 @@ class Call(abc.ABC):
         """listed: rows that may fail at once; size: bytes of scratch for the plan's parts."""
         self.problem, self.target = problem, target
         # [number of failed rows, their list …, meeting counter of `redo`] then the plan's parts.
-        self.lists = aligned(4 * (listed + 2), LISTS_BYTES)
+        self.listed, self.lists = listed, aligned(4 * (listed + 2), LISTS_BYTES)
         self.scratch = scratch_of(problem.device, self.lists + size)
+        self.slow_rows = slow_rows(problem.device)
 
     @abc.abstractmethod
     def module(self) -> Any:
@@ -265,9 +295,10 @@ class Call(abc.ABC):
         """What the kernels' `Plan` reads: numbers, then addresses."""
 
     def parts(self, *offsets: int) -> list[int]:
-        """Addresses: of the row lists, and of the plan's parts at `offsets` bytes."""
+        """Addresses: of the failed rows, two counters (see `Failed`), and of the plan's parts at `offsets` bytes."""
         start = self.scratch.data_ptr()
-        return [start, *(start + self.lists + offset for offset in offsets)]
+        failed = (start, start + 4 * (self.listed + 1), self.slow_rows.data_ptr())
+        return [*failed, *(start + self.lists + offset for offset in offsets)]
 
     def at_once(self, offset: int, ld: int) -> int:
         """Failed rows whose scores, `ld` apart, have room from the plan's part at `offset` on."""
@@ -292,7 +323,7 @@ class Ragged(Call):
         self.k = int(target.out.shape[1])
         longest = problem.keys if longest is None else min(longest, problem.keys)
         processors = multiprocessors(problem.device)
-        self.plan = plan(problem.rows, longest, self.k, problem.columns, processors, budget)
+        self.plan = plan(problem.rows, longest, self.k, problem.columns, processors, budget, problem.keys)
         self.ld = aligned(longest, 4)  # of scores that `redo` writes
         # The whole budget at once: a warm-up before the KV pool is sized then leaves nothing to grow while serving.
         super().__init__(problem, target, problem.rows, max(budget, self.plan.bulk_offset + 4 * self.ld))
@@ -303,8 +334,8 @@ class Ragged(Call):
     def division(self) -> list[int]:
         p = self.plan
         numbers = (p.rows, p.workers, p.runs, p.buffers, p.stride, p.rank, p.spare, p.entries, p.room, p.sampled)
-        addresses = self.parts(0, p.division_offset, p.counts_offset, p.bulk_offset)
-        return [*numbers, self.at_once(p.bulk_offset, self.ld), self.ld, *addresses]
+        offsets = (0, p.division_offset, p.counts_offset, p.sample_offset, p.scale_offset, p.bulk_offset)
+        return [*numbers, self.at_once(p.bulk_offset, self.ld), self.ld, *self.parts(*offsets)]
 
 
 def topk_routed(

@@ -14,6 +14,7 @@ from sglang_misa.kernels.prefill import topk_reranked as rerank
 from sglang_misa.kernels.prefill import topk_routed as sr
 
 TOPK = 96  # k in these tests
+THRESHOLD = np.dtype([("above", np.float32), ("tied", np.float32), ("end", np.int32)])
 SETTINGS = settings(deadline=None, max_examples=60)
 
 pytestmark = COMPILER
@@ -57,6 +58,22 @@ def blocks(tmp_path_factory) -> ctypes.CDLL:
     return loaded
 
 
+def sampled_keys(kernels, keys: int, stride: int) -> np.ndarray:
+    """The key that stands for each `stride` keys, of which it is one."""
+    found = ints(np.full(-(-keys // stride), -1))
+    kernels.sampled_keys(keys, stride, found.ctypes)
+    assert (found // stride == np.arange(len(found))).all()
+    assert (found < keys).all()
+    return found
+
+
+def scratch_of_sample(rows: int, keys: int, stride: int) -> tuple[np.ndarray, ...]:
+    """Thresholds, and sampled keys and their scales."""
+    count = -(-keys // stride)
+    sampled = aligned(np.full((count, 128), 0x7F), np.uint8), aligned(np.full(count, np.nan), np.float32)
+    return np.full(rows, np.nan, THRESHOLD), *sampled
+
+
 @st.composite
 def windows(draw):
     """Windows [start, end) of the rows of several requests, keys one behind the other, and rows that see nothing."""
@@ -74,7 +91,7 @@ def windows(draw):
 def test_workers_visit_every_tile_once(kernels, case, workers, runs, stride, divided):
     starts, ends, keys = case
     stride = 1 if divided else stride
-    block_rows, phase = kernels.block_rows(), 0 if stride == 1 else stride // 2
+    block_rows = kernels.block_rows()
     blocks = -(-len(starts) // block_rows)
     table = ints(np.full(2 * workers + blocks + 3, -7))
     hits, sigmas, rank, spare, room = 35.0, 6.5, 100.0, 4, 1 << 20
@@ -88,8 +105,10 @@ def test_workers_visit_every_tile_once(kernels, case, workers, runs, stride, div
     visitor = np.repeat(np.arange(workers), counts)
     visited = np.concatenate([visits[w, : counts[w]] for w in range(workers)])
 
+    places = sampled_keys(kernels, keys, stride)
+
     def sampled(key):
-        return (max(key - phase, 0) + stride - 1) // stride
+        return int(np.searchsorted(places, key))
 
     for block in range(blocks):
         rows = slice(block * block_rows, (block + 1) * block_rows)
@@ -159,25 +178,24 @@ def test_thresholds_leave_a_little_more_than_the_rank_above(kernels, sampled, ra
     sample[:, :sampled] = scores
     kept = sample[:, :sampled].copy()
     starts, ends = ints([0] * rows), ints([keys, keys, min(TOPK, keys)])  # the last row sees no more than k
-    found, failed = np.full(rows, 7, np.float32), ints([9])
+    found, failed = np.full(rows, 7, THRESHOLD), ints([9])
     spans, table = np.zeros((rows, 2), np.uint32), ints(np.zeros(16 + rows))
     wide = (starts, ends, rows, keys, stride, sample, width, rank, TOPK, found, spans, table, failed)
     call(kernels.thresholds, *wide)
 
     assert failed[0] == 0
-    assert found[2] == math.inf
+    assert found["above"][2] == math.inf
+    places = sampled_keys(kernels, keys, stride)[:sampled]
     for row in range(2) if keys > TOPK else ():
-        ranked = -np.sort(-np.where(np.isnan(kept[row]), -np.inf, kept[row]))
-        if sampled <= rank:
-            assert found[row] == -math.inf
+        threshold, cut = found[row], -np.sort(-np.where(np.isnan(kept[row]), -np.inf, kept[row]))[rank - 1 : rank]
+        if sampled <= rank or math.isinf(cut[0]):  # NaN stands there: nothing is below what is a number
+            assert threshold["above"] == -math.inf
             continue
-        above, cut = int((kept[row] > found[row]).sum()), ranked[rank - 1]
-        if math.isinf(cut):  # NaN stands there: nothing is below what is a number
-            assert found[row] == -math.inf
-        elif (ranked == cut).sum() <= max(1, rank // 32):
-            assert rank <= above <= rank + max(1, rank // 8)
-        else:  # many share the cut: all of them or none
-            assert above <= rank + max(1, rank // 8) or found[row] >= cut
+        passed = kept[row] > threshold["above"]
+        if not np.isnan(threshold["tied"]):  # many share the cut: those before the key of this rank pass
+            assert threshold["tied"] == cut[0]
+            passed &= ~((kept[row] == threshold["tied"]) & (places >= threshold["end"]))
+        assert rank <= passed.sum() <= rank + max(1, rank // 8)
 
 
 def place(random, entries, buffers, capacity):
@@ -224,7 +242,8 @@ def test_selection_is_the_exact_top_k_or_refused(kernels, length, kind, buffers,
     out, failed = ints(np.full(TOPK, -7)), ints([0, -1])
     pages, offsets = ints(random.permutation(40)[:20]), ints([1000])
     division = ints([9, 18, 18 + 9 * runs])  # shares of 9 tiles; the row block has those of workers 2 …
-    run = (ints([start]), ints([start + length]), 1, start + length, division, aligned([threshold], np.float32))
+    one = np.array([(threshold, np.nan, 0)], THRESHOLD)
+    run = (ints([start]), ints([start + length]), 1, start + length, division, one)
     held = (aligned(memory, np.uint32), ints(laid), buffers)
     target = (out, TOPK, pages if paged else None, ints([0]), 20, None if paged else offsets)
     call(kernels.select_rows, *run, *held, *target, room, failed)
@@ -322,7 +341,7 @@ def check_collected(kernels: ctypes.CDLL, case: Case, columns: int, workers: int
         aligned(np.full((block_rows * plan.buffers * plan.entries, 2), 0x7FFFFFFF), np.uint32),
         ints(np.full((plan.rows + plan.workers * block_rows, plan.buffers, 2), -1)),
         ints(np.full(plan.rows // block_rows + 2 * plan.workers + 3, -7)),
-        aligned(np.full(case.rows, np.nan), np.float32),
+        *scratch_of_sample(plan.rows, case.keys, plan.stride),
     )
     call(kernels.topk_rows, *case.inputs, *case.windows, *numbers, *scratch, out, failed)
 
@@ -342,7 +361,7 @@ def test_marked_and_reranked_rows_have_the_exact_top_k_of_their_candidates(reran
         plan.sampled,
         aligned(np.full((case.rows, 2), 7), np.uint32),
         ints(np.full(plan.rows // block_rows + 2 * workers + 3, -7)),
-        aligned(np.full(case.rows, np.nan), np.float32),
+        *scratch_of_sample(plan.rows, case.keys, plan.stride),
         aligned(np.full((plan.rows // 4, -(-case.keys // sr.TILE) * 16), 0xFFFFFFFF), np.uint32),
     )
     call(loaded.rerank_rows, *case.inputs, *case.windows, *numbers, *scratch, out, failed)

@@ -24,12 +24,12 @@ def test_plan_fits_its_budget_and_what_a_block_lists(rows: int, keys: int, candi
     assert p.scores_offset <= sr.SCRATCH_BYTES
     assert p.rows % block_rows == 0
     # thresholds, spans, and then marks or sampled scores lie side by side
-    assert p.spans_offset >= 4 * p.rows
-    assert p.marks_offset - p.spans_offset >= 8 * p.rows
+    assert p.spans_offset >= sr.THRESHOLD_BYTES * p.rows
+    assert p.division_offset - p.spans_offset >= 8 * p.rows
     bulk = p.scores_offset - p.marks_offset
     assert bulk >= p.rows // 4 * -(-keys // rerank.MARKED_KEYS) * rerank.MARK_BYTES
     assert bulk >= 4 * p.rows * p.sampled
-    assert p.sampled * p.stride >= keys - p.stride // 2
+    assert (p.sampled - 1) * p.stride >= keys
     assert p.sampled <= sr.SAMPLED_AT_MOST + 4
     assert candidates <= p.rank * p.stride <= p.room <= rerank.listable(1)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sglang_misa.kernels.prefill import topk_routed as sr
 
 H100 = 132
-SWEEPS = 16  # as in score.cuh
+SWEEPS = 17  # as in scorer.cuh
 
 
 @settings(deadline=None, max_examples=60)
@@ -29,12 +29,15 @@ def test_plan_fits_its_budget_and_holds_a_pass(rows, keys, k, heads, budget):
     assert p.rows % block_rows == 0
     # thresholds, the division, counts, and then entries or sampled scores lie side by side
     row_blocks = p.rows // block_rows
-    assert p.division_offset >= 4 * p.rows
+    assert p.division_offset >= sr.THRESHOLD_BYTES * p.rows
     assert p.counts_offset - p.division_offset >= 4 * (row_blocks + 2 * p.workers + 3)
-    assert p.bulk_offset - p.counts_offset >= 8 * (p.rows + p.workers * block_rows) * p.buffers
+    assert p.sample_offset - p.counts_offset >= 8 * (p.rows + p.workers * block_rows) * p.buffers
+    sample_keys = -(-keys // p.stride)
+    assert p.scale_offset - p.sample_offset >= 128 * sample_keys
+    assert p.bulk_offset - p.scale_offset >= 4 * sample_keys
     entries = block_rows * p.buffers * p.entries
     assert p.bulk_offset + max(8 * entries, 4 * p.rows * p.sampled) == p.bytes
-    assert p.sampled * p.stride >= keys - p.stride // 2
+    assert (p.sampled - 1) * p.stride >= keys
     assert p.sampled <= sr.SAMPLED_AT_MOST + 4
     assert 2 * p.buffers <= p.runs * p.buffers <= sr.COUNTS
     assert p.entries % sr.SECTOR == 0

@@ -42,24 +42,27 @@ constexpr int CONSUMERS = GROUPS * 128;
 constexpr int THREADS = CONSUMERS + 128;              // and one warpgroup whose first warp feeds
 constexpr int FEED_REGISTERS = 24, FOLD_REGISTERS = GROUPS == 2 ? 240 : 160;
 
-// One launch of scoring: rows [first, first + rows), or row_list[first ...]; every stride-th key from `phase` on.
+// One launch of scoring: rows [first, first + rows), or row_list[first ...]; all keys, or one in `stride` of them (sample.cuh).
 struct Task {
   const uint8_t* q;         // [T, all_heads, DIM] e4m3
   const float* gates;       // [T, all_heads]
   const int32_t* head_ids;  // [T, ROUTED_HEADS]
-  const float* scale;       // [keys]
+  const float* scale;       // of the scored keys
   const int32_t* starts;    // [T]
   const int32_t* ends;      // [T]
   const int32_t* row_list;  // or null
   const int32_t* division;  // a Division, or null: all row blocks alike
   Residual residual;        // if MISA_RESIDUAL
-  int first, rows, all_heads, keys, stride, phase;
+  int first, rows, all_heads, keys, stride;
 
-  // Of these rows, every nth key from the middle of the first n on.
-  __host__ __device__ Task every(int n) const {
-    Task part = *this;
-    part.stride = n, part.phase = n / 2;
-    return part;
+  __host__ __device__ int scored() const { return (keys + stride - 1) / stride; }
+  // The key that stands for the ith `stride` keys. Its place among them is hashed, so that no period of the keys is in step with it.
+  __host__ __device__ int key(int i) const {
+    uint32_t hash = uint32_t(i) * 0x9E3779B1u;
+    hash = (hash ^ hash >> 15) * 0x85EBCA6Bu;
+    hash ^= hash >> 13;
+    const int among = keys - i * stride < stride ? keys - i * stride : stride;
+    return i * stride + int(uint64_t(hash) * among >> 32);
   }
   __device__ int blocks() const { return (rows + ROWS - 1) / ROWS; }
   __device__ int row(int i) const { return row_list ? row_list[first + i] : first + i; }
@@ -71,11 +74,16 @@ struct Task {
   __device__ float weight(int64_t t, int slot) const {
     return linear(slot) ? residual.scale[t] : gates[t * all_heads + head_ids[t * ROUTED_HEADS + slot]];
   }
-  __device__ int sampled(int key) const { return (max(key - phase, 0) + stride - 1) / stride; }
+  // Scored keys before one of all keys.
+  __device__ int before(int limit) const {
+    if (stride == 1) return limit;
+    const int i = limit / stride;
+    return i + (limit > i * stride && key(i) < limit);
+  }
   __device__ int2 window(int i) const {  // in units of scored keys; empty beyond the rows
     if (i >= rows) return {0, 0};
     int t = row(i), lo = max(starts[t], 0), hi = min(ends[t], keys);
-    return hi > lo ? int2{sampled(lo), sampled(hi)} : int2{0, 0};
+    return hi > lo ? int2{before(lo), before(hi)} : int2{0, 0};
   }
 };
 
@@ -142,7 +150,7 @@ __device__ __forceinline__ void barriers_init(Smem& s) {
 // A run of key tiles of one row block. They are visited in SWEEPS interleaved sweeps over the rows' keys, so that hits which lie
 // close together are shared out among the thread blocks that have runs of these rows.
 struct Item {
-  static constexpr int SWEEPS = 16;
+  static constexpr int SWEEPS = 17;  // a prime: no period of the keys falls into step with it
   int first_row;  // its place in the task
   int tile, left;
   int low, high;  // the row block's tiles are low …
@@ -185,7 +193,7 @@ struct Items {
   int blocks, alike, share, at, last;
 
   __device__ Items(const Task& task)
-      : task(task), table(task.division), blocks(task.blocks()), alike((task.sampled(task.keys) + TILE - 1) / TILE) {
+      : task(task), table(task.division), blocks(task.blocks()), alike((task.scored() + TILE - 1) / TILE) {
     share = table ? table[Division::SHARE] : (blocks * alike + int(gridDim.x) - 1) / int(gridDim.x);
     at = blockIdx.x * share, last = min(at + share, before(blocks));
   }
@@ -223,7 +231,7 @@ struct Seat {
 
 __device__ __forceinline__ void feed(const Task& task, const CUtensorMap* map, Smem& s, Ring& ring) {
   const int lane = threadIdx.x % 32;
-  const int scored = task.sampled(task.keys);
+  const int scored = task.scored();
   const Places places(s);
   for (Items items(task); items.more();) {
     for (Item item = items.next(); item.more(); item.advance()) {
@@ -238,7 +246,7 @@ __device__ __forceinline__ void feed(const Task& task, const CUtensorMap* map, S
       for (int k = lane; k < TILE; k += 32) {
         int key = tile * TILE + k;
         bool valid = key < scored;
-        sm90::copy4(places.scale(ring.stage) + k * 4, task.scale + (valid ? int64_t(key) * task.stride + task.phase : 0), valid);
+        sm90::copy4(places.scale(ring.stage) + k * 4, task.scale + (valid ? key : 0), valid);
       }
       sm90::barrier_arrive_copies(places.full(ring.stage));
       ring.advance();
@@ -262,8 +270,9 @@ __device__ __forceinline__ void load_queries(const Task& task, int first, uint8_
 }
 
 // A sink says what becomes of scores. Its Lane, made once a thread, is called as begin(seat) before an item's tiles, for each
-// product as take(scores[LANE_QUERIES][2], the product's first key, whether all keys are inside all windows, windows[QUERIES]),
-// as settle() after each tile and as finish() after the item's tiles.
+// product as take(scores[LANE_QUERIES][2], the product's first key, whether it may take all of them, windows[QUERIES]), as
+// settle(tiles left) after each tile and as finish() after the item's tiles. It may take all scores of a product whose keys are
+// inside all windows, unless begin() has said that the warpgroup's queries have more to look at.
 template <class Sink>
 __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shared<Sink>& shared, Ring& ring) {
   Smem& s = shared.scorer;
@@ -278,7 +287,7 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
   for (Items items(task); items.more();) {
     Item item = items.next();
     const Seat seat = Seat::of(item.first_row + group * QUERIES, threadIdx.x);
-    const Extent extent(task, seat.first, QUERIES);
+    Extent extent(task, seat.first, QUERIES);
 
     sm90::named_barrier(1 + group, 128);  // the last item's products have been read
     load_queries(task, seat.first, s.queries[group]);
@@ -294,7 +303,7 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
 #pragma unroll
       for (int j = 0; j < HEADS; ++j) weight[q][j] = live ? task.weight(t, j) : 0.f;
     }
-    lane_sink.begin(seat);
+    if (lane_sink.begin(seat)) extent.all_lo = INT_MAX;
 
     for (; item.more(); item.advance()) {
       if (!item.seen()) continue;
@@ -336,22 +345,9 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
           for (int half = 0; half < 2; ++half) score[q][half] *= scales[half];
         lane_sink.take(score, key0, key0 >= extent.all_lo && key0 + KEYS <= extent.all_hi, s.window[group]);
       }
-      lane_sink.settle();
+      lane_sink.settle(item.left);
     }
     lane_sink.finish();
-  }
-}
-
-// Scores of keys outside their query's window become NaN, which is above no threshold.
-__device__ __forceinline__ void drop_outside(float (&score)[LANE_QUERIES][2], const Seat& seat, int key0, const int2* windows) {
-#pragma unroll
-  for (int q = 0; q < LANE_QUERIES; ++q) {
-    const int2 w = windows[q * 4 + seat.lane_query];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int key = key0 + seat.key(half);
-      if (key < w.x || key >= w.y) score[q][half] = NAN;
-    }
   }
 }
 
@@ -367,7 +363,10 @@ struct Logits {
     const Logits& to;
     Seat seat;
     __device__ Lane(const Logits& sink, Shared&, const Task&) : to(sink) {}
-    __device__ void begin(const Seat& at) { seat = at; }
+    __device__ bool begin(const Seat& at) {
+      seat = at;
+      return false;
+    }
     __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool, const int2* windows) {
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
@@ -380,7 +379,7 @@ struct Logits {
         }
       }
     }
-    __device__ void settle() {}
+    __device__ void settle(int) {}
     __device__ void finish() {}
   };
 };
@@ -403,17 +402,15 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 // ---- host -----------------------------------------------------------------------------------------------------------
 
-// Every stride-th key from `phase` on.
-inline CUtensorMap key_map(int64_t k, int keys, int stride, int phase) {
-  const int scored = (keys - phase + stride - 1) / stride;  // perhaps none, which a map cannot say
-  return tensor_map(k + (scored > 0 ? int64_t(phase) * DIM : 0), CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, std::max(scored, 1), TILE, stride);
+inline CUtensorMap key_map(const void* k, int keys) {
+  return tensor_map(reinterpret_cast<int64_t>(k), CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, keys, TILE);
 }
 
 // The inputs of a call: addresses of q, gates, head_ids, k, scale, starts, ends; then all_heads and keys; the residual's addresses.
 struct Inputs {
   Task task{};
-  int64_t k;
-  explicit Inputs(const Numbers& v) : k(v[3]) {
+  const uint8_t* k;
+  explicit Inputs(const Numbers& v) : k(pointer<uint8_t>(v[3])) {
     task.q = pointer<uint8_t>(v[0]), task.gates = pointer<float>(v[1]), task.head_ids = pointer<int32_t>(v[2]);
     task.scale = pointer<float>(v[4]), task.starts = pointer<int32_t>(v[5]), task.ends = pointer<int32_t>(v[6]);
     task.all_heads = int(v[7]), task.keys = int(v[8]), task.stride = 1;
@@ -426,12 +423,12 @@ struct Inputs {
   }
 };
 
-// By `workers` thread blocks, for which its division was made if it has one.
+// By `workers` thread blocks, for which its division was made if it has one. `k`: the scored keys.
 template <class Sink>
-void launch_score(const Task& task, int64_t k, const Sink& sink, int workers, cudaStream_t stream) {
+void launch_score(const Task& task, const uint8_t* k, const Sink& sink, int workers, cudaStream_t stream) {
   const auto kernel = score_kernel<Sink>;
   allow_shared(kernel, sizeof(Shared<Sink>));
-  kernel<<<workers, THREADS, sizeof(Shared<Sink>), stream>>>(task, sink, key_map(k, task.keys, task.stride, task.phase));
+  kernel<<<workers, THREADS, sizeof(Shared<Sink>), stream>>>(task, sink, key_map(k, task.scored()));
   check(cudaGetLastError(), "score_kernel");
 }
 

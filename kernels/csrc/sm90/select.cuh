@@ -13,13 +13,16 @@ __device__ __forceinline__ uint32_t number_key(float score) {  // of what is not
 }
 __device__ __forceinline__ uint32_t rank_key(float score) { return score != score ? 0 : number_key(score); }
 
+// The score, not NaN, whose key it is.
+__device__ __forceinline__ float rank_score(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7FFFFFFFu : ~key); }
+
 // The threshold above which are exactly the scores whose key is at least `key`.
 __device__ __forceinline__ float rank_value(uint32_t key) {
   constexpr uint32_t LOWEST = 0x007FFFFFu;  // key of -inf
   if (key <= LOWEST + 1) return -INFINITY;
   constexpr uint32_t ZERO = 0x80000000u;
   const uint32_t under = key == ZERO ? ZERO - 2 : key - 1;  // no score has the key below zero's: -0 equals +0
-  return __uint_as_float(under >> 31 ? under & 0x7FFFFFFFu : ~under);
+  return rank_score(under);
 }
 
 template <int THREADS>
@@ -134,14 +137,14 @@ struct Select {
   }
 
   // Narrows a range until it holds at most `few` elements, at most `slack` more than needed, or a single key.
-  template <class Key>
+  template <int BATCH = 8, class Key>
   static __device__ Range narrow(Histogram& s, Range r, const Key& key, int n, uint32_t few, uint32_t slack) {
     while (r.inside > few && r.inside - r.need > slack && r.lo < r.hi) {
       const uint32_t span = r.hi - r.lo;
       const int shift = shift_over(span);
       clear(s);
       sync();
-      each(key, n, [&](uint32_t k, int) {
+      each<BATCH>(key, n, [&](uint32_t k, int) {
         if (k - r.lo <= span) count(s, k, r.lo, shift);
       });
       sync();
@@ -157,15 +160,16 @@ struct Select {
   static __device__ __forceinline__ void top(Smem& s, Range first, const Key& key, const Index& index, int n, const Load& load,
                                              const Emit& emit) {
     const int lane = thread() % 32;
-    const Range r = narrow(s, first, key, n, LIST, 0);
+    constexpr int NARROW = BATCH > 8 ? BATCH : 8;
+    const Range r = narrow<NARROW>(s, first, key, n, LIST, 0);
     const bool all = r.inside == r.need;  // nothing inside to choose from
     const bool rank = r.inside <= LIST;
     uint32_t last = 0;  // more ties than the list holds: the smallest indices, by their complements
     if (!all && !rank) {
       const auto order = [&](int i) { return key(i) == r.lo ? ~uint32_t(index(i)) : 0u; };
       uint32_t least = ~0u, most = 0;
-      each(order, n, [&](uint32_t o, int) { least = min(least, o), most = max(most, o); });
-      last = narrow(s, range(s, least, most, r.need, n), order, n, 0, 0).lo;
+      each<NARROW>(order, n, [&](uint32_t o, int) { least = min(least, o), most = max(most, o); });
+      last = narrow<NARROW>(s, range(s, least, most, r.need, n), order, n, 0, 0).lo;
     }
     if (thread() == 0) s.placed = 0, s.listed = 0;
     sync();

@@ -1,11 +1,38 @@
 // Thresholds that pass a little more of each row than is wanted, from scores of a sample of its keys.
 #pragma once
+#include "sample.cuh"
 #include "scheduler.cuh"
 #include "select.cuh"
 
 namespace misa {
 
 constexpr int CUT_THREADS = 256;
+
+// What a row's keys have to pass. Of those whose scores tie at the threshold, the ones before a key can be enough.
+struct Threshold {
+  float above;  // scores pass above it …
+  float tied;   // … but of those equal to this one, which is the next above it, only keys …
+  int end;      // … before here. NaN, which equals nothing, where all or none of the tied pass.
+
+  __device__ bool splits() const { return tied == tied; }
+  __device__ bool refuses(float score, int key) const { return score == tied && key >= end; }
+};
+
+// Scores of keys outside their query's window, or behind what its threshold takes of the tied, become NaN: it is above nothing.
+__device__ __forceinline__ void drop_refused(float (&score)[LANE_QUERIES][2], const Seat& seat, int key0, const int2* windows,
+                                             const Threshold* thresholds) {
+  const Seat at = seat.anew();
+#pragma unroll
+  for (int q = 0; q < LANE_QUERIES; ++q) {
+    const int2 w = windows[q * 4 + at.lane_query];
+    const Threshold threshold = thresholds[at.query(q)];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = key0 + at.key(half);
+      if (key < w.x || key >= w.y || threshold.refuses(score[q][half], key)) score[q][half] = NAN;
+    }
+  }
+}
 
 // A window of rank keys in 16 bits: 0 below it, the last value above it. It holds the row's cut with room on either side.
 struct Span {
@@ -16,28 +43,31 @@ struct Span {
   __device__ uint32_t place(uint32_t key) const { return min((max(key, base) - base) >> shift, LAST); }
 };
 
-// Threshold of each row at `rank` of its sampled scores; +inf where all keys are taken, -inf where the sample is too small.
+// Threshold of each row at `rank` of its sampled keys, by score and then position; +inf where all keys are taken, -inf where the
+// sample is too small.
 // `spans`, if asked for, are the windows in which the k-th best score lies. The first thread block has no row: it divides the scan
 // that comes next, of the same rows and all keys, and empties the list of failed rows.
 // Sampled rows are 16-byte aligned, and `staged` has room for whole quads of them.
 __global__ void __launch_bounds__(CUT_THREADS)
-    threshold_kernel(const __grid_constant__ Task task, const __grid_constant__ Logits sample, int rank, int k, float* threshold,
+    threshold_kernel(const __grid_constant__ Task task, const __grid_constant__ Logits sample, int rank, int k, Threshold* thresholds,
                      Span* spans, const __grid_constant__ Divide next, int32_t* failed) {
   using Block = Select<CUT_THREADS>;
   extern __shared__ __align__(16) uint32_t staged[];
   __shared__ Block::Histogram smem;
   if (blockIdx.x == 0) {
     if (failed && threadIdx.x == 0) *failed = 0;
-    divide(task.every(1), k, next);
+    Task all = task;
+    all.stride = 1;
+    divide(all, k, next);
     return;
   }
   const int i = blockIdx.x - 1, t = task.row(i);
   const int2 w = task.window(i);
   const int length = min(task.ends[t], task.keys) - max(task.starts[t], 0), n = w.y - w.x;
-  float value = -INFINITY;
+  Threshold threshold{-INFINITY, NAN, 0};
   Span span{};
   if (length <= k) {
-    value = INFINITY;  // every visible token is taken: nothing to collect
+    threshold.above = INFINITY;  // every visible token is taken: nothing to collect
   } else if (n > rank || (spans && n > 0)) {
     // Counted as they come: a bin is a quarter of an octave, whatever the scores are. What fills up the last quad is lowest.
     constexpr int WIDTH = 32 - Block::LOG_BINS;
@@ -60,30 +90,35 @@ __global__ void __launch_bounds__(CUT_THREADS)
     if (n > rank) {
       auto at = Block::cut(smem, {0, ~0u, uint32_t(rank), uint32_t(n)}, WIDTH);
       at = Block::narrow(smem, at, key, n, 0, max(1, rank / 32));
-      // Where many scores tie at the cut (zeros, mostly), they are left out: better short than overflowing.
-      value = rank_value(at.inside - at.need <= max(1, rank / 8) ? at.lo : at.lo + 1);
+      threshold.above = rank_value(at.lo);
+      // Where many scores tie at the cut, what passes ends at the key of that rank.
+      if (at.inside - at.need > max(1, rank / 8) && threshold.above > -INFINITY) {
+        const auto order = [&](int j) { return staged[j] == at.lo ? ~uint32_t(j) : 0u; };
+        const auto last = Block::narrow(smem, {~uint32_t(n - 1), ~0u, at.need, at.inside}, order, n, 0, 0);
+        threshold.tied = rank_score(at.lo), threshold.end = task.key(w.x + int(~last.lo)) + 1;
+      }
     }
     if (spans) {
       // With too small a sample the cut may lie well below what was sampled.
       if (n <= rank) Block::each(key, n, [&](uint32_t key, int) { least = min(least, key); });
       const auto all = Block::range(smem, least, most, rank, n);
-      const uint32_t low = n > rank ? rank_key(value) : all.lo - min(all.lo, all.hi - all.lo);
+      const uint32_t low = n > rank ? rank_key(threshold.above) : all.lo - min(all.lo, all.hi - all.lo);
       span = Span::of(low, max(low, all.hi));
     }
   }
   if (threadIdx.x == 0) {
-    threshold[i] = value;
+    thresholds[i] = threshold;
     if (spans) spans[i] = span;
   }
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------
 
-inline void launch_threshold(const Task& sampling, const Logits& sample, int rank, int k, float* threshold, Span* spans,
+inline void launch_threshold(const Task& sampling, const Logits& sample, int rank, int k, Threshold* thresholds, Span* spans,
                              const Divide& next, int32_t* failed, cudaStream_t stream) {
   const int bytes = int(sample.ld) * 4;
   allow_shared(threshold_kernel, bytes);
-  threshold_kernel<<<1 + sampling.rows, CUT_THREADS, bytes, stream>>>(sampling, sample, rank, k, threshold, spans, next, failed);
+  threshold_kernel<<<1 + sampling.rows, CUT_THREADS, bytes, stream>>>(sampling, sample, rank, k, thresholds, spans, next, failed);
   check(cudaGetLastError(), "threshold_kernel");
 }
 

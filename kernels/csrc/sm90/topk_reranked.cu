@@ -31,7 +31,7 @@ struct Marks {
 };
 
 struct Mark {
-  const float* threshold;
+  const Threshold* thresholds;
   Marks marks;
 
   struct Shared {};
@@ -51,15 +51,21 @@ struct Mark {
         asm volatile("" : "+r"(mine[q]));  // or the compiler would compare each time
       }
     }
-    __device__ void begin(const Seat& at) {
+    __device__ bool begin(const Seat& at) {
       seat = at;
       const int lane = threadIdx.x % 32, i = seat.first + lane * 4;
+      bool splits = false;
 #pragma unroll
-      for (int q = 0; q < LANE_QUERIES; ++q) threshold[q] = seat.query(q) < rows ? sink.threshold[seat.query(q)] : INFINITY;
+      for (int q = 0; q < LANE_QUERIES; ++q) {
+        const bool live = seat.query(q) < rows;
+        threshold[q] = live ? sink.thresholds[seat.query(q)].above : INFINITY;
+        splits |= live && sink.thresholds[seat.query(q)].splits();
+      }
       to = lane < LANE_QUERIES && i < rows ? reinterpret_cast<uint2*>(sink.marks.group(i)) + seat.warp : nullptr;
+      return __reduce_max_sync(~0u, int(splits)) > 0;
     }
     __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool inside, const int2* windows) {
-      if (!inside) drop_outside(score, seat, key0, windows);
+      if (!inside) drop_refused(score, seat, key0, windows, sink.thresholds);
       uint2 own{};
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
@@ -68,7 +74,7 @@ struct Mark {
       }
       if (to) to[key0 / KEYS * 4] = own;
     }
-    __device__ void settle() {}
+    __device__ void settle(int) {}
     __device__ void finish() {}
   };
 };
@@ -169,7 +175,7 @@ struct Rerank {
   const int32_t* row_list;  // or null: all rows of the pass
   const int32_t* listed;    // their number
   int candidates, room;     // C, and what a block can list
-  int32_t* failed;          // count, then rows
+  Failed failed;
 };
 
 // Shared memory of a block, and for each key that it can list.
@@ -207,7 +213,7 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
       n = list_marked(s, job.marks, i, start, start + length, job.room, low);
     }
     const auto fail = [&] {
-      if (threadIdx.x == 0) job.failed[1 + atomicAdd(job.failed, 1)] = t;
+      if (threadIdx.x == 0) job.failed.add(t);
     };
     if (n < min(candidates, length) || n > job.room) {
       fail();
@@ -275,12 +281,12 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
   }
 }
 
-// Marks failed rows, `at_once` of them at a time, with exactly their best C keys by all their scores in memory.
+// Marks failed rows with exactly their best C keys by all their scores in memory.
 __global__ void __launch_bounds__(THREADS, 1)
     mark_exactly_kernel(const __grid_constant__ Task whole, const __grid_constant__ CUtensorMap map, const __grid_constant__ Logits scores,
-                        const __grid_constant__ Marks marks, int candidates, int at_once, const int32_t* failed, int32_t* meeting) {
+                        const __grid_constant__ Marks marks, int candidates, const __grid_constant__ Failed failed) {
   __shared__ Redoers::Smem smem;
-  redo(whole, map, scores, at_once, failed, meeting, [&](const Task& task, int row) {
+  redo(whole, map, scores, failed, [&](const Task& task, int row) {
     const int i = task.row(row) - marks.first;
     const int2 w = task.window(row);
     uint32_t* words = marks.group(i);
@@ -299,17 +305,19 @@ enum Stage { SAMPLE = 1, THRESHOLD = 2, MARK = 4, RERANK = 8, REDO = 16 };
 
 // How a call's work is divided, and its scratch; as topk_reranked.py lays it out.
 struct Plan {
-  int rows, workers, stride, rank, candidates, room, at_once;
+  int rows, workers, rank, candidates, room;
   int64_t sampled, ld;  // row strides of sampled scores and of those of failed rows
-  int32_t* failed;      // count, rows, meeting counter
-  float* threshold;
+  Failed failed;
+  Threshold* thresholds;
   Span* spans;
   int32_t* division;
+  Sample sample;
   void *marks, *scores;
   explicit Plan(const Numbers& v)
-      : rows(int(v[0])), workers(int(v[1])), stride(int(v[2])), rank(int(v[3])), candidates(int(v[4])), room(int(v[5])), at_once(int(v[6])),
-        sampled(v[7]), ld(v[8]), failed(pointer<int32_t>(v[9])), threshold(pointer<float>(v[10])), spans(pointer<Span>(v[11])),
-        division(pointer<int32_t>(v[12])), marks(pointer<void>(v[13])), scores(pointer<void>(v[14])) {}
+      : rows(int(v[0])), workers(int(v[1])), rank(int(v[3])), candidates(int(v[4])), room(int(v[5])), sampled(v[7]), ld(v[8]),
+        failed{pointer<int32_t>(v[9]), pointer<int32_t>(v[10]), pointer<int64_t>(v[11]), int(v[6])}, thresholds(pointer<Threshold>(v[12])),
+        spans(pointer<Span>(v[13])), division(pointer<int32_t>(v[14])),
+        sample{pointer<uint8_t>(v[15]), pointer<float>(v[16]), int(v[2])}, marks(pointer<void>(v[17])), scores(pointer<void>(v[18])) {}
 };
 
 // The launches of all passes over `total` rows; `stages` chooses among them, for a bench.
@@ -320,26 +328,25 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
   const auto stream = pointer<CUstream_st>(stream_address);
   const Task& whole = call.task;
   const Output out = output_of(output);
-  const Keys keys{whole.q, whole.gates, whole.head_ids, pointer<uint8_t>(call.k), whole.scale, whole.starts, whole.ends, whole.keys, 0,
-                  whole.residual};
+  const Keys keys{whole.q, whole.gates, whole.head_ids, call.k, whole.scale, whole.starts, whole.ends, whole.keys, 0, whole.residual};
   const int bytes = FIXED_BYTES + plan.room * LISTED_BYTES;
-  int32_t* meeting = plan.failed + plan.rows + 1;
   allow_shared(rerank_kernel, bytes);
+  if (stages & SAMPLE) launch_gather(whole, call.k, plan.sample, stream);
   for (int first = 0; first < total; first += plan.rows) {
     const int rows = std::min(plan.rows, int(total) - first);
     const Task task = call.rows(first, rows);
     const Marks marks{static_cast<uint32_t*>(plan.marks), first, rows, (whole.keys + TILE - 1) / TILE * (TILE / KEYS)};
-    const Task sampling = task.every(plan.stride);
-    const Logits sample{static_cast<float*>(plan.marks), plan.sampled, true};
-    if (stages & SAMPLE) launch_score(sampling, call.k, sample, processors, stream);
+    const Task sampling = plan.sample.of(task);
+    const Logits sampled{static_cast<float*>(plan.marks), plan.sampled, true};
+    if (stages & SAMPLE) launch_score(sampling, plan.sample.keys, sampled, processors, stream);
     if (stages & THRESHOLD) {
       const Divide next{plan.division, plan.workers, INT_MAX, {}};
-      launch_threshold(sampling, sample, plan.rank, plan.candidates, plan.threshold, plan.spans, next, plan.failed, stream);
+      launch_threshold(sampling, sampled, plan.rank, plan.candidates, plan.thresholds, plan.spans, next, plan.failed.list, stream);
     }
     if (stages & MARK) {
       Task scan = task;
       scan.division = plan.division;
-      launch_score(scan, call.k, Mark{plan.threshold, marks}, plan.workers, stream);
+      launch_score(scan, call.k, Mark{plan.thresholds, marks}, plan.workers, stream);
     }
     Rerank job{keys, out, marks, plan.spans, nullptr, nullptr, plan.candidates, plan.room, plan.failed};
     if (stages & RERANK) {
@@ -350,13 +357,13 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
       Task all = task;
       Marks to = marks;
       Logits scores{static_cast<float*>(plan.scores), plan.ld, true};
-      CUtensorMap map = key_map(call.k, whole.keys, 1, 0);
-      int candidates = plan.candidates, at_once = plan.at_once;
-      int32_t *list = plan.failed, *meet_at = meeting;
-      check(cudaMemsetAsync(meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
-      void* arguments[] = {&all, &map, &scores, &to, &candidates, &at_once, &list, &meet_at};
+      CUtensorMap map = key_map(call.k, whole.keys);
+      int candidates = plan.candidates;
+      Failed failed = plan.failed;
+      check(cudaMemsetAsync(failed.meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
+      void* arguments[] = {&all, &map, &scores, &to, &candidates, &failed};
       launch_together("mark_exactly_kernel", mark_exactly_kernel, processors, THREADS, arguments, sizeof(Shared<Logits>), stream);
-      job.row_list = plan.failed + 1, job.listed = plan.failed;
+      job.row_list = plan.failed.list + 1, job.listed = plan.failed.list;
       rerank_kernel<<<std::min(rows, RANK_BLOCKS * processors), RANKERS, bytes, stream>>>(job);
       check(cudaGetLastError(), "rerank_kernel");
     }

@@ -1,5 +1,5 @@
-// Exact top k of routed-head scores (score.cuh) without a score matrix: (1) score every `stride`-th key, (2) take a quantile of
-// that sample as the row's threshold, (3) score all keys and append what passes to buffers that each thread owns alone,
+// Exact top k of routed-head scores (scorer.cuh) without a score matrix: (1) score a sample of the keys, (2) take a quantile of
+// it, by score and then position, as the row's threshold, (3) score all keys and append what passes to buffers that each thread owns alone,
 // (4) take the exact top k of the appended, (5) rows that came out short or overflowed are scored into memory and selected
 // there. See topk_routed.py for the statistics.
 #include "fallback.cuh"
@@ -9,27 +9,62 @@ namespace misa {
 
 // What passed: (score, key) in buffers that threads own alone, so that there are no atomics.
 struct HitBuffers {
-  const float* threshold;  // [rows]
-  uint2* entries;          // of (score bits, key): [rows of a block, buffers, capacity] for each thread block; rows that it scores
-                           // later go on where those before them ended
-  int2* counts;            // (first entry, how many) of each row, thread block and buffer; -1 marks an overflow
-  int buffers;             // of a row in a thread block
+  const Threshold* thresholds;  // [rows]
+  uint2* entries;               // of (score bits, key): [rows of a block, buffers, capacity] for each thread block; rows that it scores
+                                // later go on where those before them ended
+  int2* counts;                 // (first entry, how many) of each row, thread block and buffer; -1 marks an overflow
+  int buffers;                  // of a row in a thread block
 
   // Each run of a row block has a place of its own: from one run to the next the row block goes up, or the thread block, or both.
   __device__ int2& count(int row, int worker, int buffer) const { return counts[(row + worker * ROWS) * buffers + buffer]; }
 };
 
-// The private buffers of a thread: those of one number in all rows of its thread block.
-template <int BUFFERS>
+// The private buffers of a thread: those of one number in all rows of its thread block. Threads hand them on in turn, for keys whose
+// period shares a factor with the product's 64 keys bring all their hits to a few threads. No registers are left for what is read
+// once a tile or less, so it lies in shared memory.
+template <int BUFFERS, int OWN>  // of a row and thread block, and queries of a thread
 struct OwnBuffers {
-  uint32_t begin, capacity;
-  __device__ OwnBuffers(const Task& task, int row, int buffer) {
+  static constexpr int TURN = 8;                // tiles, after which they change hands
+  static constexpr int SHARING = 32 / BUFFERS;  // lane rows that divide their queries
+
+  uint2 extent[CONSUMERS];         // of what each thread has now: the first query's first entry, and how many a buffer holds
+  int seat[CONSUMERS];             // the thread that began with it
+  uint32_t first[OWN][CONSUMERS];  // entries of the item, by that seat
+  uint32_t places[OWN][CONSUMERS];
+
+  struct Extent {
+    uint32_t begin, capacity;
+    __device__ uint32_t first(int q) const { return begin + q * (4 * BUFFERS) * capacity; }
+    __device__ uint32_t end(int q) const { return first(q) + capacity; }
+  };
+
+  static __device__ int number(int seat) { return seat % 128 / 4 / SHARING; }
+  // By each thread, with the row of its first query in the row block.
+  __device__ Extent init(const Task& task, int row) {
     const int32_t* held = task.division + Division::held(task.blocks(), gridDim.x) + blockIdx.x;
-    capacity = held[1] - held[0];
-    begin = (held[0] * ROWS + row * capacity) * BUFFERS + buffer * capacity;
+    const uint32_t capacity = held[1] - held[0], begin = (held[0] * ROWS + row * capacity) * BUFFERS + number(threadIdx.x) * capacity;
+    seat[threadIdx.x] = threadIdx.x;
+    extent[threadIdx.x] = {begin, capacity};
+    return {begin, capacity};
   }
-  // Entries between the buffers of a thread's neighbouring queries.
-  __device__ uint32_t pitch() const { return 4 * BUFFERS * capacity; }
+  __device__ Extent own() const {
+    const uint2 at = extent[sm90::thread()];
+    return {at.x, at.y};
+  }
+  __device__ int own_number() const { return number(seat[sm90::thread()]); }
+  __device__ uint32_t& own_first(int q) { return first[q][seat[sm90::thread()]]; }
+  // Hands the places of the next entries on, after a tile behind which `left` come, and takes another thread's, of the same queries.
+  __device__ void turn(int left, uint32_t (&place)[OWN]) {
+    if (left % TURN) return;
+    const int thread = sm90::thread(), old = seat[thread], now = old / 128 * 128 + (old + 4 * SHARING) % 128;
+#pragma unroll
+    for (int q = 0; q < OWN; ++q) places[q][old] = place[q];
+    seat[thread] = now;
+    extent[thread].x += (number(now) - number(old)) * extent[thread].y;
+    sm90::named_barrier(1 + now / 128, 128);
+#pragma unroll
+    for (int q = 0; q < OWN; ++q) place[q] = places[q][now];
+  }
 };
 
 // What is above the row's threshold goes to memory one by one: the cheapest for the scorer, as long as few pass.
@@ -38,39 +73,42 @@ struct FewHits : HitBuffers {
   static constexpr int BURST = 2 * TILE / KEYS;  // entries that one tile may bring to a buffer
   static constexpr float SIGMAS = 6.5f;
 
-  struct Shared {
-    uint32_t first[LANE_QUERIES][CONSUMERS];  // entries of the item: no registers are left for them
-  };
+  using Shared = OwnBuffers<BUFFERS, LANE_QUERIES>;
 
   struct Lane {
     const HitBuffers& to;
     Shared& shared;
     const int rows;
-    const OwnBuffers<BUFFERS> own;
     Seat seat;
     float threshold[LANE_QUERIES];
     uint32_t place[LANE_QUERIES];  // of the next entry: low half of its address, as all of them have the same high half
 
     __device__ Lane(const FewHits& sink, Shared& shared, const Task& task)
-        : to(sink), shared(shared), rows(task.rows), own(task, threadIdx.x / 128 * QUERIES + threadIdx.x % 4, threadIdx.x % 128 / 4) {
+        : to(sink), shared(shared), rows(task.rows) {
+      const auto own = shared.init(task, threadIdx.x / 128 * QUERIES + threadIdx.x % 4);
 #pragma unroll
-      for (int q = 0; q < LANE_QUERIES; ++q) place[q] = address(own.begin + q * own.pitch());
+      for (int q = 0; q < LANE_QUERIES; ++q) place[q] = address(own.first(q));
     }
     __device__ uint32_t address(uint32_t entry) const { return uint32_t(reinterpret_cast<uintptr_t>(to.entries)) + entry * sizeof(uint2); }
     // The last place from which a whole burst still fits.
-    __device__ uint32_t limit(int q) const { return address(own.begin + q * own.pitch() + own.capacity - BURST); }
+    __device__ uint32_t limit(const Shared::Extent& own, int q) const { return address(own.end(q) - BURST); }
 
-    __device__ void begin(const Seat& at) {
+    __device__ bool begin(const Seat& at) {
       seat = at;
+      bool splits = false;
+      const auto own = shared.own();
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
         place[q] = (place[q] + 15) / 16 * 16;  // entries are read in pairs
-        shared.first[q][threadIdx.x] = place[q];
-        threshold[q] = seat.query(q) < rows && place[q] <= limit(q) ? to.threshold[seat.query(q)] : INFINITY;
+        shared.own_first(q) = place[q];
+        const bool open = seat.query(q) < rows && place[q] <= limit(own, q);
+        threshold[q] = open ? to.thresholds[seat.query(q)].above : INFINITY;
+        splits |= open && to.thresholds[seat.query(q)].splits();
       }
+      return __reduce_max_sync(~0u, int(splits)) > 0;
     }
     __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool inside, const int2* windows) {
-      if (!inside) drop_outside(score, seat, key0, windows);
+      if (!inside) drop_refused(score, seat, key0, windows, to.thresholds);
       // Halves apart, since the address of a store is not to be changed before the store has read it.
       const uint32_t high = reinterpret_cast<uintptr_t>(to.entries) >> 32;
 #pragma unroll
@@ -79,17 +117,20 @@ struct FewHits : HitBuffers {
         for (int q = 0; q < LANE_QUERIES; ++q) sm90::append_above(place[q], high, score[q][half], threshold[q], key0 + seat.key(half));
     }
     // Ends collecting where a buffer might not hold the next burst.
-    __device__ void settle() {
+    __device__ void settle(int left) {
+      shared.turn(left, place);
+      const auto own = shared.own();
 #pragma unroll
-      for (int q = 0; q < LANE_QUERIES; ++q) threshold[q] = place[q] > limit(q) ? INFINITY : threshold[q];
+      for (int q = 0; q < LANE_QUERIES; ++q) threshold[q] = place[q] > limit(own, q) ? INFINITY : threshold[q];
     }
     __device__ void finish() {
       const Seat at = seat.anew();
+      const auto own = shared.own();
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
-        const uint32_t first = shared.first[q][threadIdx.x];
-        if (at.query(q) < rows) to.count(at.query(q), blockIdx.x, at.warp * 8 + at.lane_row) =
-              {int((first - address(0)) / sizeof(uint2)), place[q] > limit(q) ? -1 : int((place[q] - first) / sizeof(uint2))};
+        const uint32_t first = shared.own_first(q);
+        if (at.query(q) < rows) to.count(at.query(q), blockIdx.x, shared.own_number()) =
+              {int((first - address(0)) / sizeof(uint2)), place[q] > limit(own, q) ? -1 : int((place[q] - first) / sizeof(uint2))};
       }
     }
   };
@@ -105,44 +146,47 @@ struct ManyHits : HitBuffers {
   static constexpr float SIGMAS = 8.f;               // hits of neighbours come together
   static_assert(BURST <= SECTOR);
 
-  struct Shared {
+  struct Shared : OwnBuffers<BUFFERS, OWN> {
     uint2 waiting[OWN][2 * SECTOR][CONSUMERS];  // less than a sector, and a burst
   };
 
   struct Lane {
     const HitBuffers& to;
+    Shared& shared;
     const int rows;
     const bool upper;        // which half of the pair's queries is this lane's
-    const OwnBuffers<BUFFERS> own;
     const uint32_t waiting;  // shared-memory address of the first waiting entry
     Seat seat;
     float threshold[OWN];
     uint32_t slot[OWN];      // shared-memory address of the next entry
     uint32_t place[OWN];     // of the next sector; FULL: no room is left
-    uint32_t first[OWN];     // of the item
 
     static constexpr uint32_t STEP = sizeof(uint2) * CONSUMERS, ROW = 2 * SECTOR * STEP, FULL = ~0u;
 
     __device__ Lane(const ManyHits& sink, Shared& shared, const Task& task)
-        : to(sink), rows(task.rows), upper(OWNERS == 2 && threadIdx.x / 4 % 2),
-          own(task, threadIdx.x / 128 * QUERIES + threadIdx.x % 4 + (upper ? 4 * OWN : 0), threadIdx.x % 128 / 4 / OWNERS),
+        : to(sink), shared(shared), rows(task.rows), upper(OWNERS == 2 && threadIdx.x / 4 % 2),
           waiting(sm90::smem_address(&shared.waiting[0][0][threadIdx.x])) {
+      const auto own = shared.init(task, threadIdx.x / 128 * QUERIES + threadIdx.x % 4 + (upper ? 4 * OWN : 0));
 #pragma unroll
-      for (int q = 0; q < OWN; ++q) slot[q] = waiting + q * ROW, place[q] = own.begin + q * own.pitch();
+      for (int q = 0; q < OWN; ++q) slot[q] = waiting + q * ROW, place[q] = own.first(q);
     }
     __device__ int query(const Seat& at, int q) const { return at.query(q + (upper ? OWN : 0)); }
 
-    __device__ void begin(const Seat& at) {
+    __device__ bool begin(const Seat& at) {
       seat = at;
+      bool splits = false;
 #pragma unroll
       for (int q = 0; q < OWN; ++q) {
-        first[q] = place[q];
-        threshold[q] = query(at, q) < rows && place[q] != FULL ? to.threshold[query(at, q)] : INFINITY;
+        shared.own_first(q) = place[q];
+        const bool open = query(at, q) < rows && place[q] != FULL;
+        threshold[q] = open ? to.thresholds[query(at, q)].above : INFINITY;
+        splits |= open && to.thresholds[query(at, q)].splits();
       }
+      return __reduce_max_sync(~0u, int(splits)) > 0;
     }
     __device__ void append(float score, int key, int q) { sm90::stage_above<STEP>(slot[q], score, threshold[q], key); }
     __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool inside, const int2* windows) {
-      if (!inside) drop_outside(score, seat, key0, windows);
+      if (!inside) drop_refused(score, seat, key0, windows, to.thresholds);
 #pragma unroll
       for (int q = 0; q < OWN; ++q)
 #pragma unroll
@@ -162,7 +206,7 @@ struct ManyHits : HitBuffers {
         if (__any_sync(~0u, full)) flush(q, full);
       }
     }
-    __device__ void settle() {}
+    __device__ void settle(int left) { shared.turn(left, place); }
     __device__ void flush(int q, bool full) {
       const uint32_t from = waiting + q * ROW;
       uint4 out[SECTOR / 2];
@@ -185,7 +229,7 @@ struct ManyHits : HitBuffers {
     }
     // Writes a sector; without room the row ends here.
     __device__ void write(int q, const uint4 (&out)[SECTOR / 2]) {
-      if (place[q] == FULL || place[q] + SECTOR > own.begin + q * own.pitch() + own.capacity) {
+      if (place[q] == FULL || place[q] + SECTOR > shared.own().end(q)) {
         threshold[q] = INFINITY;
         place[q] = FULL;
         return;
@@ -203,9 +247,10 @@ struct ManyHits : HitBuffers {
         read(waiting + q * ROW, out);
         if (left > 0) write(q, out);
         slot[q] = waiting + q * ROW;
+        const uint32_t first = shared.own_first(q);
         if (query(at, q) < rows)
-          to.count(query(at, q), blockIdx.x, (at.warp * 8 + at.lane_row) / OWNERS) = {
-              int(first[q]), place[q] == FULL ? -1 : int(place[q] - first[q]) - (left > 0 ? SECTOR - left : 0)};
+          to.count(query(at, q), blockIdx.x, shared.own_number()) = {
+              int(first), place[q] == FULL ? -1 : int(place[q] - first) - (left > 0 ? SECTOR - left : 0)};
       }
     }
   };
@@ -261,7 +306,7 @@ __device__ __forceinline__ int gather(Selection::Smem& s, const HitBuffers& hits
 template <bool PAGED>  // slots of a page table are wanted
 __global__ void __launch_bounds__(SELECT_THREADS, SELECT_BLOCKS)
     select_kernel(const __grid_constant__ Task task, const __grid_constant__ HitBuffers hits, const __grid_constant__ Output output,
-                  int room, int32_t* failed) {
+                  int room, const __grid_constant__ Failed failed) {
   extern __shared__ __align__(16) uint2 entries[];
   __shared__ Selection::Smem smem;
   const int i = blockIdx.x, t = task.first + i, k = output.k;
@@ -273,13 +318,13 @@ __global__ void __launch_bounds__(SELECT_THREADS, SELECT_BLOCKS)
   }
   // The threshold is below every entry, and the cut not far above it as a rule: bins go two octaves up, or over all keys
   // where the threshold is not positive.
-  const float threshold = hits.threshold[i];
+  const float threshold = hits.thresholds[i].above;
   const uint32_t lowest = rank_key(threshold), highest = rank_key(INFINITY);
   const int shift = threshold > 0.f ? 24 - Selection::LOG_BINS : Selection::shift_over(highest - lowest);
   Selection::clear(smem);
   const int n = gather(smem, hits, i, Items::workers(task, i), {__float_as_uint(threshold), 0}, k, room, entries);
   if (n == 0) {
-    if (threadIdx.x == 0) failed[1 + atomicAdd(failed, 1)] = t;
+    if (threadIdx.x == 0) failed.add(t);
     return;
   }
   // Scores, none of them NaN, become keys where they lie.
@@ -297,12 +342,12 @@ __global__ void __launch_bounds__(SELECT_THREADS, SELECT_BLOCKS)
                     [&](int place, int slot) { row.out[place] = slot; });
 }
 
-// Failed rows, `at_once` of them at a time: all their scores into memory, then the exact top k.
+// Failed rows: all their scores into memory, then the exact top k.
 __global__ void __launch_bounds__(THREADS, 1)
     redo_kernel(const __grid_constant__ Task whole, const __grid_constant__ Logits scores, const __grid_constant__ CUtensorMap map,
-                const __grid_constant__ Output output, int at_once, const int32_t* failed, int32_t* meeting) {
+                const __grid_constant__ Output output, const __grid_constant__ Failed failed) {
   __shared__ Redoers::Smem smem;
-  redo(whole, map, scores, at_once, failed, meeting, [&](const Task& task, int row) {
+  redo(whole, map, scores, failed, [&](const Task& task, int row) {
     const int t = task.row(row);
     const int2 w = task.window(row);
     const OutputRow out = output.row(t);
@@ -321,16 +366,19 @@ void logits(Numbers inputs, int64_t first, int64_t rows, int64_t out, int64_t ld
 
 // Division of a call's work, as topk_routed.Plan: numbers, then addresses in scratch.
 struct Plan {
-  int rows, workers, runs, buffers, stride, rank, spare, entries, room, sampled, at_once, ld;
-  int32_t* failed;   // how many, the rows …, and at [all rows + 1] the meeting counter
-  float* threshold;
+  int rows, workers, runs, buffers, rank, spare, entries, room, sampled, ld;
+  Failed failed;
+  Threshold* thresholds;
   int32_t* division;
   int2* counts;
-  char* bulk;        // sampled scores, then entries; at last the scores of `redo`
+  Sample sample;
+  char* bulk;  // sampled scores, then entries; at last the scores of `redo`
   explicit Plan(const Numbers& v)
-      : rows(int(v[0])), workers(int(v[1])), runs(int(v[2])), buffers(int(v[3])), stride(int(v[4])), rank(int(v[5])), spare(int(v[6])),
-        entries(int(v[7])), room(int(v[8])), sampled(int(v[9])), at_once(int(v[10])), ld(int(v[11])), failed(pointer<int32_t>(v[12])),
-        threshold(pointer<float>(v[13])), division(pointer<int32_t>(v[14])), counts(pointer<int2>(v[15])), bulk(pointer<char>(v[16])) {}
+      : rows(int(v[0])), workers(int(v[1])), runs(int(v[2])), buffers(int(v[3])), rank(int(v[5])), spare(int(v[6])), entries(int(v[7])),
+        room(int(v[8])), sampled(int(v[9])), ld(int(v[11])),
+        failed{pointer<int32_t>(v[12]), pointer<int32_t>(v[13]), pointer<int64_t>(v[14]), int(v[10])}, thresholds(pointer<Threshold>(v[15])),
+        division(pointer<int32_t>(v[16])), counts(pointer<int2>(v[17])),
+        sample{pointer<uint8_t>(v[18]), pointer<float>(v[19]), int(v[4])}, bulk(pointer<char>(v[20])) {}
 };
 
 enum Stage { SAMPLE = 1, THRESHOLD = 2, COLLECT = 4, SELECT = 8, REDO = 16 };
@@ -342,19 +390,20 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
   const Output out = output_of(output);
   const int processors = multiprocessors();
   const auto stream = pointer<CUstream_st>(stream_address);
-  const Logits sample{reinterpret_cast<float*>(plan.bulk), plan.sampled, true};
-  const HitBuffers hits{plan.threshold, reinterpret_cast<uint2*>(plan.bulk), plan.counts, plan.buffers};
+  const Logits sampled{reinterpret_cast<float*>(plan.bulk), plan.sampled, true};
+  const HitBuffers hits{plan.thresholds, reinterpret_cast<uint2*>(plan.bulk), plan.counts, plan.buffers};
   const bool few = plan.buffers == FewHits::BUFFERS;
-  const float expected = float(plan.rank) * plan.stride / plan.buffers, sigmas = few ? FewHits::SIGMAS : ManyHits::SIGMAS;
+  const float expected = float(plan.rank) * plan.sample.stride / plan.buffers, sigmas = few ? FewHits::SIGMAS : ManyHits::SIGMAS;
   const Divide next{plan.division, plan.workers, plan.runs, {expected, sigmas, float(plan.rank), plan.spare, plan.entries}};
+  if (stages & SAMPLE) launch_gather(call.task, call.k, plan.sample, stream);
   for (int first = 0; first < total; first += plan.rows) {
     Task task = call.rows(first, std::min(plan.rows, int(total) - first));
-    const Task sampling = task.every(plan.stride);
+    const Task sampling = plan.sample.of(task);
     task.division = plan.division;
-    if (stages & SAMPLE) launch_score(sampling, call.k, sample, processors, stream);
+    if (stages & SAMPLE) launch_score(sampling, plan.sample.keys, sampled, processors, stream);
     if (stages & THRESHOLD) {
-      int32_t* emptied = first == 0 ? plan.failed : nullptr;
-      launch_threshold(sampling, sample, plan.rank, out.k, plan.threshold, nullptr, next, emptied, stream);
+      int32_t* emptied = first == 0 ? plan.failed.list : nullptr;
+      launch_threshold(sampling, sampled, plan.rank, out.k, plan.thresholds, nullptr, next, emptied, stream);
     }
     if (stages & COLLECT) {
       if (few) launch_score(task, call.k, FewHits{hits}, plan.workers, stream);
@@ -372,11 +421,10 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
     Task task = call.task;
     Output to = out;
     Logits scores{reinterpret_cast<float*>(plan.bulk), plan.ld, true};
-    CUtensorMap map = key_map(call.k, task.keys, 1, 0);
-    int at_once = plan.at_once;
-    int32_t *list = plan.failed, *meeting = plan.failed + total + 1;
-    check(cudaMemsetAsync(meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
-    void* arguments[] = {&task, &scores, &map, &to, &at_once, &list, &meeting};
+    CUtensorMap map = key_map(call.k, task.keys);
+    Failed failed = plan.failed;
+    check(cudaMemsetAsync(failed.meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
+    void* arguments[] = {&task, &scores, &map, &to, &failed};
     launch_together("redo_kernel", redo_kernel, processors, THREADS, arguments, sizeof(Shared<Logits>), stream);
   }
 }

@@ -9,15 +9,22 @@ namespace {
 
 Task task_of(const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, const int32_t* division) {
   Task task{};
-  task.starts = starts, task.ends = ends, task.rows = rows, task.keys = keys, task.division = division;
-  return task.every(stride);
+  task.starts = starts, task.ends = ends, task.rows = rows, task.keys = keys, task.stride = stride, task.division = division;
+  return task;
 }
 
 template <class Sink>
 bool score(const Task& task, const uint8_t* k, const Sink& sink, int workers) {
-  const CUtensorMap map{reinterpret_cast<const char*>(k) + task.phase * DIM, (task.keys - task.phase + task.stride - 1) / task.stride,
-                        task.stride * DIM, TILE};
+  const CUtensorMap map{reinterpret_cast<const char*>(k), task.scored(), DIM, TILE};
   return simt::launch(workers, THREADS, [&] { score_kernel(task, sink, map); });
+}
+
+// Scores of the sampled keys, for rows of `task`.
+bool score_sample(const Task& task, const uint8_t* k, const Sample& sample, const Logits& logits, int workers) {
+  const Task sampling = sample.of(task);
+  const int blocks = (sampling.scored() * KEY_CHUNKS + GATHER_THREADS - 1) / GATHER_THREADS;
+  return simt::launch(blocks, GATHER_THREADS, [&] { gather_kernel(task, k, sample); }) &&
+         score(sampling, sample.keys, logits, workers);
 }
 
 }  // namespace

@@ -12,6 +12,13 @@ extern "C" {
 
 int block_rows() { return ROWS; }
 
+// The keys that stand for all.
+void sampled_keys(int keys, int stride, int32_t* found) {
+  Task task{};
+  task.keys = keys, task.stride = stride;
+  for (int i = 0; i < task.scored(); ++i) found[i] = task.key(i);
+}
+
 bool divide_rows(const int32_t* starts, const int32_t* ends, int rows, int keys, int k, int32_t* table, int workers, int runs, float hits,
                  float sigmas, float rank, int spare, int room) {
   const Task task = task_of(starts, ends, rows, keys, 1, nullptr);
@@ -44,23 +51,24 @@ void workers_of(const int32_t* division, int row, int32_t* workers) {
 }
 
 bool thresholds(const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, float* sample, int64_t ld, int rank, int k,
-                float* threshold, uint32_t* spans, int32_t* table, int32_t* failed) {
+                Threshold* found, uint32_t* spans, int32_t* table, int32_t* failed) {
   const Task task = task_of(starts, ends, rows, keys, stride, nullptr);
   return simt::launch(1 + rows, CUT_THREADS, [&] {
-    threshold_kernel(task, {sample, ld, true}, rank, k, threshold, reinterpret_cast<Span*>(spans), {table, 4, 4, {}}, failed);
+    threshold_kernel(task, {sample, ld, true}, rank, k, found, reinterpret_cast<Span*>(spans), {table, 4, 4, {}}, failed);
   });
 }
 
-bool select_rows(const int32_t* starts, const int32_t* ends, int rows, int keys, const int32_t* division, const float* threshold,
-                 uint2* hits, int2* counts, int buffers, int32_t* out, int k, const int32_t* pages,
+bool select_rows(const int32_t* starts, const int32_t* ends, int rows, int keys, const int32_t* division,
+                 const Threshold* thresholds, uint2* hits, int2* counts, int buffers, int32_t* out, int k, const int32_t* pages,
                  const int32_t* row_batch, int64_t pitch, const int32_t* offsets, int room, int32_t* failed) {
   const Task task = task_of(starts, ends, rows, keys, 1, division);
-  const HitBuffers held{threshold, hits, counts, buffers};
+  const HitBuffers held{thresholds, hits, counts, buffers};
   const Output output{out, k, pages, row_batch, pitch, offsets};
+  const Failed list{failed};
   sm90::misused = false;
   return simt::launch(rows, SELECT_THREADS, [&] {
-    if (pages) select_kernel<true>(task, held, output, room, failed);
-    else select_kernel<false>(task, held, output, room, failed);
+    if (pages) select_kernel<true>(task, held, output, room, list);
+    else select_kernel<false>(task, held, output, room, list);
   }) && !sm90::misused;
 }
 
@@ -70,24 +78,25 @@ bool topk_rows(const uint8_t* q, const float* gates, int all_heads, const int32_
                const float* weight, const uint8_t* k, const float* scale,
                const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, int rank, int topk, int workers, int runs,
                int buffers, int spare, int room_of_all, int room, float* sample, int64_t ld, uint2* hits, int2* counts, int32_t* table,
-               float* threshold, int32_t* out, int32_t* failed) {
+               Threshold* thresholds, uint8_t* sample_keys, float* sample_scale, int32_t* out, int32_t* failed) {
   Task task = task_of(starts, ends, rows, keys, 1, nullptr);
   task.q = q, task.gates = gates, task.head_ids = head_ids, task.scale = scale, task.all_heads = all_heads;
   task.residual = {query, weight};
-  const Task sampling = task.every(stride);
+  const Sample sampled{sample_keys, sample_scale, stride};
   const Logits logits{sample, ld, true};
   const bool few = buffers == FewHits::BUFFERS;
   const Buffers own{float(rank) * stride / buffers, few ? FewHits::SIGMAS : ManyHits::SIGMAS, float(rank), spare, room_of_all};
-  const HitBuffers held{threshold, hits, counts, buffers};
+  const HitBuffers held{thresholds, hits, counts, buffers};
   const Output output{out, topk, nullptr, nullptr, 0, nullptr};
-  if (!score(sampling, k, logits, workers)) return false;
+  const Failed list{failed};
+  if (!score_sample(task, k, sampled, logits, workers)) return false;
   if (!simt::launch(1 + rows, CUT_THREADS, [&] {
-        threshold_kernel(sampling, logits, rank, topk, threshold, nullptr, {table, workers, runs, own}, failed);
+        threshold_kernel(sampled.of(task), logits, rank, topk, thresholds, nullptr, {table, workers, runs, own}, failed);
       }))
     return false;
   task.division = table;
   if (!(few ? score(task, k, FewHits{held}, workers) : score(task, k, ManyHits{held}, workers))) return false;
   sm90::misused = false;
-  return simt::launch(rows, SELECT_THREADS, [&] { select_kernel<false>(task, held, output, room, failed); }) && !sm90::misused;
+  return simt::launch(rows, SELECT_THREADS, [&] { select_kernel<false>(task, held, output, room, list); }) && !sm90::misused;
 }
 }
