@@ -1,4 +1,4 @@
-"""Check, then time `topk_routed` alone on plain and on hostile inputs: ms, rows selected the slow way, and beside stock.
+"""Check, then time `topk_routed` alone on plain and on hostile inputs, beside stock, and count the slow rows.
 
     python -m sglang_misa.bench.tune_scan [--rows 8192] [--quick]
 
@@ -23,7 +23,7 @@ PERIODS = (10, 24, 32, 48, 64, 100, 127, 512)
 
 
 def problem(
-    rows: int, keys: Tensor, routed: int, heads: int = 64, *, requests: int = 1, gate: float = 1.0
+    rows: int, keys: Tensor, routed: int, heads: int = 64, *, requests: int = 1, same: bool = False
 ) -> scan.Problem:
     """Rows at the ends of `requests` requests of as many keys each. keys [S, 128] of any numbers."""
     g = torch.Generator("cuda").manual_seed(1)
