@@ -1,4 +1,4 @@
-"""Check, then time `topk_routed` on plain and on hostile inputs: ms, rows selected the slow way, and beside stock.
+"""Check, then time `topk_routed` alone on plain and on hostile inputs, beside stock, and count the slow rows.
 
     python -m sglang_misa.bench.tune_scan [--rows 8192] [--quick]
 

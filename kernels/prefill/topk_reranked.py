@@ -80,7 +80,8 @@ def plan(
 ) -> Plan:
     """Choose the sample so that two blocks a multiprocessor can list what passes.
 
-    Scratch of a pass = rows · max(keys / 8, 4 · keys / stride) + 20 · rows bytes and the sampled keys, in as few passes as `budget` allows.
+    Scratch of a pass = rows · max(keys / 8, 4 · keys / stride) + 20 · rows bytes and the sampled keys, in as few passes
+    as `budget` allows.
     Raises ValueError when one block of rows does not fit.
     """
     least, most = STRIDES

@@ -129,9 +129,9 @@ def plan(
     budget: int = SCRATCH_BYTES,
     total: int | None = None,
 ) -> Plan:
-    """Choose the sample, and as few passes as `budget` bytes of scratch allow, for rows of at most `keys` of `total` keys.
+    """Choose the sample, and as few passes as `budget` bytes of scratch allow; rows see at most `keys` of `total` keys.
 
-    Scratch of a pass: thresholds, the division, counts, the sampled keys, and max(8 · rows of a block · buffers · entries,
+    Scratch of a pass: thresholds, division, counts, sampled keys, and max(8 · rows of a block · buffers · entries,
     4 · rows · keys / stride) bytes. Raises ValueError when one block of rows does not fit.
     """
     stride = sample_stride(keys, heads)

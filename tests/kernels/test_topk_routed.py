@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sglang_misa.kernels.prefill import topk_routed as sr
 
 H100 = 132
-SWEEPS = 17  # as in scorer.cuh
+SWEEPS, TURN = 17, 8  # as in scorer.cuh and topk_routed.cu
 
 
 @settings(deadline=None, max_examples=60)
@@ -132,3 +132,61 @@ def test_inputs_are_refused_with_what_was_expected():
     ]
     with pytest.raises(ValueError, match=r"index_q: expected .* on a GPU, got .* on cpu"):
         sr.Problem(*tensors)
+
+
+def sampled_keys(keys: int, stride: int) -> np.ndarray:
+    """As in Task::key, which the kernels' own tests hold to this property: one key in every `stride`, hashed."""
+    first = np.arange(0, keys, stride)
+    return first + np.random.default_rng(stride).integers(0, np.minimum(stride, keys - first))
+
+
+def is_slow(scores: np.ndarray, plan: sr.Plan, shares, k: int) -> bool:
+    """Whether a row of these scores, of many such rows, fails: by its threshold, or by a private buffer of a worker."""
+    keys = np.arange(len(scores))
+    sample = sampled_keys(len(scores), plan.stride)
+    last = sample[np.argsort(-scores[sample], kind="stable")[plan.rank - 1]]
+    passed = np.flatnonzero((scores > scores[last]) | ((scores == scores[last]) & (keys <= last)))
+    if not k <= len(passed) <= plan.room:
+        return True
+    tiles, sharing = -(-len(scores) // sr.TILE), 32 // plan.buffers
+    visits = np.empty(tiles, int)
+    visits[np.concatenate([np.arange(sweep, tiles, SWEEPS) for sweep in range(SWEEPS)])] = np.arange(tiles)
+    visit, lane = visits[passed // sr.TILE], (passed % 64 // 16 * 8 + passed % 8) // sharing
+    for runs, room in shares:
+        held = np.zeros(plan.buffers, int)
+        for _, first, count in runs:
+            mine = (visit >= first) & (visit < first + count)
+            left = count - (visit[mine] - first)
+            np.add.at(held, (lane[mine] + (count - 1) // TURN - (left - 1) // TURN) % plan.buffers, 1)
+        if held.max() > room:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("length", [1 << 15, 1 << 16, 1 << 17])
+@pytest.mark.parametrize("noise", [0.2, 0.7], ids=["clear period", "faint period"])
+def test_no_period_of_the_keys_makes_rows_slow(length: int, noise: float) -> None:
+    plan = sr.plan(8192, length, 2048, 8, H100)
+    shares = list(divide([length // sr.TILE] * (plan.rows // sr.block_rows(8)), plan))[3:-1:11]
+    random = np.random.default_rng(7)
+    periods = [*range(2, 66, 3), 24, 32, 48, 64, 96, 100, 127, 128, 192, 256, 384, 511, 512]
+    slow = 0
+    for period in periods:
+        line = random.normal(size=period)[np.arange(length) % period]
+        slow += is_slow((1 - noise) ** 0.5 * line + noise**0.5 * random.normal(size=length), plan, shares, 2048)
+    assert slow <= len(periods) // 100
+
+
+@pytest.mark.parametrize("length", [1 << 15, 1 << 17])
+@pytest.mark.parametrize("values", [1, 2, 64, 1000])
+def test_ties_make_no_rows_slow(length: int, values: int) -> None:
+    plan = sr.plan(8192, length, 2048, 8, H100)
+    shares = list(divide([length // sr.TILE] * (plan.rows // sr.block_rows(8)), plan))[3:-1:11]
+    random = np.random.default_rng(values)
+    rows = {
+        "in any order": random.integers(0, values, length),
+        "in a period": np.arange(length) % values,
+        "in runs": np.arange(length) * values // length,
+        "zero but for a few": np.where(random.random(length) < 0.01, random.integers(0, values, length), 0),
+    }
+    assert [name for name, scores in rows.items() if is_slow(scores.astype(float), plan, shares, 2048)] == []
