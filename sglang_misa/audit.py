@@ -53,19 +53,13 @@ class Auditor:
         if not self.due("prefill", call.layer):
             return
         results = []
-        for run in runs:
-            for span in run.spans:
-                keys = None
-                for row in self.rows(max(run.first, span.first_row), min(run.last, span.last_row)):
-                    keys = call.keys(span) if keys is None else keys
-                    results.append(
-                        self._row(
-                            call.index_q[row],
-                            call.head_gates[row],
-                            keys[: span.seen_by(row)],
-                            call.output.rows(slice(row, row + 1)),
-                        )
-                    )
+        for part in (part for run in runs for part in run.alone()):
+            (span,), keys = part.spans, None
+            for row in self.rows(part.first, part.last):
+                keys = call.keys(span) if keys is None else keys
+                output = call.output.rows(slice(row, row + 1))
+                seen = keys[: span.seen_by(row)]
+                results.append(self._row(call.index_q[row], call.head_gates[row], seen, output))
         self.record("prefill", call.layer, results)
 
     def look_at_decode(self, call: DecodeCall) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,11 @@ class Run:
     def keys(self) -> slice:
         """Columns of its requests' keys among the gathered ones."""
         return slice(self.spans[0].first_key, self.spans[-1].first_key + self.spans[-1].length)
+
+    def alone(self) -> Iterator[Run]:
+        """Its rows as runs of one request each."""
+        for span in self.spans:
+            yield Run((span,), max(self.first, span.first_row), min(self.last, span.last_row))
 
     @property
     def longest(self) -> int:

@@ -34,7 +34,9 @@ class KernelEngine:
     def extend(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> None:
         block_means = self._refresh(call, runs)
         for policy, run in runs:
-            self._select(call, policy, run, block_means)
+            # Requests share their launches, but for a re-ranking, whose marks have a bit for the keys of every request.
+            for part in (run,) if policy.candidates is None else run.alone():
+                self._select(call, policy, part, block_means)
 
     def _refresh(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> Tensor:
         """Recompute the means of the call's complete pages; returns those of its blocks, as the runs' policy has them.
@@ -72,17 +74,19 @@ class KernelEngine:
                 index_q, gates, *scored, scores, *windows, policy.blocks, policy.block_size, output.topk, **target
             )
             return
+        residual = None
         if policy.heads is None:
-            head_ids = (
-                torch.arange(gates.shape[1], dtype=torch.int32, device=gates.device).expand_as(gates).contiguous()
-            )
+            every = torch.arange(gates.shape[1], dtype=torch.int32, device=gates.device)
+            head_ids = every.expand_as(gates).contiguous()
+        elif policy.residual:
+            head_ids, residual = route(*found, policy.heads, policy.block_size, policy.router, residual=True)
         else:
             head_ids = route(*found, policy.heads, policy.block_size, policy.router)
         routed = (index_q, gates, head_ids, *scored, ks, ks + seq_lens)
         if policy.candidates is None:
-            topk_routed(*routed, output.topk, longest=run.longest, **target)
+            topk_routed(*routed, output.topk, residual=residual, longest=run.longest, **target)
         else:
-            topk_reranked(*routed, policy.candidates, output.topk, **target)
+            topk_reranked(*routed, policy.candidates, output.topk, residual=residual, **target)
 
     def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
         assert policy.blocks is not None

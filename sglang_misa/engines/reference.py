@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sglang_misa import reference
-from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, Span
+from sglang_misa.call import DecodeCall, ExtendCall, Output, Run
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 from sglang_misa.page_stats import PageStats
@@ -30,15 +30,16 @@ class ReferenceEngine:
         for span in call.spans:
             self._update(call.layer, call.page_table[span.request, : span.length // PAGE])
         for policy, run in runs:
-            for span in run.spans:
-                first, last = max(run.first, span.first_row), min(run.last, span.last_row)
-                self._select(call, policy, span, first, last)
+            for part in run.alone():
+                self._select(call, policy, part)
 
-    def _select(self, call: ExtendCall, policy: SelectionPolicy, span: Span, first: int, last: int) -> None:
+    def _select(self, call: ExtendCall, policy: SelectionPolicy, run: Run) -> None:
+        """Select for the rows of a run of one request."""
+        (span,) = run.spans
         keys = call.keys(span).unsqueeze(0)
         pages = call.page_table[span.request, : span.length // PAGE].long()
-        for start, end in reference.row_chunks(last - first, span.length):
-            rows = slice(first + start, first + end)
+        for start, end in reference.row_chunks(run.last - run.first, span.length):
+            rows = slice(run.first + start, run.first + end)
             scores = reference.policy_scores(
                 policy,
                 call.index_q[rows].unsqueeze(0),

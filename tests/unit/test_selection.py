@@ -184,10 +184,24 @@ def route_in_torch(index_q, head_gates, block_means, row_batch, row_len, heads, 
 
 
 def topk_in_torch(
-    index_q, head_gates, head_ids, index_k, k_scale, ks, ke, k, *, longest, out, page_table, row_batch, offsets
+    index_q,
+    head_gates,
+    head_ids,
+    index_k,
+    k_scale,
+    ks,
+    ke,
+    k,
+    *,
+    residual,
+    longest,
+    out,
+    page_table,
+    row_batch,
+    offsets,
 ):
     """What `topk_routed` promises."""
-    assert offsets is None
+    assert offsets is residual is None
     gates = torch.zeros_like(head_gates).scatter_(1, head_ids.long(), head_gates.gather(1, head_ids.long()))
     for row, (start, end) in enumerate(zip(ks.tolist(), ke.tolist(), strict=True)):
         assert 0 <= start < end <= len(index_k)
