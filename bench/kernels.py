@@ -161,7 +161,7 @@ def bench_decode(case: Case, stages: bool) -> Outcome:
     def upkeep() -> None:
         engine.end_step(layers[0].page_table, layers[0].seq_lens)
 
-    stocks = [layer.stock() for layer in layers]
+    stocks: list[Callable[[], object]] = [layer.stock() for layer in layers]
     kinds = [stocks, ours, [upkeep]] if verdict.flaw is None else [stocks]
     times = graph_us(kinds)
     return Outcome(

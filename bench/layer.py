@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from sglang_misa import reference
 from sglang_misa.bench import check, inputs, stock
 from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, spans
 from sglang_misa.config import MisaConfig, Phase, SelectionPolicy
@@ -131,13 +132,22 @@ class Layer:
         tensors = self.index_q, self.head_gates, self.index_k_pages, self.page_table, self.seq_lens
         return stock.decode(*tensors, TOPK)
 
-    def row(self, t: int, engine: Engine, layer: int) -> check.Row:
-        """What row t sees, with the page statistics that the engine has of it."""
+    def row(self, t: int, engine: Engine, layer: int, bits: int | None = None) -> check.Row:
+        """What row t sees, with the page means that the engine has of it and, with `bits`, its keys as sketched."""
         length = int(self.seq_lens[t])
         pages = self.page_table[self.row_batch[t].long(), : -(-length // PAGE)].long()
         index_k, k_scale = inputs.unpack_pages(self.index_k_pages[pages])
-        means = engine.stats.means[layer][pages[: length // PAGE]]
-        return check.Row(self.index_q[t], self.head_gates[t], index_k[:length], k_scale[:length], means)
+        complete = pages[: length // PAGE]
+        means = engine.stats.means[layer][complete]
+        row = check.Row(self.index_q[t], self.head_gates[t], index_k[:length], k_scale[:length], means)
+        return row if bits is None else replace(row, sketched=self._sketched(row, complete, bits))
+
+    def _sketched(self, row: check.Row, complete: Tensor, bits: int) -> Tensor:
+        """A row's keys as sketches of its `complete` pages say; the others as they are."""
+        keys = row.index_k.float() * row.k_scale[:, None]
+        codes, scales = reference.quantize_pages(self.index_k_pages[complete], row.means, bits)
+        keys[: len(complete) * PAGE] = reference.sketched_keys(codes, scales, row.means, bits).flatten(0, 1)
+        return keys
 
     def positions(self, t: int, slots: Tensor) -> Tensor:
         """Positions in row t of physical slots [k]: -1 stays, and -2 for a slot of no page of its request."""
@@ -161,7 +171,7 @@ def judge(policy: SelectionPolicy, layer: Layer, engine: Engine, index: int, slo
     rows = torch.linspace(0, len(slots) - 1, min(CHECKED_ROWS, len(slots))).long().unique().tolist()
     decided, recalls = 0, []
     for t in rows:
-        row, chosen = layer.row(t, engine, index), layer.positions(t, slots[t])
+        row, chosen = layer.row(t, engine, index, policy.sketch), layer.positions(t, slots[t])
         recalls.append(check.recall(row, chosen, TOPK))
         try:
             flaw = check.selection_flaw(policy, row, chosen, TOPK)

@@ -13,7 +13,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,25 +21,27 @@ from torch import Tensor
 from sglang_misa.bench.layer import LAYERS, TOPK, Layer, Shape
 from sglang_misa.bench.timing import graph_us
 from sglang_misa.kernels.decode.keep_blocks import KeepTuning
-from sglang_misa.kernels.decode.topk_blocks import DecodeScratch, ScoreTuning, decode_topk, keep_tuning
+from sglang_misa.kernels.decode.topk_blocks import DecodeScratch, ScoreTuning, decode_topk
 from sglang_misa.kernels.layout import HEAD_DIM
 from sglang_misa.kernels.page_means import Layers, update_last_page_means, update_slots
 
 BLOCKS, BLOCK_SIZE = 64, 128
 SHAPES = [(1, 131072), (4, 131072), (16, 131072), (64, 131072), (1, 32768)]  # rows, length
-CUTS: dict[str, list[KeepTuning] | list[ScoreTuning]] = {
-    "keep": [KeepTuning(pages, warps) for pages, warps in ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8), (256, 8))],
-    "score": [ScoreTuning(pages, warps) for pages, warps in ((1, 4), (2, 4), (2, 8), (4, 4), (4, 8))],
-}
 COPIES = 4  # of the inputs
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How the launches of a step are cut."""
+    """How the launches of a step are cut; None: the default for the rows."""
 
-    keep: KeepTuning
-    score: ScoreTuning = field(default_factory=ScoreTuning)
+    keep: KeepTuning | None = None
+    score: ScoreTuning | None = None
+
+
+CUTS = {
+    "keep": [Cut(keep=KeepTuning(p, w)) for p, w in ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8), (256, 8))],
+    "score": [Cut(score=ScoreTuning(p, w)) for p, w in ((1, 4), (2, 4), (2, 8), (4, 4), (4, 8))],
+}
 
 
 @dataclass(frozen=True)
@@ -63,27 +65,24 @@ class Step:
     def select(self, cut: Cut) -> None:
         la = self.layer
         tensors = (la.index_q, la.head_gates, la.index_k_pages, self.means, la.page_table, la.seq_lens)
-        written = {"block_size": BLOCK_SIZE, "scratch": self.scratch, "out": self.out}
-        decode_topk(*tensors, **written, keep=cut.keep, score=cut.score)
+        decode_topk(*tensors, block_size=BLOCK_SIZE, scratch=self.scratch, out=self.out, keep=cut.keep, score=cut.score)
 
 
 def cuts(stage: str) -> Iterator[str]:
     """One line for each cut of `stage` on each shape."""
     for rows, length in SHAPES:
         steps = [Step.make(rows, length, seed) for seed in range(COPIES)]
-        default = Cut(keep_tuning(rows))
-        steps[0].select(default)
+        steps[0].select(Cut())
         expected = steps[0].out.clone()
         for cut in CUTS[stage]:
-            chosen = replace(default, **{stage: cut})
+            name = f"{rows:4d} × {length >> 10}K {getattr(cut, stage)}"
             try:
-                (us,) = graph_us([[functools.partial(step.select, chosen) for step in steps]])
+                (us,) = graph_us([[functools.partial(step.select, cut) for step in steps]])
             except RuntimeError as error:  # a cut may not fit the chip: the others still count
-                yield f"{rows:4d} × {length >> 10}K {stage} {cut}: {str(error)[:80]}"
+                yield f"{name}: {str(error)[:80]}"
                 continue
-            steps[0].select(chosen)
-            same = "" if torch.equal(steps[0].out, expected) else "  SELECTS OTHERWISE"
-            yield f"{rows:4d} × {length >> 10}K {stage} {asdict(cut)} {us:8.2f} us{same}"
+            steps[0].select(cut)
+            yield f"{name} {us:8.2f} us" + ("" if torch.equal(steps[0].out, expected) else "  SELECTS OTHERWISE")
 
 
 def upkeep() -> Iterator[str]:
@@ -92,7 +91,7 @@ def upkeep() -> Iterator[str]:
         steps = [Step.make(rows, length, seed) for seed in range(COPIES)]
         order = [steps[i % COPIES] for i in range(LAYERS)]
         layers = Layers.of([s.layer.index_k_pages for s in order], [s.means for s in order])
-        selections = [functools.partial(step.select, Cut(keep_tuning(rows))) for step in order]
+        selections = [functools.partial(step.select, Cut()) for step in order]
         table, lens = steps[0].layer.page_table, steps[0].layer.seq_lens
         update: Callable[[], object] = functools.partial(update_last_page_means, layers, table, lens)
         without, together, alone = graph_us([selections, [*selections, update], [update] * 8])

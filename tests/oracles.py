@@ -16,6 +16,7 @@ from sglang_misa.bench.check import PRECISION, Scores, flaw, row_scores
 from sglang_misa.bench.inputs import FP8, Inputs, unpack_pages
 from sglang_misa.kernels.decode.keep_blocks import KeptPages
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+from sglang_misa.kernels.prefill.residual import Residual
 
 OUTSIDE, IS_NAN, LOWEST = -1e302, -1e301, -1e300  # ranks of what is no number, in fp64
 FP32 = 2.0**-20  # `precision` of kernels that multiply in fp32: of Triton's interpreter
@@ -59,6 +60,7 @@ class Extend:
     k_scale: Tensor  # [S] fp32
     ks: Tensor  # [T] int32
     ke: Tensor  # [T] int32
+    residual: Residual | None = None  # one more column: query [T, 128] fp8, scale [T] fp32
 
     @property
     def rows(self) -> int:
@@ -96,6 +98,10 @@ class Extend:
             margin = precision * q[:, j].norm(dim=1, keepdim=True) * size
             value += gates[:, j, None] * dots.relu()
             slack += gates[:, j, None].abs() * margin * (dots > -margin)
+        if routed and self.residual is not None:
+            query, scale = self.residual.query[rows].float(), self.residual.scale[rows, None]
+            value += scale * (query @ k.T)
+            slack += scale * precision * query.norm(dim=1, keepdim=True) * size
         found = Scores.around(value * self.k_scale, slack * self.k_scale.abs())
         inside = self.inside(rows)
         return Scores(*(bound.masked_fill(~inside, -torch.inf) for bound in (found.low, found.high)))
@@ -104,7 +110,10 @@ class Extend:
         """Ranks fp64 [S] of one row by the routed heads or by all: OUTSIDE < IS_NAN < LOWEST (-inf) < numbers."""
         ids = self.head_ids[row].long() if routed else slice(None)
         dots = torch.relu(self.index_q[row].float()[ids] @ self.index_k.float().T)
-        score = (self.head_gates[row][ids, None] * dots).sum(0) * self.k_scale
+        score = (self.head_gates[row][ids, None] * dots).sum(0)
+        if routed and self.residual is not None:
+            score = score + self.residual.scale[row] * (self.index_k.float() @ self.residual.query[row].float())
+        score = score * self.k_scale
         ranks = (score.double() + 0.0).nan_to_num(nan=IS_NAN, neginf=LOWEST, posinf=-LOWEST)
         return ranks.masked_fill(~self.inside(slice(row, row + 1))[0], OUTSIDE)
 
@@ -136,13 +145,25 @@ def requests(sizes: Sequence[tuple[int, int]], padding: int = 0) -> tuple[tuple[
     return (torch.tensor(ks), torch.tensor(ke)), len(ks), at
 
 
-def extend(inputs: Inputs, routed: int, *, windows: tuple[Tensor, Tensor] | None = None, seed: int = 0) -> Extend:
-    """The rows of `inputs`, routed to random heads; windows of one request unless given."""
+def extend(
+    inputs: Inputs,
+    routed: int,
+    *,
+    residual: bool = False,
+    windows: tuple[Tensor, Tensor] | None = None,
+    seed: int = 0,
+) -> Extend:
+    """The rows of `inputs`, routed to random heads; windows of one request unless given.
+
+    residual: a query of -1, 0 and 1 with a scale of ½ or 1, so that exact scores stay exact.
+    """
     rows, heads = inputs.head_gates.shape
     device = str(inputs.head_gates.device)
     g = torch.Generator(device).manual_seed(seed)
     ids = torch.rand(rows, heads, device=device, generator=g).argsort(1)[:, :routed].sort(1).values
     ks, ke = windows or causal(rows, len(inputs.k_scale))
+    query = torch.randint(3, (rows, HEAD_DIM), device=device, generator=g) - 1.0
+    scale = 0.5 + 0.5 * torch.randint(2, (rows,), device=device, generator=g)
     return Extend(
         inputs.index_q,
         inputs.head_gates.contiguous(),
@@ -151,6 +172,7 @@ def extend(inputs: Inputs, routed: int, *, windows: tuple[Tensor, Tensor] | None
         inputs.k_scale.contiguous(),
         ints(ks, device),
         ints(ke, device),
+        Residual(query.to(FP8), scale) if residual else None,
     )
 
 
@@ -166,19 +188,22 @@ def integers(rows: int, keys: int, heads: int = 64, *, scales: int = 64, seed: i
     return Inputs(codes[0], gates, codes[1], 1 + below(scales, keys) / 64.0)
 
 
-def hostile_integers(name: str, device: str = "cuda") -> Extend:
+def hostile_integers(name: str, *, residual: bool = False, device: str = "cuda") -> Extend:
     """70 rows of 6000 keys whose scores are exact, changed to be hostile: see HOSTILE_INTEGERS."""
     rows, keys = 70, 180_000 if name == "one buffer" else 6000
-    x = extend(integers(rows, keys, seed=5, device=device), 8, seed=5)
+    routed = 8 - residual
+    x = extend(integers(rows, keys, seed=5, device=device), routed, residual=residual, seed=5)
     scale = x.k_scale.clone()
     gates = x.head_gates.clone()
     ones = torch.ones(x.index_k.shape, device=device).to(FP8)
     if name == "many ties":
-        return extend(integers(rows, keys, scales=1, seed=6, device=device), 8, seed=6)
+        return extend(integers(rows, keys, scales=1, seed=6, device=device), routed, residual=residual, seed=6)
     if name == "all equal":
         return replace(x, index_k=ones, k_scale=torch.full_like(scale, 0.5))
     if name == "all zero":
-        return replace(x, index_q=torch.zeros(x.index_q.shape, device=device).to(FP8))
+        nothing = torch.zeros(rows, HEAD_DIM, device=device).to(FP8)
+        zeros = None if x.residual is None else Residual(nothing, x.residual.scale)
+        return replace(x, index_q=torch.zeros(x.index_q.shape, device=device).to(FP8), residual=zeros)
     if name in ("ascending", "descending"):
         ramp = torch.arange(1, keys + 1, device=device) / 1024.0
         return replace(x, index_k=ones, k_scale=ramp if name == "ascending" else ramp.flip(0).contiguous())

@@ -3,6 +3,7 @@
 Sources are compiled side by side before the first test that needs one; what a kernel leaves unwritten starts as NaN.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,10 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def compiled() -> None:
     """Every CUDA source in the shapes that the tests use, built side by side."""
-    jobs: list[Callable[[], object]] = [lambda h=h: topk_routed.module(h) for h in topk_routed.ROUTED_HEADS]
-    jobs += [lambda h=h: topk_reranked.module(h, 64) for h in (4, 8, 16, 32)]
-    jobs += [lambda: topk_reranked.module(8, 32)]
-    jobs += [lambda h=h: build("sm90/topk_blocks.cu", MISA_INDEX_HEADS=h) for h in INDEX_HEADS]
+    jobs: list[Callable[[], object]] = []
+    for residual in (False, True):
+        jobs += [functools.partial(topk_routed.module, columns, residual) for columns in topk_routed.ROUTED_HEADS]
+        reranked = ((4, 64), (8, 64), (16, 64), (32, 64), (8, 32))
+        jobs += [functools.partial(topk_reranked.module, *shape, residual) for shape in reranked]
+    jobs += [functools.partial(build, "sm90/topk_blocks.cu", MISA_INDEX_HEADS=heads) for heads in INDEX_HEADS]
     os.environ["TVM_FFI_CUDA_ARCH_LIST"] = "9.0a"  # `build` sets and restores it: here for all threads at once
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(job) for job in jobs]:

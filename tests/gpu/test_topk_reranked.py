@@ -24,7 +24,7 @@ from sglang_misa.kernels.prefill import topk_reranked as kernel
 from sglang_misa.kernels.prefill import topk_routed
 
 DEVICE, K, C = "cuda", 2048, 8192
-SIZES = [  # rows, keys, candidates, k, index heads, routed heads
+SIZES = [  # rows, keys, candidates, k, index heads, scored columns
     (1, 1, 512, 128, 64, 8),
     (3, 700, 512, 128, 64, 8),
     (64, 3000, 1024, 256, 64, 8),
@@ -46,7 +46,7 @@ REQUESTS = [(1, 1), (5, 40), (20, 3000), (40, 20000), (3, 3), (30, 8192), (31, 8
 
 def select(x: Extend, candidates: int = C, k: int = K, budget: int = topk_routed.SCRATCH_BYTES, **target) -> Tensor:
     out = torch.full((x.rows, k), -7, dtype=torch.int32, device=DEVICE)
-    return kernel.topk_reranked(*x.tensors, candidates, k, out=out, budget=budget, **target)
+    return kernel.topk_reranked(*x.tensors, candidates, k, residual=x.residual, out=out, budget=budget, **target)
 
 
 def assert_exact(x: Extend, out: Tensor, candidates: int, k: int) -> None:
@@ -75,22 +75,28 @@ def assert_near(x: Extend, out: Tensor, rows: range) -> None:
         assert problem is None, f"row {row}: {problem}"
 
 
-@pytest.mark.parametrize(("rows", "keys", "candidates", "k", "index_heads", "heads"), SIZES)
-def test_any_size(rows: int, keys: int, candidates: int, k: int, index_heads: int, heads: int) -> None:
-    x = extend(integers(rows, keys, index_heads, seed=rows + keys), heads, seed=rows + keys)
+@pytest.mark.parametrize("residual", [False, True], ids=["heads", "residual"])
+@pytest.mark.parametrize(("rows", "keys", "candidates", "k", "index_heads", "columns"), SIZES)
+def test_any_size(
+    rows: int, keys: int, candidates: int, k: int, index_heads: int, columns: int, residual: bool
+) -> None:
+    seed = rows + keys
+    x = extend(integers(rows, keys, index_heads, seed=seed), columns - residual, residual=residual, seed=seed)
     assert_exact(x, select(x, candidates, k), candidates, k)
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["heads", "residual"])
 @pytest.mark.parametrize("name", HOSTILE_INTEGERS)
-def test_hostile_rows(name: str) -> None:
-    x = hostile_integers(name)
+def test_hostile_rows(name: str, residual: bool) -> None:
+    x = hostile_integers(name, residual=residual)
     assert_exact(x, select(x, 2048, 512), 2048, 512)
 
 
 @pytest.mark.parametrize("name", inputs.names())
 def test_inputs_that_are_hostile_to_the_sample(name: str) -> None:
-    x = extend(inputs.make(f"hostile:{name}", 70, 20000, 64, seed=1), 8, seed=1)
-    assert_near(x, select(x), range(0, 70, 3))
+    for residual in (False, True):
+        x = extend(inputs.make(f"hostile:{name}", 70, 20000, 64, seed=1), 8 - residual, residual=residual, seed=1)
+        assert_near(x, select(x), range(0, 70, 7))
 
 
 def test_requests_and_padding_rows_share_a_call() -> None:

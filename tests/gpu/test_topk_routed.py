@@ -33,13 +33,16 @@ REQUESTS = {
 }
 
 
-def make(rows: int, keys: int, heads: int = 8, index_heads: int = 64, *, seed: int = 0, windows=None) -> Extend:
-    return extend(inputs.make("topics", rows, keys, index_heads, seed=seed), heads, windows=windows, seed=seed)
+def make(
+    rows: int, keys: int, columns: int = 8, index_heads: int = 64, *, residual=False, seed=0, windows=None
+) -> Extend:
+    x = inputs.make("topics", rows, keys, index_heads, seed=seed)
+    return extend(x, columns - residual, residual=residual, windows=windows, seed=seed)
 
 
 def logits_of(x: Extend, rows: slice) -> Tensor:
     lo, hi, _ = rows.indices(x.rows)
-    return kernel.routed_logits(*x.tensors, first=lo, rows=hi - lo)
+    return kernel.routed_logits(*x.tensors, residual=x.residual, first=lo, rows=hi - lo)
 
 
 def assert_logits(x: Extend) -> None:
@@ -50,9 +53,8 @@ def assert_logits(x: Extend) -> None:
 
 
 def select(x: Extend, k: int = K, **target: object) -> Tensor:
-    return kernel.topk_routed(
-        *x.tensors, k, out=torch.full((x.rows, k), -7, dtype=torch.int32, device=DEVICE), **target
-    )
+    out = torch.full((x.rows, k), -7, dtype=torch.int32, device=DEVICE)
+    return kernel.topk_routed(*x.tensors, k, residual=x.residual, out=out, **target)
 
 
 def assert_top_k(x: Extend, out: Tensor, k: int = K) -> None:
@@ -84,12 +86,13 @@ def test_any_size(rows: int, keys: int) -> None:
     assert_top_k(x, select(x))
 
 
-@pytest.mark.parametrize("heads", [4, 16, 32, 64])
-def test_any_number_of_routed_heads(heads: int) -> None:
-    x = make(200, 9000, heads, seed=heads)
+@pytest.mark.parametrize("residual", [False, True], ids=["heads", "residual"])
+@pytest.mark.parametrize("columns", [4, 8, 16, 32, 64])
+def test_any_number_of_columns(columns: int, residual: bool) -> None:
+    x = make(200, 9000, columns, residual=residual, seed=columns)
     assert_logits(x)
     assert_top_k(x, select(x))
-    x = make(100, 131072, heads, seed=heads)
+    x = make(100, 131072, columns, residual=residual, seed=columns)
     assert_top_k(x, select(x))
 
 
@@ -136,10 +139,11 @@ def test_slots_and_offsets_name_the_positions_also_beside_padding_rows() -> None
     assert torch.equal(select(x, page_table=table, row_batch=batch).sort(1).values, slots.sort(1).values)
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["heads", "residual"])
 @pytest.mark.parametrize("name", HOSTILE_INTEGERS)
-def test_hostile_rows_get_their_stable_top_k(name: str) -> None:
+def test_hostile_rows_get_their_stable_top_k(name: str, residual: bool) -> None:
     """Exact scores: the same set as a stable sort, the smaller position first among equals, NaN last."""
-    x = hostile_integers(name)
+    x = hostile_integers(name, residual=residual)
     out = select(x, 512)
     assert_filled(out, x.lens.clamp(max=512))
     for row in range(x.rows):
@@ -149,8 +153,9 @@ def test_hostile_rows_get_their_stable_top_k(name: str) -> None:
 
 @pytest.mark.parametrize("name", inputs.names())
 def test_inputs_that_are_hostile_to_the_sample(name: str) -> None:
-    x = extend(inputs.make(f"hostile:{name}", 70, 20000, 64, seed=1), 8, seed=1)
-    assert_top_k(x, select(x))
+    for residual in (False, True):
+        x = extend(inputs.make(f"hostile:{name}", 70, 20000, 64, seed=1), 8 - residual, residual=residual, seed=1)
+        assert_top_k(x, select(x))
 
 
 def test_twenty_runs_give_one_set() -> None:

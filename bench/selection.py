@@ -1,0 +1,296 @@
+"""What cheap selections keep of DSA's tokens, on index tensors of a trained model, and what they cost.
+
+    python -m sglang_misa.bench.selection FILE... [--length 131072] [--rows 64] [--csv FILE] [--plot FILE]
+
+FILE: safetensors with index_q [T, H, 128] and index_k [L, 128] in fp8, head_gates [T, H], k_scale [L] and positions [T]
+of one layer. Row t sees the keys up to its position, or the newest --length of them: its window starts at a multiple of
+1024, so that pages and blocks are those of the file. Every policy is scored in fp32 by `reference`.
+
+recall: mean share of DSA's top 2048 that the policy selects (with candidates: that lie among them, as all heads score
+those again); p10: the tenth percentile of the rows. columns: scored columns a key; flop and bytes: of prefill's
+arithmetic and of decode's reads, over stock's. A policy is on a phase's front when no other keeps as much for less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sglang_misa import reference
+from sglang_misa.bench.inputs import pack_pages, trained_file
+from sglang_misa.bench.work import count
+from sglang_misa.config import Phase, Router, SelectionPolicy
+from sglang_misa.kernels.layout import PAGE
+
+TOPK = 2048
+ALIGN = 1024  # a window's start: the largest block
+CANDIDATES = (4096, 8192, 16384)
+ROUTERS: tuple[Router, ...] = ("mean", "peak", "signed", "weight")
+BLOCK_SIZES = (64, 128, 256, 512, 1024)
+COLUMNS = (4, 8, 16)  # scored columns, the residual counted
+HISA = ((64, 128), (128, 64), (256, 64), (512, 64))  # blocks, block size
+BITS = (1, 2)
+FIELDS = (
+    *("length", "phase", "heads", "router", "residual", "block_size", "blocks", "sketch", "candidates"),
+    *("recall", "p10", "worst_layer", "columns", "flop", "bytes", "front"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A query row and the keys that it sees."""
+
+    index_q: Tensor  # [H, 128] fp32
+    head_gates: Tensor  # [H]
+    keys: Tensor  # [L, 128] fp32
+    means: Tensor  # [L // 64, 128] of its complete pages
+
+    @cached_property
+    def products(self) -> Tensor:
+        """ReLU(q·k) [H, L]."""
+        return (self.index_q @ self.keys.T).relu_()
+
+    @cached_property
+    def wanted(self) -> Tensor:
+        """DSA's top k, positions [k]."""
+        return (self.head_gates @ self.products).topk(min(TOPK, len(self.keys))).indices
+
+    @cached_property
+    def _found(self) -> dict[tuple[int, Router], reference.BlockStatistics]:
+        return {}
+
+    def statistics(self, block_size: int, router: Router) -> reference.BlockStatistics:
+        """The router's view of the row, over blocks of `block_size` tokens; computed once."""
+        if (block_size, router) not in self._found:
+            complete = torch.tensor([[len(self.keys) // block_size]], device=self.keys.device)
+            k_tilde = reference.block_means(self.means[None], block_size // PAGE)
+            rows = self.index_q[None, None], self.head_gates[None, None]
+            self._found[block_size, router] = reference.block_statistics(*rows, k_tilde, complete, router)
+        return self._found[block_size, router]
+
+    def scores(self, policy: SelectionPolicy, sketched: Row | None = None) -> Tensor:
+        """The policy's scores [L] before candidates are scored again, -inf where a token is not kept.
+
+        sketched: the same row with the keys that its pages' sketches stand for.
+        """
+        scanned = self if sketched is None else sketched
+        statistics = self.statistics(policy.block_size, policy.router) if policy.pooled else None
+        if policy.heads is None or statistics is None:
+            scores = self.head_gates @ scanned.products
+        else:
+            ids = reference.top_heads(statistics.heads, policy.heads)
+            scores = self.head_gates[ids[0, 0]] @ scanned.products[ids[0, 0]]
+            if policy.residual:
+                rows = self.index_q[None, None], self.head_gates[None, None]
+                query, scale = reference.residual_query(*rows, ids, statistics.positive)
+                scores = scores + scale[0, 0] * (scanned.keys @ query[0, 0])
+        if policy.blocks is not None and statistics is not None:
+            complete = torch.tensor([[len(self.keys) // policy.block_size]], device=scores.device)
+            kept = reference.keep_blocks(statistics.blocks, complete, policy.blocks)[0, 0]
+            tokens = kept.repeat_interleave(policy.block_size)
+            scores = scores.clone()
+            scores[: len(tokens)].masked_fill_(~tokens, -torch.inf)
+        if policy.sketch is not None:  # the page that is not complete has none: its tokens are always candidates
+            scores = scores.clone()
+            scores[len(scores) // PAGE * PAGE :] = torch.inf
+        return scores
+
+    def kept(self, scores: Tensor, counts: Sequence[int]) -> list[float]:
+        """The share of DSA's set that lies among the best `n` of `scores`, for each of `counts`."""
+        wanted = scores[self.wanted].sort().values
+        beaten = torch.searchsorted(wanted, scores).bincount(minlength=len(wanted) + 1)  # by each score, how many
+        rank = beaten.flip(0).cumsum(0).flip(0)[1:]  # scores above each of them
+        return [float(((rank < n) & (wanted > -torch.inf)).float().mean()) for n in counts]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Index tensors of one layer."""
+
+    index_q: Tensor
+    head_gates: Tensor
+    keys: Tensor  # [L, 128] fp32, dequantised
+    pages: Tensor  # [L // 64, 8448] uint8
+    positions: Tensor
+
+    @classmethod
+    def load(cls, path: Path, rows: int, device: str = "cpu") -> Layer:
+        """`rows` of the file's rows, evenly. Raises ValueError where a tensor is missing."""
+        tensors = trained_file(path)
+        if "positions" not in tensors:
+            raise ValueError(f"{path}: expected positions of the rows, got none; give the position of each row's token")
+        whole = len(tensors["k_scale"]) // PAGE * PAGE
+        picked = torch.linspace(0, len(tensors["positions"]) - 1, min(rows, len(tensors["positions"]))).long()
+        parts = (
+            tensors["index_q"].float()[picked],
+            tensors["head_gates"].float()[picked],
+            tensors["index_k"].float() * tensors["k_scale"][:, None],
+            pack_pages(tensors["index_k"][:whole], tensors["k_scale"][:whole]),
+            tensors["positions"][picked],
+        )
+        return cls(*(part.to(device) for part in parts))
+
+    @cached_property
+    def means(self) -> Tensor:
+        return reference.page_means(self.pages).bfloat16()
+
+    def sketched(self, bits: int) -> Tensor:
+        """Keys fp32 [L, 128] as sketches of `bits` bits say; those past the last complete page as they are."""
+        codes, scales = reference.quantize_pages(self.pages, self.means, bits)
+        keys = self.keys.clone()
+        keys[: len(self.pages) * PAGE] = reference.sketched_keys(codes, scales, self.means, bits).flatten(0, 1)
+        return keys
+
+    def rows(self, length: int, keys: Tensor | None = None) -> Iterator[Row]:
+        """The rows, over `keys` in the place of the layer's own."""
+        keys = self.keys if keys is None else keys
+        for q, gates, position in zip(self.index_q, self.head_gates, self.positions.tolist(), strict=True):
+            start = max(0, -(-(position + 1 - length) // ALIGN) * ALIGN)
+            pages = self.means[start // PAGE : (position + 1) // PAGE]
+            yield Row(q, gates, keys[start : position + 1], pages.float())
+
+
+def policies() -> list[tuple[Phase, SelectionPolicy]]:
+    """Everything that is compared: routed heads, HISA's blocks, and sketches; without candidates."""
+    found: list[tuple[Phase, SelectionPolicy]] = []
+    for columns, router, residual, size in itertools.product(COLUMNS, ROUTERS, (False, True), BLOCK_SIZES):
+        if router == "weight" and not residual and size != BLOCK_SIZES[0]:
+            continue  # |w| looks at no block
+        heads = columns - residual
+        found.append(("prefill", SelectionPolicy(heads=heads, router=router, residual=residual, block_size=size)))
+    found += [("decode", SelectionPolicy(blocks=blocks, block_size=size)) for blocks, size in HISA]
+    for bits in BITS:
+        routed = SelectionPolicy(heads=7, router="peak", residual=True, block_size=PAGE)
+        found += [("decode", p.model_copy(update={"sketch": bits})) for p in (SelectionPolicy(block_size=PAGE), routed)]
+    return found
+
+
+Shares = dict[tuple[Phase, SelectionPolicy], Tensor]  # [rows] of what a policy keeps
+
+
+def measure(layer: Layer, length: int, wanted: Sequence[tuple[Phase, SelectionPolicy]]) -> Shares:
+    """What each policy keeps of DSA's set in every row, directly (but for a sketch) and with each of CANDIDATES."""
+    shares: dict[tuple[Phase, SelectionPolicy], list[float]] = {}
+    sketches = {bits: layer.sketched(bits) for bits in {policy.sketch for _, policy in wanted if policy.sketch}}
+    of_sketches = [layer.rows(length, keys) for keys in sketches.values()]
+    for row, *others in zip(layer.rows(length), *of_sketches, strict=True):
+        sketched = dict(zip(sketches, others, strict=True))
+        for phase, policy in wanted:
+            counts = [n for n in CANDIDATES if policy.blocks is None or n < policy.blocks * policy.block_size]
+            scores = row.scores(policy, sketched.get(policy.sketch) if policy.sketch else None)
+            for n, share in zip((TOPK, *counts), row.kept(scores, (TOPK, *counts)), strict=True):
+                key = phase, policy if n == TOPK else policy.model_copy(update={"candidates": n})
+                if n != TOPK or policy.sketch is None:
+                    shares.setdefault(key, []).append(share)
+    return {key: torch.tensor(values) for key, values in shares.items()}
+
+
+def table(layers: Sequence[Shares], length: int, index_heads: int) -> list[dict[str, object]]:
+    """One row a policy, over all rows of all layers, best first; `front` marks the Pareto front of its phase."""
+    lens = torch.tensor([length])
+    rows: list[dict[str, object]] = []
+    for phase, policy in layers[0]:
+        parts = [layer[phase, policy] for layer in layers]
+        every = torch.cat(parts)
+        ours, dsa = (
+            [count(p, kind, index_heads, lens) for kind in ("prefill", "decode")] for p in (policy, SelectionPolicy())
+        )
+        rows.append(
+            {
+                "length": length,
+                "phase": phase,
+                "heads": policy.heads or "",
+                "router": policy.router if policy.heads else "",
+                "residual": int(policy.residual),
+                "block_size": policy.block_size if policy.pooled else "",
+                "blocks": policy.blocks or "",
+                "sketch": policy.sketch or "",
+                "candidates": policy.candidates or "",
+                "recall": round(float(every.mean()), 4),
+                "p10": round(float(every.quantile(0.1)), 4),
+                "worst_layer": round(min(float(part.mean()) for part in parts), 4),
+                "columns": policy.columns or index_heads,
+                "flop": round((ours[0].fp8 + 2 * ours[0].bf16) / dsa[0].fp8, 4),
+                "bytes": round(ours[1].bytes / dsa[1].bytes, 4),
+            }
+        )
+    for row in rows:
+        cost = "flop" if row["phase"] == "prefill" else "bytes"
+        rivals = [other for other in rows if other["phase"] == row["phase"] and other is not row]
+        row["front"] = int(not any(_beats(other, row, cost) for other in rivals))
+    return sorted(rows, key=lambda row: (str(row["phase"]), -float(str(row["recall"]))))
+
+
+def _beats(other: dict[str, object], row: dict[str, object], cost: str) -> bool:
+    pairs = [(float(str(other[x])), float(str(row[x]))) for x in (cost, "recall")]
+    (their_cost, cost_), (their_recall, recall) = pairs
+    return their_cost <= cost_ and their_recall >= recall and (their_cost, their_recall) != (cost_, recall)
+
+
+def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
+    """Recall against cost, a point a policy, the front as a line; one panel a phase."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axes, (phase, cost, label) in zip(
+        panels, (("prefill", "flop", "arithmetic / stock's"), ("decode", "bytes", "bytes / stock's")), strict=True
+    ):
+        points = [(float(str(r[cost])), float(str(r["recall"])), r["front"]) for r in rows if r["phase"] == phase]
+        axes.scatter([p[0] for p in points], [p[1] for p in points], s=12, color="tab:grey", label="policies")
+        front = sorted(p[:2] for p in points if p[2])
+        axes.plot([p[0] for p in front], [p[1] for p in front], marker="o", color="tab:blue", label="front")
+        axes.set(xlabel=label, ylabel="share of DSA's tokens", title=phase, xscale="log")
+        axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--length", nargs="+", type=int, default=[131072], help="keys that a row sees, at most")
+    parser.add_argument("--rows", type=int, default=64, help="rows of each file")
+    parser.add_argument("--device", default="cpu", help="where to compute: cpu or cuda")
+    parser.add_argument("--csv", type=Path, help="write the table there")
+    parser.add_argument("--plot", type=Path, help="draw recall against cost there (of the first length)")
+    options = parser.parse_args(words)
+    rows: list[dict[str, object]] = []
+    for length in options.length:
+        shares = []
+        for path in options.files:
+            try:
+                layer = Layer.load(path, options.rows, options.device)
+            except (OSError, ValueError) as error:
+                parser.error(str(error))
+            if length <= TOPK:
+                parser.error(f"--length: expected more than the {TOPK} tokens that are selected, got {length}")
+            shares.append(measure(layer, length, policies()))
+            print(f"{path}: {len(layer.positions)} rows of {length} keys", file=sys.stderr, flush=True)
+        rows += table(shares, length, layer.head_gates.shape[1])
+    print("  ".join(FIELDS))
+    for row in rows:
+        print("  ".join(str(row[name]).ljust(len(name)) for name in FIELDS))
+    if options.csv is not None:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+    if options.plot is not None:
+        plot([row for row in rows if row["length"] == options.length[0]], options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
