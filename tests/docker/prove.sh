@@ -7,7 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=$(realpath -s "${PYTHON:?the python of the locked environment}")
 W=${W:-/var/tmp/sglang-misa-docker} # what is kept between runs: packages, base, images
-STEPS=(engine base build serve keys monitoring load recovery stop refusals demo)
+START=${START:-900} # seconds that a server on the CPU may take to start; 60 on an idle machine
+STEPS=(engine base build images serve keys monitoring load recovery stop refusals demo)
 
 say() { printf '[%4d s] %s\n' "$SECONDS" "$*"; }
 fail() { say "FAILED: $*"; exit 1; }
@@ -73,6 +74,9 @@ build_all() { # docker/Dockerfile; a wrong base fails the build, not the start
   build server "${site[@]}" --build-arg SGLANG_IMAGE=localhost/sglang -t sglang-misa:0.1.0 > "$W/build.log" 2>&1
   build demo --build-context packages=container-image://localhost/python -t sglang-misa-demo:0.1.0 > "$W/build-demo.log" 2>&1
   build load -t sglang-misa-load:0.1.0 > "$W/build-load.log" 2>&1
+}
+
+images() { # from buildah's store into the engine's
   for name in sglang-misa:0.1.0 sglang-misa-demo:0.1.0 sglang-misa-load:0.1.0 standin-prometheus:latest; do
     rm -f "$W/image.tar"
     image push -q "localhost/$name" "docker-archive:$W/image.tar:$name"
@@ -102,7 +106,7 @@ secrets() { # two keys as docs/operations.md says: mode 0640, of a group that th
 }
 
 serve() {
-  compose --profile serve up -d --no-build --wait --wait-timeout 500 2> "$W/up.log" || { tail -n 3 "$W/up.log"; logs server | tail -n 30; fail "server is not up"; }
+  compose --profile serve up -d --no-build --wait --wait-timeout "$START" 2> "$W/up.log" || { tail -n 3 "$W/up.log"; logs server | tail -n 30; fail "server is not up"; }
   say "healthy, as $(docker exec "$(container server)" id -u), read-only root, no capabilities, secrets by group"
 }
 
@@ -133,7 +137,7 @@ recovery() {
   docker exec "$name" kill -9 "$victim"
   for _ in $(seq 60); do [ "$(docker inspect -f '{{.RestartCount}}' "$name")" = 1 ] && break; sleep 1; done
   [ "$(docker inspect -f '{{.RestartCount}}' "$name")" = 1 ] || fail "not restarted"
-  healthy server 500
+  healthy server "$START"
   say "killed -9 its scheduler: restarted, healthy"
 }
 
@@ -161,7 +165,7 @@ refusals() { # each by its message, and nothing half-started
 }
 
 demo() {
-  compose --profile demo up -d --no-build --wait --wait-timeout 590 2>> "$W/up.log" || { logs demo | tail -n 30; fail "demo is not up"; }
+  compose --profile demo up -d --no-build --wait --wait-timeout "$START" 2>> "$W/up.log" || { logs demo | tail -n 30; fail "demo is not up"; }
   ask keys
   compose --profile demo stop demo 2>> "$W/up.log"
   say "the demo is reached from outside, with a key"
@@ -172,6 +176,7 @@ demo() {
 SITE=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 export SITE
 mkdir -p "$W"/{base,config/cli-plugins}
+echo '{}' > "$W/config/config.json"
 ln -sf "$W/engine/usr/libexec/docker/cli-plugins/docker-compose" "$W/config/cli-plugins/"
 export PATH="$W/engine/usr/sbin:$W/engine/usr/bin:$PATH" DOCKER_CONFIG=$W/config DOCKER_HOST=unix://$W/engine.sock
 secrets
@@ -184,7 +189,7 @@ for step in "${@:-${STEPS[@]}}"; do
   case $step in
     engine) engine ;;
     base) base ;;
-    build) start_engine; build_all ;;
+    build) build_all ;;
     *) [ -n "$(docker info -f '{{.ID}}' 2> /dev/null)" ] || start_engine; "$step" ;;
   esac
 done
