@@ -8,7 +8,7 @@ MAIN := $(call stamp,.venv,requirements.lock)
 OLD := $(call stamp,.venv-0.5.17,requirements-0.5.17.lock)
 LINT := $(call stamp,.venv-lint,requirements.lock)
 
-.PHONY: help demo test test-0.5.17 lint gpu-test install
+.PHONY: help demo test test-0.5.17 lint gpu-test install docker-test
 .DEFAULT_GOAL := help
 
 help: ## print this
@@ -45,3 +45,6 @@ $(LINT):
 	@$(environment)
 	$(@D)/bin/python -m pip install -c requirements.lock -e '.[bench,dev]'
 	touch $@
+
+docker-test: $(MAIN) ## prove docker/ on Debian 12 as root, without Docker, GPU or image registry (tests/docker/prove.sh)
+	PYTHON=.venv/bin/python tests/docker/prove.sh

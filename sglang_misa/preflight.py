@@ -1,0 +1,58 @@
+"""Checks of the file system before a server starts: can the model be read, can the code in the caches be trusted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+# Compiled code is kept and loaded here: (variable, its default), of tvm-ffi for CUDA kernels and of Triton.
+CACHES = (("TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi"), ("TRITON_CACHE_DIR", "~/.triton/cache"))
+NEEDED = 1 << 30  # bytes of a cache: all kernels of one version take less than half
+
+
+def model_problems(folder: Path) -> Iterator[str]:
+    """Reasons why this user cannot read the model in `folder`; none where it is no folder."""
+    try:
+        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
+    except PermissionError:
+        files = [folder]
+    unreadable = [file for file in files if not os.access(file, os.R_OK)]
+    if unreadable:
+        dangling = [file for file in unreadable if os.path.islink(file)]
+        advice = (
+            "links out of a Hugging Face cache are lost in a container: copy the folder with cp -rL"
+            if dangling
+            else "chmod -R a+rX it"
+        )
+        yield (
+            f"--model-path: expected files that uid {os.getuid()} can read, got {unreadable[0]} and "
+            f"{len(unreadable) - 1} more without; {advice}"
+        )
+
+
+def cache_problems(environ: Mapping[str, str], needed: int = NEEDED) -> Iterator[str]:
+    """Reasons not to compile kernels into, and load them from, the caches that `environ` names."""
+    for variable, default in CACHES:
+        folder = Path(environ.get(variable) or default).expanduser()
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        mode = there.stat()
+        if mode.st_mode & stat.S_IWOTH and not mode.st_mode & stat.S_ISVTX:
+            yield (
+                f"{variable}: expected a folder that others cannot write, as code is loaded from it, got {there} with "
+                f"mode {stat.S_IMODE(mode.st_mode):o}; chmod o-w it, or set {variable}"
+            )
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            yield f"{variable}: expected a folder to write compiled kernels to, got {there} ({error}); set {variable}"
+            continue
+        if (free := shutil.disk_usage(there).free) < needed:
+            yield (
+                f"{variable}: expected {needed >> 20} MiB free for compiled kernels, got {free >> 20} in {there}; make "
+                f"room, or set {variable}"
+            )

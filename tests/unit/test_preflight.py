@@ -1,0 +1,84 @@
+"""Each fault of the file system has its sentence, and a sound one has none."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sglang_misa import preflight
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def caches(tmp_path):
+    """An environment whose two caches lie in `tmp_path`."""
+    return {variable: str(tmp_path / variable.lower()) for variable, _ in preflight.CACHES}
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "a.safetensors", "b.safetensors"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_private_and_missing_folders_are_fine(caches, tmp_path):
+    (tmp_path / "tvm_ffi_cache_dir").mkdir(mode=0o700)
+    assert list(preflight.cache_problems(caches)) == []
+
+
+def test_code_that_anybody_can_write_is_not_loaded(caches, tmp_path):
+    (tmp_path / "triton_cache_dir").mkdir()
+    (tmp_path / "triton_cache_dir").chmod(0o777)
+    (problem,) = preflight.cache_problems(caches)
+    assert problem.startswith("TRITON_CACHE_DIR: expected a folder that others cannot write")
+    assert "mode 777" in problem
+
+
+def test_a_folder_under_a_sticky_one_is_fine(caches, tmp_path):
+    tmp_path.chmod(0o1777)
+    assert list(preflight.cache_problems(caches)) == []
+
+
+def test_a_folder_that_cannot_be_written():
+    problems = list(preflight.cache_problems(dict.fromkeys((name for name, _ in preflight.CACHES), "/proc/cache")))
+    assert len(problems) == len(preflight.CACHES)
+    assert "expected a folder to write compiled kernels to, got /proc" in problems[0]
+
+
+def test_a_disk_that_is_full(caches):
+    problems = list(preflight.cache_problems(caches, needed=1 << 60))
+    assert len(problems) == len(preflight.CACHES)
+    assert "MiB free for compiled kernels" in problems[0]
+
+
+def test_a_readable_model_is_fine(model, tmp_path):
+    assert list(preflight.model_problems(model)) == []
+    assert list(preflight.model_problems(tmp_path / "owner/model")) == []
+
+
+def test_links_that_lead_nowhere(model):
+    (model / "c.safetensors").symlink_to("../../blobs/lost")
+    (problem,) = preflight.model_problems(model)
+    assert "c.safetensors and 0 more without" in problem
+    assert "cp -rL" in problem
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+@pytest.mark.parametrize("closed", ["", "a.safetensors"])
+def test_a_model_of_another_user(model, tmp_path, closed):
+    (model / closed).chmod(0o700)
+    for folder in tmp_path.parents[:2]:
+        folder.chmod(0o755)
+    tmp_path.chmod(0o755)
+    code = (
+        f"import os; from pathlib import Path; from sglang_misa import preflight; os.setuid({NOBODY})\n"
+        f"print(*preflight.model_problems(Path({str(model)!r})))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"expected files that uid {NOBODY} can read, got {model / closed}" in run.stdout
+    assert "chmod -R a+rX" in run.stdout
