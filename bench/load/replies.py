@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from sglang_misa.bench.load.sse import Event
 
 MAX_TEXT = 64 * 1024 * 1024  # characters of an answer that are kept at most
-SMALL_EVENT = 16 * 1024  # bytes; longer cumulative events are read at their tail only
+SMALL_EVENT = 4 * 1024  # bytes; longer cumulative events are read at their tail only
 META = b'"meta_info":'
 ANSWER_FIELDS = {
     "choices",

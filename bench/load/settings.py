@@ -7,7 +7,7 @@ import math
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -26,6 +26,13 @@ class LoadError(Exception):
 
 class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **fields: Any):
+        """From the command line. Raises LoadError."""
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise LoadError(problem_of(error)) from None
 
     def digest(self) -> str:
         """Hash of every field: two equal digests describe the same measurement."""
@@ -314,4 +321,5 @@ def problem_of(error: ValidationError) -> str:
     """The first problem of a model that pydantic refused, in one sentence."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "settings"
-    return f"{where}: expected what the help says ({first['msg']}), got {first['input']!r}; change it"
+    wanted = first["msg"].replace("Input should be", "a value that is").replace("Extra inputs", "no such setting; extra")
+    return f"{where}: expected {wanted}, got {str(first['input'])[:80]!r}; change it"

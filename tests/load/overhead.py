@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import MockProcess
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from load.helpers import MockProcess
 
 from sglang_misa.bench.load import client
 from sglang_misa.bench.load.replies import Reply

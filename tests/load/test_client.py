@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-
 import numpy as np
 import pytest
+from load.helpers import ask
 
 from sglang_misa.bench.load import client
-from sglang_misa.bench.load.replies import Reply
 
 ERROR_S = 0.003  # stated error of a latency at the client's best; the machine may add more to some, never take away
-PROMPT = list(range(100, 400))
-
-
-def body_of(api: str, count: int, prompt: list[int] | None = None) -> bytes:
-    ids = prompt or PROMPT
-    if api == "generate":
-        return json.dumps({"input_ids": ids, "sampling_params": {"max_new_tokens": count}, "stream": True}).encode()
-    content = {"messages": [{"role": "user", "content": "hi"}]} if api == "chat" else {"prompt": ids}
-    options = {"include_usage": True, "continuous_usage_stats": True}
-    return json.dumps(
-        {"model": "m", "max_tokens": count, "stream": True, "stream_options": options, **content}
-    ).encode()
-
-
-def ask(url, api="generate", count=8, bound=20.0, stall=20.0, body=None, at_once=1) -> list[Reply]:
-    async def go() -> list[Reply]:
-        replies = [Reply() for _ in range(at_once)]
-        async with client.session({}) as http:
-            data = body or body_of(api, count)
-            await asyncio.gather(*(client.exchange(http, url, api, data, bound, stall, r) for r in replies))
-        return replies
-
-    return asyncio.run(go())
 
 
 @pytest.mark.parametrize("api", ["generate", "completions", "chat"])

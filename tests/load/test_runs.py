@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 import shlex
 import socket
 import sys
 import time
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from load.helpers import MOCK, PATIENT, SMALL, figures, results, units
 
 from sglang_misa.bench.load import cli
 from sglang_misa.bench.load.cli import GATE_FAILED, INVALID, OK, USAGE, main
-
-MOCK = Path(__file__).with_name("mock_server.py")
-# The machine of a test run may be busy with other things: saturation has a test of its own.
-PATIENT = ["--max-lag-s", "5", "--max-cpu-share", "5"]
-SMALL = [*PATIENT, "--input-len", "1k", "--output-len", "8", "--requests", "4", "--warmup", "1"]
-
-
-def results(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
-
-
-def figures(folder: Path, arm: int = 0) -> dict:
-    return results(folder)["arms"][arm]["figures"]
-
-
-def units(folder: Path) -> list[dict]:
-    return sorted((json.loads(p.read_text()) for p in (folder / "units").glob("*.json")), key=lambda u: u["started"])
 
 
 def test_ab_finds_an_injected_delay_and_its_size(mocks, tmp_path, capsys):
