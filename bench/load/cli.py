@@ -7,23 +7,41 @@ import sys
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Column, Table
 
 from sglang_misa.bench.load import report
 from sglang_misa.bench.load.engine import execute
-from sglang_misa.bench.load.measure import Gate
+from sglang_misa.bench.load.gates import Gate
 from sglang_misa.bench.load.progress import Live
-from sglang_misa.bench.load.runner import Unit
-from sglang_misa.bench.load.safety import HIDDEN, Keys
-from sglang_misa.bench.load.settings import Arm, Cell, Connection, Lengths, Load, LoadError, Plan, Slo, Workload
+from sglang_misa.bench.load.prompts import check_text
+from sglang_misa.bench.load.records import Unit, check_compared, title
+from sglang_misa.bench.load.safety import Keys, check_target
+from sglang_misa.bench.load.servers import launch_words
+from sglang_misa.bench.load.settings import (
+    Access,
+    Arm,
+    Bounds,
+    Cell,
+    Load,
+    LoadError,
+    Plan,
+    Protocol,
+    Serving,
+    Settings,
+    Slo,
+    Workload,
+    problem_of,
+)
 from sglang_misa.bench.load.store import Store
-from sglang_misa.bench.load.verdict import Outcome, judge, title
+from sglang_misa.bench.load.verdict import Outcome, judge
 
 PLAIN_WIDTH = 140  # columns where there is no terminal
+AnySettings = TypeVar("AnySettings", bound=Settings)
 OK, GATE_FAILED, USAGE, INVALID, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -33,7 +51,10 @@ class Common:
 
     workload: tyro.conf.OmitArgPrefixes[Workload] = field(default_factory=Workload)
     load: tyro.conf.OmitArgPrefixes[Load] = field(default_factory=Load)
-    connection: tyro.conf.OmitArgPrefixes[Connection] = field(default_factory=Connection)
+    protocol: tyro.conf.OmitArgPrefixes[Protocol] = field(default_factory=Protocol)
+    access: tyro.conf.OmitArgPrefixes[Access] = field(default_factory=Access)
+    serving: tyro.conf.OmitArgPrefixes[Serving] = field(default_factory=Serving)
+    bounds: tyro.conf.OmitArgPrefixes[Bounds] = field(default_factory=Bounds)
     out: Path | None = None
     """folder of the artefacts; units found there are not measured again; default: load-DATE-TIME"""
     slo: Path | None = None
@@ -58,19 +79,20 @@ class Grid:
     """requests a second of an open loop"""
 
     def cells(self, common: Common) -> tuple[Cell, ...]:
-        """Every context with every load level."""
-        loads = [common.load]
-        if self.concurrencies:
-            loads = [common.load.model_copy(update={"concurrency": n}) for n in self.concurrencies]
-        elif self.rates:
-            loads = [common.load.model_copy(update={"rate": r}) for r in self.rates]
-        if self.rates and common.load.arrival == "closed":
+        """Every context with every load level. Raises LoadError."""
+        load = common.load
+        if self.rates and self.concurrencies:
+            raise LoadError("rates: expected --rates or --concurrencies, got both; drop one")
+        if self.rates and load.arrival == "closed":
             raise LoadError(
                 "rates: expected an open loop, got --arrival closed; add --arrival poisson, constant or burst"
             )
-        for context in self.contexts:
-            Lengths.parse(context)
-        shapes = [common.workload.model_copy(update={"input_len": c}) for c in self.contexts] or [common.workload]
+        if self.concurrencies and load.arrival != "closed":
+            raise LoadError(f"concurrencies: expected --arrival closed, got {load.arrival}; give --rates")
+        loads = [changed(load, concurrency=n) for n in self.concurrencies]
+        loads += [changed(load, rate=r) for r in self.rates]
+        loads = loads or [load]
+        shapes = [changed(common.workload, input_len=c) for c in self.contexts] or [common.workload]
         return tuple(Cell(workload=shape, load=load) for shape in shapes for load in loads)
 
 
@@ -97,7 +119,7 @@ class Sweep(Common):
 
 @dataclass(frozen=True)
 class Ab(Common):
-    """Compare two servers, interleaved A B A B, with paired ratios and a verdict."""
+    """Compare two servers, interleaved A B B A, with ratios by block and a verdict."""
 
     a: str = "http://127.0.0.1:30000"
     """URL or launch command of arm A, the baseline"""
@@ -113,8 +135,8 @@ class Ab(Common):
     """together = both servers run all the time; alternate = start A, measure, stop, start B …, for one GPU"""
     primary: str = "ttft_p50"
     """figure of the verdict"""
-    blocks: int = 5
-    """interleaved blocks; intervals need several"""
+    blocks: int = 6
+    """blocks, A first in one and B in the next; a verdict needs five"""
     grid: tyro.conf.OmitArgPrefixes[Grid] = field(default_factory=Grid)
 
 
@@ -156,12 +178,14 @@ Command = (
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 a gate failed, 2 cannot be done as asked, 3 the figures are invalid, 130 interrupted."""
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         command = tyro.cli(Command, args=arguments, prog="python -m sglang_misa.bench.load")
         return _compare(command, console) if isinstance(command, Compare) else _measure(command, console)
-    except LoadError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+    except (LoadError, ValidationError) as error:
+        told = problem_of(error) if isinstance(error, ValidationError) else error
+        Console(stderr=True).print(f"error: {told}", style="red", markup=False, highlight=False)
         return USAGE
     except KeyboardInterrupt:
         console.print("interrupted: `resume` goes on with what is missing")
@@ -182,14 +206,15 @@ def plan_of(command: Run | Sweep | Ab) -> Plan:
     else:
         arms = (Arm(name="server", server=command.server, expect=command.expect),)
     grid = Grid() if isinstance(command, Run) else command.grid
-    for gate in command.fail_if:
-        Gate(gate)
     return Plan(
         arms=arms,
         cells=grid.cells(command),
         blocks=command.blocks,
         mode=command.ab_mode if isinstance(command, Ab) else "together",
-        connection=command.connection,
+        protocol=command.protocol,
+        access=command.access,
+        serving=command.serving,
+        bounds=command.bounds,
         slo=None if command.slo is None else Slo.read(command.slo),
         fail_if=command.fail_if,
         primary=command.primary if isinstance(command, Ab) else "ttft_p50",
@@ -197,16 +222,35 @@ def plan_of(command: Run | Sweep | Ab) -> Plan:
     )
 
 
+def check(plan: Plan) -> None:
+    """Raise LoadError for what would be noticed only after hours of measuring."""
+    check_compared(plan.primary)
+    for gate in plan.fail_if:
+        Gate(gate)
+    for arm in plan.arms:
+        if arm.launched:
+            launch_words(arm)
+        else:
+            check_target(arm.server, allow_remote=plan.access.allow_remote)
+    for cell in plan.cells:
+        check_text(cell.workload)
+    if plan.access.ca_file and not Path(plan.access.ca_file).is_file():
+        raise LoadError(f"ca_file: expected a PEM file, got {plan.access.ca_file}; name another")
+
+
+def changed(settings: AnySettings, **fields: object) -> AnySettings:
+    """`settings` with other `fields`, checked as they are when they come from the command line."""
+    return type(settings).model_validate(settings.model_dump() | fields)
+
+
 def _measure(command: Run | Sweep | Ab | Resume, console: Console) -> int:
     if isinstance(command, Resume):
-        plan = Store(command.folder, Keys()).load_plan()
-        if any(HIDDEN in arm.server for arm in plan.arms):
-            raise LoadError("resume: expected a command without keys, got one that was redacted; repeat it with --out")
-        folder = command.folder
+        plan, folder = Store.plan_in(command.folder), command.folder
     else:
         plan = plan_of(command)
         folder = command.out or Path(f"load-{datetime.now():%Y%m%d-%H%M%S}")
-    keys = Keys.read(plan.connection)
+    check(plan)
+    keys = Keys.read(plan.access)
     store = Store(folder, keys)
     store.save_plan(plan)
     with Live(console, len(plan.cells) * plan.blocks * len(plan.arms)) as live:
@@ -227,9 +271,9 @@ def _show(outcome: Outcome, console: Console) -> None:
         Column("cell", no_wrap=True),
         "arm",
         "TTFT p50",
-        "TTFT p99",
+        "TTFT p90",
         "TPOT p50",
-        "ITL p99",
+        "ITL p90",
         "out tok/s",
         "errors",
         box=None,
@@ -237,15 +281,20 @@ def _show(outcome: Outcome, console: Console) -> None:
     for arm in outcome.arms:
         cells = [
             f"{1e3 * v:.2f} ms" if (v := arm.figures.get(n)) is not None else "–"
-            for n in ("ttft_p50", "ttft_p99", "tpot_p50", "itl_p99")
+            for n in ("ttft_p50", "ttft_p90", "tpot_p50", "itl_p90")
         ]
+        rate = arm.figures.get("output_throughput")
         table.add_row(
-            arm.label, arm.arm, *cells, f"{arm.figures['output_throughput']:.1f}", f"{arm.figures['error_rate']:.1%}"
+            arm.label, arm.arm, *cells, "–" if rate is None else f"{rate:.1f}", f"{arm.figures['error_rate']:.1%}"
         )
     console.print(table)
+    for arm in outcome.arms:
+        for kind, count in arm.errors.items():
+            why = f"{arm.arm} at {arm.label}: {count} × {kind}: {arm.reasons.get(kind, '')}"
+            console.print(why, style="red", markup=False, highlight=False)
     for cell in outcome.ratios:
         shown = [
-            f"{title(r.metric)} {r.value:.3f} [{r.low:.3f}, {r.high:.3f}]"
+            f"{title(r.metric)} {r.value:.3f}" + (f" [{r.low:.3f}, {r.high:.3f}]" if r.low is not None else "")
             for r in cell.ratios
             if r.metric.endswith("p50")
         ]
@@ -261,11 +310,11 @@ def _show(outcome: Outcome, console: Console) -> None:
 def _compare(command: Compare, console: Console) -> int:
     """Ratios of cells that both folders measured with the same prompts, so that pairing by prompt holds."""
     folders = (command.first, command.second)
-    for folder in folders:
-        if not (folder / "plan.json").exists():
-            raise LoadError(f"{folder}: expected the folder of a run with a plan.json, got none; name another")
+    check_compared(command.primary)
+    for gate in command.fail_if:
+        Gate(gate)
+    plans = [Store.plan_in(folder) for folder in folders]
     stores = [Store(folder, Keys()) for folder in folders]
-    plans = [store.load_plan() for store in stores]
     chosen = command.arms or (plans[0].arms[-1].name, plans[1].arms[-1].name)
     sides: list[tuple[str, dict[tuple[str, int], Unit]]] = []
     for folder, store, arm in zip(folders, stores, chosen, strict=True):

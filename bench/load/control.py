@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-import re
+import ipaddress
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic_core import from_json
 
 from sglang_misa.bench.load.safety import Keys, check_target
-from sglang_misa.bench.load.settings import Connection, LoadError
+from sglang_misa.bench.load.settings import Access, LoadError
 
 MAX_BODY = 64 * 1024 * 1024  # bytes of a control answer that are read at most
 CONNECT_S, READ_S = 5.0, 300.0
 TOKENIZE_PIECE = 64 * 1024  # characters of one /tokenize call
 FLUSH_WAIT_S = 30.0
-STOCK = {"off", "stock", "dsa"}  # names of SGLang's own selection
 METRIC_PREFIXES = ("sglang:", "sglang_misa:", "vllm:")
 
 
 class Control:
     """Control endpoints of the server at `url`. Every answer is bounded, no redirect is followed, no proxy is used."""
 
-    def __init__(self, url: str, connection: Connection, keys: Keys):
-        self.url = check_target(url, allow_remote=connection.allow_remote)
+    def __init__(self, url: str, access: Access, keys: Keys, model: str | None = None):
+        self.url = check_target(url, allow_remote=access.allow_remote)
         self._keys = keys
         self._session = requests.Session()
         self._session.trust_env = False
+        self._session.verify = access.ca_file or True
         self.info: dict[str, Any] = {}
-        self.model = connection.model or "default"
+        self.model = model or "default"
+        self.last_error = ""  # why the server was not healthy when last asked
+
+    @property
+    def local(self) -> bool:
+        """Whether the server runs on this machine."""
+        host = urlsplit(self.url).hostname or ""
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
 
     def call(
         self, method: str, path: str, *, body: Any = None, admin: bool = False, read_s: float = READ_S
@@ -62,14 +73,26 @@ class Control:
             return None
 
     def healthy(self) -> bool:
-        """Whether the server takes requests now (its /health, or /v1/models where there is none)."""
+        """Whether the server takes requests now (its /health, or /v1/models where there is none).
+
+        Raises LoadError for what waiting does not mend: a certificate that is not trusted, a redirect.
+        """
         for path in ("/health", "/v1/models"):
             try:
                 status, _ = self.call("GET", path, read_s=30.0)
-            except requests.RequestException:
+            except requests.exceptions.SSLError as error:
+                raise LoadError(f"{self.url}: expected a trusted TLS certificate, got {error}; see --ca-file") from None
+            except requests.RequestException as error:
+                self.last_error = str(error)
                 return False
+            if 300 <= status < 400:
+                raise LoadError(f"{self.url}{path}: expected a server, got a redirect (HTTP {status}); give its target")
+            if status in (401, 403):
+                raise LoadError(f"{self.url}{path}: expected access, got HTTP {status}; see --api-key-env")
             if status != 404:
+                self.last_error = f"HTTP {status} from {path}"
                 return status == 200
+        self.last_error = "HTTP 404 from /health and /v1/models"
         return False
 
     def refresh(self) -> dict[str, Any]:
@@ -158,60 +181,6 @@ class Control:
             }
         except (requests.RequestException, ValueError):
             return {}
-
-
-def misa_status(info: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The `misa` entry of each rank in /server_info; empty when the plugin is not there."""
-    states = info.get("internal_states") or []
-    return [s["misa"] for s in states if isinstance(s, dict) and isinstance(s.get("misa"), dict)]
-
-
-def misa_problem(expect: str, info: Mapping[str, Any]) -> str | None:
-    """Why a server does not run the token selection that its arm claims, or None when it does.
-
-    `expect`: off or dsa = stock selection; otherwise the name of the prefill or the decode policy (misa, hisa, …).
-    """
-    ranks = misa_status(info)
-    on = [r for r in ranks if r.get("enabled")]
-    if expect in STOCK:
-        names = {name for r in on for name in _policies(r)} - {"dsa"}
-        return f"expected stock selection, got {', '.join(sorted(names))}" if names else None
-    states = info.get("internal_states") or []
-    if not on or len(on) != len(states):
-        return (
-            f"expected {expect} in every rank, got it enabled in {len(on)} of {len(states)} (is the plugin installed?)"
-        )
-    wrong = [_policies(r) for r in on if expect not in _policies(r)]
-    return f"expected {expect}, got the policies {' and '.join(wrong[0])}" if wrong else None
-
-
-def misa_calls(info: Mapping[str, Any]) -> dict[str, int]:
-    """Indexer calls and decode graphs replayed by path since the start, summed over ranks: `prefill.misa` → n."""
-    total: dict[str, int] = {}
-    for rank in misa_status(info):
-        for path, count in _leaves({**(rank.get("calls") or {}), "replay": rank.get("replays")}, ()):
-            total[path] = total.get(path, 0) + count
-    return total
-
-
-def routed(calls: Mapping[str, float]) -> float:
-    """How many of `calls` took a path of MISA's own rather than stock's."""
-    return sum(n for path, n in calls.items() if not STOCK & set(re.split("[.:]", path)))
-
-
-def _policies(rank: Mapping[str, Any]) -> tuple[str, ...]:
-    policy = rank.get("policy") or {}
-    return tuple(
-        str(policy[p].get("name", policy[p]) if isinstance(policy[p], dict) else policy[p]) for p in sorted(policy)
-    )
-
-
-def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _leaves(value, (*path, str(key)))
-    elif isinstance(node, int | float) and path:
-        yield ".".join(path), int(node)
 
 
 def _labels(labels: Mapping[str, str]) -> str:

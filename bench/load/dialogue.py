@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
+from pydantic_core import to_json
 
-from sglang_misa.bench.load.client import Reply
 from sglang_misa.bench.load.control import Control
 from sglang_misa.bench.load.prompts import Ids
-from sglang_misa.bench.load.settings import Connection, Workload
+from sglang_misa.bench.load.replies import Reply
+from sglang_misa.bench.load.settings import Protocol, Workload
 from sglang_misa.bench.load.workload import LEAD, Conversation, Turn
 
 CHAT_FITS = 6  # rounds of fitting a chat's text to its token count
@@ -20,10 +20,10 @@ Messages = list[dict[str, str]]
 class Encoder:
     """Turns prompts into request bodies for one server."""
 
-    def __init__(self, control: Control, connection: Connection, workload: Workload):
+    def __init__(self, control: Control, protocol: Protocol, workload: Workload):
         self.control = control
-        self.api = connection.api
-        self._extras = connection.openai_extras
+        self.api = protocol.api
+        self._extras = protocol.openai_extras
         self._workload = workload
 
     def body(self, prompt: Ids | Messages, output_len: int) -> bytes:
@@ -46,7 +46,7 @@ class Encoder:
                 "stream_options": {"include_usage": True, **({"continuous_usage_stats": True} if self._extras else {})},
                 **sampling,
             }
-        return json.dumps(data, separators=(",", ":")).encode()
+        return to_json(data)  # ten times as fast as json on token ids, and so kinder to the event loop beside it
 
     def message(self, ids: Ids, keep: int) -> dict[str, str]:
         """A user message of `len(ids)` tokens, its template included: tokens after the first `keep` are left out."""
@@ -88,7 +88,7 @@ class Dialogue:
         self.in_cache = self.prompt_len
         if self._encoder.api == "chat":
             self._messages.append({"role": "assistant", "content": reply.text})
-            self.prompt_len += reply.completion_tokens
+            self.prompt_len += reply.completion_tokens or 0
         elif reply.output_ids:
             self._ids = np.concatenate([self._ids, np.array(reply.output_ids, np.int32)])
             self.in_cache = len(self._ids) - 1  # the last token was returned, not run

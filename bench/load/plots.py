@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sglang_misa.bench.load.records import TITLES, title
 from sglang_misa.bench.load.settings import Cell, Lengths, Plan
-from sglang_misa.bench.load.verdict import TITLES, ArmCell, Outcome, title
+from sglang_misa.bench.load.verdict import ArmCell, Outcome
 
 COLOURS = ("#3b6ea5", "#d9722e", "#4f9d69", "#8a5fa8")  # by arm
 STYLES = ("-", "--", ":", "-.")  # by concurrency or context inside an arm
 MARKERS = ("o", "s", "^", "D")
-SHOWN_RATIOS = ("ttft_p50", "ttft_p90", "tpot_p50", "itl_p99", "e2e_p50", "output_throughput")
+SHOWN_RATIOS = ("ttft_p50", "ttft_p90", "tpot_p50", "itl_p50", "e2e_p50", "output_throughput")
 INK, GRID = "#333a45", "#e4e7eb"
 MS = 1e3
 
@@ -89,7 +90,7 @@ def _legend(axes: Axes, lines: int) -> None:
 
 
 def _by_context(plan: Plan, outcome: Outcome, metric: str, contexts: Sequence[int]) -> Figure:
-    """Median with the p50–p99 span of a latency, over the prompt's length."""
+    """Median with the p50–p90 span of a latency, over the prompt's length."""
     figure, axes = _canvas(6.4, 4.0)
     lines = _series(plan, outcome, _level, lambda c: float(contexts.index(_context(c))), f"{metric}_p50")
     levels = sorted({level for _, level in lines})
@@ -97,7 +98,7 @@ def _by_context(plan: Plan, outcome: Outcome, metric: str, contexts: Sequence[in
         shift = 0.05 * (place - (len(lines) - 1) / 2)
         x = [at + shift for at, _ in points]
         middle = [MS * p.figures[f"{metric}_p50"] for _, p in points]
-        above = [max(0.0, MS * p.figures[f"{metric}_p99"] - m) for (_, p), m in zip(points, middle, strict=True)]
+        above = [max(0.0, MS * p.figures[f"{metric}_p90"] - m) for (_, p), m in zip(points, middle, strict=True)]
         style = levels.index(level)
         axes.errorbar(
             x,
@@ -116,7 +117,7 @@ def _by_context(plan: Plan, outcome: Outcome, metric: str, contexts: Sequence[in
     axes.set_xlim(-0.5, len(contexts) - 0.5)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("prompt tokens", color=INK)
-    axes.set_ylabel(f"{TITLES[metric]}: median, whisker to p99 (ms)", color=INK)
+    axes.set_ylabel(f"{TITLES[metric]}: median, whisker to p90 (ms)", color=INK)
     _legend(axes, len(lines))
     return figure
 
@@ -166,11 +167,12 @@ def _ratios(outcome: Outcome) -> Figure:
             names.append(label)
         good = (ratio.value > 1) == (ratio.metric == "output_throughput")
         colour = "#8b929c" if not ratio.certain else COLOURS[2] if good else "#c0392b"
-        span = [[max(0.0, ratio.value - max(ratio.low, 0.0))], [min(ratio.high, 9.0) - ratio.value]]
+        low, high = (ratio.value if end is None else end for end in (ratio.low, ratio.high))
+        span = [[ratio.value - low], [high - ratio.value]]
         axes.errorbar(
             [ratio.value],
             [place],
-            xerr=span if ratio.high < 1e9 else None,
+            xerr=span,
             fmt="o",
             color=colour,
             capsize=3,
@@ -188,7 +190,5 @@ def _ratios(outcome: Outcome) -> Figure:
         text.set_fontweight("bold" if text.get_text() in {label for label, _ in rows} else "normal")
     axes.grid(visible=False, axis="y")
     axes.set_ylim(place - 0.4, -1.3)
-    axes.set_xlabel(
-        f"{outcome.names[1]} / {outcome.names[0]}  (interval of the paired bootstrap; grey: 1 is inside)", color=INK
-    )
+    axes.set_xlabel(f"{outcome.names[1]} / {outcome.names[0]}  (t-interval over blocks; grey: 1 is inside)", color=INK)
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -13,10 +14,9 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
-from sglang_misa.bench.load.measure import Record
+from sglang_misa.bench.load.records import Record
 
 QUIET_S = 10.0  # between lines where there is no terminal
 REDRAW_HZ = 4.0  # low, so that drawing does not disturb the event loop
@@ -33,7 +33,6 @@ class Live:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
             refresh_per_second=REDRAW_HZ,
@@ -43,6 +42,7 @@ class Live:
         self._all = self._bars.add_task("whole run", total=units, note="")
         self._unit = self._bars.add_task("", total=1, note="", visible=False)
         self._units, self._done = units, 0
+        self._begun = time.monotonic()
         self._label, self._phase = "", ""
         self._since = self._spoken = time.monotonic()
         self._tokens = self._errors = 0
@@ -67,28 +67,39 @@ class Live:
         )
         self._say(f"{name} starting, {seconds:.0f} s: {line[-100:]}")
 
-    def request(self, phase: str, done: int, total: int, record: Record | None) -> None:
-        """A phase began (no record) or one of its requests ended."""
+    def request(self, phase: str, done: int, total: int | None, record: Record | None) -> None:
+        """A phase began (no record) or one of its requests ended; `total` is None where a duration decides."""
         if record is None or phase != self._phase:
             self._phase, self._since, self._tokens, self._errors = phase, time.monotonic(), 0, 0
             self._bars.reset(self._unit, total=total)
         if record is not None:
-            self._tokens += record.output_tokens
+            self._tokens += record.output_tokens or 0
             self._errors += not record.good
         seconds = max(time.monotonic() - self._since, 1e-3)
-        note = f"{done / seconds:.2f} req/s  {self._tokens / seconds:.0f} tok/s" + (
-            f"  [red]{self._errors} errors[/red]" if self._errors else ""
-        )
+        note = f"{done / seconds:.2f} req/s  {self._tokens / seconds:.0f} tok/s"
+        errors = f"  {self._errors} errors" if self._errors else ""
         self._bars.update(
-            self._unit, description=f"{self._label} · {phase}", completed=done, total=total, visible=True, note=note
+            self._unit,
+            description=f"{self._label} · {phase}",
+            completed=done,
+            total=total,
+            visible=True,
+            note=f"{note}[red]{errors}[/red]",
         )
-        left = f", about {seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
-        self._say(f"[{self._done + 1}/{self._units}] {self._label} · {phase} {done}/{total}, {note}{left}")
+        left = f", about {seconds / done * (total - done):.0f} s left" if total is not None and 0 < done < total else ""
+        of = "" if total is None else f"/{total}"
+        self._say(f"[{self._done + 1}/{self._units}] {self._label} · {phase} {done}{of}, {note}{errors}{left}")
+
+    def said(self, line: str) -> None:
+        """Something that the user must know at once."""
+        self._console.print(line, style="yellow", highlight=False, markup=False)
 
     def finished(self, line: str) -> None:
         """The unit is done; `line` sums it up."""
         self._done += 1
-        self._bars.update(self._all, completed=self._done)
+        left = (time.monotonic() - self._begun) / self._done * (self._units - self._done)
+        note = f"about {timedelta(seconds=round(left))} left" if left else ""
+        self._bars.update(self._all, completed=self._done, note=note)
         self._console.print(f"[{self._done}/{self._units}] {line}", highlight=False, markup=False)
 
     def _say(self, line: str) -> None:

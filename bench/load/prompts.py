@@ -79,13 +79,22 @@ def source_of(workload: Workload, tokens: int, tokenize: Callable[[str], list[in
         return RandomIds(*workload.id_range)
     if workload.text == "builtin":
         return TextIds(prose(workload.seed, CHARACTERS_PER_TOKEN * max(tokens, MIN_CORPUS)), tokenize)
+    return TextIds(_read(workload.text), tokenize)
+
+
+def check_text(workload: Workload) -> None:
+    """Raise LoadError where the text of `workload` cannot be read, or its ids are no range."""
+    if workload.text == "ids":
+        RandomIds(*workload.id_range)
+    elif workload.text != "builtin":
+        _read(workload.text)
+
+
+def _read(path: str) -> str:
     try:
-        text = Path(workload.text).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(
-            f"text: expected builtin, ids or a readable UTF-8 file, got {workload.text} ({error})"
-        ) from None
-    return TextIds(text, tokenize)
+        raise LoadError(f"text: expected builtin, ids or a readable UTF-8 file, got {path} ({error})") from None
 
 
 def prose(seed: int, characters: int) -> str:

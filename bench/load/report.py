@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
-import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -13,12 +11,11 @@ from string import Template
 
 from sglang_misa import __version__
 from sglang_misa.bench.load import plots
-from sglang_misa.bench.load.measure import Ratio
-from sglang_misa.bench.load.runner import Unit
+from sglang_misa.bench.load.records import Ratio, Unit, title
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import Lengths, Plan
 from sglang_misa.bench.load.store import Store, requests_csv, units_csv
-from sglang_misa.bench.load.verdict import Outcome, title
+from sglang_misa.bench.load.verdict import Outcome
 
 MS, PERCENT, PLAIN = (1e3, 1), (100.0, 1), (1.0, 1)
 # column → (figure, factor and digits)
@@ -61,7 +58,7 @@ def write(plan: Plan, units: Sequence[Unit], outcome: Outcome, store: Store, key
     figures = plots.draw(plan, outcome)
     for name, figure in figures.items():
         store.write(f"plots/{name}.png", plots.png(figure))
-    store.write("results.json", json.dumps(keys.clean(outcome.model_dump(mode="json")), indent=1))
+    store.write("results.json", outcome.model_dump_json(indent=1))
     store.write("results.csv", units_csv(units))
     store.write("requests.csv", requests_csv(units))
     svgs = {name: plots.svg(figure) for name, figure in figures.items()}
@@ -79,7 +76,7 @@ def page(plan: Plan, outcome: Outcome, svgs: dict[str, str], keys: Keys) -> str:
         _plots(svgs),
         _table(f"{outcome.names[-1]} / {outcome.names[0]}", *_ratio_rows(outcome, plan)) if outcome.ratios else "",
         _table("Figures", *_figure_rows(outcome)),
-        _table("Errors", ["arm", "cell", "class", "requests"], _errors(outcome)),
+        _table("Errors", ["arm", "cell", "class", "requests", "the first one was told"], _errors(outcome)),
         _table(
             f"Highest load with {SLO_KEPT:.0%} of requests inside the SLO",
             ["arm", "context", "load"],
@@ -92,13 +89,18 @@ def page(plan: Plan, outcome: Outcome, svgs: dict[str, str], keys: Keys) -> str:
         meta=html.escape(
             f"sglang-misa {__version__} · {datetime.now(UTC):%Y-%m-%d %H:%M} UTC · {len(plan.cells)} cells × "
             f"{plan.blocks} blocks × {len(plan.arms)} arms · servers {plan.mode if len(plan.arms) > 1 else 'single'} · "
-            f"seed {plan.cells[0].workload.seed} · {plan.connection.api}"
+            f"seed {plan.cells[0].workload.seed} · {plan.protocol.api}"
         ),
         tone=tone,
         verdict=html.escape(outcome.verdict),
         sections="\n".join(s for s in sections if s),
-        plan=html.escape(json.dumps(keys.clean(plan.model_dump()), indent=1)),
+        plan=html.escape(_plan_text(plan, keys)),
     )
+
+
+def _plan_text(plan: Plan, keys: Keys) -> str:
+    arms = tuple(a.model_copy(update={"server": keys.erase(a.server)}) for a in plan.arms)
+    return plan.model_copy(update={"arms": arms}).model_dump_json(indent=1)
 
 
 def _table(heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -147,7 +149,7 @@ def _ratio_rows(outcome: Outcome, plan: Plan) -> tuple[list[str], list[list[str]
             _amount(r, r.a),
             _amount(r, r.b),
             f"{r.value:.3f}",
-            f"{r.low:.3f} – {r.high:.3f}" if math.isfinite(r.high) else "one block only",
+            f"{r.low:.3f} – {r.high:.3f}" if r.low is not None else "one block only",
             str(r.pairs),
             str(r.blocks),
         ]
@@ -174,7 +176,7 @@ def _figure_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
 
 def _errors(outcome: Outcome) -> list[list[str]]:
     return [
-        [html.escape(a.arm), html.escape(a.label), html.escape(kind), str(count)]
+        [html.escape(a.arm), html.escape(a.label), html.escape(kind), str(count), html.escape(a.reasons.get(kind, ""))]
         for a in outcome.arms
         for kind, count in a.errors.items()
     ]

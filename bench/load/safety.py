@@ -11,22 +11,30 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sglang_misa.bench.load.settings import Connection, LoadError
+from sglang_misa.bench.load.settings import Access, LoadError
 
 HIDDEN = "***"
-SECRET_NAME = re.compile(
-    r"(api|admin|hf|access|auth|secret)[-_]?(key|token)|password|passwd|secret|authorization", re.I
+NAME = r"[A-Za-z_][\w.-]*"
+VALUE = r"\"[^\"]*\"|'[^']*'|[^\s\"',)}\]]+"
+# In free text: NAME=value, 'name': 'value', --name value, Authorization: Bearer value, user:password@host.
+NAMED = (
+    re.compile(rf"(?P<name>{NAME})(?P<between>[\"']?\s*[=:]\s*)(?P<value>{VALUE})"),
+    re.compile(rf"(?P<name>(?<![\w-])--?{NAME})(?P<between>\s+)(?P<value>(?!-)(?:{VALUE}))"),
 )
-# In free text: --api-key X, api_key='X', "api_key": "X", Authorization: Bearer X, user:password@host.
-SECRET_TEXT = (
-    re.compile(
-        r"((?:api|admin|hf|access|auth|secret)[-_]?(?:api[-_]?)?(?:key|token)[\"']?\s*[=: ]\s*[\"']?)([^\s\"',)}]+)",
-        re.I,
-    ),
-    re.compile(r"(\bBearer\s+)([^\s\"']+)", re.I),
-    re.compile(r"(://[^/\s:@]+:)([^@\s/]+)(?=@)"),
-)
-NOT_SECRET = {"none", "null", "true", "false"}
+BEARER = re.compile(r"(\b(?:Bearer|Basic)\s+)([^\s\"',)}]+)", re.I)
+PASSWORD = re.compile(r"(://[^/\s:@]+:)([^@\s/]+)(?=@)")
+SECRET_WORDS = ("token", "key", "secret", "password", "passwd", "passphrase", "authorization", "credential")
+PLAIN_ENDS = {"file", "path", "env", "id", "ids", "map", "len", "count", "type", "num"}  # --api-key-file names no key
+PLAIN_STARTS = {"max", "min", "num"}
+NOT_SECRET = {"none", "null", "true", "false", "bearer", "basic", HIDDEN}
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a value under this name is to be hidden: HF_TOKEN, --ssl-keyfile-password, apiKey; not max_token."""
+    parts = [part for part in re.split(r"[^a-z0-9]+", name.lower()) if part]
+    if not parts or parts[0] in PLAIN_STARTS or parts[-1] in PLAIN_ENDS:
+        return False
+    return any(part.endswith(SECRET_WORDS) for part in parts)
 
 
 class Keys:
@@ -37,11 +45,11 @@ class Keys:
         self.admin = admin
 
     @classmethod
-    def read(cls, connection: Connection) -> Keys:
+    def read(cls, access: Access) -> Keys:
         """Keys from the environment or from files; raises LoadError when one that is named is not there."""
         return cls(
-            _read_key("api", connection.api_key_env, connection.api_key_file),
-            _read_key("admin", connection.admin_key_env, connection.admin_key_file),
+            _read_key("api", access.api_key_env, access.api_key_file),
+            _read_key("admin", access.admin_key_env, access.admin_key_file),
         )
 
     def headers(self, *, admin: bool = False) -> dict[str, str]:
@@ -49,26 +57,36 @@ class Keys:
         return {"Authorization": f"Bearer {key}"} if key else {}
 
     def erase(self, text: str) -> str:
-        """`text` without keys."""
+        """Free text without keys: logs, commands, what servers answered."""
         for key in (self.api, self.admin):
-            if key:
-                text = text.replace(key, HIDDEN)
-        for pattern in SECRET_TEXT:
-            text = pattern.sub(lambda m: m[0] if m[2].lower() in NOT_SECRET else m[1] + HIDDEN, text)
+            if key:  # as a word of its own: a key such as "123" must not eat digits of other words
+                text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(key)}(?![A-Za-z0-9])", HIDDEN, text)
+        text = BEARER.sub(lambda m: m[1] + HIDDEN, text)
+        text = PASSWORD.sub(lambda m: m[1] + HIDDEN, text)
+        for pattern in NAMED:
+            text = pattern.sub(_hide, text)
         return text
 
     def clean(self, value: Any) -> Any:
-        """JSON data without keys: strings are erased, values under secret names are replaced."""
+        """JSON data of foreign making without keys: strings are erased, values under secret names are replaced."""
         if isinstance(value, str):
             return self.erase(value)
         if isinstance(value, Mapping):
             return {
-                k: HIDDEN if v and isinstance(v, str) and SECRET_NAME.search(str(k)) else self.clean(v)
+                k: HIDDEN if v and isinstance(v, str | int) and is_secret_name(str(k)) else self.clean(v)
                 for k, v in value.items()
             }
         if isinstance(value, list | tuple):
             return [self.clean(v) for v in value]
         return value
+
+
+def _hide(match: re.Match[str]) -> str:
+    name, between, value = match["name"], match["between"], match["value"]
+    if not is_secret_name(name) or value.strip("\"'").lower() in NOT_SECRET:
+        return match[0]
+    quote = value[0] if value[0] in "\"'" else ""
+    return f"{name}{between}{quote}{HIDDEN}{quote}"
 
 
 def _read_key(kind: str, variable: str | None, path: str | None) -> str | None:
@@ -83,9 +101,9 @@ def _read_key(kind: str, variable: str | None, path: str | None) -> str | None:
         return key
     if path:
         try:
-            return Path(path).read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise LoadError(f"{kind} key: expected a readable file, got {path} ({error.strerror})") from None
+            return Path(path).read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise LoadError(f"{kind} key: expected a readable UTF-8 file, got {path} ({error})") from None
     return None
 
 

@@ -9,20 +9,26 @@ from sglang_misa.bench.load.settings import Load
 
 
 def arrivals(load: Load, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Seconds after the start, ascending, float64 [n], with n ≤ load.requests and all of them under load.duration_s.
+    """Seconds after the start, ascending, float64 [n]: at most the asked number, and all of them under the duration.
 
     The rate grows linearly over `ramp_s` and is `load.rate` afterwards: unit-rate arrivals are put through the inverse
     of the integrated rate, so a ramped Poisson process is still Poisson. A burst spends its requests at one instant.
     """
-    count = load.requests
+    count = load.asked if load.asked is not None else _enough(load)
     if load.arrival == "poisson":
         expected = np.cumsum(rng.exponential(1.0, count))
     elif load.arrival == "burst":
         expected = (np.arange(count) // load.burst * load.burst).astype(np.float64)
     else:
         expected = np.arange(count, dtype=np.float64)
-    due = _invert(expected, load.rate, load.ramp_s)
-    return due[due < load.duration_s]
+    due = _invert(expected, load.rate, load.ramp_s or 0.0)
+    return due[due < load.seconds]
+
+
+def _enough(load: Load) -> int:
+    """More arrivals than the duration can hold: the mean, seven deviations of a Poisson process, and a burst."""
+    mean = load.rate * load.seconds
+    return int(mean + 7 * mean**0.5 + 10 + load.burst)
 
 
 def _invert(expected: NDArray[np.float64], rate: float, ramp_s: float) -> NDArray[np.float64]:
@@ -32,6 +38,7 @@ def _invert(expected: NDArray[np.float64], rate: float, ramp_s: float) -> NDArra
     return np.where(expected < in_ramp, inside, expected / rate + ramp_s / 2)
 
 
-def client_starts(load: Load) -> list[float]:
-    """Seconds at which each client of a closed loop starts: at once, or spread over the ramp."""
-    return [load.ramp_s * i / load.concurrency for i in range(load.concurrency)]
+def client_starts(load: Load, spread_s: float = 0.0) -> list[float]:
+    """Seconds at which each client of a closed loop starts: over the ramp that is asked for, else over `spread_s`."""
+    over = spread_s if load.ramp_s is None else load.ramp_s
+    return [over * i / load.concurrency for i in range(load.concurrency)]

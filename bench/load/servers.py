@@ -1,152 +1,125 @@
-"""Servers that the harness starts itself: one process group each, logs kept without keys, stopped by that group."""
+"""The arms' servers: reached where a URL is given, started and stopped where a command is."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
-import signal
-import socket
-import subprocess
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from sglang_misa.bench.load.control import Control
-from sglang_misa.bench.load.safety import Keys
-from sglang_misa.bench.load.settings import Arm, Connection, LoadError
+from sglang_misa.bench.load.safety import HIDDEN, Keys
+from sglang_misa.bench.load.settings import Arm, LoadError, Plan
+from sglang_misa.procs import POLL_S, ServerError, ServerProcess, free_port
 
-POLL_S = 0.25
-TAIL = 15  # log lines shown when a server dies
 Progress = Callable[[str, float], None]  # (last log line or state, seconds waited)
+BACK_S = 300.0  # seconds in which a server that we did not start must be back when it went away
 
 
-class LaunchedServer:
-    """The process group of one launch command, its log and its URL."""
+class ArmServer:
+    """One arm's server, ready for requests once entered. Raises LoadError when it is not there or does not start."""
 
-    def __init__(self, arm: Arm, log: Path, keys: Keys):
-        words = shlex.split(arm.server)
-        environment = dict(os.environ)
-        while words and re.fullmatch(r"[A-Za-z_]\w*=.*", words[0]):
-            name, _, value = words.pop(0).partition("=")
-            environment[name] = value
-        words = [w.replace("{port}", str(_free_port())) if "{port}" in w else w for w in words]
-        self.url = f"http://127.0.0.1:{_port(words, arm)}"
-        self.tail: deque[str] = deque(maxlen=TAIL)
+    def __init__(self, arm: Arm, plan: Plan, keys: Keys, logs: Path, progress: Progress):
+        self._arm, self._plan, self._keys, self._progress = arm, plan, keys, progress
+        self._log = logs / f"server-{re.sub(r'[^a-z0-9]+', '-', arm.name.lower())}.log"
+        self._process: ServerProcess | None = None
+        self.control: Control
+
+    def __enter__(self) -> ArmServer:
         try:
-            self._process = subprocess.Popen(
-                words,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise LoadError(f"arm {arm.name}: expected a command that starts, got {words[0]!r}: {error}") from None
-        self._group = self._process.pid
-        self._pump = threading.Thread(target=self._copy_log, args=(log, keys), daemon=True)
-        self._pump.start()
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
-    def _copy_log(self, log: Path, keys: Keys) -> None:
-        assert self._process.stdout is not None
-        with log.open("a", encoding="utf-8") as file:
-            for raw in self._process.stdout:
-                line = keys.erase(raw.decode("utf-8", "replace").rstrip("\n"))
-                self.tail.append(line)
-                file.write(line + "\n")
-                file.flush()
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.stop(self._plan.serving.stop_grace_s)
+            self._process = None
 
-    @property
-    def exit_code(self) -> int | None:
-        return self._process.poll()
-
-    def stop(self, grace_s: float) -> None:
-        """SIGTERM to the group, SIGKILL after `grace_s` to what is left of it; returns when the group is gone."""
-        deadline = time.monotonic() + grace_s
-        self._signal(signal.SIGTERM)
-        while self._alive() and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        self._signal(signal.SIGKILL)
-        self._process.wait()
-        while self._alive():
-            time.sleep(POLL_S)
-        self._pump.join(timeout=grace_s)
-
-    def _signal(self, number: signal.Signals) -> None:
-        try:
-            os.killpg(self._group, number)
-        except ProcessLookupError:
+    def recover(self) -> None:
+        """Wait for a server that went away, or start it again where it is ours. Raises LoadError when it stays away."""
+        if self._process is not None:
+            if self._process.exit_code is None and self.control.healthy():
+                return
+            self.__exit__()
+            self._start()
             return
+        begin = time.monotonic()
+        while not self.control.healthy():
+            waited = time.monotonic() - begin
+            if waited > min(BACK_S, self._plan.serving.start_timeout_s):
+                raise LoadError(
+                    f"arm {self._arm.name}: expected {self.control.url} to come back, got {self.control.last_error}; "
+                    "what was measured is kept: start it and `resume`"
+                )
+            self._progress(f"{self.control.url} went away", waited)
+            time.sleep(POLL_S)
 
-    def _alive(self) -> bool:
-        self._process.poll()
-        try:
-            os.killpg(self._group, 0)
-        except ProcessLookupError:
-            return False
-        return True
+    def _start(self) -> None:
+        arm, serving, access = self._arm, self._plan.serving, self._plan.access
+        if not arm.launched:
+            self.control = Control(arm.server, access, self._keys, self._plan.protocol.model)
+            if not self.control.healthy() and not self._answers(serving.start_timeout_s):
+                raise LoadError(
+                    f"arm {arm.name}: expected a server at {self.control.url}, got {self.control.last_error}; start it"
+                )
+        else:
+            words, environ, port = launch_words(arm)
+            self.control = Control(f"http://127.0.0.1:{port}", access, self._keys, self._plan.protocol.model)
+            if self.control.healthy():
+                raise LoadError(f"arm {arm.name}: expected port {port} to be free, got a server there; stop it")
+            try:
+                self._process = ServerProcess(
+                    words, self._log, environ={**os.environ, **environ}, erase=self._keys.erase
+                )
+            except OSError as error:
+                raise LoadError(f"arm {arm.name}: expected a command that starts, got {error}") from None
+            try:
+                self._process.wait_ready(self.control.healthy, serving.start_timeout_s, self._progress)
+            except ServerError as error:
+                raise LoadError(f"arm {arm.name}: {error}") from None
+        self.control.refresh()
+
+    def _answers(self, limit_s: float) -> bool:
+        """Whether a server that answers, but is not ready, becomes so in time; one that nobody serves does not."""
+        begin = time.monotonic()
+        while self.control.last_error.startswith("HTTP 5"):
+            waited = time.monotonic() - begin
+            if waited > limit_s:
+                return False
+            self._progress(f"waiting for {self.control.url}: {self.control.last_error}", waited)
+            time.sleep(POLL_S)
+            if self.control.healthy():
+                return True
+        return False
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _port(words: list[str], arm: Arm) -> int:
+def launch_words(arm: Arm) -> tuple[list[str], dict[str, str], int]:
+    """Words, environment and port of an arm's launch command. Raises LoadError."""
+    try:
+        words = shlex.split(arm.server)
+    except ValueError as error:
+        raise LoadError(f"arm {arm.name}: expected a command, got {arm.server!r} ({error}); mend its quotes") from None
+    environ = {}
+    while words and re.fullmatch(r"[A-Za-z_]\w*=.*", words[0], re.S):
+        name, _, value = words.pop(0).partition("=")
+        environ[name] = value
+    if HIDDEN in arm.server:
+        raise LoadError(
+            f"arm {arm.name}: expected a command with its keys, got one from which they were erased; "
+            "repeat the whole command with --out"
+        )
+    port = str(free_port())
+    words = [w.replace("{port}", port) for w in words]
     for word, following in zip(words, [*words[1:], ""], strict=True):
         text = following if word == "--port" else word.removeprefix("--port=") if word.startswith("--port=") else ""
         if text.isdigit():
-            return int(text)
+            return words, environ, int(text)
     raise LoadError(
-        f"arm {arm.name}: expected --port N or --port {{port}} in the launch command, "
+        f"arm {arm.name}: expected a URL, or a launch command with --port N or --port {{port}}, "
         f"got {' '.join(words[:6])!r}; add it"
     )
-
-
-@contextmanager
-def running(arm: Arm, connection: Connection, keys: Keys, logs: Path, progress: Progress) -> Iterator[Control]:
-    """The arm's server, ready for requests: checked when it is a URL, started and stopped again when it is a command.
-
-    Raises LoadError when it dies or is not ready within `connection.start_timeout_s`.
-    """
-    if not arm.launched:
-        control = Control(arm.server, connection, keys)
-        _await_ready(arm, control, None, connection, progress)
-        control.refresh()
-        yield control
-        return
-    server = LaunchedServer(arm, logs / f"server-{arm.name.lower()}.log", keys)
-    try:
-        control = Control(server.url, connection, keys)
-        _await_ready(arm, control, server, connection, progress)
-        control.refresh()
-        yield control
-    finally:
-        server.stop(connection.stop_grace_s)
-
-
-def _await_ready(
-    arm: Arm, control: Control, server: LaunchedServer | None, connection: Connection, progress: Progress
-) -> None:
-    start = time.monotonic()
-    bound = connection.start_timeout_s if server is not None else min(60.0, connection.start_timeout_s)
-    while not control.healthy():
-        waited = time.monotonic() - start
-        tail = list(server.tail) if server is not None else []
-        if server is not None and server.exit_code is not None:
-            raise LoadError(
-                f"arm {arm.name}: expected a server, got exit code {server.exit_code}; last lines:\n  "
-                + "\n  ".join(tail)
-            )
-        if waited > bound:
-            raise LoadError(
-                f"arm {arm.name}: expected {control.url} to be ready within {bound:.0f} s, got no answer; "
-                "raise --start-timeout-s or look into its log" + ("\n  " + "\n  ".join(tail) if tail else "")
-            )
-        progress(tail[-1] if tail else f"waiting for {control.url}", waited)
-        time.sleep(POLL_S)

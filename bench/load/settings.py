@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Api = Literal["generate", "completions", "chat"]
+Flush = Literal["require", "try", "never"]
 Arrival = Literal["closed", "poisson", "constant", "burst"]
 TOKENS = {"": 1, "k": 1024, "m": 1024 * 1024}  # suffixes of a length
-FORMAT = 1  # raised when units of an older harness must not be resumed
+MIN_REQUESTS, WAVES, OPEN_REQUESTS = 16, 8, 64  # of a block, where the user does not say
+FORMAT = 2  # raised when units of an older harness must not be resumed
 
 
 class LoadError(Exception):
@@ -23,6 +26,13 @@ class LoadError(Exception):
 
 class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **fields: Any):
+        """From the command line. Raises LoadError."""
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise LoadError(problem_of(error)) from None
 
     def digest(self) -> str:
         """Hash of every field: two equal digests describe the same measurement."""
@@ -117,9 +127,26 @@ class Load(Settings):
     concurrency: Annotated[int, Field(ge=1, description="clients of a closed loop")] = 1
     rate: Annotated[float, Field(gt=0, description="requests a second of an open loop")] = 1.0
     burst: Annotated[int, Field(ge=1, description="requests that arrive at once, with --arrival burst")] = 8
-    ramp_s: Annotated[float, Field(ge=0, description="seconds in which the load grows linearly from nothing")] = 0.0
-    requests: Annotated[int, Field(ge=1, description="measured conversations at most")] = 16
-    duration_s: Annotated[float, Field(gt=0, description="seconds after which nothing more is sent")] = 600.0
+    ramp_s: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            description="seconds in which the load grows linearly from nothing; default: the clients of a closed loop "
+            "start spread over one request's time, so that they do not stay in step",
+        ),
+    ] = None
+    requests: Annotated[
+        int | None,
+        Field(
+            ge=1, description="measured conversations; default: 8 for each client and 16 at least, or the duration's"
+        ),
+    ] = None
+    duration_s: Annotated[
+        float | None,
+        Field(
+            gt=0, description="seconds after which nothing more is sent; without --requests the load lasts that long"
+        ),
+    ] = None
     warmup: Annotated[
         int | None,
         Field(ge=0, description="unmeasured requests of the same lengths first; default: 2 to 8, by concurrency"),
@@ -135,9 +162,23 @@ class Load(Settings):
     def warmups(self) -> int:
         return max(2, min(self.concurrency, 8)) if self.warmup is None else self.warmup
 
+    @property
+    def asked(self) -> int | None:
+        """Measured conversations of a block; None where the duration decides."""
+        if self.requests is not None:
+            return self.requests
+        if self.duration_s is not None:
+            return None
+        return max(MIN_REQUESTS, WAVES * self.concurrency) if self.arrival == "closed" else OPEN_REQUESTS
 
-class Connection(Settings):
-    """How servers are reached."""
+    @property
+    def seconds(self) -> float:
+        """Seconds after which nothing more is sent."""
+        return math.inf if self.duration_s is None else self.duration_s
+
+
+class Protocol(Settings):
+    """How requests are written."""
 
     api: Annotated[Api, Field(description="generate = SGLang's own, completions and chat = OpenAI-compatible")] = (
         "generate"
@@ -146,18 +187,34 @@ class Connection(Settings):
     openai_extras: Annotated[
         bool, Field(description="send ignore_eos and continuous usage, which SGLang and vLLM know and OpenAI refuses")
     ] = True
+
+
+class Access(Settings):
+    """What opens the servers' doors."""
+
     api_key_env: Annotated[str | None, Field(description="environment variable that holds the API key")] = None
     api_key_file: Annotated[str | None, Field(description="file that holds the API key")] = None
     admin_key_env: Annotated[str | None, Field(description="environment variable with the admin key (flush)")] = None
     admin_key_file: Annotated[str | None, Field(description="file with the admin key (flush)")] = None
-    allow_remote: Annotated[bool, Field(description="allow targets outside loopback and private networks")] = False
-    flush: Annotated[
-        Literal["require", "try", "never"], Field(description="empty the prefix cache before each measurement")
-    ] = "try"
-    start_timeout_s: Annotated[float, Field(gt=0, description="seconds a launched server may take to be ready")] = (
-        1800.0
+    ca_file: Annotated[str | None, Field(description="PEM file of the authority that signed the TLS certificate")] = (
+        None
     )
+    allow_remote: Annotated[bool, Field(description="allow targets outside loopback and private networks")] = False
+
+
+class Serving(Settings):
+    """How servers are started, stopped and emptied."""
+
+    flush: Annotated[Flush, Field(description="empty the prefix cache before each measurement")] = "try"
+    start_timeout_s: Annotated[
+        float, Field(gt=0, description="seconds a server may take to be ready, also when it comes back in mid-run")
+    ] = 1800.0
     stop_grace_s: Annotated[float, Field(gt=0, description="seconds between SIGTERM and SIGKILL")] = 30.0
+
+
+class Bounds(Settings):
+    """What a request may take, and how busy the client may be."""
+
     request_timeout_s: Annotated[
         float | None,
         Field(gt=0, description="bound of one request; default: 120 s + 1 s for 100 tokens of prompt and output"),
@@ -173,7 +230,7 @@ class Connection(Settings):
         float, Field(gt=0, description="share of one CPU used by the client that makes a run invalid")
     ] = 0.9
 
-    def request_bound(self, tokens: int) -> float:
+    def request(self, tokens: int) -> float:
         """Seconds that one request with `tokens` of prompt and output may take."""
         return self.request_timeout_s if self.request_timeout_s is not None else 120.0 + tokens / 100.0
 
@@ -181,8 +238,8 @@ class Connection(Settings):
 class Arm(Settings):
     """One side: a URL, or the command that launches a server, and what token selection it claims to run."""
 
-    name: str
-    server: str
+    name: str = Field(min_length=1)
+    server: str = Field(min_length=1)
     expect: str | None = None
 
     @property
@@ -208,24 +265,39 @@ class Cell(Settings):
         return f"{self.workload.input_len} · {self.level}"
 
 
-class Slo(Settings):
-    """Limits in seconds that a request must keep, all of them, to count as good; read from a TOML or JSON file."""
+class Limits(Settings):
+    """Limits in seconds that a request must keep, all of them, to count as good."""
 
-    ttft: float | None = None
-    tpot: float | None = None
-    itl_max: float | None = None
-    e2e: float | None = None
+    ttft: float | None = Field(None, gt=0)
+    tpot: float | None = Field(None, gt=0)
+    itl_max: float | None = Field(None, gt=0)
+    e2e: float | None = Field(None, gt=0)
+
+
+class Slo(Limits):
+    """The limits of every request, and others by context: `[contexts.128k]` holds for prompts of up to 128K tokens."""
+
+    contexts: dict[str, Limits] = {}
+
+    def of(self, prompt: int) -> dict[str, float | None]:
+        """Limits of a prompt of so many tokens: those of the smallest context that holds it, over the general ones."""
+        general = {name: getattr(self, name) for name in Limits.model_fields}
+        fitting = [(Lengths.parse(c).longest, limits) for c, limits in self.contexts.items()]
+        held = min((pair for pair in fitting if pair[0] >= prompt), key=lambda pair: pair[0], default=None)
+        return general if held is None else general | held[1].model_dump(exclude_none=True)
 
     @classmethod
     def read(cls, path: Path) -> Slo:
-        """Raises LoadError for a file that is not there or holds something else."""
+        """From a TOML or JSON file. Raises LoadError for a file that is not there or holds something else."""
         try:
-            text = path.read_text(encoding="utf-8")
-            return cls.model_validate_json(text) if path.suffix == ".json" else cls.model_validate(tomllib.loads(text))
-        except (OSError, ValidationError, ValueError) as error:
+            text = path.read_text(encoding="utf-8-sig")
+            slo = cls.model_validate_json(text) if path.suffix == ".json" else cls.model_validate(tomllib.loads(text))
+            slo.of(1)
+        except (OSError, ValueError, LoadError) as error:
             raise LoadError(
                 f"slo: expected a TOML or JSON file with {', '.join(cls.model_fields)} in seconds, got {path}: {error}"
             ) from None
+        return slo
 
 
 class Plan(Settings):
@@ -233,10 +305,21 @@ class Plan(Settings):
 
     arms: tuple[Arm, ...]
     cells: tuple[Cell, ...]
-    blocks: int = 1
+    blocks: int = Field(1, ge=1)
     mode: Literal["together", "alternate"] = "together"
-    connection: Connection = Connection()
+    protocol: Protocol = Protocol()
+    access: Access = Access()
+    serving: Serving = Serving()
+    bounds: Bounds = Bounds()
     slo: Slo | None = None
     fail_if: tuple[str, ...] = ()
     primary: str = "ttft_p50"
-    confidence: float = 0.95
+    confidence: float = Field(0.95, gt=0, lt=1)
+
+
+def problem_of(error: ValidationError) -> str:
+    """The first problem of a model that pydantic refused, in one sentence."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "settings"
+    wanted = first["msg"].replace("Input should be", "a value that is").replace("Extra inputs", "no such setting; extra")
+    return f"{where}: expected {wanted}, got {str(first['input'])[:80]!r}; change it"

@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 LINE_END = re.compile(rb"\r\n|\n|\r")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class EventTooLarge(Exception):
     """A server sent more bytes without an event than allowed."""
 
 
+class Event(NamedTuple):
+    """Name (empty for a plain message) and data of one event, still as bytes."""
+
+    name: bytes
+    data: bytes
+
+
 class SseParser:
-    """Feed it bytes as they come; it gives back the data of each complete event, still as bytes.
+    """Feed it bytes as they come; it gives back each complete event.
 
     Works on bytes, so a cut inside a UTF-8 character, a line or a CRLF cannot hurt. Several `data:` lines are joined
-    by a newline; comments and other fields are dropped (WHATWG HTML, 9.2.6).
+    by a newline; a leading byte order mark, comments and other fields are dropped (WHATWG HTML, 9.2.6).
     """
 
     def __init__(self, max_event_bytes: int):
         self._limit = max_event_bytes
         self._buffer = bytearray()
         self._scanned = 0
+        self._begun = False
+        self._name = b""
         self._data: list[bytes] = []
         self._held = 0
 
-    def feed(self, chunk: bytes) -> list[bytes]:
-        """Payloads completed by `chunk`. Raises EventTooLarge."""
+    def feed(self, chunk: bytes) -> list[Event]:
+        """Events completed by `chunk`. Raises EventTooLarge."""
         self._buffer += chunk
+        if not self._begun:
+            if len(self._buffer) < len(BYTE_ORDER_MARK) and BYTE_ORDER_MARK.startswith(self._buffer):
+                return []
+            self._begun = True
+            if self._buffer.startswith(BYTE_ORDER_MARK):
+                del self._buffer[: len(BYTE_ORDER_MARK)]
         events = []
         while (end := LINE_END.search(self._buffer, self._scanned)) is not None:
             if end.group() == b"\r" and end.end() == len(self._buffer):
@@ -35,12 +52,18 @@ class SseParser:
             line = bytes(self._buffer[: end.start()])
             del self._buffer[: end.end()]
             self._scanned = 0
-            if line.startswith(b"data:"):
-                self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+            if not line:
+                if self._data:
+                    events.append(Event(self._name, b"\n".join(self._data)))
+                self._name, self._data, self._held = b"", [], 0
+                continue
+            field, _, value = line.partition(b":")
+            value = value.removeprefix(b" ")
+            if field == b"data":
+                self._data.append(value)
                 self._held += len(line)
-            elif not line and self._data:
-                events.append(b"\n".join(self._data))
-                self._data, self._held = [], 0
+            elif field == b"event":
+                self._name = value
         else:
             self._scanned = len(self._buffer)
         if self._held + len(self._buffer) > self._limit:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from sglang_misa.bench.load.runner import Unit
+from sglang_misa.bench.load.records import Unit
 from sglang_misa.bench.load.safety import Keys
-from sglang_misa.bench.load.settings import Arm, Cell, Connection, LoadError, Plan
+from sglang_misa.bench.load.settings import Arm, Cell, LoadError, Plan, Protocol, problem_of
 
 MAX_UNIT = 512 * 1024 * 1024  # bytes of a stored unit that are read at most
 DERIVED = ("ttft", "tpot", "e2e")
@@ -40,34 +39,48 @@ class Store:
     def __init__(self, folder: Path, keys: Keys):
         self.folder = folder
         self._keys = keys
-        (folder / "units").mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / "units").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LoadError(f"out: expected a folder that can be made, got {folder} ({error.strerror})") from None
 
     def write(self, name: str, content: str | bytes) -> Path:
-        """Write one artefact atomically, without keys. Returns its path."""
+        """Write one artefact atomically; keys are erased from values before they come here. Raises LoadError."""
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = content if isinstance(content, bytes) else self._keys.erase(content).encode()
         partial = path.with_name(path.name + ".part")
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise LoadError(
+                f"{path}: expected room to write, got {error.strerror}; what was measured is kept: "
+                "make room and `resume`"
+            ) from None
         return path
 
     def save_plan(self, plan: Plan) -> None:
-        self.write("plan.json", json.dumps(self._keys.clean(plan.model_dump()), indent=1))
+        arms = tuple(a.model_copy(update={"server": self._keys.erase(a.server)}) for a in plan.arms)
+        self.write("plan.json", plan.model_copy(update={"arms": arms}).model_dump_json(indent=1))
 
-    def load_plan(self) -> Plan:
-        """The stored plan. Raises LoadError when there is none."""
+    @staticmethod
+    def plan_in(folder: Path) -> Plan:
+        """The plan stored in `folder`. Raises LoadError when there is none that can be used."""
+        path = folder / "plan.json"
         try:
-            return Plan.model_validate_json((self.folder / "plan.json").read_bytes())
-        except (OSError, ValidationError) as error:
-            raise LoadError(f"{self.folder}: expected the folder of a run with a plan.json, got {error}") from None
+            return Plan.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise LoadError(f"{path}: expected the plan of a run, got {error.strerror}; name a run's folder") from None
+        except ValidationError as error:
+            raise LoadError(f"{path}: {problem_of(error)}") from None
 
-    def save(self, unit: Unit, arm: Arm, cell: Cell, connection: Connection) -> None:
-        self.write(self._name(arm, cell, unit.block, connection), json.dumps(self._keys.clean(unit.model_dump())))
+    def save(self, unit: Unit, arm: Arm, cell: Cell, protocol: Protocol) -> None:
+        self.write(self._name(arm, cell, unit.block, protocol), unit.model_dump_json())
 
-    def find(self, arm: Arm, cell: Cell, block: int, connection: Connection) -> Unit | None:
+    def find(self, arm: Arm, cell: Cell, block: int, protocol: Protocol) -> Unit | None:
         """The unit measured earlier for exactly this arm, cell and block; None when there is none or it was invalid."""
-        path = self.folder / self._name(arm, cell, block, connection)
+        path = self.folder / self._name(arm, cell, block, protocol)
         if not path.exists() or path.stat().st_size > MAX_UNIT:
             return None
         try:
@@ -78,11 +91,16 @@ class Store:
 
     def units(self) -> list[Unit]:
         """Every stored unit, in the order of measurement."""
-        files = sorted((self.folder / "units").glob("*.json"))
-        return sorted((Unit.model_validate_json(f.read_bytes()) for f in files), key=lambda u: u.started)
+        found = []
+        for path in sorted((self.folder / "units").glob("*.json")):
+            try:
+                found.append(Unit.model_validate_json(path.read_bytes()))
+            except ValidationError as error:
+                raise LoadError(f"{path}: {problem_of(error)}; measure it again") from None
+        return sorted(found, key=lambda u: u.started)
 
-    def _name(self, arm: Arm, cell: Cell, block: int, connection: Connection) -> str:
-        what = f"{arm.digest()}{cell.digest()}{block}{connection.api}{connection.openai_extras}"
+    def _name(self, arm: Arm, cell: Cell, block: int, protocol: Protocol) -> str:
+        what = f"{arm.digest()}{cell.digest()}{block}{protocol.api}{protocol.openai_extras}"
         return f"units/{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
 

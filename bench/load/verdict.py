@@ -1,4 +1,4 @@
-"""What the measured units say: figures by arm and cell, paired ratios, one sentence, and the gates."""
+"""What the measured units say: figures by arm and cell, ratios by block, one sentence, and the gates."""
 
 from __future__ import annotations
 
@@ -8,13 +8,25 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from sglang_misa.bench.load.measure import RATES, Gate, Ratio, paired_ratios, rate_ratio, summarize
-from sglang_misa.bench.load.runner import Unit
+from sglang_misa.bench.load import gates
+from sglang_misa.bench.load.figures import figure, summarize
+from sglang_misa.bench.load.gates import GateResult
+from sglang_misa.bench.load.records import (
+    ENOUGH_FOR_P99,
+    RATES,
+    Ratio,
+    Record,
+    Unit,
+    split_metric,
+    title,
+)
 from sglang_misa.bench.load.settings import Plan, Slo
+from sglang_misa.bench.load.stats import Estimate, block_ratio, geometric_mean, holm
 
 COMPARED = ("ttft_p50", "ttft_p90", "ttft_p99", "tpot_p50", "tpot_p90", "itl_p50", "itl_p99", "e2e_p50", "e2e_p99")
+MIN_BLOCKS = 5  # under which no verdict is given: a t-interval of fewer is too wide to say anything, or too lucky
+ERRORS_ALIKE = 0.01  # difference of two arms' error rates up to which their survivors are comparable
 Tone = Literal["good", "bad", "neutral"]
-TITLES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E"}
 
 
 class ArmCell(BaseModel):
@@ -26,7 +38,9 @@ class ArmCell(BaseModel):
     cell: str
     label: str
     figures: dict[str, float]
+    intervals: dict[str, tuple[float, float]]  # of the geometric mean over blocks, for figures that every block has
     errors: dict[str, int]
+    reasons: dict[str, str]  # class of error → what the first request of that class was told
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -43,17 +57,6 @@ class CellRatios(BaseModel):
         return next((r for r in self.ratios if r.metric == metric), None)
 
 
-class GateResult(BaseModel):
-    """One gate in one cell. A figure that was not measured fails its gate."""
-
-    model_config = ConfigDict(frozen=True)
-
-    gate: str
-    label: str
-    value: float | None
-    failed: bool
-
-
 class Outcome(BaseModel):
     """Everything that a report says."""
 
@@ -62,6 +65,7 @@ class Outcome(BaseModel):
     names: tuple[str, ...]
     arms: tuple[ArmCell, ...]
     ratios: tuple[CellRatios, ...]
+    mean: Ratio | None  # of the primary figure over all cells
     verdict: str
     tone: Tone
     valid: bool
@@ -71,26 +75,58 @@ class Outcome(BaseModel):
 def judge(plan: Plan, units: Sequence[Unit]) -> Outcome:
     """Pool the units of `plan`, compare its two arms where there are two, and apply its gates."""
     names = tuple(arm.name for arm in plan.arms)
-    arms = tuple(
-        _pool([u for u in units if u.arm == name and u.cell == cell.digest()], plan.slo)
-        for cell in plan.cells
+    cells = {c.digest(): c for c in plan.cells}
+    sides = {
+        (name, digest): sorted((u for u in units if u.arm == name and u.cell == digest), key=lambda u: u.block)
+        for digest in cells
         for name in names
-    )
-    ratios = tuple(_compare(plan, units, cell.digest(), cell.label) for cell in plan.cells) if len(names) == 2 else ()
+    }
+    arms = tuple(_pool(side, plan) for side in sides.values())
+    chosen = gates.gates_of(plan.fail_if)
+    ratios: tuple[CellRatios, ...] = ()
+    mean = None
+    if len(names) == 2:
+        ratios = tuple(
+            CellRatios(label=cell.label, ratios=_compare(sides[names[0], digest], sides[names[1], digest], plan))
+            for digest, cell in cells.items()
+        )
+        mean = _mean([(sides[names[0], digest], sides[names[1], digest]) for digest in cells], plan)
     problems = sorted({f"{a.arm} at {a.label}: {p}" for a in arms for p in a.problems})
-    verdict, tone = _verdict(plan, arms, ratios, problems)
-    gates = tuple(_gate(Gate(text), cell.label, arms, ratios) for text in plan.fail_if for cell in plan.cells)
-    return Outcome(names=names, arms=arms, ratios=ratios, verdict=verdict, tone=tone, valid=not problems, gates=gates)
+    verdict, tone = _verdict(plan, arms, ratios, mean, problems)
+    results = tuple(
+        gate.apply(
+            cell.label,
+            next(a for a in reversed(arms) if a.cell == digest).figures,
+            next((r for c in ratios if c.label == cell.label and (r := c.of(gate.metric))), None),
+        )
+        for gate in chosen
+        for digest, cell in cells.items()
+    )
+    return Outcome(
+        names=names,
+        arms=arms,
+        ratios=ratios,
+        mean=mean,
+        verdict=verdict,
+        tone=tone,
+        valid=not problems,
+        gates=results,
+    )
 
 
-def _pool(units: Sequence[Unit], slo: Slo | None) -> ArmCell:
+def _pool(units: Sequence[Unit], plan: Plan) -> ArmCell:
     records = [r for u in units for r in u.records]
-    window = sum(u.figures["window_s"] for u in units)
-    streamed = sum(u.figures["output_throughput"] * u.figures["window_s"] for u in units)
-    figures = summarize(records, window, round(streamed), slo)
-    for name in sorted({n for u in units for n in (*u.figures, *u.client, *u.gpu)} - set(figures)):
-        seen = [v for u in units for v in [{**u.figures, **u.client, **u.gpu}.get(name)] if v is not None]
-        figures[name] = max(seen) if name.endswith(("_max", "_p99", "_share")) else sum(seen) / len(seen)
+    figures = pooled(units, plan.slo)
+    if len(records) < ENOUGH_FOR_P99:
+        kept = {*units[0].client, plan.primary, *gates.compared(gates.gates_of(plan.fail_if))}
+        figures = {name: value for name, value in figures.items() if not name.endswith("_p99") or name in kept}
+    intervals = {}
+    for name in (*COMPARED, *RATES):
+        seen = [u.figures.get(name, 0.0) for u in units]
+        if name in figures and len(seen) > 1 and min(seen) > 0:
+            _, low, high, _ = geometric_mean(seen, plan.confidence)
+            if low is not None and high is not None:
+                intervals[name] = (low, high)
     errors: dict[str, int] = {}
     for unit in units:
         for kind, count in unit.errors.items():
@@ -100,93 +136,209 @@ def _pool(units: Sequence[Unit], slo: Slo | None) -> ArmCell:
         cell=units[0].cell,
         label=units[0].label,
         figures=figures,
+        intervals=intervals,
         errors=errors,
+        reasons={kind: why for u in reversed(units) for kind, why in u.reasons.items()},
         problems=tuple(dict.fromkeys(p for u in units for p in u.problems)),
         notes=tuple(dict.fromkeys(n for u in units for n in u.notes)),
     )
 
 
-def _compare(plan: Plan, units: Sequence[Unit], cell: str, label: str) -> CellRatios:
-    sides = [
-        sorted((u for u in units if u.arm == arm.name and u.cell == cell), key=lambda u: u.block) for arm in plan.arms
-    ]
-    wanted = dict.fromkeys([*COMPARED, *([plan.primary] if plan.primary.split("_")[0] in TITLES else [])])
-    a, b = ([u.records for u in side] for side in sides)
-    ratios = paired_ratios(a, b, list(wanted), plan.confidence)
+def pooled(units: Sequence[Unit], slo: Slo | None) -> dict[str, float]:
+    """Figures of several blocks of one arm as of one: latencies over all requests, rates over all seconds."""
+    figures = summarize([r for u in units for r in u.records], (0.0, math.inf), None, slo)
+    seconds = sum(u.figures["window_s"] for u in units)
+    figures["window_s"] = seconds
     for rate in RATES:
-        left, right = ([u.figures[rate] for u in side if rate in u.figures] for side in sides)
-        if left and len(left) == len(right):
-            ratios.append(rate_ratio(rate, left, right, plan.confidence))
-    return CellRatios(label=label, ratios=tuple(ratios))
+        figures.pop(rate, None)
+        if all(rate in u.figures for u in units):
+            figures[rate] = sum(u.figures[rate] * u.figures["window_s"] for u in units) / seconds
+    for name in sorted({n for u in units for n in (*u.figures, *u.client, *u.gpu)} - set(figures) - set(RATES)):
+        seen = [v for u in units for v in [{**u.figures, **u.client, **u.gpu}.get(name)] if v is not None]
+        figures[name] = max(seen) if name.endswith(("_max", "_p99", "_share")) else sum(seen) / len(seen)
+    return figures
 
 
-def title(metric: str) -> str:
-    """`ttft_p50` → TTFT p50."""
-    head, _, tail = metric.partition("_")
-    return f"{TITLES[head]} {tail}" if head in TITLES else metric.replace("_", " ")
+def compare(a: Sequence[Unit], b: Sequence[Unit], metrics: Sequence[str], confidence: float) -> tuple[Ratio, ...]:
+    """Ratios B/A. Latencies are compared over requests that both arms answered: the same prompts in each block."""
+    pairs = [_paired(x, y) for x, y in zip(a, b, strict=True)]
+    answered = [[r for pair in pairs for r in pair[side]] for side in (0, 1)]
+    rates = [pooled(side, None) for side in (a, b)]
+    found = []
+    for metric in metrics:
+        if blocks := _blocks(a, b, metric):
+            left, right = (
+                rates[i][metric] if metric in RATES else figure(answered[i], metric) or math.nan for i in (0, 1)
+            )
+            of_a, of_b, orders = ([row[i] for row in blocks] for i in range(3))
+            estimate = block_ratio(of_a, of_b, [bool(order) for order in orders], confidence)
+            found.append(_ratio(metric, left, right, estimate, len(answered[0]), len(blocks)))
+    return tuple(found)
+
+
+def _compare(a: Sequence[Unit], b: Sequence[Unit], plan: Plan) -> tuple[Ratio, ...]:
+    """The figures that a report shows, and those that the user asks for; no p99 of few requests unless it is asked."""
+    asked = [plan.primary, *gates.compared(gates.gates_of(plan.fail_if))]
+    enough = min(sum(len(u.records) for u in side) for side in (a, b)) >= ENOUGH_FOR_P99
+    shown = [metric for metric in COMPARED if enough or not metric.endswith("_p99")]
+    return compare(a, b, list(dict.fromkeys([*shown, *RATES, *asked])), plan.confidence)
+
+
+def _ratio(metric: str, a: float, b: float, estimate: Estimate, pairs: int, blocks: int) -> Ratio:
+    value, low, high, p = estimate
+    return Ratio(metric=metric, a=a, b=b, value=value, low=low, high=high, p=p, pairs=pairs, blocks=blocks)
+
+
+def _paired(a: Unit, b: Unit) -> tuple[list[Record], list[Record]]:
+    """Records of the requests that both answered, in the same order."""
+    others = {(r.pair, r.turn): r for r in b.records if r.good}
+    both = [(r, others[r.pair, r.turn]) for r in a.records if r.good and (r.pair, r.turn) in others]
+    return [x for x, _ in both], [y for _, y in both]
+
+
+def _blocks(a: Sequence[Unit], b: Sequence[Unit], metric: str) -> list[tuple[float, float, bool]]:
+    """One positive figure of each arm in each block, and whether B came first; empty unless every block has both."""
+    found = []
+    for x, y in zip(a, b, strict=True):
+        if metric in RATES:
+            left, right = x.figures.get(metric), y.figures.get(metric)
+        else:
+            first, second = _paired(x, y)
+            left, right = figure(first, metric), figure(second, metric)
+        if not left or not right:
+            return []
+        found.append((left, right, y.started < x.started))
+    return found
+
+
+def _mean(cells: Sequence[tuple[Sequence[Unit], Sequence[Unit]]], plan: Plan) -> Ratio | None:
+    """The primary figure's ratio over all cells: blocks are averaged over the cells, then they give the interval."""
+    tables = [_blocks(a, b, plan.primary) for a, b in cells]
+    if not all(tables) or len({len(t) for t in tables}) > 1:
+        return None
+    blocks = list(zip(*tables, strict=True))  # of each block, its row in every cell
+    left, right = ([math.exp(sum(math.log(row[k]) for row in rows) / len(rows)) for rows in blocks] for k in (0, 1))
+    orders = [[row[2] for row in rows] for rows in blocks]
+    alike = all(len(set(order)) == 1 for order in orders)
+    estimate = block_ratio(left, right, [alike and order[0] for order in orders], plan.confidence)
+    pairs = sum(len(_paired(x, y)[0]) for a, b in cells for x, y in zip(a, b, strict=True))
+    whole = [math.exp(sum(map(math.log, side)) / len(side)) for side in (left, right)]
+    return _ratio(plan.primary, whole[0], whole[1], estimate, pairs, len(left))
 
 
 def _faster(ratio: Ratio) -> float:
     """How many times as fast B is: the ratio's inverse for latencies, itself for rates."""
-    return ratio.value if ratio.metric in RATES else 1 / ratio.value if ratio.value > 0 else math.nan
+    return ratio.value if ratio.metric in RATES else 1 / ratio.value
+
+
+def _speed(ratio: Ratio, names: Sequence[str]) -> str:
+    """Who is the faster one, in words."""
+    if ratio.better:
+        return f"{names[1]} is {_faster(ratio):.2f}× as fast as {names[0]}"
+    return f"{names[1]} is slower than {names[0]}, {_faster(ratio):.2f}× as fast,"
+
+
+def _told(ratio: Ratio, names: Sequence[str], level: str) -> str:
+    interval = f", {level} CI {ratio.low:.3f}–{ratio.high:.3f}" if ratio.low is not None else ""
+    return f"ratio {names[1]}/{names[0]} {ratio.value:.3f}{interval}, {ratio.pairs} pairs in {ratio.blocks} blocks"
 
 
 def _verdict(
-    plan: Plan, arms: Sequence[ArmCell], ratios: Sequence[CellRatios], problems: Sequence[str]
+    plan: Plan,
+    arms: Sequence[ArmCell],
+    ratios: Sequence[CellRatios],
+    mean: Ratio | None,
+    problems: Sequence[str],
 ) -> tuple[str, Tone]:
-    """One sentence. No speed is claimed over an invalid run, over a single block, or where B fails more than A."""
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    """One sentence. No speed is claimed over an invalid run, over few blocks, or where the arms fail differently."""
     if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         return f"No verdict: {problems[0]}{more}.", "bad"
     if not ratios:
-        failed = sum(a.figures["errors"] for a in arms)
-        asked = sum(a.figures["requests"] for a in arms)
-        told = (
-            f"{plan.arms[0].name} answered {asked - failed:.0f} of {asked:.0f} requests in {len(plan.cells)} cell(s)."
-        )
-        return told, "bad" if failed else "neutral"
-    name_a, name_b = (arm.name for arm in plan.arms)
-    for first, second in zip(arms[::2], arms[1::2], strict=True):
-        for figure, what in (("error_rate", "failed"), ("needle_wrong", "answered wrongly")):
-            left, right = first.figures.get(figure, 0.0), second.figures.get(figure, 0.0)
-            if right > left:
-                told = f"at {first.label} {name_b} {what} {right:.1%} of its requests, {name_a} {left:.1%}"
-                return f"No verdict: {told}.", "bad"
-    found = [(cell.label, r) for cell in ratios if (r := cell.of(plan.primary)) is not None]
+        return _single(plan, arms)
+    names = [arm.name for arm in plan.arms]
+    if (unlike := _unlike(names, arms)) is not None:
+        return f"No verdict: {unlike}.", "bad"
+    found = [(cell, r) for cell in ratios if (r := cell.of(plan.primary)) is not None]
     metric, level = title(plan.primary), f"{plan.confidence:.0%}"
     if not found:
-        return f"No verdict: no pair of requests gives {metric} in both arms.", "bad"
-    if plan.blocks < 2:
-        seen = ", ".join(f"{r.value:.3f} at {label}" for label, r in found)
-        told = f"one block cannot tell a difference from drift (ratios {name_b}/{name_a} of {metric}: {seen})"
-        return f"No verdict: {told}; use --blocks 5.", "neutral"
-    faster = [(label, r) for label, r in found if r.certain and _faster(r) > 1]
-    slower = [(label, r) for label, r in found if r.certain and _faster(r) < 1]
-    tone: Tone = "bad" if slower else "good" if faster else "neutral"
-    if len(found) == 1:
-        label, r = found[0]
-        interval = (
-            f"ratio {name_b}/{name_a} {r.value:.3f}, {level} CI {r.low:.3f}–{r.high:.3f}, "
-            f"{r.pairs} pairs in {r.blocks} blocks"
+        return f"No verdict: no block gives {metric} in both arms.", "bad"
+    blocks = min(r.blocks for _, r in found)
+    if blocks < MIN_BLOCKS:
+        seen = ", ".join(f"{r.value:.3f} at {cell.label}" for cell, r in found)
+        told = (
+            f"{blocks} block(s) cannot tell a difference from chance (ratios {names[1]}/{names[0]} of {metric}: {seen})"
         )
+        return f"No verdict: {told}; use --blocks {MIN_BLOCKS + 1}.", "neutral"
+    tail = _tails(plan, found)
+    if len(found) == 1:
+        cell, r = found[0]
+        told = f"in {metric} at {cell.label} ({_told(r, names, level)})"
         if not r.certain:
-            return f"No difference shown between {name_a} and {name_b} in {metric} at {label} ({interval}).", tone
-        return f"{name_b} is {_faster(r):.2f}× as fast as {name_a} in {metric} at {label} ({interval}).", tone
-    mean = math.exp(sum(math.log(_faster(r)) for _, r in found) / len(found))
+            return f"No difference shown between {names[0]} and {names[1]} {told}{tail[0]}.", "neutral"
+        tone: Tone = ("neutral" if tail[1] else "good") if r.better else "bad"
+        return f"{_speed(r, names)} {told}{tail[0]}.", tone
+    adjusted = holm([1.0 if r.p is None else r.p for _, r in found])
+    sure = [(cell, r) for (cell, r), p in zip(found, adjusted, strict=True) if p < 1 - plan.confidence]
+    faster, slower = [f for f in sure if f[1].better], [f for f in sure if not f[1].better]
     best, worst = max(found, key=lambda f: _faster(f[1])), min(found, key=lambda f: _faster(f[1]))
-    told = (
-        f"{name_b} is faster than {name_a} in {metric} in {len(faster)} of {len(found)} cells and slower in "
-        f"{len(slower)} ({level} CIs): {mean:.2f}× as fast in the geometric mean, from {_faster(worst[1]):.2f}× at "
-        f"{worst[0]} to {_faster(best[1]):.2f}× at {best[0]}."
-    )
-    return told, tone
+    span = f"from {_faster(worst[1]):.2f}× at {worst[0].label} to {_faster(best[1]):.2f}× at {best[0].label}"
+    cells = f"faster in {len(faster)} and slower in {len(slower)} of {len(found)} cells (Holm, {level}), {span}"
+    if mean is None or not mean.certain:
+        lead = f"No difference shown between {names[0]} and {names[1]} in the mean of {metric} over the cells"
+        tone = "bad" if slower else "neutral"
+    else:
+        lead = f"{_speed(mean, names)} in the geometric mean of {metric}"
+        tone = "bad" if slower or not mean.better else "neutral" if tail[1] else "good"
+    given = f" ({_told(mean, names, level)})" if mean is not None else ""
+    return f"{lead}{given}; {cells}{tail[0]}.", tone
 
 
-def _gate(gate: Gate, label: str, arms: Sequence[ArmCell], ratios: Sequence[CellRatios]) -> GateResult:
-    ratio = next((r for cell in ratios if cell.label == label and (r := cell.of(gate.metric)) is not None), None)
-    if ratio is not None:
-        value: float | None = float(getattr(ratio, gate.bound or "value"))
-    else:  # a figure without a ratio, such as error_rate: the last arm's own
-        value = [a for a in arms if a.label == label][-1].figures.get(gate.metric)
-    failed = value is None or math.isnan(value) or gate.fails(value)
-    return GateResult(gate=gate.text, label=label, value=value, failed=failed)
+def _single(plan: Plan, arms: Sequence[ArmCell]) -> tuple[str, Tone]:
+    """What one arm did, in its worst and best cell."""
+    failed = sum(a.figures["errors"] for a in arms)
+    asked = sum(a.figures["requests"] for a in arms)
+    level = f"{plan.confidence:.0%}"
+    seen = [(a, a.figures[plan.primary]) for a in arms if plan.primary in a.figures]
+    told = f"{plan.arms[0].name} answered {asked - failed:.0f} of {asked:.0f} requests"
+    for a, value in seen[:1] + seen[1:][-1:]:
+        interval = a.intervals.get(plan.primary)
+        scale, unit = (1.0, "/s") if plan.primary in RATES else (1e3, " ms")
+        around = f" ({level} CI {scale * interval[0]:.1f}–{scale * interval[1]:.1f})" if interval else ""
+        rate = a.figures.get("output_throughput")
+        more = f", {rate:.1f} tokens/s" if rate is not None else ""
+        told += f"; {title(plan.primary)} {scale * value:.1f}{unit}{around}{more} at {a.label}"
+    return f"{told}.", "bad" if failed else "neutral"
+
+
+def _unlike(names: Sequence[str], arms: Sequence[ArmCell]) -> str | None:
+    """Why the requests that survived in the two arms must not be compared."""
+    for first, second in zip(arms[::2], arms[1::2], strict=True):
+        left, right = (a.figures.get("error_rate", 0.0) for a in (first, second))
+        if abs(left - right) > ERRORS_ALIKE:
+            return f"at {first.label} {names[0]} failed {left:.1%} of its requests, {names[1]} {right:.1%}"
+        left, right = (a.figures.get("needle_wrong", 0.0) for a in (first, second))
+        if right > left:
+            return f"at {first.label} {names[1]} answered wrongly {right:.1%} of its requests, {names[0]} {left:.1%}"
+    return None
+
+
+def _tails(plan: Plan, found: Sequence[tuple[CellRatios, Ratio]]) -> tuple[str, bool]:
+    """The worst tail of the primary latency in words, and whether a tail is certainly worse in some cell."""
+    if plan.primary in RATES:
+        return "", False
+    latency, _ = split_metric(plan.primary)
+    tails = [(cell, t) for cell, r in found if (t := cell.of(tail_of(latency, r.pairs))) and t.metric != plan.primary]
+    if not tails:
+        return "", False
+    cell, worst = max(tails, key=lambda pair: pair[1].value)
+    adjusted = holm([1.0 if t.p is None else t.p for _, t in tails])
+    bad = any(p < 1 - plan.confidence and not t.better for (_, t), p in zip(tails, adjusted, strict=True))
+    span = f" ({worst.low:.3f}–{worst.high:.3f})" if worst.low is not None else ""
+    where = f" at {cell.label}" if len(found) > 1 else ""
+    return f"{', but' if bad else ';'} its tail: {title(worst.metric)} {worst.value:.3f}{span}{where}", bad
+
+
+def tail_of(latency: str, requests: int) -> str:
+    """The tail figure that so many requests can show."""
+    return f"{latency}_{'p99' if requests >= ENOUGH_FOR_P99 else 'p90'}"

@@ -31,6 +31,7 @@ class Turn:
     ids: Ids
     output_len: int
     needle: Needle | None = None
+    pause_s: float = 0.0  # between the answer before and this request
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +69,13 @@ class Builder:
             self._source.draw(self._rng(block, PREFIX_STREAM, g), longest) for g in range(self._workload.prefix_groups)
         ]
 
-    def conversations(self, block: int, count: int, stream: int = MEASURED_STREAM) -> list[Conversation]:
-        """`count` conversations of `block`; a `stream` of its own gives tokens that no other stream gives."""
-        rng = self._rng(block, stream, 0)
+    def conversations(
+        self, block: int, count: int, stream: int = MEASURED_STREAM, batch: int = 0
+    ) -> list[Conversation]:
+        """`count` conversations of `block`; a `stream` and a `batch` of its own gives tokens that no other gives."""
+        rng = self._rng(block, stream, 2 * batch)
         prefixes = self.prefixes(block)
-        leads = self._leads(self._rng(block, stream, 1), count)
+        leads = self._leads(self._rng(block, stream, 2 * batch + 1), count)
         lengths, made = self._input.draw(rng, count), []
         outputs = self._output.draw(rng, count * self._workload.turns)
         extra = self._turn.draw(rng, count * self._workload.turns)
@@ -87,7 +90,7 @@ class Builder:
             body = self._body(rng, prefix, leads[i], facts, question, length, depth)
             turns = [Turn(body, outputs[i], needle)]
             turns += [Turn(self._source.draw(rng, extra[i + count * t]), outputs[i + count * t]) for t in self._later]
-            made.append(Conversation(i, tuple(turns), group, len(prefix)))
+            made.append(Conversation(batch * count + i, tuple(turns), group, len(prefix)))
         return made
 
     def _shared(self, length: int) -> int:

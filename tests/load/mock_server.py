@@ -36,11 +36,19 @@ class Script:
     cut: int = 0  # send frames in pieces of this many bytes
     pad: int = 0  # bytes of extra data in each frame
     answer: str = ""  # text generated; "needle" answers the question in the prompt, empty counts
-    fault: str = ""  # 429 500 reset early_close stall error_event bad_json
+    usage: bool = True  # OpenAI streams tell usage at all
+    mirror: bool = False  # reasoning comes under both of its names
+    silent: int = 0  # leading tokens without text
+    batch: int = 1  # frames sent in one write
+    bom: bool = False
+    gzip: str = ""  # asked = where the client accepts it, always = anyway
+    fault: str = ""  # a status, or one of the words that `serve` knows
     fault_every: int = 1
     fault_after: int = 2  # frames sent before a fault in the stream
     misa: str = ""  # policy told in /server_info, empty for none
     misa_calls: bool = True
+    captured: bool = False  # the decode policy is a captured graph, and only stock's is replayed
+    busy_tokenizer: int = 0  # this call of /tokenize, counted from the script's start, answers 503
     tokenizer: bool = True
     block_first: float = 0.0  # seconds of extra TTFT of the first request after a flush
 
@@ -50,7 +58,7 @@ class Mock:
         self.script = script
         self.seen: list[np.ndarray] = []
         self.sent: dict[str, list[float]] = {}
-        self.requests = self.misa = 0
+        self.requests = self.misa = self.tokenized = 0
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 30)
@@ -80,6 +88,13 @@ class Mock:
         if self.script.misa:
             calls = {"prefill": {self.script.misa: self.misa, "dsa": 3}, "decode": {"captured:dsa": 7}}
             state["misa"] = {"enabled": True, "policy": {"prefill": self.script.misa, "decode": "dsa"}, "calls": calls}
+            if self.script.captured:
+                calls["decode"]["captured:hisa"] = 549
+                state["misa"] |= {
+                    "policy": {"prefill": self.script.misa, "decode": "hisa"},
+                    "min_len": {"prefill": 8192, "decode": 32768},
+                    "replays": {"dsa": self.requests},
+                }
         return web.json_response({"page_size": PAGE, "api_key": "sk-in-server-info", "internal_states": [state]})
 
     async def metrics(self, request: web.Request) -> web.Response:
@@ -100,7 +115,7 @@ class Mock:
 
     async def change(self, request: web.Request) -> web.Response:
         self.script = replace(Script(), **await request.json())
-        self.requests = 0
+        self.requests = self.tokenized = 0
         return web.json_response(asdict(self.script))
 
     async def truth(self, request: web.Request) -> web.Response:
@@ -110,6 +125,9 @@ class Mock:
     async def tokenize(self, request: web.Request) -> web.Response:
         if not self.script.tokenizer:
             raise web.HTTPNotFound
+        self.tokenized += 1
+        if self.tokenized == self.script.busy_tokenizer:
+            raise web.HTTPServiceUnavailable
         body = await request.json()
         text = (
             body["prompt"] if "prompt" in body else "".join(f"<|{m['role']}|>{m['content']}" for m in body["messages"])
@@ -157,19 +175,34 @@ class Mock:
         fault = script.fault if number % script.fault_every == 0 else ""
         if fault in ("429", "500"):
             return web.Response(status=int(fault), text="no: Bearer sk-echoed-back")
+        if fault == "307":
+            raise web.HTTPTemporaryRedirect("http://127.0.0.1:9/elsewhere")
+        if fault == "json":
+            return web.json_response({"message": "this model does not stream"})
         ids = np.array(prompt, dtype=np.int32)
         cached = self.cached(ids)
         extra = script.block_first if not self.seen else 0.0
         text, output = answer(script, prompt, count)
         self.seen.append(np.concatenate([ids, np.array(output[:-1], np.int32)]))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        if script.gzip == "always" or (script.gzip and "gzip" in request.headers.get("Accept-Encoding", "")):
+            response.enable_compression(web.ContentCoding.gzip)
         await response.prepare(request)
+        if script.bom:
+            await response.write(b"\xef\xbb\xbf")
         transport = request.transport
         assert transport is not None
         transport.set_write_buffer_limits(high=0)
         sent = self.sent.setdefault(f"{number}", [start])
 
-        async def send(frame: bytes) -> None:
+        held: list[bytes] = []
+
+        async def send(frame: bytes, last: bool = True) -> None:
+            held.append(frame)
+            if len(held) < script.batch and not last:
+                return
+            frame = b"".join(held)
+            held.clear()
             for i in range(0, len(frame), script.cut or len(frame)):
                 await response.write(frame[i : i + (script.cut or len(frame))])
 
@@ -194,12 +227,26 @@ class Mock:
                     return response
                 elif fault == "error_event":
                     await send(frame_of({"error": {"message": "out of memory", "code": 500}}))
+                elif fault == "error_flat":
+                    await send(frame_of({"object": "error", "message": "EngineCore died", "code": 500}))
+                elif fault == "error_foreign":
+                    await send(frame_of({"code": 400, "details": "guard tripped"}))
+                elif fault == "error_named":
+                    await send(b"event: error\ndata: overloaded\n\n")
+                elif fault == "abort":
+                    message = "Input length (131072 tokens) exceeds the maximum allowed length"
+                    meta = {"finish_reason": {"type": "abort", "message": message}}
+                    await send(frame_of({"text": "", "output_ids": [], "meta_info": meta}))
+                if fault in ("error_flat", "error_foreign", "error_named", "abort", "done"):
+                    await send(b"data: [DONE]\n\n")
+                    return response
                 elif fault == "bad_json":
                     await send(b"data: {half\n\n")
             finish = "length" if done == count else None
             sent.append(time.perf_counter())
-            await send(frame_of(self.event(script, api, usage, text, output, first, done, finish, len(ids), cached)))
-        if api != "generate":
+            event = self.event(script, api, usage, text, output, first, done, finish, len(ids), cached)
+            await send(frame_of(event), last=done == count)
+        if api != "generate" and script.usage:
             totals = {
                 "prompt_tokens": len(ids),
                 "completion_tokens": count,
@@ -225,7 +272,7 @@ class Mock:
     ) -> dict[str, Any]:
         padding = {"padding": "x" * script.pad} if script.pad else {}
         start = first if script.incremental or api != "generate" else 0
-        part = "".join(text[start:done])
+        part = "".join(text[max(start, script.silent) : done])
         if api == "generate":
             meta = {
                 "prompt_tokens": prompt,
@@ -241,8 +288,10 @@ class Mock:
             choice: dict[str, Any] = {"text": part, "finish_reason": finish}
         else:
             field = "reasoning_content" if done <= script.reasoning else "content"
-            choice = {"delta": {field: part}, "finish_reason": finish}
-        totals = {"usage": {"prompt_tokens": prompt, "completion_tokens": done}} if usage and script.continuous else {}
+            both = {"reasoning": part} if script.mirror and field == "reasoning_content" else {}
+            choice = {"delta": {field: part, **both}, "finish_reason": finish}
+        tells = usage and script.continuous and script.usage
+        totals = {"usage": {"prompt_tokens": prompt, "completion_tokens": done}} if tells else {}
         return {"choices": [choice], **totals, **padding}
 
 

@@ -12,17 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import MockProcess
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from load.helpers import MockProcess
 
 from sglang_misa.bench.load import client
+from sglang_misa.bench.load.replies import Reply
 from sglang_misa.bench.load.watch import LoopWatch
 
 TTFT_S, ITL_S, TOKENS = 20.0, 0.05, 128
 
 
-async def drive(url: str, streams: int, body: bytes) -> tuple[list[client.Reply], dict[str, float]]:
-    replies = [client.Reply() for _ in range(streams)]
+async def drive(url: str, streams: int, body: bytes) -> tuple[list[Reply], dict[str, float]]:
+    replies = [Reply() for _ in range(streams)]
     async with client.session({}) as http, LoopWatch() as watch:
         await asyncio.gather(*(client.exchange(http, url, "generate", body, 600.0, 600.0, r) for r in replies))
     return replies, watch.figures()

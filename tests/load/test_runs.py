@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 import shlex
 import socket
 import sys
 import time
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from load.helpers import MOCK, PATIENT, SMALL, figures, results, units
 
-from sglang_misa.bench.load import cli, measure
+from sglang_misa.bench.load import cli
 from sglang_misa.bench.load.cli import GATE_FAILED, INVALID, OK, USAGE, main
-
-MOCK = Path(__file__).with_name("mock_server.py")
-# The machine of a test run may be busy with other things: saturation has a test of its own.
-PATIENT = ["--max-lag-s", "5", "--max-cpu-share", "5"]
-SMALL = [*PATIENT, "--input-len", "1k", "--output-len", "8", "--requests", "4", "--warmup", "1"]
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    monkeypatch.setattr(measure, "RESAMPLES", 300)
-
-
-def results(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
-
-
-def figures(folder: Path, arm: int = 0) -> dict:
-    return results(folder)["arms"][arm]["figures"]
-
-
-def units(folder: Path) -> list[dict]:
-    return sorted((json.loads(p.read_text()) for p in (folder / "units").glob("*.json")), key=lambda u: u["started"])
 
 
 def test_ab_finds_an_injected_delay_and_its_size(mocks, tmp_path, capsys):
@@ -47,29 +24,29 @@ def test_ab_finds_an_injected_delay_and_its_size(mocks, tmp_path, capsys):
     a.script(ttft=0.05, itl=0.004)
     b.script(ttft=0.075, itl=0.004)
     servers = ["--a", a.url, "--b", b.url, "--names", "stock", "slow"]
-    grid = ["--contexts", "1k", "2k", "--concurrencies", "1", "2", "--blocks", "2", "--shared-prefix", "50"]
+    grid = ["--contexts", "1k", "2k", "--concurrencies", "1", "2", "--blocks", "5", "--shared-prefix", "50"]
     gates = ["--fail-if", "ttft_p50 > 1.2", "tpot_p50 > 1.5", "error_rate > 0"]
     code = main(["ab", *servers, *SMALL, *grid, *gates, "--out", str(tmp_path)])
     assert code == GATE_FAILED
-    assert [u["arm"] for u in units(tmp_path)] == ["stock", "slow"] * 8
+    assert [u["arm"] for u in units(tmp_path)] == [*["stock", "slow", "slow", "stock"] * 2, "stock", "slow"] * 4
     result = results(tmp_path)
     for cell in result["ratios"]:
         by_metric = {r["metric"]: r for r in cell["ratios"]}
         ttft = by_metric["ttft_p50"]
         overhead = min(f["figures"]["ttft_p50"] for f in result["arms"] if f["arm"] == "stock") - 0.05
-        assert ttft["value"] == pytest.approx((0.075 + overhead) / (0.05 + overhead), rel=0.1)
-        assert ttft["pairs"] == 8
-        assert by_metric["tpot_p50"]["value"] == pytest.approx(1.0, abs=0.15)
+        assert ttft["value"] == pytest.approx((0.075 + overhead) / (0.05 + overhead), rel=0.25)
+        assert ttft["pairs"] == 20
+        assert by_metric["tpot_p50"]["value"] == pytest.approx(1.0, abs=0.25)
     assert {g["gate"] for g in result["gates"] if g["failed"]} == {"ttft_p50 > 1.2"}
-    certain = [cell["ratios"][0]["low"] > 1 for cell in result["ratios"]]
-    assert sum(certain) >= 3  # a busy machine may stall half of one unit, which two blocks cannot rule out as chance
-    assert f"slower in {sum(certain)}" in result["verdict"]
+    assert result["verdict"].startswith("slow is slower than stock, 0.")
+    assert result["mean"]["low"] > 1
+    assert result["tone"] == "bad"
     page = (tmp_path / "report.html").read_text()
     assert result["verdict"].split(":")[0] in page
     assert page.count("<svg") == len(list((tmp_path / "plots").glob("*.png"))) == 4
     assert not re.search(r'(src|href)="http', page)
-    assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 16
-    assert len(list(csv.DictReader((tmp_path / "requests.csv").open()))) == 64
+    assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 40
+    assert len(list(csv.DictReader((tmp_path / "requests.csv").open()))) == 160
     assert result["verdict"][:40] in capsys.readouterr().out.replace("\n", " ")
 
 
@@ -81,7 +58,8 @@ def test_equal_servers_show_no_gain(mocks, tmp_path):
         main(["ab", *servers, "--blocks", "3", *SMALL, "--out", str(tmp_path), "--fail-if", "ttft_p50.low > 1.1"]) == OK
     )
     (cell,) = results(tmp_path)["ratios"]
-    assert cell["ratios"][0]["value"] == pytest.approx(1.0, abs=0.1)
+    assert cell["ratios"][0]["value"] == pytest.approx(1.0, abs=0.25)  # a busy machine
+    assert results(tmp_path)["verdict"].startswith(("No verdict: 3 block", "No difference"))
 
 
 def test_two_launch_commands_one_after_the_other(tmp_path, monkeypatch):
@@ -92,8 +70,8 @@ def test_two_launch_commands_one_after_the_other(tmp_path, monkeypatch):
     arguments = ["ab", "--a", f"{command} dsa", "--b", f"{command} misa", "--a-expect", "dsa", "--b-expect", "misa"]
     arguments += ["--ab-mode", "alternate", "--blocks", "2", *SMALL, "--api-key-env", "LOAD_TEST_KEY"]
     assert main([*arguments, "--out", str(tmp_path)]) == OK
-    assert [u["arm"] for u in units(tmp_path)] == ["A", "B", "A", "B"]
-    assert units(tmp_path)[1]["misa"]["prefill.misa"] > 0
+    assert [u["arm"] for u in units(tmp_path)] == ["A", "B", "B", "A"]
+    assert all(u["misa"]["prefill.misa"] > 0 for u in units(tmp_path) if u["arm"] == "B")
     for log in ("server-a.log", "server-b.log"):
         assert (tmp_path / log).read_text().count("ready") == 2
     for path in tmp_path.rglob("*"):

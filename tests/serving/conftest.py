@@ -4,11 +4,8 @@ import base64
 import http.client
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +18,7 @@ import pytest
 import torch
 
 from sglang_misa import demo_model
+from sglang_misa.procs import ServerProcess, free_port
 
 API_KEY = "serving-test-key"
 CONTEXT = 8192
@@ -46,7 +44,7 @@ class Generated:
 class Server:
     """A started server and the requests that the tests send to it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, model: Path):
+    def __init__(self, process: ServerProcess, port: int, model: Path):
         self.process, self.port, self.model = process, port, model
 
     def request(self, path: str, body: Any = None, key: str = API_KEY) -> tuple[int, bytes]:
@@ -102,7 +100,7 @@ class Server:
 
     def healthy(self) -> bool:
         """Whether it still generates."""
-        return self.process.poll() is None and len(self.generate("Still there?").ids) == 8
+        return self.process.exit_code is None and len(self.generate("Still there?").ids) == 8
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -110,23 +108,6 @@ def environment(**changes: str) -> dict[str, str]:
     ours = ("SGLANG_MISA", "SGLANG_PLUGINS", "SGLANG_PLATFORM", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return {**kept, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", **changes}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, signum)
-            process.wait(20)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
 
 
 @pytest.fixture(scope="session")
@@ -149,25 +130,17 @@ def started(words: str, model: Path, log: Path, **changes: str) -> Iterator[Serv
         f"{sys.executable} -m sglang_misa.launch_server {SELECTION} {words} --device cpu --model-path {model} "
         f"--host 127.0.0.1 --port {port} --context-length {CONTEXT} --sleep-on-idle"
     ).split()
-    with log.open("w") as sink:
-        process = subprocess.Popen(
-            command, stdout=sink, stderr=sink, env=environment(**changes), start_new_session=True
-        )
-    server = Server(process, port, model)
-    try:
-        deadline = time.monotonic() + START_LIMIT
-        while True:
-            assert process.poll() is None, f"status {process.returncode}:\n{log.read_text()[-4000:]}"
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
+    with ServerProcess(command, log, environ=environment(**changes)) as process:
+        server = Server(process, port, model)
+
+        def ready() -> bool:
             try:
-                if server.request("/health")[0] == 200:
-                    break
+                return server.request("/health")[0] == 200
             except OSError:
-                pass
-            time.sleep(0.5)
+                return False
+
+        process.wait_ready(ready, START_LIMIT)
         yield server
-    finally:
-        stop(process)
 
 
 @pytest.fixture(scope="session")
@@ -196,23 +169,14 @@ def together() -> Callable[..., list[Any]]:
 
 
 @pytest.fixture(scope="session")
-def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the launcher to its end with these words; the environment changes by keyword."""
 
     def run(*words: Any, **changes: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "sglang_misa.launch_server", *map(str, words)]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment(**changes),
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=START_LIMIT)
-        finally:
-            stop(process)  # a server that should have refused
-        return subprocess.CompletedProcess(command, process.returncode, output, "")
+        log = tmp_path_factory.mktemp("launch") / "log"
+        with ServerProcess(command, log, environ=environment(**changes)) as process:  # it may serve, and should not
+            status = process.wait(START_LIMIT)
+        return subprocess.CompletedProcess(command, status, log.read_text(errors="replace"), "")
 
     return run

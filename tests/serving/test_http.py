@@ -50,7 +50,8 @@ def test_decode_is_stock_until_a_request_of_the_step_is_long(server):
 def test_the_key_is_asked_for_and_not_in_the_process_list(server):
     assert server.request("/v1/models", key="another")[0] == 401
     assert server.request("/v1/models")[0] == 200
-    arguments = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+    (launcher,) = Path(f"/proc/{server.process.group}/task/{server.process.group}/children").read_text().split()
+    arguments = Path(f"/proc/{launcher}/cmdline").read_bytes()
     assert b"--api-key-file" in arguments
     assert b"serving-test-key" not in arguments
 

@@ -1,0 +1,180 @@
+"""Makes one unit of what a block brought: figures, why they may not be used, and what to know when reading them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_misa.bench.load import selection
+from sglang_misa.bench.load.control import Control
+from sglang_misa.bench.load.drive import Ledger
+from sglang_misa.bench.load.figures import error_classes, summarize
+from sglang_misa.bench.load.records import Record, Unit
+from sglang_misa.bench.load.safety import Keys
+from sglang_misa.bench.load.settings import Arm, Bounds, Cell, Slo
+from sglang_misa.bench.load.workload import LEAD
+
+FEW_WAVES = 5  # requests for each client under which the start and the end of the load weigh too much
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A server's counters at one moment."""
+
+    at: float  # Unix time
+    info: Mapping[str, Any]
+    calls: dict[str, int]
+    metrics: Metrics
+
+    @classmethod
+    def of(cls, control: Control) -> Snapshot:
+        info = control.refresh()
+        return cls(time.time(), info, selection.calls(info), control.metrics())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that one block brought."""
+
+    block: int
+    ledger: Ledger
+    before: Snapshot
+    after: Snapshot
+    gpu: dict[str, float]
+    notes: list[str]
+
+    @property
+    def went_away(self) -> bool:
+        """Whether the server was down or another process at some time of the block."""
+        before, after = self.before, self.after
+        refused = any(r.error == "refused" for r in self.ledger.records)
+        new_calls = bool(after.info) and any(after.calls.get(path, 0) < n for path, n in before.calls.items())
+        counters = ((k, n) for k, n in before.metrics.items() if k.split("{")[0].endswith("_total"))
+        return refused or new_calls or any(after.metrics.get(k, n) < n for k, n in counters)
+
+
+@dataclass(frozen=True)
+class Assembler:
+    """Units of one arm in one cell."""
+
+    arm: Arm
+    cell: Cell
+    bounds: Bounds
+    slo: Slo | None
+    page: int
+    keys: Keys
+
+    def unit(self, measured: Measured) -> Unit:
+        ledger = measured.ledger
+        records = sorted(ledger.records, key=lambda r: (r.pair, r.turn))
+        end = max((r.done or r.dispatched for r in records), default=0.0)
+        start = max(ledger.steady, min((r.dispatched for r in records), default=0.0))
+        start = start if start < end else min((r.dispatched for r in records), default=0.0)
+        good = [r for r in records if r.good]
+        counted = not good or any(r.output_tokens is not None for r in good)
+        streamed = sum(count for at, count in ledger.tokens if start <= at <= end) if counted else None
+        metrics = _changes(measured.before.metrics, measured.after.metrics)
+        figures = summarize(records, (start, end), streamed, self.slo) | _server_figures(metrics)
+        health = ledger.watch.figures()
+        calls = {
+            path: float(count - measured.before.calls.get(path, 0) * ("captured:" not in path))
+            for path, count in measured.after.calls.items()
+        }
+        return Unit(
+            arm=self.arm.name,
+            cell=self.cell.digest(),
+            label=self.cell.label,
+            block=measured.block,
+            started=measured.before.at,
+            figures=figures,
+            errors=error_classes(records),
+            client=health,
+            gpu=measured.gpu,
+            metrics=metrics,
+            misa=calls,
+            problems=tuple(self._problems(records, health, measured)),
+            notes=(*measured.notes, *self._remarks(records, figures, measured)),
+            records=tuple(r.model_copy(update={"detail": self.keys.erase(r.detail)}) for r in records),
+        )
+
+    def _problems(self, records: list[Record], health: dict[str, float], measured: Measured) -> Iterator[str]:
+        for name in ("loop_lag_p99", "dispatch_delay_p99"):
+            if health[name] > self.bounds.max_lag_s:
+                yield (
+                    f"the client was saturated: {name} was {1e3 * health[name]:.0f} ms, at most "
+                    f"{1e3 * self.bounds.max_lag_s:.0f} ms may be (--max-lag-s)"
+                )
+        if health["client_cpu_share"] > self.bounds.max_cpu_share:
+            yield f"the client was saturated: it used {health['client_cpu_share']:.0%} of one CPU (--max-cpu-share)"
+        if not any(r.good for r in records):
+            first = next((r for r in records if r.error), None)
+            why = f" ({first.error}: {self.keys.erase(first.detail)})" if first else ""
+            yield f"no request succeeded{why}"
+        expect = self.arm.expect
+        if expect and expect not in selection.STOCK:
+            routed = self._routed(expect, measured)
+            if not any(routed.values()):
+                yield (
+                    f"{expect} did not run: the server counted no routed indexer call in this block "
+                    "(prompts below its min_len get stock selection)"
+                )
+
+    def _routed(self, expect: str, measured: Measured) -> dict[str, int]:
+        after = measured.after
+        return selection.routed(expect, after.info, measured.before.calls, after.calls)
+
+    def _remarks(self, records: list[Record], figures: dict[str, float], measured: Measured) -> Iterator[str]:
+        expect = self.arm.expect
+        if expect and expect not in selection.STOCK:
+            routed = self._routed(expect, measured)
+            for phase in (p for p, calls in routed.items() if not calls and any(routed.values())):
+                yield f"{expect} did not run in {phase}: every call there took stock selection"
+        if figures.get("cached_error_max", 0) > self.page + LEAD:
+            yield (
+                f"prefix hits differ from the plan: {figures['cached_share']:.1%} of the prompt tokens were cached, "
+                f"{figures['cached_wanted_share']:.1%} were meant to be"
+            )
+        if any(r.cached_wanted for r in records) and "cached_share" not in figures:
+            yield "prefix hits are not verified: the server reports no cached_tokens (SGLang: --enable-cache-report)"
+        if figures.get("prompt_error_max", 0) > 0:
+            yield f"the server counted up to {figures['prompt_error_max']:.0f} prompt tokens more or fewer than asked"
+        if self.cell.workload.ignore_eos and figures.get("short_outputs"):
+            yield f"{figures['short_outputs']:.0f} answers were shorter than asked"
+        if "output_throughput" not in figures:
+            yield "the server reports no usage: tokens cannot be counted, so there are no TPOT, ITL and token rates"
+        elif figures.get("inexact_itl"):
+            yield "the stream does not count tokens: ITL spreads the final total evenly over the reads"
+        load = self.cell.load
+        if load.arrival == "closed" and load.concurrency > 1 and len(records) < FEW_WAVES * load.concurrency:
+            yield (
+                f"{len(records)} requests for {load.concurrency} clients: under {FEW_WAVES} for each, the start and "
+                "the end of the load weigh too much; raise --requests"
+            )
+
+
+def _changes(before: Metrics, after: Metrics) -> Metrics:
+    """Counters that grew."""
+    return {name: after[name] - before.get(name, 0.0) for name in after if after[name] - before.get(name, 0.0) > 0}
+
+
+def _server_figures(metrics: Metrics) -> dict[str, float]:
+    """The queue's and the prefill's part of the latency, and the hit rate, by the server's own counters."""
+
+    def total(name: str, **labels: str) -> float:
+        wanted = [f'{k}="{v}"' for k, v in labels.items()]
+        return sum(v for k, v in metrics.items() if k.split("{")[0] == name and all(w in k for w in wanted))
+
+    figures = {}
+    if queued := total("sglang:queue_time_seconds_count"):
+        figures["server_queue_s_mean"] = total("sglang:queue_time_seconds_sum") / queued
+    stage = "sglang:per_stage_req_latency_seconds"
+    if count := total(f"{stage}_count", stage="prefill_forward"):
+        figures["server_prefill_s_mean"] = total(f"{stage}_sum", stage="prefill_forward") / count
+    if prompt := total("sglang:prompt_tokens_total"):
+        figures["server_cached_share"] = total("sglang:cached_tokens_total") / prompt
+    if retracted := total("sglang:num_retracted_requests_total"):
+        figures["server_retractions"] = retracted
+    return figures

@@ -1,0 +1,107 @@
+"""Brings a server and a block's requests to the line: warm-up, empty cache, shared prefixes, bodies ready to send."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_misa.bench.load import schedule
+from sglang_misa.bench.load.dialogue import Dialogue, Encoder
+from sglang_misa.bench.load.drive import Ledger, Notice, Route, Supply, Work, drive
+from sglang_misa.bench.load.prompts import Source
+from sglang_misa.bench.load.records import Record
+from sglang_misa.bench.load.settings import Cell, Flush, LoadError
+from sglang_misa.bench.load.workload import KEEP_STREAM, WARMUP_STREAM, Builder, Conversation, Turn
+
+MAX_PREPARED = 4 * 1024**3  # bytes of request bodies held ready at once
+BYTES_PER_TOKEN = 7  # of a token id in JSON
+PRIME_GROUP = -1  # conversation number of a prefix that is only primed
+SPARES = 4  # unmeasured conversations ready for each client, to hold the load up at the end
+AHEAD = 2  # batches of an open number of conversations hold so many for each client
+ARRIVAL_STREAM = 0xA221
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is ready to be sent."""
+
+    supply: Supply
+    dues: list[float]  # of an open loop
+    spare: list[Work]
+    total: int | None  # requests that will be measured, None where the duration decides
+    notes: list[str]
+
+
+class Preparation:
+    """Prepares blocks of one cell on one server."""
+
+    def __init__(self, cell: Cell, encoder: Encoder, route: Route, flush: Flush):
+        self._cell, self._encoder, self._route, self._flush = cell, encoder, route, flush
+
+    def warm_up(self, source: Source, block: int, notice: Notice) -> float:
+        """Send unmeasured requests of `block`; returns the mean seconds of one. Raises LoadError when one fails."""
+        builder, load = Builder(self._cell.workload, source), self._cell.load
+        if not load.warmups:
+            return 0.0
+        records = self._unmeasured(builder.conversations(block, load.warmups, WARMUP_STREAM), "warm-up", notice)
+        return float(np.mean([r.e2e for r in records]))
+
+    def block(self, source: Source, block: int, notice: Notice) -> Prepared:
+        """Empty the cache, prime what is shared, and make the requests of `block`. Raises LoadError."""
+        builder, load = Builder(self._cell.workload, source), self._cell.load
+        notes = [] if self._emptied() else ["the prefix cache was not emptied before this block"]
+        prefixes = [
+            Conversation(PRIME_GROUP, (Turn(ids, 1),), group, 0) for group, ids in enumerate(builder.prefixes(block))
+        ]
+        if prefixes:
+            self._unmeasured(prefixes, "priming", notice)
+        dues: list[float] = []
+        if load.arrival == "closed":
+            count = load.asked
+        else:
+            rng = np.random.default_rng([self._cell.workload.seed, block, ARRIVAL_STREAM])
+            dues = schedule.arrivals(load, rng).tolist()
+            count = len(dues)
+        spares = SPARES * load.concurrency if load.cooldown == "keep" else 0
+        spare = self._ready(builder.conversations(block, spares, KEEP_STREAM)) if spares else []
+        if count is None:
+            size = max(AHEAD * load.concurrency, 8)
+            batches = (self._ready(builder.conversations(block, size, batch=i)) for i in itertools.count())
+            return Prepared(Supply(batches, load.concurrency), dues, spare, None, notes)
+        conversations = builder.conversations(block, count)
+        size = BYTES_PER_TOKEN * sum(len(c.turns[0].ids) for c in conversations)
+        if size > MAX_PREPARED:
+            raise LoadError(
+                f"requests: expected at most {MAX_PREPARED >> 30} GiB of prompts in a block, got {size >> 30}; lower it"
+            )
+        total = sum(len(c.turns) for c in conversations)
+        return Prepared(Supply(iter([self._ready(conversations)]), 0), dues, spare, total, notes)
+
+    def _emptied(self) -> bool:
+        if self._flush == "never":
+            return True
+        self._encoder.control.wait_idle()
+        emptied = self._encoder.control.flush()
+        if not emptied and self._flush == "require":
+            raise LoadError("expected /flush_cache to work, got a refusal; see --admin-key-env")
+        return emptied
+
+    def _ready(self, conversations: list[Conversation]) -> list[Work]:
+        dialogues = [Dialogue(c, self._encoder) for c in conversations]
+        return [(d, d.body(d.conversation.turns[0])) for d in dialogues]
+
+    def _unmeasured(self, conversations: list[Conversation], phase: str, notice: Notice) -> list[Record]:
+        """Requests that must all succeed, as many at once as the load has clients."""
+        total = sum(len(c.turns) for c in conversations)
+        notice(phase, 0, total, None)
+        work, places = self._ready(conversations), self._cell.load.concurrency
+        ledger = Ledger(phase, total, notice)
+        drive(self._route, ledger, lambda driver: driver.at_once(work, places))
+        failed = next((r for r in ledger.records if not r.good), None)
+        if failed is not None:
+            raise LoadError(
+                f"{self._cell.label}: expected {phase} requests to succeed, got {failed.error}: {failed.detail}"
+            )
+        return ledger.records

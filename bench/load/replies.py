@@ -1,0 +1,226 @@
+"""What one answer's stream says: tokens and their times, text, counts, cache hits, and how it ended.
+
+A token is what the server counts: text alone is not a token (a read may bring several, speculative decoding does), and
+a token may come without text (half a character, a special token).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pydantic_core import from_json
+
+from sglang_misa.bench.load.sse import Event
+
+MAX_TEXT = 64 * 1024 * 1024  # characters of an answer that are kept at most
+SMALL_EVENT = 4 * 1024  # bytes; longer cumulative events are read at their tail only
+META = b'"meta_info":'
+ANSWER_FIELDS = {
+    "choices",
+    "text",
+    "output_ids",
+    "meta_info",
+    "usage",
+    "id",
+}  # an event with none of them tells of a fault
+THOUGHT_FIELDS = ("reasoning_content", "reasoning")  # names of one text; some servers send both
+
+
+@dataclass(slots=True)
+class Reply:
+    """What came of one request. Times in seconds of perf_counter; `counts` are the tokens received up to each time."""
+
+    dispatched: float = 0.0
+    headers: float | None = None
+    done: float | None = None
+    times: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    exact: bool = True  # counts came with the reads; otherwise the final total was spread over them
+    text: str = ""
+    output_ids: list[int] = field(default_factory=list)
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None  # None where the server never counts
+    cached_tokens: int | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    finish: str | None = None
+    error: str | None = None
+    detail: str = ""
+    received: int = 0
+
+    def token(self, now: float) -> None:
+        """Tokens came by the read at `now`; what one read brings came at one time."""
+        count = self.completion_tokens
+        if count is None:
+            self.exact = False
+            count = (self.counts[-1] if self.counts else 0) + 1
+        if self.times and self.times[-1] == now:
+            self.counts[-1] = count
+        else:
+            self.times.append(now)
+            self.counts.append(count)
+
+
+class StreamError(Exception):
+    """A reply that cannot count; `kind` is its class."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(detail)
+        self.kind = kind
+
+
+class Reader(Protocol):
+    """Understands the events of one API."""
+
+    def read(self, event: Event, reply: Reply) -> bool:
+        """Take one event into `reply`; whether it brought tokens. Raises StreamError."""
+
+    def close(self, reply: Reply) -> None:
+        """The stream has ended: complete text and ids."""
+
+
+class GenerateReader:
+    """SGLang's /generate, whose text and ids are cumulative or, with incremental output, the new part.
+
+    A cumulative stream repeats the whole answer in each event. Of a long event only the tail, `meta_info`, is parsed;
+    text and ids are taken from the last one, so the work grows with the answer's length and not with its square.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self._kept = 0
+        self._cumulative = False  # until the ids of a second token tell
+        self._last = b""
+
+    def read(self, event: Event, reply: Reply) -> bool:
+        if self._cumulative and len(event.data) > SMALL_EVENT and (at := event.data.rfind(META)) > 0:
+            self._last = event.data
+            return self._count(parse(Event(event.name, b"{" + event.data[at:])), reply)
+        data = parse(event)
+        came = self._count(data, reply)
+        self._take(data, reply)
+        self._last = b""
+        return came
+
+    def close(self, reply: Reply) -> None:
+        if self._last:
+            self._take(parse(Event(b"", self._last)), reply)
+        reply.text = "".join(self._parts)
+
+    def _take(self, data: dict[str, Any], reply: Reply) -> None:
+        ids, text = data.get("output_ids") or [], data.get("text") or ""
+        count = reply.completion_tokens or 0
+        cumulative = len(ids) >= count if ids else text.startswith("".join(self._parts))
+        if ids and count > 1:
+            self._cumulative = cumulative
+        if cumulative:
+            reply.output_ids, self._parts, self._kept = ids, [text], len(text)
+        else:
+            reply.output_ids.extend(ids)
+            self._parts.append(text)
+            self._kept += len(text)
+        if self._kept > MAX_TEXT:
+            raise StreamError("oversized", f"expected at most {MAX_TEXT} characters of text, got more")
+
+    @staticmethod
+    def _count(data: dict[str, Any], reply: Reply) -> bool:
+        meta = data.get("meta_info") or {}
+        before = reply.completion_tokens or 0
+        count = meta.get("completion_tokens")
+        if count is not None:
+            reply.completion_tokens = int(count)
+        reply.prompt_tokens = meta.get("prompt_tokens", reply.prompt_tokens)
+        reply.cached_tokens = meta.get("cached_tokens", reply.cached_tokens)
+        reply.queue_s = meta.get("queue_time", reply.queue_s)
+        if meta.get("prefill_finished_time") and meta.get("forward_entry_time"):
+            reply.prefill_s = meta["prefill_finished_time"] - meta["forward_entry_time"]
+        finish = meta.get("finish_reason")
+        if isinstance(finish, dict):
+            reply.finish = str(finish.get("type"))
+            if finish.get("message"):
+                reply.detail = str(finish["message"])
+        else:
+            reply.finish = finish or reply.finish
+        if count is None:
+            return bool(data.get("text") or data.get("output_ids"))
+        return int(count) > before
+
+
+class OpenAiReader:
+    """An OpenAI-compatible server. Role-only and usage-only chunks carry no token; reasoning does."""
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self._kept = 0
+
+    def read(self, event: Event, reply: Reply) -> bool:
+        data = parse(event)
+        choices = data.get("choices") or []
+        wrote = role_only = False
+        for choice in choices:
+            delta = choice.get("delta") or {}
+            thought = next((delta[name] for name in THOUGHT_FIELDS if delta.get(name)), "")
+            parts = [choice.get("text") or "", thought, delta.get("content") or ""]
+            wrote = wrote or any(parts) or bool(delta.get("tool_calls"))
+            role_only = role_only or (bool(delta.get("role")) and not any(parts))
+            self._parts += parts
+            self._kept += sum(map(len, parts))
+            reply.finish = choice.get("finish_reason") or reply.finish
+        if self._kept > MAX_TEXT:
+            raise StreamError("oversized", f"expected at most {MAX_TEXT} characters of text, got more")
+        usage = data.get("usage") or {}
+        if not usage or (role_only and not wrote):
+            return wrote
+        before = reply.completion_tokens or 0
+        if usage.get("completion_tokens") is not None:
+            reply.completion_tokens = int(usage["completion_tokens"])
+        reply.prompt_tokens = usage.get("prompt_tokens", reply.prompt_tokens)
+        details = usage.get("prompt_tokens_details") or {}
+        reply.cached_tokens = details.get("cached_tokens", reply.cached_tokens)
+        return wrote or (bool(choices) and (reply.completion_tokens or 0) > before)
+
+    def close(self, reply: Reply) -> None:
+        reply.text = "".join(self._parts)
+
+
+def parse(event: Event) -> dict[str, Any]:
+    """The JSON object of an event. Raises StreamError for what is none, or tells of an error in any known shape."""
+    if event.name == b"error":
+        raise StreamError("server_error", event.data.decode("utf-8", "replace"))
+    try:
+        data = from_json(event.data)
+    except ValueError as error:
+        raise StreamError("bad_stream", f"expected JSON in an event, got {event.data[:80]!r} ({error})") from None
+    if not isinstance(data, dict):
+        raise StreamError("bad_stream", f"expected a JSON object in an event, got {event.data[:80]!r}")
+    told = data.get("error") or data.get("errors")
+    if told:
+        raise StreamError("server_error", _message(told))
+    flat = "error" in (data.get("object"), data.get("type"))
+    foreign = not ANSWER_FIELDS & data.keys() and bool({"message", "detail", "details", "code"} & data.keys())
+    if flat or foreign:
+        raise StreamError("server_error", _message(data))
+    return data
+
+
+def finish(reply: Reply, *, ended: bool, pending: bool) -> None:
+    """Judge a stream that has ended. Raises StreamError unless its tokens and its finish reason came."""
+    if reply.finish in ("abort", "error"):
+        raise StreamError("aborted", reply.detail or f"the server ended the request with {reply.finish!r}")
+    if pending or not reply.finish:
+        what = "[DONE]" if ended else "the end of the stream"
+        raise StreamError("early_close", f"expected a finish reason, got {what}")
+    if not reply.times:
+        raise StreamError("no_tokens", "expected tokens, got none")
+    total = reply.completion_tokens
+    if total is None:
+        reply.counts, reply.exact = [], False
+    elif not reply.exact or reply.counts[-1] != total:
+        reads = len(reply.times)
+        reply.exact = False
+        reply.counts = [round(total * (i + 1) / reads) for i in range(reads)]
+
+
+def _message(told: Any) -> str:
+    return str(told.get("message") or told.get("detail") or told) if isinstance(told, dict) else str(told)

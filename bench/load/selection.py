@@ -1,0 +1,89 @@
+"""Whether a server's own status says that it runs the token selection that its arm claims, and how often it did."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sglang_misa.config import PHASES, PRESETS
+
+STOCK = {"off", "stock", "dsa"}  # names of SGLang's own selection
+
+
+def ranks_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The `misa` entry of each rank in /server_info; empty when the plugin is not there."""
+    states = info.get("internal_states") or []
+    return [s["misa"] for s in states if isinstance(s, dict) and isinstance(s.get("misa"), dict)]
+
+
+def problem(expect: str, info: Mapping[str, Any]) -> str | None:
+    """Why a server does not run the token selection that its arm claims, or None when it does.
+
+    `expect`: off or dsa = stock selection; otherwise a preset of the launcher (misa-hisa, fast, …), or the name of the
+    policy of one phase.
+    """
+    on = [r for r in ranks_of(info) if r.get("enabled")]
+    if expect in STOCK:
+        names = {name for r in on for name in _policies(r).values()} - {"dsa"}
+        return f"expected stock selection, got {', '.join(sorted(names))}" if names else None
+    states = info.get("internal_states") or []
+    if not on or len(on) != len(states):
+        return (
+            f"expected {expect} in every rank, got it enabled in {len(on)} of {len(states)} (is the plugin installed?)"
+        )
+    wrong = [_policies(r) for r in on if not _phases(expect, _policies(r))]
+    told = " and ".join(f"{name} in {phase}" for phase, name in wrong[0].items()) if wrong else ""
+    return f"expected {expect}, got the policies {told}" if wrong else None
+
+
+def calls(info: Mapping[str, Any]) -> dict[str, int]:
+    """Indexer calls and decode graphs replayed by path since the start, summed over ranks: `prefill.misa` → n."""
+    total: dict[str, int] = {}
+    for rank in ranks_of(info):
+        for path, count in _leaves({**(rank.get("calls") or {}), "replay": rank.get("replays")}, ()):
+            total[path] = total.get(path, 0) + count
+    return total
+
+
+def routed(expect: str, info: Mapping[str, Any], before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    """Phases that `expect` names → calls between two readings of `calls` that took its own path, not stock's.
+
+    A CUDA graph counts at capture, not when it runs: a captured path stands for replays only where no replay is counted
+    and the policy has no length gate, so that every decode step takes it.
+    """
+    rank = next(iter(ranks_of(info)), {})
+    gates = rank.get("min_len") or {}
+    found = dict.fromkeys(sorted(_phases(expect, _policies(rank))), 0)
+    for path, count in after.items():
+        head, _, name = path.partition(".")
+        phase = "decode" if head == "replay" else head
+        if phase not in found or STOCK & set(re.split("[.:]", path)):
+            continue
+        if not name.startswith("captured:"):
+            found[phase] += count - before.get(path, 0)
+        elif gates.get(phase) == 0 and not rank.get("replays"):
+            found[phase] += count
+    return found
+
+
+def _policies(rank: Mapping[str, Any]) -> dict[str, str]:
+    """Phase → name of its policy."""
+    policy = rank.get("policy") or {}
+    return {p: str(policy[p].get("name", policy[p]) if isinstance(policy[p], dict) else policy[p]) for p in policy}
+
+
+def _phases(expect: str, policies: Mapping[str, str]) -> set[str]:
+    """The phases in which `policies` are what `expect` names beyond stock; empty when they are not."""
+    preset = PRESETS.get(expect)
+    if preset is not None and policies == {phase: preset.policy(phase).name for phase in PHASES}:
+        return {phase for phase in PHASES if preset.policy(phase).active}
+    return {phase for phase, name in policies.items() if name == expect}
+
+
+def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, (*path, str(key)))
+    elif isinstance(node, int | float) and path:
+        yield ".".join(path), int(node)
