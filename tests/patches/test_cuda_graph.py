@@ -9,6 +9,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.model_executor.runner.shape_key import ShapeKey
 from sglang.srt.model_executor.runner_backend.full_cuda_graph_backend import FullCudaGraphBackend
+from sglang.srt.runtime_context import get_parallel
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_misa import decode_gate, runtime, versions
@@ -45,10 +46,10 @@ def backend(monkeypatch, recorder):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     arm(monkeypatch, POLICY)
     device = SimpleNamespace(synchronize=lambda: None, graph=lambda **_: contextlib.nullcontext())
-    runner = SimpleNamespace(
-        device_module=device, model_runner=SimpleNamespace(tp_group=SimpleNamespace(barrier=lambda: None))
-    )
-    yield FullCudaGraphBackend(runner)
+    tp_group = SimpleNamespace(barrier=lambda: None)  # 0.5.17 takes it from the model runner
+    runner = SimpleNamespace(device_module=device, model_runner=SimpleNamespace(tp_group=tp_group))
+    with get_parallel().override(tp_group=tp_group):
+        yield FullCudaGraphBackend(runner)
     register.undo()
 
 

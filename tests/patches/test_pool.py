@@ -53,8 +53,8 @@ def cell_size(num_layers):
         is_draft_worker=False,
         server_args=ServerArgs(model_path="dummy", device="cpu"),
     )
-    with get_parallel().override(attn_tp_size=1):
-        return DefaultPoolConfigurator._compute_cell_size(None, configurator, num_layers)
+    with get_parallel().override(attn_tp_size=1, attn_dcp_size=1):
+        return DefaultPoolConfigurator.__new__(DefaultPoolConfigurator)._compute_cell_size(configurator, num_layers)
 
 
 @pytest.mark.parametrize("num_layers", [1, 61])
