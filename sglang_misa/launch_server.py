@@ -34,15 +34,15 @@ def main(argv: Sequence[str]) -> int:
         from_flags = flags.from_flags(ours)
         chosen = from_flags or MisaConfig.from_env()
         theirs = _peek(rest)
-        _raise_if(_port_problems(theirs))
+        ConfigError.raise_if(_port_problems(theirs))
         if ours.demo:
             return _demo(chosen, rest, theirs, ours)
         if chosen is not None:
-            _raise_if(_environment_problems(os.environ))
+            ConfigError.raise_if(_environment_problems(os.environ))
         _check_model(chosen, theirs)
         arguments = [*rest, *(f"{flag}={key}" for flag, key in _keys(ours))]
         if theirs.device == "cpu" and os.environ.get("SGLANG_PLATFORM", "") in ("", CPU_PLATFORM):
-            _raise_if(_cpu_problems())
+            ConfigError.raise_if(_cpu_problems())
             os.environ.update({CPU_ENV: "1", "SGLANG_PLATFORM": CPU_PLATFORM})
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -212,11 +212,6 @@ def _keys(ours: argparse.Namespace) -> list[tuple[str, str]]:
     return keys
 
 
-def _raise_if(problems: Iterator[str]) -> None:
-    if found := list(problems):
-        raise ConfigError(found)
-
-
 def _serve(arguments: Sequence[str]) -> None:
     """SGLang's own launch, as `python -m sglang.launch_server` does it."""
     from sglang.srt.plugins import load_plugins
@@ -225,7 +220,7 @@ def _serve(arguments: Sequence[str]) -> None:
     if os.environ.get(misa.ENV):
         from sglang_misa.patches import register
 
-        _raise_if(iter(register.live([register.LOAD_MODEL.target])))
+        ConfigError.raise_if(register.live([register.LOAD_MODEL.target]))
     from sglang.launch_server import run_server
     from sglang.srt.entrypoints.http_server import app
     from sglang.srt.server_args import prepare_server_args

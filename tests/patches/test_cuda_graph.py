@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.runner.shape_key import ShapeKey
 from sglang.srt.model_executor.runner_backend.full_cuda_graph_backend import FullCudaGraphBackend
 from sglang.srt.runtime_context import get_parallel
@@ -91,7 +92,9 @@ def test_without_lengths_on_the_host_the_tokens_of_its_requests_count(backend, r
     for token, expected in ((1, "stock"), (2, "policy")):
         request.output_ids.append(token)
         forward = forward_batch.init_new(
-            lambda cls, schedule: SimpleNamespace(seq_lens_cpu=None), None, SimpleNamespace(reqs=[request])
+            lambda cls, schedule: SimpleNamespace(seq_lens_cpu=None, forward_mode=ForwardMode.DECODE),
+            None,
+            SimpleNamespace(reqs=[request]),
         )
         assert backend.replay(KEYS[0], forward) == expected
 
