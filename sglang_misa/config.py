@@ -262,7 +262,7 @@ class MisaConfig(BaseModel):
             return PRESETS[text.strip()]
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(
                 [f"{source}: expected one JSON object or one of {', '.join(PRESETS)}, got {_short(text)} ({error})"]
             ) from None

@@ -134,7 +134,7 @@ def reject_unknown_flags(words: Sequence[str]) -> None:
 
 def _read_file(path: str) -> MisaConfig:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return MisaConfig.from_json(file.read(), path)
-    except OSError as error:
-        raise ConfigError([f"--misa-config: expected a readable JSON file, got {path} ({error.strerror})"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--misa-config: expected a readable JSON file, got {path} ({error})"]) from None
