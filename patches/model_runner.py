@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from sglang.srt.arg_groups.overrides import resolved_view
 from sglang.srt.configs.model_config import is_deepseek_dsa
+from sglang.srt.runtime_context import get_parallel
 from torch import distributed, nn
 
 from sglang_misa import admission, runtime, versions
@@ -33,7 +34,7 @@ def load_model(original: Callable[..., None], self: Any) -> None:
         _arm(self)
     original(self)
     if not self.is_draft_worker or is_deepseek_dsa(self.model_config.hf_config):
-        _raise_if([*_indexer_problems(self.model), *register.live()])
+        AdmissionError.raise_if([*_indexer_problems(self.model), *register.live()])
         _mark_last(self.model)
     armed = runtime.current()
     if armed.kernels and not self.is_draft_worker:
@@ -44,14 +45,16 @@ def load_model(original: Callable[..., None], self: Any) -> None:
 
 def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """ModelRunner.init_cuda_graphs: the last look before this rank serves, and one at the graphs."""
-    _raise_if([*register.live(), *([] if self.is_draft_worker else _serving_problems(self))])
+    AdmissionError.raise_if([*register.live(), *([] if self.is_draft_worker else _serving_problems(self))])
     if distributed.is_initialized() and not self.is_draft_worker:
         _meet(distributed.distributed_c10d._get_default_store(), runtime.current(), MEETING)
     recorder.publish_page_stats()
     original(self, *args, **kwargs)
     selector = getattr(self.token_to_kv_pool, "misa_selector", None)
     if selector is not None and selector.engine.behind:
-        _raise_if(["expected captured decode steps to end with their page statistics, got none; report this model"])
+        AdmissionError.raise_if(
+            ["expected captured decode steps to end with their page statistics, got none; report this model"]
+        )
 
 
 def _serving_problems(runner: Any) -> Iterator[str]:
@@ -95,7 +98,8 @@ def _arm(runner: Any) -> None:
     verified = versions.problem(version, runner.device, allow_unverified=False) is None
     recorder.armed(config, armed.rank, armed.ranks, sglang=version, verified=verified)
     if resolved_view(runner.server_args).enable_metrics:
-        recorder.export(config, version, armed.rank)
+        parallel = runner.ps if hasattr(runner, "ps") else get_parallel()  # the runner's own until 0.5.22
+        recorder.export(config, version, armed.rank, parallel.dp_rank or 0)
     names = ", ".join(f"{phase} {config.policy(phase).name}" for phase in ("prefill", "decode"))
     logger.info("sglang-misa selects the tokens of sparse attention: %s", names)
     if not verified:
@@ -174,15 +178,10 @@ def _meet(store: distributed.Store, armed: runtime.Runtime, timeout: timedelta) 
             [f"expected all {armed.ranks} ranks armed, got nothing from {missing}; set {ENV} and install there too"]
         ) from None
     others = {rank: store.get(key).decode() for rank, key in keys.items()}
-    _raise_if(
+    AdmissionError.raise_if(
         [
             f"rank {rank}: expected the settings of rank {armed.rank}, {mine}, got {theirs}; set {ENV} alike"
             for rank, theirs in others.items()
             if theirs != mine
         ]
     )
-
-
-def _raise_if(problems: list[str]) -> None:
-    if problems:
-        raise AdmissionError(problems)

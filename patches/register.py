@@ -200,8 +200,7 @@ def apply(version: str, patches: Sequence[Patch] = PATCHES) -> None:
     """
     admission.check_version(version)
     todo = [patch for patch in patches if patch.target not in _applied]
-    if problems := [problem for patch in todo for problem in _obstacles(patch, version)]:
-        raise AdmissionError(problems)
+    AdmissionError.raise_if(problem for patch in todo for problem in _obstacles(patch, version))
     wrappers = [pkgutil.resolve_name(patch.wrapper) for patch in todo]
     for patch, wrapper in zip(todo, wrappers, strict=True):
         owner, name = _locate(patch.target)
@@ -218,8 +217,7 @@ def undo() -> None:
         if vars(applied.owner).get(applied.name) is applied.installed:
             setattr(applied.owner, applied.name, applied.original)
             del _applied[target]
-    if problems:
-        raise AdmissionError(problems)
+    AdmissionError.raise_if(problems)
 
 
 def live(targets: Iterable[str] = TARGETS) -> list[str]:

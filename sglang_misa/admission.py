@@ -6,24 +6,23 @@ All reasons are reported together, before any weight is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sglang_misa import versions
-from sglang_misa.config import ConfigError, MisaConfig
+from sglang_misa.config import PHASES, ConfigError, MisaConfig, Phase, SelectionPolicy
 from sglang_misa.kernels import layout
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+from sglang_misa.refusal import Refusal
 
 VERIFIED_CAPABILITY = (9, 0)
 
 
-class AdmissionError(RuntimeError):
-    """A server that cannot select tokens as asked must not start. `problems` holds one sentence for each reason."""
+class AdmissionError(Refusal, RuntimeError):
+    """A server that cannot select tokens as asked must not start."""
 
-    def __init__(self, problems: Sequence[str]):
-        self.problems = list(problems)
-        super().__init__("sglang-misa stops the launch:\n" + "\n".join(f"  - {p}" for p in self.problems))
+    opening = "sglang-misa stops the launch"
 
 
 @dataclass(frozen=True)
@@ -114,38 +113,71 @@ def _index_heads(candidate: Candidate) -> Iterator[str]:
         )
 
 
+_REFERENCE = "or add --misa-backend torch (any policy, far slower than stock)"
+
+
 def _kernel_policies(candidate: Candidate) -> Iterator[str]:
+    """Policies that the reference can follow and the GPU kernels cannot."""
     if not (candidate.is_dsa and candidate.on_kernels):
         return
-    prefill, decode = candidate.config.prefill, candidate.config.decode
-    way_out = "or add --misa-backend torch (any policy, far slower than stock)"
-    if prefill.blocks is not None and (prefill.heads is not None or prefill.candidates is not None):
-        yield (
-            "prefill.blocks: expected all heads and no candidates with it on GPU kernels, got "
-            f"heads={prefill.heads}, candidates={prefill.candidates}; set --misa-prefill-blocks all, {way_out}"
-        )
-    if prefill.heads is not None and prefill.heads not in layout.ROUTED_HEADS:
-        yield f"prefill.heads: expected one of {layout.ROUTED_HEADS} on GPU kernels, got {prefill.heads}; {way_out}"
-    if prefill.candidates is not None and prefill.candidates > layout.MAX_CANDIDATES:
-        yield f"prefill.candidates: expected at most {layout.MAX_CANDIDATES}, got {prefill.candidates}; {way_out}"
-    half = candidate.model.index_topk // 2  # prefill lists them too while it narrows a row down
-    for phase, policy, most in (
-        ("prefill", prefill, layout.MAX_KEPT_PREFILL - half),
-        ("decode", decode, layout.MAX_KEPT_DECODE),
-    ):
-        kept = 0 if policy.blocks is None else (policy.blocks + 1) * policy.block_size
-        if kept > most:
+    for phase in PHASES:
+        policy = candidate.config.policy(phase)
+        if policy.columns is not None and policy.columns not in layout.ROUTED_HEADS:
             yield (
-                f"{phase}.blocks: expected (blocks + 1) × block_size of at most {most} tokens, got {kept}; lower "
-                f"--misa-{phase}-blocks, {way_out}"
+                f"{phase}.heads: expected one of {layout.ROUTED_HEADS} on GPU kernels, a residual counted as one, got "
+                f"{policy.columns}; set --misa-{phase}-heads to one of them, less one for a residual, {_REFERENCE}"
             )
-    if decode.heads is not None:
-        yield f"decode.heads: expected all, as fewer save nothing on a GPU in decode, got {decode.heads}; {way_out}"
-    if decode.blocks is not None and decode.candidates is not None:
-        yield f"decode.candidates: expected none, got {decode.candidates}: no GPU kernel re-ranks; {way_out}"
+        if policy.candidates is not None and policy.candidates > layout.MAX_CANDIDATES:
+            yield (
+                f"{phase}.candidates: expected at most {layout.MAX_CANDIDATES} on GPU kernels, got "
+                f"{policy.candidates}; lower --misa-{phase}-candidates, {_REFERENCE}"
+            )
+    yield from _prefill_kernels(candidate.config.prefill, candidate.model.index_topk)
+    yield from _decode_kernels(candidate.config.decode)
     forced = [n for n in ("index_init_tokens", "index_local_tokens") if getattr(candidate.model, n, 0)]
     if forced and candidate.config.active:
-        yield f"model: expected no forced tokens on GPU kernels, got {' and '.join(forced)}; {way_out}"
+        yield f"model: expected no forced tokens on GPU kernels, got {' and '.join(forced)}; {_REFERENCE}"
+
+
+def _prefill_kernels(policy: SelectionPolicy, topk: int) -> Iterator[str]:
+    if policy.blocks is not None and (policy.heads is not None or policy.candidates is not None):
+        yield (
+            "prefill.blocks: expected all heads and no candidates with it on GPU kernels, got "
+            f"heads={policy.heads}, candidates={policy.candidates}; set --misa-prefill-blocks all, {_REFERENCE}"
+        )
+    # While it narrows a row down, prefill lists k / 2 more.
+    yield from _kept_tokens("prefill", policy, layout.MAX_KEPT_PREFILL - topk // 2)
+
+
+def _decode_kernels(policy: SelectionPolicy) -> Iterator[str]:
+    yield from _kept_tokens("decode", policy, layout.MAX_KEPT_DECODE)
+    if policy.sketch is None:
+        for axis in ("heads", "candidates"):
+            if (value := getattr(policy, axis)) is not None:
+                yield (
+                    f"decode.{axis}: expected none without a sketch on GPU kernels, as decode waits for the bytes of "
+                    f"the keys, got {value}; set --misa-decode-sketch, {_REFERENCE}"
+                )
+        return
+    if policy.blocks is not None:
+        yield (
+            f"decode.blocks: expected all with a sketch on GPU kernels, got {policy.blocks}; set --misa-decode-blocks "
+            f"all, {_REFERENCE}"
+        )
+    if policy.candidates is not None and policy.candidates % PAGE:
+        yield (
+            f"decode.candidates: expected a multiple of {PAGE} on GPU kernels, got {policy.candidates}; change "
+            f"--misa-decode-candidates, {_REFERENCE}"
+        )
+
+
+def _kept_tokens(phase: Phase, policy: SelectionPolicy, most: int) -> Iterator[str]:
+    kept = 0 if policy.blocks is None else (policy.blocks + 1) * policy.block_size
+    if kept > most:
+        yield (
+            f"{phase}.blocks: expected (blocks + 1) × block_size of at most {most} tokens on GPU kernels, got {kept}; "
+            f"lower --misa-{phase}-blocks, {_REFERENCE}"
+        )
 
 
 def _head_dim(candidate: Candidate) -> Iterator[str]:
@@ -263,8 +295,7 @@ def problems(candidate: Candidate) -> list[str]:
 
 def check(candidate: Candidate) -> None:
     """Raise AdmissionError with every reason to refuse `candidate`."""
-    if found := problems(candidate):
-        raise AdmissionError(found)
+    AdmissionError.raise_if(problems(candidate))
 
 
 def _dotted(capability: tuple[int, int] | None) -> str:

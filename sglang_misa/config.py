@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sglang_misa.kernels.layout import PAGE
+from sglang_misa.refusal import Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,10 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used. `problems` holds one sentence each: expected, got, what to do."""
+class ConfigError(Refusal, ValueError):
+    """A setting that cannot be used."""
 
-    def __init__(self, problems: Sequence[str]):
-        self.problems = list(problems)
-        super().__init__("sglang-misa cannot use this configuration:\n" + "\n".join(f"  - {p}" for p in self.problems))
+    opening = "sglang-misa cannot use this configuration"
 
 
 def _renamed(field: str, word: object) -> object:
@@ -241,8 +240,7 @@ class MisaConfig(BaseModel):
                 f"audit.floor: expected audited rows with a floor, got rows=0 and floor={self.audit.floor}; "
                 "set --misa-audit-rows, or drop --misa-audit-floor"
             )
-        if problems:
-            raise ConfigError(problems)
+        ConfigError.raise_if(problems)
 
     def to_json(self) -> str:
         return self.model_dump_json()
@@ -264,7 +262,7 @@ class MisaConfig(BaseModel):
             return PRESETS[text.strip()]
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(
                 [f"{source}: expected one JSON object or one of {', '.join(PRESETS)}, got {_short(text)} ({error})"]
             ) from None

@@ -118,8 +118,7 @@ def from_flags(arguments: argparse.Namespace) -> MisaConfig | None:
         for key in flag.path[:-1]:
             target = target[key]
         target[flag.path[-1]] = value
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_if(problems)
     return MisaConfig.from_mapping(data, "flags")
 
 
@@ -130,13 +129,12 @@ def reject_unknown_flags(words: Sequence[str]) -> None:
         name = word.split("=", 1)[0]
         if name.startswith("--misa") and name not in flag_names():
             problems.append(f"unknown flag {name}{suggest(name, flag_names())}; see --help")
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_if(problems)
 
 
 def _read_file(path: str) -> MisaConfig:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return MisaConfig.from_json(file.read(), path)
-    except OSError as error:
-        raise ConfigError([f"--misa-config: expected a readable JSON file, got {path} ({error.strerror})"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--misa-config: expected a readable JSON file, got {path} ({error})"]) from None

@@ -1,4 +1,4 @@
-"""API keys kept out of the log and of the server's answers.
+"""API keys: read from files, and kept out of the log and of the server's answers.
 
 SGLang prints its arguments at launch and repeats them in /server_info, where an ordinary key would read the admin key.
 """
@@ -9,7 +9,10 @@ import argparse
 import json
 import re
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from sglang_misa.config import ConfigError
 
 FLAGS = ("--api-key", "--admin-api-key", "--ssl-keyfile-password")  # SGLang's flags whose values are secrets
 MASK = b"***"
@@ -28,6 +31,17 @@ def given(words: Sequence[str]) -> tuple[str, ...]:
         parser.add_argument(flag)
     found = vars(parser.parse_known_args(words)[0]).values()
     return tuple(dict.fromkeys(key for key in found if key))
+
+
+def read(flag: str, path: str) -> str:
+    """The one key in the file at `path`. Raises ConfigError, which names `flag`."""
+    try:
+        found = Path(path).read_text(encoding="utf-8-sig").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{flag}: expected a readable text file, got {path} ({error}); check it"]) from None
+    if len(found) != 1:
+        raise ConfigError([f"{flag}: expected one key in {path}, got {len(found)} words; leave only the key"])
+    return found[0]
 
 
 class Mask:

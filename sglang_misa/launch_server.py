@@ -7,6 +7,7 @@ failures are SGLang's or the plugin's: any other status but 0 says that the serv
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import ipaddress
 import json
 import os
@@ -16,33 +17,38 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sglang_misa import check, flags, key_mask, supervisor, versions
 from sglang_misa import config as misa
-from sglang_misa import flags, key_mask, supervisor
+from sglang_misa.admission import AdmissionError
 from sglang_misa.config import ConfigError, MisaConfig
 from sglang_misa.cpu import ENV as CPU_ENV
 
 PLUGIN, CPU_PLATFORM = "misa", "misa_cpu"  # our entry points, by the names that SGLANG_PLUGINS and SGLANG_PLATFORM use
 DEFAULT_PORT = 30000  # SGLang's
 REFUSED = 2
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/dri", "/dev/davinci_manager")  # of any vendor
+MODEL_TYPES = {"architectures": list, "index_topk": int, "index_n_heads": int, "index_head_dim": int}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the server, or the demo, until it ends; returns the exit status."""
+    """Run the server, the demo or the check until it ends; returns the exit status."""
     ours, rest = _parser().parse_known_args(argv)
     try:
         flags.reject_unknown_flags(rest)
         from_flags = flags.from_flags(ours)
+        ConfigError.raise_if(_both_problems(from_flags))
         chosen = from_flags or MisaConfig.from_env()
         theirs = _peek(rest)
-        _raise_if(_port_problems(theirs))
+        if ours.check:
+            return _check(chosen, rest, theirs)
+        ConfigError.raise_if(_port_problems(theirs))
         if ours.demo:
             return _demo(chosen, rest, theirs, ours)
-        if chosen is not None:
-            _raise_if(_environment_problems(os.environ))
         _check_model(chosen, theirs)
+        ConfigError.raise_if(_launch_problems(chosen, theirs))
         arguments = [*rest, *(f"{flag}={key}" for flag, key in _keys(ours))]
         if theirs.device == "cpu" and os.environ.get("SGLANG_PLATFORM", "") in ("", CPU_PLATFORM):
-            _raise_if(_cpu_problems())
+            ConfigError.raise_if(_cpu_problems())
             os.environ.update({CPU_ENV: "1", "SGLANG_PLATFORM": CPU_PLATFORM})
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -56,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sglang_misa.launch_server",
         description="SGLang's server with MISA token selection. Without --misa-* flags and SGLANG_MISA_CONFIG it is "
-        "stock SGLang; flags win over the variable.",
+        "stock SGLang.",
         epilog="Every other flag is SGLang's and goes to it untouched: see python -m sglang.launch_server --help. "
         "One is also read here: --device cpu serves on a machine without a GPU, for demos and tests.",
         allow_abbrev=False,
@@ -65,10 +71,22 @@ def _parser() -> argparse.ArgumentParser:
     keys = parser.add_argument_group("keys")
     keys.add_argument("--api-key-file", metavar="FILE", help="SGLang's --api-key, read from a file: not seen in ps")
     keys.add_argument("--admin-api-key-file", metavar="FILE", help="the same for SGLang's --admin-api-key")
+    parser.add_argument(
+        "--check", action="store_true", help="say what would run, its memory and every refusal, and load nothing"
+    )
     demo = parser.add_argument_group("demo")
     demo.add_argument("--demo", action="store_true", help="measure MISA on a tiny random model, then serve it")
     demo.add_argument("--demo-report", metavar="FILE", type=Path, help="write what the demo measured as JSON")
     return parser
+
+
+def _check(chosen: MisaConfig | None, rest: Sequence[str], theirs: argparse.Namespace) -> int:
+    """Print what would run; returns REFUSED where something speaks against it."""
+    would_run, problems = check.report(chosen, _model_config(theirs), theirs.device, rest)
+    print(would_run)
+    problems = [*problems, *_environment_problems(os.environ)]
+    print("\n" + str(AdmissionError(problems)) if problems else "\nNothing speaks against it.")
+    return REFUSED if problems else 0
 
 
 def _demo(chosen: MisaConfig | None, rest: list[str], theirs: argparse.Namespace, ours: argparse.Namespace) -> int:
@@ -132,6 +150,28 @@ def _port_problems(theirs: argparse.Namespace) -> Iterator[str]:
             yield f"--port: expected a free one on {theirs.host}, got {port} ({error}); choose another or free it"
 
 
+def _both_problems(from_flags: MisaConfig | None) -> Iterator[str]:
+    if from_flags is not None and os.environ.get(misa.ENV, "").strip():
+        got = os.environ[misa.ENV]
+        yield f"{misa.ENV}: expected none beside --misa-* flags, got {got!r}; unset it, or drop the flags"
+
+
+def _launch_problems(chosen: MisaConfig | None, theirs: argparse.Namespace) -> Iterator[str]:
+    """What is missing for any launch, and for one with `chosen`."""
+    if importlib.util.find_spec("sglang") is None:
+        yield "SGLang: expected it installed, got none; install sglang-misa[sglang]"
+        return
+    if theirs.model_path is None and theirs.config is None:
+        yield "--model-path: expected a folder or a Hugging Face name, got none; add it"
+    if chosen is None:
+        return
+    if unknown := versions.problem(versions.installed(), theirs.device or "cpu", allow_unverified=True):
+        yield unknown
+    if theirs.device is None and not any(Path(device).exists() for device in GPU_DEVICES):
+        yield "--device: expected a GPU, or cpu for demos and tests without one, got neither; add --device cpu"
+    yield from _environment_problems(os.environ)
+
+
 def _environment_problems(environ: Mapping[str, str]) -> Iterator[str]:
     """Variables with which SGLang would leave our plugin out."""
     plugins = environ.get("SGLANG_PLUGINS", "")
@@ -189,32 +229,23 @@ def _model_config(theirs: argparse.Namespace) -> Mapping[str, Any] | None:
         )
     try:
         model = json.loads(file.read_text(encoding="utf-8"))
-        return {**model, **model.get("text_config", {}), **json.loads(theirs.json_model_override_args)}
-    except (ValueError, OSError, AttributeError, TypeError) as error:
+        found = {**model, **model.get("text_config", {}), **json.loads(theirs.json_model_override_args)}
+    except (ValueError, OSError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(
             [f"{file}: expected a JSON object, and another in --json-model-override-args, got neither ({error})"]
         ) from None
+    ConfigError.raise_if(
+        f"{file}: expected {name} to be {kind.__name__}, got {found[name]!r}; correct it"
+        for name, kind in MODEL_TYPES.items()
+        if not isinstance(found.get(name), kind | None)
+    )
+    return found
 
 
 def _keys(ours: argparse.Namespace) -> list[tuple[str, str]]:
     """(SGLang's flag, key) for each key file."""
-    keys = []
-    for flag, path in (("--api-key", ours.api_key_file), ("--admin-api-key", ours.admin_api_key_file)):
-        if path is None:
-            continue
-        try:
-            found = Path(path).read_text(encoding="utf-8-sig").split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError([f"{flag}-file: expected a readable text file, got {path} ({error})"]) from None
-        if len(found) != 1:
-            raise ConfigError([f"{flag}-file: expected one key in {path}, got {len(found)} words; leave only the key"])
-        keys.append((flag, found[0]))
-    return keys
-
-
-def _raise_if(problems: Iterator[str]) -> None:
-    if found := list(problems):
-        raise ConfigError(found)
+    files = (("--api-key", ours.api_key_file), ("--admin-api-key", ours.admin_api_key_file))
+    return [(flag, key_mask.read(f"{flag}-file", path)) for flag, path in files if path is not None]
 
 
 def _serve(arguments: Sequence[str]) -> None:
@@ -225,7 +256,7 @@ def _serve(arguments: Sequence[str]) -> None:
     if os.environ.get(misa.ENV):
         from sglang_misa.patches import register
 
-        _raise_if(iter(register.live([register.LOAD_MODEL.target])))
+        ConfigError.raise_if(register.live([register.LOAD_MODEL.target]))
     from sglang.launch_server import run_server
     from sglang.srt.entrypoints.http_server import app
     from sglang.srt.server_args import prepare_server_args

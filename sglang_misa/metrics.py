@@ -6,6 +6,7 @@ Under CUDA graphs the indexer's Python runs at capture only, so decode calls are
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,10 @@ from sglang_misa.config import PHASES, MisaConfig, Phase, preset_name
 RECALL_BINS = 1000  # a layer's recalls are kept as a histogram of this resolution
 RECALL_BUCKETS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999, 1.0)
 LOW_PERCENTILE = 0.1
+PLACE = ("dp_rank", "rank")  # labels of every metric
+UNROUTED_STEPS = 8  # over the gate in a phase, after which its policy must have selected at least once
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,6 +68,9 @@ class Recorder:
         self._calls: dict[Phase, Counter[str]] = {phase: Counter() for phase in PHASES}
         self._declined: Counter[str] = Counter()
         self._replays: Counter[str] = Counter()
+        self._gates: dict[Phase, int] = {}
+        self._over_gate: Counter[Phase] = Counter()
+        self._unrouted: set[Phase] = set()
         self._recall: dict[tuple[Phase, int], _LayerRecall] = {}
         self._dense_layers: set[int] = set()
         self._exporter: _Exporter | None = None
@@ -73,13 +81,13 @@ class Recorder:
         verified: whether this package has served with that version on such a device before.
         """
         policies = {phase: config.policy(phase).name for phase in PHASES}
-        gates = {phase: config.policy(phase).min_len for phase in PHASES if config.policy(phase).active}
+        self._gates = {phase: config.policy(phase).min_len for phase in PHASES if config.policy(phase).active}
         self._armed = {
             "preset": preset_name(config),
             "sglang": sglang,
             "verified": verified,
             "policy": policies,
-            "min_len": gates,
+            "min_len": self._gates,
             "rank": rank,
             "ranks": ranks,
         }
@@ -88,31 +96,62 @@ class Recorder:
         """One indexer call of a layer took `path`: a policy's name, "dsa", or either after "captured:"."""
         self._calls[phase][path] += 1
         if self._exporter:
-            self._exporter.calls.labels(self._exporter.rank, phase, path).inc()
+            self._exporter.calls.labels(*self._exporter.place, phase, path).inc()
 
     def replayed(self, path: str) -> None:
         """One decode step replayed the graph of `path`: "dsa" under the length gate, else the policy's name."""
         self._replays[path] += 1
         if self._exporter:
-            self._exporter.replays.labels(self._exporter.rank, path).inc()
+            self._exporter.replays.labels(*self._exporter.place, path).inc()
+
+    def stepped(self, phase: Phase, longest: int) -> None:
+        """A step of `phase` begins whose longest request has `longest` tokens, more than the model's top-k.
+
+        Live hooks may still never be called: from UNROUTED_STEPS steps over the gate on without one selection by the
+        policy, the log, the status and a metric say so.
+        """
+        if phase not in self._gates or longest <= self._gates[phase]:
+            return
+        routed = self._routed(phase)
+        if (self._over_gate[phase] >= UNROUTED_STEPS and not routed) != (phase in self._unrouted):
+            self._unrouted ^= {phase}
+            if not routed:
+                logger.error(
+                    "expected %s to select in %s steps over %d tokens, got %d such steps and not one selection: SGLang "
+                    "does not ask the indexer; restart without what replaces its attention, or without --misa-* flags",
+                    self._armed["policy"][phase],
+                    phase,
+                    self._gates[phase],
+                    self._over_gate[phase],
+                )
+            if self._exporter:
+                self._exporter.unrouted.labels(*self._exporter.place, phase).set(not routed)
+        self._over_gate[phase] += 1
+
+    def _routed(self, phase: Phase) -> int:
+        """Selections of `phase` by its policy; a captured one counts where no graph has a variant to count replays."""
+        name, calls = self._armed["policy"][phase], self._calls[phase]
+        if phase == "decode" and self._replays:
+            return calls[name] + sum(n for path, n in self._replays.items() if path != "dsa")
+        return calls[name] + calls[f"captured:{name}"]
 
     def declined(self, phase: Phase, reason: str) -> None:
         """One call was left to stock DSA because of `reason`, a short word with dashes."""
         self._declined[reason] += 1
         if self._exporter:
-            self._exporter.declined.labels(self._exporter.rank, phase, reason).inc()
+            self._exporter.declined.labels(*self._exporter.place, phase, reason).inc()
 
     def audited(self, phase: Phase, layer: int, recall: float, iou: float, score_mass: float) -> None:
         """One row of `layer` was compared with the dense indexer; see `audit.overlap`."""
         self._recall.setdefault((phase, layer), _LayerRecall()).add(recall, iou, score_mass)
         if self._exporter:
-            self._exporter.recall.labels(self._exporter.rank, phase, str(layer)).observe(recall)
+            self._exporter.recall.labels(*self._exporter.place, phase, str(layer)).observe(recall)
 
     def layer_dense(self, layer: int) -> None:
         """`layer` was given back to stock DSA for good."""
         self._dense_layers.add(layer)
         if self._exporter:
-            self._exporter.dense_layers.labels(self._exporter.rank).set(len(self._dense_layers))
+            self._exporter.dense_layers.labels(*self._exporter.place).set(len(self._dense_layers))
 
     def status(self) -> dict[str, Any]:
         """Everything counted, in plain types; {"enabled": False, …} before `armed`."""
@@ -123,6 +162,8 @@ class Recorder:
             "calls": {phase: dict(counts) for phase, counts in self._calls.items()},
             "declined": dict(self._declined),
             "replays": dict(self._replays),
+            "steps_over_gate": {phase: self._over_gate[phase] for phase in self._gates},
+            "unrouted": sorted(self._unrouted),
             "recall": {
                 phase: {str(layer): rows.status() for (p, layer), rows in sorted(self._recall.items()) if p == phase}
                 for phase in PHASES
@@ -131,53 +172,61 @@ class Recorder:
             "page_stats_bytes": self.page_stats_bytes,
         }
 
-    def export(self, config: MisaConfig, sglang: str, rank: int) -> None:
-        """Publish to Prometheus from now on. Only in a scheduler process: PROMETHEUS_MULTIPROC_DIR must be set."""
+    def export(self, config: MisaConfig, sglang: str, rank: int, dp_rank: int) -> None:
+        """Publish to Prometheus from now on. Only in a scheduler process: PROMETHEUS_MULTIPROC_DIR must be set.
+
+        Ranks begin at 0 in each replica `dp_rank`, and all of a server's processes share one set of metrics.
+        """
         if self._exporter is None:
-            self._exporter = _Exporter(str(rank))
+            self._exporter = _Exporter(str(dp_rank), str(rank))
             self._exporter.describe(config, sglang)
 
     def publish_page_stats(self) -> None:
         """Export the bytes of page means, once the pools stand."""
         if self._exporter:
-            self._exporter.page_stats_bytes.labels(self._exporter.rank).set(self.page_stats_bytes)
+            self._exporter.page_stats_bytes.labels(*self._exporter.place).set(self.page_stats_bytes)
 
 
 class _Exporter:
-    """The Prometheus metrics, each labelled with the rank. Importing prometheus_client fixes its storage, so: here."""
+    """The Prometheus metrics, each labelled with PLACE. Importing prometheus_client fixes its storage, so: here."""
 
-    def __init__(self, rank: str):
+    def __init__(self, *place: str):
         from prometheus_client import Counter as Count
         from prometheus_client import Gauge, Histogram
 
         def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"sglang_misa:{name}", text, ("rank", *labels), multiprocess_mode="mostrecent")
+            return Gauge(f"sglang_misa:{name}", text, (*PLACE, *labels), multiprocess_mode="mostrecent")
 
-        self.rank = rank
+        def count(name: str, text: str, *labels: str) -> Count:
+            return Count(f"sglang_misa:{name}", text, (*PLACE, *labels))
+
+        self.place = place
         self.enabled = gauge("enabled", "1 where the hooks are live.")
         self.build_info = gauge("build_info", "1, labelled with the versions.", "version", "sglang")
         self.policy_info = gauge("policy_info", "1, labelled with the policy of the phase.", "phase", "policy")
         self.routed_heads = gauge("routed_heads", "Index heads routed per query, 0 for all.", "phase")
         self.page_stats_bytes = gauge("page_stats_bytes", "Bytes of page means beside the index-K pages.")
         self.dense_layers = gauge("dense_layers", "Layers given back to stock DSA for low recall.")
-        self.calls = Count("sglang_misa:calls", "Indexer calls of a layer by path taken.", ("rank", "phase", "path"))
-        self.declined = Count("sglang_misa:declined", "Calls left to stock DSA.", ("rank", "phase", "reason"))
-        self.replays = Count("sglang_misa:replays", "Decode graphs replayed by side of the gate.", ("rank", "path"))
+        self.unrouted = gauge("unrouted", "1 where steps over the gate are not selected by the policy.", "phase")
+        self.calls = count("calls", "Indexer calls of a layer by path taken.", "phase", "path")
+        self.declined = count("declined", "Calls left to stock DSA.", "phase", "reason")
+        self.replays = count("replays", "Decode graphs replayed by side of the gate.", "path")
         self.recall = Histogram(
             "sglang_misa:recall_sampled",
             "Recall of audited rows.",
-            ("rank", "phase", "layer"),
+            (*PLACE, "phase", "layer"),
             buckets=RECALL_BUCKETS,
         )
 
     def describe(self, config: MisaConfig, sglang: str) -> None:
-        self.enabled.labels(self.rank).set(1)
-        self.build_info.labels(self.rank, __version__, sglang).set(1)
-        self.dense_layers.labels(self.rank).set(0)
+        self.enabled.labels(*self.place).set(1)
+        self.build_info.labels(*self.place, __version__, sglang).set(1)
+        self.dense_layers.labels(*self.place).set(0)
         for phase in PHASES:
             policy = config.policy(phase)
-            self.policy_info.labels(self.rank, phase, policy.name).set(1)
-            self.routed_heads.labels(self.rank, phase).set(policy.heads or 0)
+            self.policy_info.labels(*self.place, phase, policy.name).set(1)
+            self.unrouted.labels(*self.place, phase).set(0)
+            self.routed_heads.labels(*self.place, phase).set(policy.heads or 0)
 
 
 recorder = Recorder()

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.runner.shape_key import ShapeKey
 from sglang.srt.model_executor.runner_backend.full_cuda_graph_backend import FullCudaGraphBackend
+from sglang.srt.runtime_context import get_parallel
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_misa import decode_gate, runtime, versions
@@ -45,10 +47,10 @@ def backend(monkeypatch, recorder):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     arm(monkeypatch, POLICY)
     device = SimpleNamespace(synchronize=lambda: None, graph=lambda **_: contextlib.nullcontext())
-    runner = SimpleNamespace(
-        device_module=device, model_runner=SimpleNamespace(tp_group=SimpleNamespace(barrier=lambda: None))
-    )
-    yield FullCudaGraphBackend(runner)
+    tp_group = SimpleNamespace(barrier=lambda: None)  # 0.5.17 takes it from the model runner
+    runner = SimpleNamespace(device_module=device, model_runner=SimpleNamespace(tp_group=tp_group))
+    with get_parallel().override(tp_group=tp_group):
+        yield FullCudaGraphBackend(runner)
     register.undo()
 
 
@@ -90,7 +92,9 @@ def test_without_lengths_on_the_host_the_tokens_of_its_requests_count(backend, r
     for token, expected in ((1, "stock"), (2, "policy")):
         request.output_ids.append(token)
         forward = forward_batch.init_new(
-            lambda cls, schedule: SimpleNamespace(seq_lens_cpu=None), None, SimpleNamespace(reqs=[request])
+            lambda cls, schedule: SimpleNamespace(seq_lens_cpu=None, forward_mode=ForwardMode.DECODE),
+            None,
+            SimpleNamespace(reqs=[request]),
         )
         assert backend.replay(KEYS[0], forward) == expected
 

@@ -51,10 +51,12 @@ def cell_size(num_layers):
         kv_cache_dtype=torch.bfloat16,
         use_mla_backend=True,
         is_draft_worker=False,
+        mambaish_config=None,
+        layer_info=SimpleNamespace(start_layer=0, end_layer=num_layers),
         server_args=ServerArgs(model_path="dummy", device="cpu"),
     )
-    with get_parallel().override(attn_tp_size=1):
-        return DefaultPoolConfigurator._compute_cell_size(None, configurator, num_layers)
+    with get_parallel().override(attn_tp_size=1, attn_dcp_size=1):
+        return DefaultPoolConfigurator.__new__(DefaultPoolConfigurator)._compute_cell_size(configurator, num_layers)
 
 
 @pytest.mark.parametrize("num_layers", [1, 61])

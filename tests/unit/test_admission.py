@@ -4,13 +4,15 @@ import argparse
 import dataclasses
 
 import pytest
+import torch
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 from sglang.srt.server_args import ServerArgs
 from transformers import DeepseekV3Config, LlamaConfig
 
 from sglang_misa import admission, versions
-from sglang_misa.config import PRESETS, MisaConfig
+from sglang_misa.config import PRESETS, MisaConfig, SelectionPolicy
+from sglang_misa.kernels.prefill.topk_blocks import topk_blocks
 
 
 def model(**changes):
@@ -61,6 +63,7 @@ ADMITTED = {
     "a version verified on the CPU, with the user's word": candidate(
         config=PRESETS["misa"].model_copy(update={"allow_unverified": True}), sglang="0.5.23"
     ),
+    **{f"preset {name}": candidate(config=preset) for name, preset in PRESETS.items()},
     "SGLang's own backend by name": candidate(arguments=arguments(attention_backend="dsa")),
     "prefill blocks up to what a row's top-k holds": candidate(config=policy(prefill={"blocks": 187})),
     "PD while decode is stock": candidate(config=PRESETS["misa"], arguments=arguments(disaggregation_mode="prefill")),
@@ -89,10 +92,25 @@ REFUSED = {
         "prefill.blocks: expected all heads",
     ),
     "odd head counts on kernels": (candidate(config=policy(prefill={"heads": 7})), "(4, 8, 16, 32, 64)"),
-    "decode heads alone": (candidate(config=policy(decode={"heads": 8})), "fewer save nothing"),
-    "decode re-ranking on kernels": (
+    "an odd number of columns": (
+        candidate(config=policy(prefill={"heads": 8, "residual": True})),
+        "a residual counted as one, got 9",
+    ),
+    "decode heads alone": (
+        candidate(config=policy(decode={"heads": 8})),
+        "decode.heads: expected none without a sketch",
+    ),
+    "decode re-ranking of blocks on kernels": (
         candidate(config=policy(decode={"blocks": 64, "candidates": 4096})),
-        "no GPU kernel re-ranks",
+        "decode.candidates: expected none without a sketch",
+    ),
+    "blocks of sketches on kernels": (
+        candidate(config=policy(decode={"blocks": 64, "sketch": 1, "candidates": 4096})),
+        "decode.blocks: expected all with a sketch",
+    ),
+    "candidates of a part of a page": (
+        candidate(config=policy(decode={"sketch": 1, "candidates": 4100})),
+        "decode.candidates: expected a multiple of 64",
     ),
     "graphs in segments": (
         candidate(arguments=arguments(cuda_graph_config=CudaGraphConfig(decode=PhaseConfig(backend="breakable")))),
@@ -112,7 +130,7 @@ REFUSED = {
     ),
     "more prefill blocks than a row's top-k holds, beside k / 2": (
         candidate(config=policy(prefill={"blocks": 188})),
-        "prefill.blocks: expected (blocks + 1) × block_size of at most 48128 tokens, got 48384",
+        "prefill.blocks: expected (blocks + 1) × block_size of at most 48128 tokens on GPU kernels, got 48384",
     ),
     "a version verified on a CPU only": (candidate(sglang="0.5.23"), "or add --misa-allow-unverified"),
     "an unknown version": (
@@ -196,6 +214,22 @@ def test_all_reasons_come_together():
     for words in ("index_n_heads", "--dcp-size", "--enable-lmcache", "compute capability"):
         assert words in text
     assert len(caught.value.problems) == 4
+
+
+def test_prefill_blocks_are_those_that_the_kernel_takes():
+    """One token block more than admission's limit is what the kernel refuses, and at the limit it does not."""
+    topk, size = 2048, 256
+
+    def admitted(blocks):
+        return not list(admission._prefill_kernels(SelectionPolicy(blocks=blocks, block_size=size), topk))
+
+    def taken(blocks):
+        one = torch.empty(1)
+        with pytest.raises(ValueError, match="expected") as caught:  # these are no tensors of a GPU
+            topk_blocks(one, torch.empty(1, 64), one, one, one, one, one, blocks, size, topk)
+        return not str(caught.value).startswith("blocks:")
+
+    assert [admitted(blocks) for blocks in range(8, 300)] == [taken(blocks) for blocks in range(8, 300)]
 
 
 @pytest.mark.parametrize("version", ["0.5.16", "0.5.18", "0.5.17.post1", "0.0.0"])

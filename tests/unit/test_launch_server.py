@@ -100,10 +100,50 @@ def test_a_missing_folder_and_one_without_a_model(refused, tmp_path):
     assert "expected a folder with config.json" in refused("--model-path", str(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"text"'])
+@pytest.mark.parametrize("text", ["{", "[]", '"text"', "[" * 100_000])
 def test_a_broken_config(refused, tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     assert "expected a JSON object" in refused("--model-path", str(tmp_path))
+
+
+@pytest.mark.parametrize("wrong", [{"index_topk": "64"}, {"architectures": "LlamaForCausalLM"}, {"index_n_heads": 6.5}])
+def test_a_config_of_other_types(refused, folder, wrong):
+    model = folder({**demo_model.config(demo_model.CPU), **wrong})
+    (name,) = wrong
+    assert f"expected {name} to be" in refused("--misa-preset", "misa", "--device", "cpu", "--model-path", model)
+
+
+def test_no_model(refused):
+    assert "--model-path: expected a folder or a Hugging Face name, got none" in refused("--misa-preset", "misa")
+    assert "--model-path" in refused()
+
+
+def test_no_sglang(refused, monkeypatch):
+    monkeypatch.setattr(launch_server.importlib.util, "find_spec", lambda name: None)
+    assert "got none; install sglang-misa[sglang]" in refused("--model-path", "owner/model")
+
+
+def test_an_unknown_sglang(refused, monkeypatch):
+    monkeypatch.setattr(launch_server.versions, "installed", lambda: "0.5.99")
+    assert "got 0.5.99; install" in refused("--misa-preset", "misa", "--model-path", "owner/model")
+
+
+def test_no_gpu_and_no_word_for_the_cpu(refused, monkeypatch):
+    monkeypatch.setattr(launch_server, "GPU_DEVICES", ("/dev/no-such-device",))
+    assert "add --device cpu" in refused("--misa-preset", "misa", "--model-path", "owner/model")
+
+
+def test_the_variable_beside_flags(refused, monkeypatch):
+    monkeypatch.setenv(ENV, "hisa")
+    assert f"{ENV}: expected none beside --misa-* flags, got 'hisa'" in refused("--misa-audit-rows", "4")
+
+
+def test_a_file_in_another_encoding(refused, tmp_path):
+    file = tmp_path / "misa.json"
+    file.write_text("{}", encoding="utf-16")
+    assert "--misa-config: expected a readable JSON file" in refused("--misa-config", str(file))
+    file.write_text("[" * 100_000)
+    assert "expected one JSON object" in refused("--misa-config", str(file))
 
 
 def test_a_port_in_use(refused):

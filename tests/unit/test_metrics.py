@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_misa.config import PRESETS
-from sglang_misa.metrics import Recorder
+from sglang_misa.metrics import PLACE, UNROUTED_STEPS, Recorder
 
 phases = st.sampled_from(["prefill", "decode"])
 paths = st.sampled_from(["dsa", "misa", "captured:hisa"])
@@ -70,6 +70,48 @@ def test_status_travels_as_msgpack():
     assert status["min_len"] == {"prefill": 24576, "decode": 32768}
 
 
+def armed():
+    recorder = Recorder()
+    recorder.armed(PRESETS["misa-hisa"], rank=0, ranks=1, sglang="0.5.17", verified=True)
+    return recorder
+
+
+@pytest.mark.parametrize(("phase", "path"), [("prefill", "misa"), ("decode", "hisa")])
+def test_long_steps_that_nothing_selects_for_are_told(caplog, phase, path):
+    recorder = armed()
+    for _ in range(UNROUTED_STEPS + 2):
+        recorder.stepped(phase, 8192)  # at or under both gates
+        recorder.stepped(phase, 32769)
+    status = recorder.status()
+    assert status["unrouted"] == [phase]
+    assert status["steps_over_gate"][phase] == UNROUTED_STEPS + 2
+    (record,) = caplog.records
+    assert f"expected {path} to select in {phase} steps" in record.getMessage()
+    recorder.ran(phase, path)
+    recorder.stepped(phase, 32769)
+    assert recorder.status()["unrouted"] == []
+
+
+def test_replayed_graphs_count_and_captured_ones_do_not():
+    recorder = armed()
+    recorder.ran("decode", "captured:hisa")
+    for _ in range(UNROUTED_STEPS + 2):
+        recorder.stepped("decode", 40000)
+        recorder.replayed("dsa")  # as a gate that never opens would
+    assert recorder.status()["unrouted"] == ["decode"]
+    recorder.replayed("hisa")
+    recorder.stepped("decode", 40000)
+    assert recorder.status()["unrouted"] == []
+
+
+def test_a_phase_that_is_stock_is_not_waited_for():
+    recorder = Recorder()
+    recorder.armed(PRESETS["misa"], rank=0, ranks=1, sglang="0.5.17", verified=True)
+    for _ in range(UNROUTED_STEPS + 2):
+        recorder.stepped("decode", 131072)
+    assert recorder.status()["unrouted"] == []
+
+
 SCHEDULER = """
 import json, sys
 from prometheus_client import CollectorRegistry, multiprocess
@@ -77,15 +119,17 @@ from sglang_misa.config import PRESETS
 from sglang_misa.metrics import recorder
 
 recorder.armed(PRESETS["misa-hisa"], rank=2, ranks=4, sglang="0.5.17", verified=True)
-recorder.ran("prefill", "before-export")
-recorder.export(PRESETS["misa-hisa"], "0.5.17", 2)
-recorder.export(PRESETS["misa-hisa"], "0.5.17", 2)  # a draft worker's turn
+recorder.ran("prefill", "misa")
+recorder.export(PRESETS["misa-hisa"], "0.5.17", 2, 1)
+recorder.export(PRESETS["misa-hisa"], "0.5.17", 2, 1)  # a draft worker's turn
 for _ in range(3):
     recorder.ran("prefill", "misa-hisa-hier")
 recorder.declined("prefill", "under-min-len")
 recorder.replayed("dsa")
 recorder.audited("prefill", 0, 0.97, 0.9, 1.0)
 recorder.layer_dense(0)
+for phase in ("prefill", "decode") * 9:
+    recorder.stepped(phase, 131072)
 recorder.page_stats_bytes = 512
 recorder.publish_page_stats()
 
@@ -105,12 +149,12 @@ def test_prometheus_gets_what_was_counted_since_export(tmp_path):
         check=True,
     )
     samples = {
-        (name, *(value for label, value in labels if label != "rank")): value
+        (name, *(value for label, value in labels if label not in PLACE)): value
         for name, labels, value in json.loads(run.stdout)
     }
     assert samples["sglang_misa:enabled",] == 1
     assert samples["sglang_misa:calls_total", "misa-hisa-hier", "prefill"] == 3
-    assert ("sglang_misa:calls_total", "before-export", "prefill") not in samples
+    assert ("sglang_misa:calls_total", "misa", "prefill") not in samples
     assert samples["sglang_misa:declined_total", "prefill", "under-min-len"] == 1
     assert samples["sglang_misa:replays_total", "dsa"] == 1
     assert samples["sglang_misa:routed_heads", "prefill"] == 8
@@ -121,4 +165,7 @@ def test_prometheus_gets_what_was_counted_since_export(tmp_path):
     assert samples["sglang_misa:recall_sampled_count", "0", "prefill"] == 1
     assert samples["sglang_misa:recall_sampled_bucket", "0", "0.95", "prefill"] == 0
     assert samples["sglang_misa:recall_sampled_bucket", "0", "0.97", "prefill"] == 1
-    assert all(("rank", "2") in map(tuple, labels) for _, labels, _ in json.loads(run.stdout))
+    assert samples["sglang_misa:unrouted", "decode"] == 1
+    assert samples["sglang_misa:unrouted", "prefill"] == 0
+    place = {("dp_rank", "1"), ("rank", "2")}
+    assert all(place <= set(map(tuple, labels)) for _, labels, _ in json.loads(run.stdout))

@@ -34,7 +34,8 @@ class Cache:
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
         from sglang.srt.mem_cache.radix_cache import RadixKey
 
-        cached = self.radix.match_prefix(MatchPrefixParams(key=RadixKey(tokens))).device_indices
+        match = self.radix.match_prefix(MatchPrefixParams(key=RadixKey(tokens)))
+        cached = self.radix.path_device_indices(match.last_device_node)
         room = -(-(len(tokens) - len(cached)) // PAGE) * PAGE
         if self.allocator.available_size() < room:
             self.radix.evict(EvictParams(num_tokens=room))

@@ -1,0 +1,146 @@
+"""`--check`: what would run, what it would cost and every reason against it, before any weight is loaded.
+
+From flags, config.json and what is installed alone, so also on a machine without a GPU, torch or SGLang; what cannot
+be known there is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from types import SimpleNamespace
+from typing import Any
+
+from sglang_misa import admission, versions
+from sglang_misa.config import PHASES, MisaConfig, SelectionPolicy, preset_name
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, sketch_bytes
+from sglang_misa.text import table
+
+# Taken for granted where no folder tells: DeepSeek-V3.2's.
+UNKNOWN_MODEL = {"index_n_heads": 64, "index_topk": 2048, "index_head_dim": HEAD_DIM, "architectures": ["unknown"]}
+ALIASES = {
+    "tp_size": ("--tp", "--tensor-parallel-size"),
+    "pp_size": ("--pp", "--pipeline-parallel-size"),
+    "dcp_size": ("--dcp", "--decode-context-parallel-size"),
+    "attn_cp_size": ("--attention-context-parallel-size",),
+}
+
+
+def report(
+    config: MisaConfig | None, model: Mapping[str, Any] | None, device: str | None, words: Sequence[str]
+) -> tuple[str, list[str]]:
+    """(what would run, the reasons against it).
+
+    model: config.json's content, None where it is not at hand; device: the word after --device, None without;
+    words: SGLang's flags.
+    """
+    if config is None:
+        return "sglang-misa is off: stock DSA selects in both phases (no --misa-* flag, no SGLANG_MISA_CONFIG)", []
+    unknown: list[str] = []
+    candidate = _candidate(config, model, device, words, unknown)
+    paragraphs = [
+        f"preset: {preset_name(config) or 'none by name'}; SGLang {candidate.sglang}; device {candidate.device}",
+        table([("phase", "length", "selected by"), *_rows(config, candidate.model)]),
+        _memory(config, candidate.model),
+        "\n".join(["Not known here:", *(f"  - {each}" for each in unknown)]),
+    ]
+    return "\n\n".join(paragraphs), admission.problems(candidate)
+
+
+def _candidate(
+    config: MisaConfig, model: Mapping[str, Any] | None, device: str | None, words: Sequence[str], unknown: list[str]
+) -> admission.Candidate:
+    """The rank that would be started; what had to be taken for granted is added to `unknown`."""
+    if model is None:
+        unknown.append("the model's sizes, as --model-path is no folder: taken to be DeepSeek-V3.2's")
+    else:
+        unknown.append("whether SGLang serves this architecture with DSA: taken so where config.json has index_topk")
+    try:
+        sglang = versions.installed()
+    except metadata.PackageNotFoundError:
+        sglang = versions.SUPPORTED[-1] if device == "cpu" else versions.SUPPORTED[0]
+        unknown.append(f"SGLang's version, as none is installed: taken to be {sglang}, of {versions.known()}")
+    device, capability = (device, None) if device not in (None, "cuda") else ("cuda", _capability())
+    if device == "cuda" and capability is None:
+        capability = admission.VERIFIED_CAPABILITY
+        unknown.append("the GPU, as none is here: taken to be a Hopper")
+    unknown.append("what SGLang derives from its flags, its --config file, the weights, and hooks of other plugins")
+    return admission.Candidate(
+        config=config,
+        is_dsa=model is None or model.get("index_topk") is not None,
+        model=SimpleNamespace(**(UNKNOWN_MODEL if model is None else model)),
+        arguments=_arguments(words),
+        sglang=sglang,
+        device=device,
+        capability=capability,
+    )
+
+
+def _capability() -> tuple[int, int] | None:
+    """Of this machine's first GPU; None without one, or without torch."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def _arguments(words: Sequence[str]) -> SimpleNamespace:
+    """What admission asks of ServerArgs, as far as the flags themselves say it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for rule in admission.ARGUMENTS + admission.DECODE_ARGUMENTS:
+        names = (rule.flag, *ALIASES.get(rule.name, ()))
+        default = rule.allowed[0]
+        if False in rule.allowed:
+            parser.add_argument(*names, action=argparse.BooleanOptionalAction, default=default)
+        else:
+            number = any(isinstance(value, int) for value in rule.allowed)
+            parser.add_argument(*names, type=int if number else str, default=default)
+    parser.add_argument("--tp-size", *ALIASES["tp_size"], type=int, default=1)
+    parser.add_argument("--page-size", type=int, default=PAGE)
+    parser.add_argument("--speculative-num-draft-tokens", type=int)
+    parser.add_argument("--cuda-graph-backend-decode", default="full")
+    given = parser.parse_known_args(words)[0]
+    decode = SimpleNamespace(backend=given.cuda_graph_backend_decode)
+    return SimpleNamespace(**vars(given), cuda_graph_config=SimpleNamespace(decode=decode))
+
+
+def _rows(config: MisaConfig, model: Any) -> Iterator[tuple[str, str, str]]:
+    for phase in PHASES:
+        policy = config.policy(phase)
+        what = "a query that sees" if phase == "prefill" else "a step whose longest request has"
+        if policy.active and policy.min_len > 0:
+            yield phase, f"{what} up to {policy.min_len} tokens", "stock DSA"
+        over = f"more than {policy.min_len} tokens" if policy.active and policy.min_len > 0 else "any number of tokens"
+        yield phase, f"{what} {over}", _described(policy, getattr(model, "index_n_heads", None))
+
+
+def _described(policy: SelectionPolicy, heads: int | None) -> str:
+    if not policy.active:
+        return "stock DSA"
+    parts = []
+    if policy.heads is not None:
+        rest = ", the others as one column" if policy.residual else ""
+        parts.append(f"{policy.heads} of {heads} heads by {policy.router}{rest}")
+    if policy.blocks is not None:
+        parts.append(f"tokens of the best {policy.blocks} blocks of {policy.block_size}")
+    if policy.sketch is not None:
+        parts.append(f"keys as {policy.sketch}-bit sketches")
+    if policy.candidates is not None:
+        parts.append(f"best {policy.candidates} scored again with all heads")
+    return f"{policy.name}: {'; '.join(parts) or 'all heads and tokens, without a score matrix'}"
+
+
+def stats_bytes(config: MisaConfig) -> int:
+    """Bytes of one page's statistics in one layer: a bf16 mean and, where decode reads them, sketches."""
+    bits = config.decode.sketch
+    return 2 * HEAD_DIM + (0 if bits is None else sketch_bytes(bits))
+
+
+def _memory(config: MisaConfig, model: Any) -> str:
+    token = stats_bytes(config) / PAGE
+    layers = getattr(model, "num_hidden_layers", None)
+    total = f", {token * layers:.0f} B a token in {layers} layers" if layers else ""
+    return f"page statistics: {token:g} B a token and layer beside the index-K's {HEAD_DIM + 4} B{total}"

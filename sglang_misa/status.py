@@ -1,0 +1,125 @@
+"""What a running server selects with: python -m sglang_misa.status URL [--json] [--key-file FILE].
+
+Exit status 0 where every replica selects by its policies, 1 where one does not, 2 where the server did not tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sglang_misa import key_mask
+from sglang_misa.config import PHASES
+from sglang_misa.refusal import Refusal
+from sglang_misa.text import table
+
+TIMEOUT = 30.0  # seconds: SGLang answers between two steps
+NOT_AS_ASKED, UNKNOWN = 1, 2  # exit statuses
+
+
+class StatusError(Refusal):
+    """A server that does not tell its status."""
+
+    opening = "sglang-misa cannot read the server's status"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the status of every replica of a server; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m sglang_misa.status", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("url", metavar="URL", help="the server's address, such as http://127.0.0.1:30000")
+    parser.add_argument("--json", action="store_true", help="print JSON, a list with one object a replica")
+    parser.add_argument("--key-file", metavar="FILE", help="a file with the server's API key")
+    given = parser.parse_args(argv)
+    try:
+        key = None if given.key_file is None else key_mask.read("--key-file", given.key_file)
+        replicas = fetch(given.url, key)
+    except Refusal as error:
+        print(error, file=sys.stderr)
+        return UNKNOWN
+    print(json.dumps(replicas, indent=1) if given.json else "\n\n".join(map(text, replicas)))
+    as_asked = all(status["enabled"] and not status["unrouted"] for status in replicas)
+    return 0 if as_asked else NOT_AS_ASKED
+
+
+def fetch(url: str, key: str | None) -> list[dict[str, Any]]:
+    """The status of each data-parallel replica, {"enabled": False} without this package. Raises StatusError."""
+    try:
+        request = urllib.request.Request(f"{url.rstrip('/')}/server_info")
+        if key is not None:
+            request.add_header("Authorization", f"Bearer {key}")
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            states = json.loads(answer.read())["internal_states"]
+        return [state.get("misa") or {"enabled": False} for state in states]
+    except urllib.error.HTTPError as error:
+        way_out = "add --key-file with the server's key" if error.code == 401 else "check the address"
+        raise StatusError([f"URL: expected 200 from {url}, got {error.code} {error.reason}; {way_out}"]) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            raise StatusError(
+                [f"URL: expected SGLang's /server_info at {url}, got no JSON; check the address"]
+            ) from None
+        raise StatusError([f"URL: expected a server at {url}, got {error}; check the address"]) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StatusError(
+            [f"URL: expected SGLang's /server_info with internal_states at {url}, got {error!r}; check the address"]
+        ) from None
+
+
+def text(status: Mapping[str, Any]) -> str:
+    """The status of one replica as tables."""
+    if not status["enabled"]:
+        return "sglang-misa is off: stock DSA selects in both phases"
+    return "\n\n".join(_paragraphs(status))
+
+
+def _paragraphs(status: Mapping[str, Any]) -> Iterator[str]:
+    verified = "" if status["verified"] else " (not verified on this device)"
+    preset = status["preset"] or "none by name"
+    yield (
+        f"sglang-misa {status['version']} on SGLang {status['sglang']}{verified}, preset: {preset}, rank "
+        f"{status['rank']} of {status['ranks']}"
+    )
+    titles = ("phase", "policy", "DSA up to", "steps over that", "indexer calls", "graph replays")
+    yield table([titles, *(_phase(status, phase) for phase in PHASES)])
+    if status["declined"]:
+        yield table([("left to DSA because", "calls"), *sorted(status["declined"].items())])
+    rows = [
+        (phase, layer, f"{row['recall']:.3f}", f"{row['p10']:.3f}", f"{row['score_mass']:.3f}", row["rows"])
+        for phase in PHASES
+        for layer, row in status["recall"][phase].items()
+    ]
+    if rows:
+        yield table([("audited", "layer", "recall", "its p10", "score mass", "rows"), *rows])
+    yield f"{status['page_stats_bytes'] / 2**20:.1f} MiB of page statistics"
+    if status["dense_layers"]:
+        yield f"given back to DSA for low recall: layers {', '.join(map(str, status['dense_layers']))}"
+    for phase in status["unrouted"]:
+        yield (
+            f"WARNING: {phase} is not selected by {status['policy'][phase]}: SGLang does not ask the indexer; see the "
+            "server's log"
+        )
+
+
+def _phase(status: Mapping[str, Any], phase: str) -> tuple[object, ...]:
+    gate = status["min_len"].get(phase)
+    return (
+        phase,
+        status["policy"][phase],
+        "any length" if gate is None else f"{gate} tokens",
+        "-" if gate is None else status["steps_over_gate"][phase],
+        _counts(status["calls"][phase]),
+        _counts(status["replays"]) if phase == "decode" else "-",
+    )
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{path} {count}" for path, count in counts.items()) or "none"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,98 @@
+"""`--check`: says what would run and refuses what a launch would refuse, from flags and config.json."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sglang_misa import check, demo_model, launch_server
+from sglang_misa.config import ENV, PRESETS
+from sglang_misa.page_stats import PageStats
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in (ENV, "SGLANG_PLUGINS", "SGLANG_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(demo_model.config(demo_model.GPU)))
+    return str(tmp_path)
+
+
+@pytest.fixture
+def checked(capsys):
+    """(exit status, output) of a check with these words."""
+
+    def run(*words):
+        status = launch_server.main(["--check", *words])
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def test_phases_gates_and_memory(checked, model):
+    status, out = checked("--misa-preset", "faithful", "--misa-allow-unverified", "--model-path", model)
+    assert status == 0, out
+    for words in (
+        "up to 16384 tokens",
+        "more than 32768 tokens",
+        "7 of 64 heads by peak, the others as one column",
+        "38 B a token and layer",
+        "152 B a token in 4 layers",
+        "Nothing speaks against it",
+    ):
+        assert words in out
+
+
+def test_off_is_off(checked, model):
+    assert checked("--model-path", model)[1].startswith("sglang-misa is off")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_bytes_are_those_that_the_pool_is_given(name):
+    config = PRESETS[name]
+    assert check.stats_bytes(config) == PageStats.bytes_per_page(config.decode.sketch)
+
+
+def test_every_reason_comes_with_exit_status_2(checked, model, monkeypatch):
+    monkeypatch.setenv("SGLANG_PLUGINS", "another")
+    status, out = checked(
+        *("--misa-preset", "misa", "--misa-prefill-heads", "65", "--model-path", model, "--tp", "8", "--pp-size=2"),
+        *("--enable-mixed-chunk", "--attention-backend", "fa3", "--misa-allow-unverified"),
+        *("--misa-audit-rows", "4", "--misa-audit-floor", "0.9", "--misa-audit-action", "dense"),
+    )
+    assert status == launch_server.REFUSED
+    for words in (
+        "--attention-backend: expected None or 'dsa'",
+        "--enable-mixed-chunk",
+        "--pp-size: expected 1, got 2",
+        "prefill.heads: expected at most the model's 64",
+        "with --tp 8",
+        "SGLANG_PLUGINS",
+    ):
+        assert words in out
+
+
+def test_a_model_elsewhere_is_said_to_be_unknown(checked):
+    _, out = checked("--misa-preset", "misa", "--misa-allow-unverified", "--model-path", "owner/model")
+    assert "taken to be DeepSeek-V3.2's" in out
+
+
+def test_a_laptop_needs_neither_torch_nor_sglang(model):
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'sglang', 'rich', 'numpy'): sys.modules[name] = None\n"
+        "from sglang_misa import launch_server, versions\n"
+        "from importlib import metadata\n"
+        "def none(): raise metadata.PackageNotFoundError('sglang')\n"
+        "versions.installed = none\n"
+        f"sys.exit(launch_server.main(['--check', '--misa-preset', 'misa-hisa', '--model-path', {model!r}]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "SGLang's version, as none is installed" in run.stdout
+    assert "the GPU, as none is here" in run.stdout

@@ -1,0 +1,108 @@
+"""The status command against a server of HTTP that answers as SGLang's /server_info does."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from sglang_misa import status
+from sglang_misa.config import PRESETS
+from sglang_misa.metrics import UNROUTED_STEPS, Recorder
+
+KEY = "status-test-key"
+
+
+@pytest.fixture
+def serve():
+    """Starts a server that gives this answer to whoever brings the key; returns its address."""
+    servers = []
+
+    def start(answer):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                known = self.path == "/server_info" and self.headers["Authorization"] == f"Bearer {KEY}"
+                self.send_response(200 if known else 401)
+                self.end_headers()
+                self.wfile.write(answer if known else b"")
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def key_file(tmp_path):
+    file = tmp_path / "key"
+    file.write_text(KEY)
+    return str(file)
+
+
+def recorder(verified=True):
+    result = Recorder()
+    result.armed(PRESETS["misa-hisa"], rank=0, ranks=8, sglang="0.5.23", verified=verified)
+    result.ran("prefill", "misa")
+    result.declined("prefill", "under-min-len")
+    result.replayed("hisa")
+    result.audited("prefill", 3, 0.9376, 0.9, 0.99)
+    return result
+
+
+def info(*recorders):
+    return json.dumps({"internal_states": [{"misa": each.status()} for each in recorders]}).encode()
+
+
+def test_every_count_is_in_the_table(serve, key_file, capsys):
+    url = serve(info(recorder(), recorder(verified=False)))
+    assert status.main([url, "--key-file", key_file]) == 0
+    first, second = capsys.readouterr().out.split("sglang-misa 0")[1:]
+    words = ("SGLang 0.5.23", "misa-hisa", "rank 0 of 8", "misa 1", "hisa 1", "under-min-len", "0.938", "32768 tokens")
+    assert all(word in first for word in words), first
+    assert "not verified" in second
+    assert "not verified" not in first
+
+
+def test_json_is_what_the_server_told(serve, key_file, capsys):
+    one = recorder()
+    assert status.main([serve(info(one)), "--json", "--key-file", key_file]) == 0
+    assert json.loads(capsys.readouterr().out) == [one.status()]
+
+
+def test_a_replica_that_is_off_or_does_not_select_is_told(serve, key_file, capsys):
+    idle = recorder()
+    for _ in range(UNROUTED_STEPS + 2):
+        idle._calls["prefill"].clear()
+        idle.stepped("prefill", 131072)
+    assert status.main([serve(info(idle)), "--key-file", key_file]) == status.NOT_AS_ASKED
+    assert "WARNING: prefill is not selected by misa" in capsys.readouterr().out
+    off = json.dumps({"internal_states": [{}]}).encode()
+    assert status.main([serve(off), "--key-file", key_file]) == status.NOT_AS_ASKED
+    assert "sglang-misa is off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [(b"<html>", "got no JSON"), (b"{}", "expected SGLang's /server_info"), (b"[]", "expected SGLang's /server_info")],
+)
+def test_another_server_is_named(serve, key_file, capsys, answer, words):
+    assert status.main([serve(answer), "--key-file", key_file]) == status.UNKNOWN
+    assert words in capsys.readouterr().err
+
+
+def test_no_server_no_key_and_no_address(serve, capsys):
+    assert status.main([serve(b"{}")]) == status.UNKNOWN
+    assert "got 401 Unauthorized; add --key-file" in capsys.readouterr().err
+    for url in ("http://127.0.0.1:1", "localhost:30000", "what"):
+        assert status.main([url]) == status.UNKNOWN
+        assert f"expected a server at {url}" in capsys.readouterr().err
+    assert status.main(["http://127.0.0.1:1", "--key-file", "/no/such/key"]) == status.UNKNOWN
+    assert "--key-file: expected a readable text file" in capsys.readouterr().err
