@@ -88,7 +88,11 @@ class Row:
             scores = self.head_gates @ scanned.products
         else:
             ids = reference.top_heads(statistics.heads, policy.heads)
-            scores = self.head_gates[ids[0, 0]] @ scanned.products[ids[0, 0]]
+            routed = ids[0, 0]
+            if sketched is None:
+                scores = self.head_gates[routed] @ self.products[routed]
+            else:  # without the products of all heads, which nothing else needs
+                scores = self.head_gates[routed] @ (self.index_q[routed] @ sketched.keys.T).relu_()
             if policy.residual:
                 rows = self.index_q[None, None], self.head_gates[None, None]
                 query, scale = reference.residual_query(*rows, ids, statistics.positive)

@@ -199,3 +199,40 @@ def test_a_graph_follows_lengths_that_change_between_replays(index_heads: int, p
         graph.replay()
         for one, other in zip(captured, step(), strict=True):
             assert torch.equal(one, other), "replay differs from an eager call"
+
+
+@full_size
+@pytest.mark.parametrize("router", ["mean", "peak"])
+def test_the_residual_is_the_references_but_for_a_rounding(calls: str, index_heads: int, router: Router) -> None:
+    call = CALLS[calls](index_heads)
+    index_q, gates, pooled, batch, lens = call
+    head_ids, residual = route(*call, 7, BLOCK, router, residual=True)
+    assert torch.equal(head_ids, route(*call, 7, BLOCK, router))
+    for rows in torch.arange(ROWS, device=DEVICE)[::61].split(64):
+        complete = (lens[rows] // BLOCK).clamp(max=pooled.shape[1])
+        of_row = pooled[batch[rows].long()].float()
+        one_row_each = index_q[rows][:, None], gates[rows][:, None]  # N = rows, T = 1
+        statistics = reference.block_statistics(*one_row_each, of_row, complete[:, None], router)
+        query, scale = reference.residual_query(*one_row_each, head_ids[rows][:, None].long(), statistics.positive)
+        torch.testing.assert_close(residual.scale[rows], scale[:, 0], rtol=2**-7, atol=0)
+        got = residual.query[rows].float() * residual.scale[rows, None]
+        want = query[:, 0] * scale
+        step = want.abs() / 8 + scale * 2**-6  # from one fp8 number to the next
+        assert ((got - want).abs() <= step).all(), "further than one fp8 number from the reference"
+        assert (residual.query[rows].float() == query[:, 0]).float().mean() > 0.95
+
+
+def test_a_broken_head_leaves_the_residual_of_the_others() -> None:
+    """NaN and infinite gates and queries add nothing; where nothing is left, the query is 0 and its scale 1."""
+    queries, pooled, batch = ones(3)
+    gates = torch.ones(3, 64, device=DEVICE)
+    gates[0, 10], gates[0, 11] = NAN, INF
+    gates[2] = NAN
+    values = queries.float()
+    values[1, 20] = NAN
+    _, residual = route(values.to(FP8), gates, pooled, batch, ints([128] * 3, DEVICE), 7, PAGE, residual=True)
+    left = residual.query.float() * residual.scale[:, None]
+    assert torch.isfinite(left).all()
+    assert (left[:2] > 0).all()
+    assert (left[2] == 0).all()
+    assert residual.scale[2] == 1

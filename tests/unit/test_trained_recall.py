@@ -1,0 +1,45 @@
+"""What selections keep of DSA's tokens on trained indexers: figures that a later change must not lose unseen.
+
+Three layers of a small language model at 128K, a dozen rows each; the bounds lie a little under what was measured.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_misa.bench import selection
+from sglang_misa.config import PRESETS, Phase, SelectionPolicy
+
+TRAINED = Path(__file__).parents[3] / "shared/trained"
+LAYERS = [TRAINED / f"layer{number}.safetensors" for number in (0, 2, 4)]
+ROWS, LENGTH = 4, 131072
+
+pytestmark = pytest.mark.skipif(not all(path.exists() for path in LAYERS), reason=f"needs {TRAINED}")
+CASES: dict[str, tuple[Phase, SelectionPolicy, float]] = {
+    "misa": ("prefill", PRESETS["misa"].prefill, 0.760),
+    "peak over 256": ("prefill", SelectionPolicy(heads=8, router="peak"), 0.870),
+    "fast prefill": ("prefill", PRESETS["fast"].prefill, 0.880),
+    "faithful prefill": ("prefill", PRESETS["faithful"].prefill, 0.955),
+    "hisa decode": ("decode", PRESETS["hisa"].decode, 0.600),
+    "fast decode": ("decode", PRESETS["fast"].decode, 0.930),
+    "faithful decode": ("decode", PRESETS["faithful"].decode, 0.990),
+}
+
+
+@pytest.fixture(scope="module")
+def shares() -> selection.Shares:
+    """What each policy keeps in every row of every layer; policies with candidates under their own name."""
+    wanted = [(phase, plain(policy).model_copy(update={"candidates": None})) for phase, policy, _ in CASES.values()]
+    found = [selection.measure(selection.Layer.load(path, ROWS), LENGTH, [*dict.fromkeys(wanted)]) for path in LAYERS]
+    return {key: torch.cat([layer[key] for layer in found]) for key in found[0]}
+
+
+def plain(policy: SelectionPolicy) -> SelectionPolicy:
+    return policy.model_copy(update={"min_len": 0})  # the gate is not compared
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_selection_keeps_what_it_kept(name: str, shares: selection.Shares) -> None:
+    phase, policy, bound = CASES[name]
+    assert float(shares[phase, plain(policy)].mean()) >= bound
