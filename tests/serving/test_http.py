@@ -23,6 +23,8 @@ def test_status_names_the_policies_and_counts(server):
     assert after["policy"] == {"prefill": "misa", "decode": "hisa"}
     for phase, path in after["policy"].items():
         assert after["calls"][phase][path] > before["calls"][phase].get(path, 0)
+        assert after["steps_over_gate"][phase] > before["steps_over_gate"][phase]
+    assert after["unrouted"] == []
     assert set(after["recall"]["prefill"]) == {"0", "1"}
     assert all(0 < layer["recall"] <= 1 for layer in after["recall"]["prefill"].values())
 
@@ -116,6 +118,14 @@ def test_a_prompt_over_the_context_length(server):
     assert status == 400
     assert str(CONTEXT) in answer.decode()
     assert server.healthy()
+
+
+def test_a_profile(server, tmp_path):
+    server.request("/start_profile", {"output_dir": str(tmp_path)})
+    server.generate(TEXT[:200])
+    server.request("/stop_profile", {})
+    assert server.healthy()
+    assert any(tmp_path.iterdir())
 
 
 # SGLang 0.5.23 no longer refuses an empty text. On a CPU, with this package or without, its own mixture of experts then
