@@ -12,7 +12,7 @@ LINT := $(call stamp,.venv-lint,requirements.lock)
 .DEFAULT_GOAL := help
 
 help: ## print this
-	@grep -hE '^[a-z0-9.-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(MAIN) ## measure MISA on a tiny random model, then serve it until Ctrl-C (ONCE=1 leaves; DEMO_FLAGS="…")
 	.venv/bin/python -m sglang_misa.launch_server --demo $(DEMO_FLAGS)

@@ -5,6 +5,7 @@ On a CUDA GPU the kernels select; without one, the PyTorch reference on the CPU 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -23,12 +24,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from sglang_misa import config as misa
-from sglang_misa import demo_model
-from sglang_misa.config import PHASES, Audit, MisaConfig, SelectionPolicy
+from sglang_misa import demo_model, supervisor
+from sglang_misa.config import PHASES, Audit, ConfigError, MisaConfig, SelectionPolicy
 
 NEW_TOKENS = 16
 START_LIMIT = 600.0  # seconds: a first start on a GPU builds kernels
 STOP_LIMIT = 20.0
+NAME = "misa-demo"  # and the demo's process: under it the server is known to be ours
 LOG_TAIL = 4000  # characters
 AUDIT = Audit(rows=4, every=1)
 
@@ -62,6 +64,7 @@ GPU = Setup(
         prefill=SelectionPolicy(heads=8, block_size=128, min_len=2048),
         decode=SelectionPolicy(blocks=64, block_size=128, min_len=2048),
         audit=AUDIT,
+        allow_unverified=True,
     ),
     flags="--dsa-prefill-backend flashmla_sparse --dsa-decode-backend flashmla_sparse --kv-cache-dtype bfloat16 "
     "--mem-fraction-static 0.5 --max-total-tokens 131072 --max-running-requests 4 --cuda-graph-max-bs-decode 4 "
@@ -90,7 +93,8 @@ def run(
     `key` where there is one; host, port: where it listens; report: where to write JSON.
     """
     console = Console()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server is stopped too
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))  # so that the server is stopped too
     try:
         flags = [*arguments, "--host", host, "--port", str(port)]
         return _run(console, config, flags, Client(_url(host, port), key), report)
@@ -112,13 +116,14 @@ def _run(
 ) -> int:
     setup = GPU if torch.cuda.is_available() else CPU
     config = config or setup.config
+    ConfigError.raise_if([*_too_short(config, setup.prompt), *_report_problems(report)])
     cache = demo_model.cache()
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("Writing a tiny random DeepSeek-V3.2 model", total=1)
         model = demo_model.ensure(cache, setup.shape)
         bar.advance(task)
     words = [*setup.flags.split(), "--model-path", str(model)]
-    log = cache / "demo.log"
+    log = cache / f"demo-{os.getpid()}.log"
     console.print(f"The server's log: {log}", markup=False, soft_wrap=True)
     with _Server([*arguments, *words], config, log) as server:
         with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
@@ -151,6 +156,25 @@ def _run(
         if os.environ.get("ONCE") != "1":
             _serve(console, server, client)
     return 0
+
+
+def _too_short(config: MisaConfig, tokens: int) -> Iterator[str]:
+    """Gates that the demo's prompts would never pass."""
+    for phase in PHASES:
+        policy = config.policy(phase)
+        if policy.active and policy.min_len >= tokens:
+            yield (
+                f"{phase}.min_len: expected less than the {tokens} tokens of the demo's prompts, got {policy.min_len}; "
+                f"lower --misa-{phase}-min-len"
+            )
+
+
+def _report_problems(report: Path | None) -> Iterator[str]:
+    try:
+        if report is not None:
+            report.touch()
+    except OSError as error:
+        yield f"--demo-report: expected a file that can be written, got {report} ({error.strerror}); choose another"
 
 
 @dataclass(frozen=True)
@@ -188,10 +212,18 @@ class _Server:
 
     def __init__(self, arguments: Sequence[str], config: MisaConfig, log: Path):
         self.log = log
+        self.name = f"{NAME}-{os.getpid()}"
         environ = {**os.environ, misa.ENV: config.to_json()}
-        command = [sys.executable, "-m", "sglang_misa.launch_server", *arguments]
+        words = ["-m", "sglang_misa.launch_server", *arguments, "--served-model-name", self.name]
         with log.open("w") as sink:
-            self.process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environ, start_new_session=True)
+            self.process = subprocess.Popen(
+                [sys.executable, *words],
+                stdout=sink,
+                stderr=sink,
+                env=environ,
+                start_new_session=True,
+                preexec_fn=functools.partial(supervisor.end_with, os.getpid()),
+            )
 
     def wait(self, client: Client) -> float:
         """Seconds until `client` is answered."""
@@ -201,9 +233,13 @@ class _Server:
                 raise ServerError(f"The server ended with status {self.process.returncode}:\n{self._tail()}")
             try:
                 client.call("/health")
-                return time.monotonic() - start
+                found = client.call("/server_info")["served_model_name"]
             except OSError:
                 time.sleep(0.5)
+                continue
+            if found != self.name:
+                raise ServerError(f"expected our server at {client.url}, got one of {found}; choose another --port")
+            return time.monotonic() - start
         raise ServerError(f"The server did not answer in {START_LIMIT:.0f} s:\n{self._tail()}")
 
     def __enter__(self) -> _Server:
@@ -287,6 +323,8 @@ def _print(
     console.print(requests)
     if recall.row_count:
         console.print(recall)
+    verified = "" if status["verified"] else ", which is not verified on this device"
+    console.print(f"SGLang {status['sglang']}{verified}.", markup=False)
     console.print(
         "The weights are random: this shows that the machinery runs, and says nothing about recall, quality or speed "
         "on a real model."

@@ -6,6 +6,7 @@ CPU) a mixture of experts. The index head gates have unequal sizes, as in traine
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from sglang_misa.config import ConfigError
 
 SEED = 20260
 FORMAT = 2  # raise when the written files change, so that an older folder in the cache is not used
 INDEX_DIM, LATENT_DIM, ROPE_DIM, NOPE_DIM, V_DIM = 128, 512, 64, 128, 128  # fixed by SGLang's kernels
 GATE_SPREAD = 1.5  # standard deviation of the log size of an index head's gate
+DIGESTS = "digests.json"  # of the checkpoint's other files
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
@@ -53,22 +59,49 @@ def cache() -> Path:
 
 
 def ensure(folder: Path, shape: Shape) -> Path:
-    """The checkpoint of `shape` under `folder`, written first when it is not there; the same bytes every time."""
+    """The checkpoint of `shape` under `folder`, the same bytes every time: written where it is not there or not whole.
+
+    Raises ConfigError where it cannot be written, and leaves nothing unfinished behind.
+    """
     target = folder / f"tiny-dsa-{'x'.join(str(v) for v in asdict(shape).values())}-v{FORMAT}"
-    if not (target / "config.json").exists():
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}")
-        shutil.rmtree(unfinished, ignore_errors=True)
+    if _is_whole(target):
+        return target
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+    try:
         unfinished.mkdir(parents=True)
         write(unfinished, shape)
+        (unfinished / DIGESTS).write_text(json.dumps(_digests(unfinished)), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
+    except (OSError, SafetensorError) as error:
+        bytes_ = sum(tensor.nbytes for _, tensor in weights(shape))
+        raise ConfigError(
+            [
+                f"the model: expected room for {bytes_ / 2**20:.0f} MiB in {folder}, got {error}; make room, or set "
+                "XDG_CACHE_HOME"
+            ]
+        ) from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return target
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether a checkpoint has every byte that was written."""
+    try:
+        return bool(json.loads((target / DIGESTS).read_text(encoding="utf-8")) == _digests(target))
+    except (OSError, ValueError):
+        return False
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint, by name."""
+    files = sorted(file for file in folder.iterdir() if file.name != DIGESTS)
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def write(folder: Path, shape: Shape) -> None:
     """Write weights, tokenizer and config.json of `shape` into an existing `folder`."""
-    from safetensors.torch import save_file
-
     save_file(dict(weights(shape)), str(folder / "model.safetensors"), metadata={"format": "pt"})
     _write_tokenizer(folder, shape.context)
     (folder / "config.json").write_text(json.dumps(config(shape), indent=1), encoding="utf-8")

@@ -59,11 +59,16 @@ def run(serve: Callable[[], None], keys: Sequence[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _set_up_child(parent: int, pipes: Mapping[int, tuple[int, int]]) -> None:
-    os.setsid()  # signals come by the parent alone, and SGLang may kill its group
+def end_with(parent: int) -> None:
+    """Have this process killed when its parent, `parent`, ends in whatever way."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os._exit(128 + signal.SIGKILL)
+
+
+def _set_up_child(parent: int, pipes: Mapping[int, tuple[int, int]]) -> None:
+    os.setsid()  # signals come by the parent alone, and SGLang may kill its group
+    end_with(parent)
     for stream, (source, sink) in pipes.items():
         os.dup2(sink, stream)
         os.close(source)

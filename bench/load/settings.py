@@ -321,5 +321,7 @@ def problem_of(error: ValidationError) -> str:
     """The first problem of a model that pydantic refused, in one sentence."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "settings"
-    wanted = first["msg"].replace("Input should be", "a value that is").replace("Extra inputs", "no such setting; extra")
+    wanted = (
+        first["msg"].replace("Input should be", "a value that is").replace("Extra inputs", "no such setting; extra")
+    )
     return f"{where}: expected {wanted}, got {str(first['input'])[:80]!r}; change it"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sglang_misa import versions
+
 pytestmark = pytest.mark.serving
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
@@ -21,6 +23,8 @@ def test_status_names_the_policies_and_counts(server):
     assert after["policy"] == {"prefill": "misa", "decode": "hisa"}
     for phase, path in after["policy"].items():
         assert after["calls"][phase][path] > before["calls"][phase].get(path, 0)
+        assert after["steps_over_gate"][phase] > before["steps_over_gate"][phase]
+    assert after["unrouted"] == []
     assert set(after["recall"]["prefill"]) == {"0", "1"}
     assert all(0 < layer["recall"] <= 1 for layer in after["recall"]["prefill"].values())
 
@@ -116,7 +120,27 @@ def test_a_prompt_over_the_context_length(server):
     assert server.healthy()
 
 
-@pytest.mark.parametrize("body", [{"text": ""}, {"input_ids": []}, {}])
+def test_a_profile(server, tmp_path):
+    server.request("/start_profile", {"output_dir": str(tmp_path)})
+    server.generate(TEXT[:200])
+    server.request("/stop_profile", {})
+    assert server.healthy()
+    assert any(tmp_path.iterdir())
+
+
+# SGLang 0.5.23 no longer refuses an empty text. On a CPU, with this package or without, its own mixture of experts then
+# ends the server, as it cannot take a batch of no tokens.
+TEXT_IS_CHECKED = versions.installed() == "0.5.17"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param({"text": ""}, marks=pytest.mark.skipif(not TEXT_IS_CHECKED, reason="SGLang's own server ends")),
+        {"input_ids": []},
+        {},
+    ],
+)
 def test_an_empty_prompt(server, body):
     status, answer = server.request("/generate", {**body, "sampling_params": {"max_new_tokens": 2}})
     assert status == 400, answer

@@ -5,6 +5,7 @@ one for <pid> with two numbers: how many page means decode has read, and how man
 Python imports this module by its name at start-up, before anything of SGLang.
 """
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 
 class AfterImport(MetaPathFinder):
-    """Wraps functions of a module once it has been executed."""
+    """Wraps functions and methods of a module once it has been executed."""
 
     def __init__(self, module, wrap, functions):
         self.module, self.wrap, self.functions = module, wrap, functions
@@ -28,8 +29,10 @@ class AfterImport(MetaPathFinder):
 
         def execute_and_wrap(module):
             execute(module)
-            for function in self.functions:
-                setattr(module, function, self.wrap(getattr(module, function)))
+            for path in self.functions:
+                *owners, name = path.split(".")
+                owner = functools.reduce(getattr, owners, module)
+                setattr(owner, name, self.wrap(getattr(owner, name)))
 
         spec.loader.exec_module = execute_and_wrap
         return spec
@@ -50,23 +53,24 @@ def selections(hook):
     return wrapper
 
 
-def means(paged_scores):
+def means(decode):
     read = wrong = 0
 
-    def wrapper(policy, index_q, head_gates, buffer, page_table, row_lens, stats, layer):
+    def wrapper(self, call, policy):
         nonlocal read, wrong
         import torch
 
         from sglang_misa import reference
         from sglang_misa.kernels.layout import PAGE
 
-        for pages, length in zip(page_table, row_lens.tolist(), strict=True):
+        decode(self, call, policy)
+        for pages, length in zip(call.page_table, call.seq_lens.tolist(), strict=True):
             complete = pages[: length // PAGE].long()
-            expected = reference.page_means(buffer[complete])
-            same = torch.isclose(stats.means[layer][complete].float(), expected, rtol=2**-7, atol=1e-6).all(1)
+            expected = reference.page_means(call.index_k_pages[complete])
+            found = self.stats.means[call.layer][complete].float()
+            same = torch.isclose(found, expected, rtol=2**-7, atol=1e-6).all(1)
             read, wrong = read + len(complete), wrong + int((~same).sum())
         own_file("WATCH_MEANS").write_text(f"{read} {wrong}")
-        return paged_scores(policy, index_q, head_gates, buffer, page_table, row_lens, stats, layer)
 
     return wrapper
 
@@ -76,4 +80,4 @@ if "WATCH_SELECTIONS" in os.environ:
         0, AfterImport("sglang_misa.patches.indexer", selections, ("get_topk_ragged", "get_topk_paged"))
     )
 if "WATCH_MEANS" in os.environ:
-    sys.meta_path.insert(0, AfterImport("sglang_misa.indexer", means, ("paged_scores",)))
+    sys.meta_path.insert(0, AfterImport("sglang_misa.engines.reference", means, ("ReferenceEngine.decode",)))
