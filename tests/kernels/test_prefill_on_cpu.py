@@ -292,6 +292,7 @@ class Case:
             *(column if residual else (None, None)),
             *self.keys_held,
         )
+        self.spoiled = np.zeros(self.keys, bool)
         self.windows = (self.starts, self.ends, rows, self.keys)
 
     def scores(self, row: int, heads) -> np.ndarray:
@@ -302,7 +303,13 @@ class Case:
         """Scores by the routed heads and the residual."""
         window = slice(self.starts[row], self.ends[row])
         linear = self.linear_scale[row] * (self.linear[row] @ self.k[window].T)
-        return self.scores(row, self.ids[row]) + linear * self.scale[window]
+        score = self.scores(row, self.ids[row]) + linear * self.scale[window]
+        return np.where(self.spoiled[window], -np.inf, score)
+
+    def spoil(self, every: int) -> None:
+        """Make NaN of every so many keys."""
+        self.spoiled[::every] = True
+        self.keys_held[0][::every] = 0x7F
 
     def check(self, out, failed, best) -> None:
         """Rows hold best(row), -1 behind; few are on the list of those to redo."""
@@ -325,6 +332,14 @@ def test_the_residual_is_one_more_column_without_relu(with_residual, many, monke
     loaded, columns = with_residual
     monkeypatch.setattr(sr, "MANY", 0.0 if many else 1.0)
     check_collected(loaded, Case(columns, all_heads=32, columns=columns, residual=True), columns, 3, many)
+
+
+def test_a_nan_key_wins_no_place_by_the_residual(with_residual, monkeypatch):
+    monkeypatch.setattr(sr, "MANY", 1.0)
+    loaded, columns = with_residual
+    case = Case(columns + 1, all_heads=32, columns=columns, residual=True)
+    case.spoil(every=50)
+    check_collected(loaded, case, columns, 2, many=False)
 
 
 def check_collected(kernels: ctypes.CDLL, case: Case, columns: int, workers: int, many: bool) -> None:
