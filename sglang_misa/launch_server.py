@@ -165,8 +165,9 @@ def _launch_problems(chosen: MisaConfig | None, theirs: argparse.Namespace) -> I
         yield "--model-path: expected a folder or a Hugging Face name, got none; add it"
     if chosen is None:
         return
-    if unknown := versions.problem(versions.installed(), theirs.device or "cpu", allow_unverified=True):
-        yield unknown
+    allowed = chosen.allow_unverified
+    if problem := versions.problem(versions.installed(), theirs.device or "cuda", allow_unverified=allowed):
+        yield problem
     if theirs.device is None and not any(Path(device).exists() for device in GPU_DEVICES):
         yield "--device: expected a GPU, or cpu for demos and tests without one, got neither; add --device cpu"
     yield from _environment_problems(os.environ)
