@@ -1,0 +1,318 @@
+"""The measured tables and figures, written from the CSVs: what a page says was in a row of a file.
+
+    python -m sglang_misa.bench.report [--results bench/results] [--docs docs] [--readme README.md]
+
+Writes README.md and the figures beside the CSVs, and, between the markers `<!-- NAME -->` and `<!-- /NAME -->` of a
+page that has them, the table NAME: `measured` in docs/measured.md and the README, `quality` in docs/quality.md. A table
+of kernels holds one GPU and one commit, the last one in the file; the newest row of a case wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_misa.bench.kernels import CACHED_ROWS
+
+Record = dict[str, str]
+K = 1024
+WIDE = 8192  # rows of a whole chunk of prefill
+PLOTTED = ("misa", "fast", "faithful", "exact", "hisa")  # at most four lines a figure, these first
+KEPT = 7  # policies of a phase in the quality table
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in Markdown, under a title, with the words that belong to it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def __str__(self) -> str:
+        lines = [" | ".join(["", *cells, ""]).strip() for cells in (self.columns, *self.rows)]
+        rule = "|" + "---|" * len(self.columns)
+        return "\n\n".join(filter(None, [f"### {self.title}", self.note, "\n".join([lines[0], rule, *lines[1:]])]))
+
+
+def read(path: Path) -> list[Record]:
+    """The rows of a CSV; none where it does not exist."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def newest(rows: Iterable[Record]) -> list[Record]:
+    """The right rows of the last commit of each GPU and phase, and of a case the last one."""
+    kept = [row for row in rows if row["correct"] == "True"]
+    last = {(row["gpu"], row["phase"]): row["commit"] for row in kept}
+    case = ("gpu", "phase", "preset", "policy", "index_heads", "candidates", "blocks", "rows", "length", "inputs")
+    found = {tuple(row[c] for c in case): row for row in kept if row["commit"] == last[row["gpu"], row["phase"]]}
+    return list(found.values())
+
+
+def kernel_tables(rows: Sequence[Record]) -> list[Table]:
+    """The tables of one GPU: whole chunks, cached prefixes, hostile inputs, decode; as far as there are rows."""
+    prefill = [row for row in rows if row["phase"] == "prefill"]
+    plain = [row for row in prefill if not row["inputs"].startswith("hostile")]
+    cached = [row for row in plain if int(row["rows"]) in CACHED_ROWS]
+    wide = [row for row in plain if int(row["rows"]) == WIDE]
+    decode = [row for row in rows if row["phase"] == "decode"]
+    hostile = [row for row in prefill if row["inputs"].startswith("hostile")]
+    return [
+        table
+        for table in (
+            by_length("Prefill: a chunk of 8192 rows", wide),
+            by_length("Prefill: few new rows over a cached prefix", cached),
+            by_input("Prefill: hostile inputs", hostile),
+            by_length("Decode", decode),
+        )
+        if table.rows
+    ]
+
+
+def by_length(title: str, rows: Sequence[Record]) -> Table:
+    """A row for each policy, H, number of rows and kind of inputs; stock's ms, ours and the ratio by length."""
+    lengths = sorted({int(row["length"]) for row in rows})
+    groups: dict[tuple[str, ...], dict[int, list[Record]]] = {}
+    for row in rows:
+        key = (method(row), row["index_heads"], row["rows"], row["inputs"].partition(":")[0])
+        groups.setdefault(key, {}).setdefault(int(row["length"]), []).append(row)
+    cells = []
+    for key, by in sorted(groups.items(), key=lambda item: (item[0][3], -int(item[0][1]), int(item[0][2]), item[0][0])):
+        line = list(key)
+        for length in lengths:
+            line += _times(by.get(length, []))
+        recalls = [float(row["recall"]) for row in by[max(by)] if row["recall"]]
+        cells.append([*line, f"{statistics.mean(recalls):.3f}" if recalls and key[3] == "trained" else ""])
+    heads = [name for n in lengths for name in (f"{n // K}K stock", "ours", "×")]
+    unit = "µs" if rows and rows[0]["phase"] == "decode" else "ms"
+    note = f"Times in {unit}, medians. Of several trained files: the slowest ratio, the mean recall at the longest."
+    return Table(title, ["policy", "H", "rows", "inputs", *heads, "recall"], cells, note)
+
+
+def _times(rows: Sequence[Record]) -> list[str]:
+    if not rows:
+        return ["", "", ""]
+    worst = min(rows, key=lambda row: float(row["ratio"]))
+    scale = 1e3 if worst["phase"] == "prefill" else 1.0
+    times = (f"{float(worst[column]) / scale:.3g}" for column in ("stock_us", "ours_us"))
+    return [*times, f"{float(worst['ratio']):.2f}"]
+
+
+def by_input(title: str, rows: Sequence[Record]) -> Table:
+    """A row for each input, the ratio of each policy at its longest length; the slowest input first."""
+    names = sorted({method(row) for row in rows})
+    longest = {name: max(int(row["length"]) for row in rows if method(row) == name) for name in names}
+    ratios: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if int(row["length"]) == longest[method(row)]:
+            ratios.setdefault(row["inputs"].removeprefix("hostile:"), {})[method(row)] = float(row["ratio"])
+    ordered = sorted(ratios.items(), key=lambda item: min(item[1].values()))
+    cells = [[name, *(f"{by[n]:.2f}" if n in by else "" for n in names)] for name, by in ordered]
+    length = max(longest.values(), default=0) // K
+    return Table(title, ["input", *names], cells, f"Stock's time over ours at {length}K keys, 8192 rows.")
+
+
+def method(row: Record) -> str:
+    """The preset, and its numbers where several rows of a file differ in them."""
+    numbers = (("h", "routed_heads"), ("C", "candidates"), ("blocks", "blocks"), ("bits", "sketch"))
+    shown = [f"{name} = {row[column]}" for name, column in numbers if row.get(column)]
+    residual = ["residual"] if row.get("residual") == "1" else []
+    return f"{row['preset']} ({', '.join([*shown[:1], *residual, *shown[1:]])})" if shown else row["preset"]
+
+
+def environment(rows: Sequence[Record]) -> str:
+    """One line of what the rows were measured on."""
+    parts = []
+    for name, column in (("SGLang", "sglang"), ("torch", "torch"), ("driver", "driver"), ("commit", "commit")):
+        values = sorted({row.get(column) or "" for row in rows} - {""})
+        parts += [f"{name} {', '.join(values)}"] if values else []
+    return f"{rows[0]['gpu']}; {'; '.join(parts)}."
+
+
+def end_to_end(rows: Sequence[Record]) -> list[Table]:
+    """Medians of one GPU's share of DeepSeek-V3.2, served: stock beside each arm."""
+    groups: dict[tuple[str, int, int], dict[str, list[Record]]] = {}
+    for row in rows:
+        key = (row["gpu"], int(row["prompt_tokens"]), int(row["clients"]))
+        groups.setdefault(key, {}).setdefault(row["arm"], []).append(row)
+    cells = []
+    for (gpu, prompt, clients), arms in sorted(groups.items()):
+        for arm in sorted(arms.keys() - {"stock"}):
+            line = [gpu.removeprefix("NVIDIA "), f"{prompt // K}K", str(clients), arm, str(len(arms[arm]))]
+            for column, unit in (("ttft_s", 1), ("tpot_s", 1e3)):
+                stock, ours = (statistics.median(float(r[column]) for r in arms[a]) * unit for a in ("stock", arm))
+                line += [f"{stock:.3g}", f"{ours:.3g}", f"{stock / ours:.2f}"]
+            cells.append(line)
+    columns = [
+        "GPU",
+        "prompt",
+        "clients",
+        "arm",
+        "requests",
+        "TTFT stock, s",
+        "ours",
+        "×",
+        "TPOT stock, ms",
+        "ours",
+        "×",
+    ]
+    note = "One of eight ranks of DeepSeek-V3.2 with random weights, through HTTP; medians of requests."
+    return [Table("Through the server", columns, cells, note)] if cells else []
+
+
+def quality_tables(rows: Sequence[Record]) -> list[Table]:
+    """What selections keep of DSA's tokens: the front of each length and phase, and the presets' own policies."""
+    found = []
+    for length in sorted({int(row["length"]) for row in rows}, reverse=True):
+        for phase, cost in (("prefill", "flop"), ("decode", "bytes")):
+            own = [row for row in rows if int(row["length"]) == length and row["phase"] == phase]
+            front = sorted((row for row in own if row["front"] == "1"), key=lambda row: float(row[cost]))
+            shown = front[:: max(1, -(-len(front) // KEPT))] + [row for row in own if _published(row)]
+            unique = {tuple(row.values()): row for row in sorted(shown, key=lambda row: float(row[cost]))}.values()
+            columns = ["selection", "columns", f"{cost} / stock's", "recall", "p10", "worst layer"]
+            cells = [[_selection(r), r["columns"], r[cost], r["recall"], r["p10"], r["worst_layer"]] for r in unique]
+            if cells:
+                found.append(Table(f"{phase.capitalize()}, {length // K}K", columns, cells))
+    return found
+
+
+def _published(row: Record) -> bool:
+    """The paper's MISA and MISA†, and HISA, as their presets have them."""
+    if row["blocks"]:
+        return (row["blocks"], row["block_size"], row["candidates"]) == ("64", "128", "")
+    own = (row["heads"], row["router"], row["residual"], row["block_size"], row["sketch"]) == (
+        "8",
+        "mean",
+        "0",
+        "256",
+        "",
+    )
+    return own and row["candidates"] in ("", "8192")
+
+
+def _selection(row: Record) -> str:
+    parts = [f"{row['blocks']} blocks of {row['block_size']}"] if row["blocks"] else []
+    if row["heads"]:
+        parts.append(f"{row['heads']} heads by {row['router']} over {row['block_size']}")
+    parts += ["residual"] if row["residual"] == "1" else []
+    parts += [f"{row['sketch']}-bit sketch"] if row["sketch"] else []
+    parts += [f"C = {row['candidates']}"] if row["candidates"] else []
+    return ", ".join(parts or ["all heads"])
+
+
+def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
+    """Stock's time over ours by length, a figure a GPU and phase: 8192 rows in prefill, the largest batch in decode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    written = []
+    for gpu, phase in sorted({(row["gpu"], row["phase"]) for row in rows}):
+        own = [r for r in rows if (r["gpu"], r["phase"], r["index_heads"], r["inputs"]) == (gpu, phase, "64", "random")]
+        most = WIDE if phase == "prefill" else max((int(r["rows"]) for r in own), default=0)
+        lines: dict[str, dict[int, float]] = {}
+        for row in own:
+            if int(row["rows"]) == most:
+                lines.setdefault(row["preset"], {})[int(row["length"])] = float(row["ratio"])
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for name in [name for name in PLOTTED if name in lines][:4]:
+            axes.plot(*zip(*sorted(lines[name].items()), strict=True), marker="o", label=name)
+        axes.axhline(1.0, color="grey", linewidth=1)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({length for points in lines.values() for length in points})
+        axes.set_xticks(ticks, [f"{t // K}K" for t in ticks])
+        rows_are = "rows" if phase == "prefill" else "requests"
+        title = f"Indexer of a layer, {phase} of {most} {rows_are}, {gpu.removeprefix('NVIDIA ')}"
+        axes.set(xlabel="context length (tokens)", ylabel="stock's time / ours", title=title)
+        axes.legend(fontsize="small")
+        target = folder / f"kernels-{phase}-{gpu.replace(' ', '-')}.png"
+        figure.savefig(target, dpi=130)
+        pyplot.close(figure)
+        written.append(target)
+    return written
+
+
+def between(page: str, name: str, text: str) -> str:
+    """`page` with `text` between its markers of `name`; as it is without them."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    pattern = re.compile(re.escape(start) + r".*?" + re.escape(end), re.DOTALL)
+    return pattern.sub(lambda _: f"{start}\n\n{text}\n\n{end}", page)
+
+
+def summary(rows: Sequence[Record]) -> str:
+    """The README's one table: prefill and decode of each preset at 128K, random inputs, H = 64, by GPU."""
+    chosen = [
+        row
+        for row in rows
+        if row["inputs"] == "random" and row["index_heads"] == "64" and int(row["length"]) == 128 * K
+        if (row["phase"] == "prefill" and int(row["rows"]) == WIDE) or row["phase"] == "decode"
+    ]
+    tables = []
+    for gpu in sorted({row["gpu"] for row in chosen}):
+        own = sorted(
+            (row for row in chosen if row["gpu"] == gpu),
+            key=lambda r: (r["phase"] == "decode", int(r["rows"]), r["preset"]),
+        )
+        cells = [[row["phase"], row["rows"], row["preset"], *_times([row])] for row in own]
+        columns = ["phase", "rows", "preset", "stock", "ours", "×"]
+        tables.append(str(Table(f"{gpu.removeprefix('NVIDIA ')}, 128K tokens", columns, cells, environment(own))))
+    return "\n\n".join(tables)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    root = Path(__file__).resolve().parents[1]
+    parser.add_argument("--results", type=Path, default=root / "bench/results", help="folder of the CSVs")
+    parser.add_argument("--docs", type=Path, default=root / "docs", help="folder of measured.md and quality.md")
+    parser.add_argument("--readme", type=Path, default=root / "README.md")
+    options = parser.parse_args(words)
+    rows = newest(read(options.results / "kernels.csv"))
+    if not rows:
+        parser.error(
+            f"--results: expected right rows in {options.results}/kernels.csv, got none; run bench.kernels --csv"
+        )
+    sections = [HEAD]
+    for gpu in sorted({row["gpu"] for row in rows}):
+        own = [row for row in rows if row["gpu"] == gpu]
+        sections += [f"## {gpu.removeprefix('NVIDIA ')}"]
+        for phase in ("prefill", "decode"):
+            part = [row for row in own if row["phase"] == phase]
+            if part:
+                sections += [environment(part), f"![{phase}](kernels-{phase}-{gpu.replace(' ', '-')}.png)"]
+                sections += map(str, kernel_tables(part))
+    served = [str(table) for table in end_to_end(read(options.results / "one_rank.csv"))]
+    (options.results / "README.md").write_text("\n\n".join([*sections, *served]) + "\n")
+    plot(rows, options.results)
+    quality = "\n\n".join(map(str, quality_tables(read(options.results / "selection.csv"))))
+    for page, name, text in (
+        (options.docs / "measured.md", "measured", "\n\n".join([summary(rows), *served])),
+        (options.docs / "quality.md", "quality", quality),
+        (options.readme, "measured", summary(rows)),
+    ):
+        if page.exists() and text:
+            page.write_text(between(page.read_text(), name, text))
+    return 0
+
+
+HEAD = """# Results
+
+Written by `python -m sglang_misa.bench.report` from the CSVs in this folder; do not edit. `kernels.csv` holds the whole
+indexer of one layer, stock beside ours in one run, after a check of the result (`bench.kernels`); ours is everything:
+page statistics, routing, scoring and selection. `one_rank.csv` has requests through a server (`bench.one_rank`,
+`bench.load`), `selection.csv` what selections keep on trained index tensors (`bench.selection`). Random inputs say what
+a shape costs, and nothing about recall. What was tried, and why kernels are as they are:
+[docs/kernel-notes.md](../../docs/kernel-notes.md)."""
+
+if __name__ == "__main__":
+    sys.exit(main())

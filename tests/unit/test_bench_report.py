@@ -1,0 +1,106 @@
+"""The pages written from the CSVs: one commit a table, the newest row of a case, nothing outside the markers."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from sglang_misa.bench import report, selection
+from sglang_misa.bench.kernels import COLUMNS
+
+GPU = "NVIDIA H200"
+
+
+def row(**changes: object) -> dict[str, object]:
+    base = dict.fromkeys(COLUMNS, "") | {
+        **{"gpu": GPU, "sglang": "0.5.23", "phase": "prefill", "preset": "fast", "policy": "misa", "index_heads": 64},
+        **{"routed_heads": 7, "residual": 1, "rows": 8192, "length": 131072, "inputs": "random", "stock_us": 18000.0},
+        **{"ours_us": 2000.0, "ratio": 9.0, "recall": 0.9, "correct": True, "commit": "new"},
+    }
+    return base | changes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows = [
+        row(commit="old", length=32768),
+        row(ratio=8.0),
+        row(),
+        row(preset="exact", routed_heads="", residual=0, ratio=1.2, correct=False),
+        row(inputs="trained:layer0", ratio=7.5, recall=0.93),
+        row(inputs="trained:layer2", ratio=7.0, recall=0.97),
+        row(inputs="hostile:period-24", ratio=6.0),
+        row(inputs="hostile:one-key", ratio=5.0),
+        row(rows=1024, length=262144, ratio=6.5),
+        row(phase="decode", rows=64, stock_us=300.0, ours_us=100.0, ratio=3.0),
+    ]
+    (tmp_path / "results").mkdir()
+    with (tmp_path / "results/kernels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return tmp_path
+
+
+def written(folder: Path) -> str:
+    words = ["--results", folder / "results", "--docs", folder / "docs", "--readme", folder / "README.md"]
+    assert report.main([str(word) for word in words]) == 0
+    return (folder / "results/README.md").read_text()
+
+
+def test_a_page_holds_the_newest_right_rows_of_one_commit(folder: Path) -> None:
+    page = written(folder)
+    assert "| fast (h = 7, residual) | 64 | 8192 | random | 18 | 2 | 9.00 |  |" in page
+    assert "32K" not in page  # of another commit
+    assert "exact" not in page  # wrong
+    assert "8.00" not in page  # measured again
+    assert "| fast (h = 7, residual) | 64 | 8192 | trained | 18 | 2 | 7.00 | 0.950 |" in page  # slowest, mean recall
+    assert page.index("one-key | 5.00") < page.index("period-24 | 6.00")
+    assert "| fast (h = 7, residual) | 64 | 1024 | random | 18 | 2 | 6.50 |  |" in page
+    assert "| fast (h = 7, residual) | 64 | 64 | random | 300 | 100 | 3.00 |  |" in page
+    for figure in ("prefill", "decode"):
+        assert (folder / f"results/kernels-{figure}-NVIDIA-H200.png").exists()
+
+
+def test_tables_stand_between_their_markers_and_nowhere_else(folder: Path) -> None:
+    readme = folder / "README.md"
+    readme.write_text("before\n<!-- measured -->\nstale\n<!-- /measured -->\nafter\n")
+    written(folder)
+    page = readme.read_text()
+    assert page.startswith("before\n<!-- measured -->\n\n### H200, 128K tokens")
+    assert page.endswith("\n\n<!-- /measured -->\nafter\n")
+    assert "stale" not in page
+    written(folder)
+    assert readme.read_text() == page
+
+
+def test_quality_shows_the_front_and_the_published_selections(folder: Path) -> None:
+    base = dict.fromkeys(selection.FIELDS, "") | {"length": 131072, "phase": "prefill", "residual": 0, "columns": 8}
+    paper = base | {"heads": 8, "router": "mean", "block_size": 256, "recall": 0.873, "flop": 0.2, "front": 0}
+    other = base | {"heads": 8, "router": "signed", "block_size": 64, "recall": 0.8, "flop": 0.2, "front": 0}
+    best = base | {
+        "heads": 7,
+        "router": "peak",
+        "residual": 1,
+        "block_size": 64,
+        "recall": 0.96,
+        "flop": 0.2,
+        "front": 1,
+    }
+    with (folder / "results/selection.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, selection.FIELDS)
+        writer.writeheader()
+        writer.writerows([paper, other, best])
+    (folder / "docs").mkdir()
+    page = folder / "docs/quality.md"
+    page.write_text("<!-- quality -->\n<!-- /quality -->\n")
+    written(folder)
+    assert "| 7 heads by peak over 64, residual | 8 | 0.2 | 0.96 |" in page.read_text()
+    assert "| 8 heads by mean over 256 | 8 | 0.2 | 0.873 |" in page.read_text()
+    assert "signed" not in page.read_text()
+
+
+def test_no_right_row_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        report.main(["--results", str(tmp_path)])
+    assert "run bench.kernels --csv" in capsys.readouterr().err
