@@ -84,11 +84,11 @@ def by_length(title: str, rows: Sequence[Record]) -> Table:
     lengths = sorted({int(row["length"]) for row in rows})
     groups: dict[tuple[str, ...], dict[int, list[Record]]] = {}
     for row in rows:
-        key = (method(row), row["index_heads"], row["rows"], row["inputs"].partition(":")[0])
-        groups.setdefault(key, {}).setdefault(int(row["length"]), []).append(row)
+        name = (method(row), row["index_heads"], row["rows"], row["inputs"].partition(":")[0])
+        groups.setdefault(name, {}).setdefault(int(row["length"]), []).append(row)
     cells = []
     for key, by in sorted(groups.items(), key=lambda item: (item[0][3], -int(item[0][1]), int(item[0][2]), item[0][0])):
-        line = list(key)
+        line: list[str] = [*key]
         for length in lengths:
             line += _times(by.get(length, []))
         recalls = [float(row["recall"]) for row in by[max(by)] if row["recall"]]
