@@ -114,7 +114,7 @@ def bench_prefill(case: Case, stages: bool) -> Outcome:
     from sglang_misa.bench import layer as bench
 
     shape = bench.Shape("prefill", case.index_heads, case.rows, case.length, case.inputs, case.requests)
-    layer = bench.Layer.make(shape)
+    layer = bench.layer_of(shape)
     engine = bench.engine_of(case.policy, shape, [layer.index_k_pages])
     ours, slots = bench.extend(case.policy, layer, engine)
     ours()
@@ -142,7 +142,7 @@ def bench_decode(case: Case, stages: bool) -> Outcome:
     shape = bench.Shape("decode", case.index_heads, case.rows, case.length, case.inputs)
     # Enough inputs that neither reader finds its keys in L2: ours reads 8K of a row at least, stock all of it.
     copies = max(1, min(64, (200 << 20) // (case.rows * min(case.length, 8192) * 132)))
-    layers = [bench.Layer.make(shape, seed) for seed in range(copies)]
+    layers = [bench.layer_of(shape, seed) for seed in range(copies)]
     engine = bench.engine_of(
         case.policy, shape, [layers[i % copies].index_k_pages for i in range(max(copies, bench.LAYERS))]
     )
@@ -290,10 +290,10 @@ def cases(words: Sequence[str] | None = None) -> tuple[list[Case], argparse.Name
     for _, policy in wanted:
         for problem in policy.problems(options.phase, index_heads=min(options.index_heads), topk=TOPK):
             parser.error(problem)
-    axes = itertools.product(wanted, options.index_heads, sources, lengths, rows, options.requests)
+    axes = itertools.product(options.index_heads, sources, lengths, rows, options.requests, wanted)
     found = [
         Case(options.phase, preset, policy, heads, count_, length, source, requests)
-        for (preset, policy), heads, source, length, count_, requests in axes
+        for heads, source, length, count_, requests, (preset, policy) in axes
         if options.phase == "decode" or (count_ % requests == 0 and count_ // requests <= length)
     ]
     if not found:
@@ -306,7 +306,10 @@ def _hostile() -> list[str]:
 
 
 def main() -> int:
+    from sglang_misa.bench.compile import jobs, side_by_side
+
     found, options = cases()
+    side_by_side(jobs(options.phase, {case.policy for case in found}, options.index_heads))
     correct = True
     for case in found:
         row = measure(case, options.stages)

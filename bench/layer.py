@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -156,6 +157,14 @@ class Layer:
         logical[pages] = torch.arange(len(pages), device=slots.device)
         page = logical[slots.long().clamp_min(0) // PAGE]
         return torch.where(slots < 0, -1, torch.where(page < 0, -2, page * PAGE + slots % PAGE))
+
+
+@functools.lru_cache(maxsize=64)
+def layer_of(shape: Shape, seed: int = 0) -> Layer:
+    """`Layer.make`, kept for the policies that are measured one after another on the same inputs."""
+    if seed == 0:
+        layer_of.cache_clear()  # those of another shape are done with
+    return Layer.make(shape, seed)
 
 
 @dataclass(frozen=True)

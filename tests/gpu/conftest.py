@@ -4,14 +4,13 @@ Sources are compiled side by side before the first test that needs one; what a k
 """
 
 import functools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from sglang_misa.bench.compile import side_by_side
 from sglang_misa.bench.inputs import FP8, pack_pages
 from sglang_misa.kernels.build import build
 from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE, PAGE_BYTES
@@ -46,11 +45,9 @@ def compiled() -> None:
         jobs += [functools.partial(topk_routed.module, columns, residual) for columns in topk_routed.ROUTED_HEADS]
         reranked = ((4, 64), (8, 64), (16, 64), (32, 64), (8, 32))
         jobs += [functools.partial(topk_reranked.module, *shape, residual) for shape in reranked]
-    jobs += [functools.partial(build, "sm90/topk_blocks.cu", MISA_INDEX_HEADS=heads) for heads in INDEX_HEADS]
-    os.environ["TVM_FFI_CUDA_ARCH_LIST"] = "9.0a"  # `build` sets and restores it: here for all threads at once
-    with ThreadPoolExecutor(8) as pool:
-        for done in [pool.submit(job) for job in jobs]:
-            done.result()
+    for source in ("sm90/topk_blocks.cu", "sm90/route.cu"):
+        jobs += [functools.partial(build, source, MISA_INDEX_HEADS=heads) for heads in INDEX_HEADS]
+    side_by_side(jobs)
 
 
 @pytest.fixture(scope="session")
