@@ -320,7 +320,7 @@ def test_an_open_supply_serves_everybody():
 
 
 def test_slo_by_context(tmp_path):
-    from sglang_misa.bench.load.settings import Slo
+    from sglang_misa.bench.load.plan import Slo
 
     path = tmp_path / "slo.toml"
     path.write_text("ttft = 5.0\ntpot = 0.05\n[contexts.128k]\nttft = 10.0\n[contexts.32k]\nttft = 2.0\n")
