@@ -11,9 +11,10 @@ from sglang_misa.bench.load import selection
 from sglang_misa.bench.load.control import Control
 from sglang_misa.bench.load.drive import Ledger
 from sglang_misa.bench.load.figures import error_classes, summarize
+from sglang_misa.bench.load.plan import Arm, Cell, Slo
 from sglang_misa.bench.load.records import Record, Unit
 from sglang_misa.bench.load.safety import Keys
-from sglang_misa.bench.load.settings import Arm, Bounds, Cell, Slo
+from sglang_misa.bench.load.settings import Bounds
 from sglang_misa.bench.load.workload import LEAD
 
 FEW_WAVES = 5  # requests for each client under which the start and the end of the load weigh too much

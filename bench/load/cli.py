@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Column, Table
 
-from sglang_misa.bench.load import report
+from sglang_misa.bench.load import dataset, report, trace
 from sglang_misa.bench.load.engine import execute
 from sglang_misa.bench.load.gates import Gate
+from sglang_misa.bench.load.plan import Arm, Cell, Plan, Slo
 from sglang_misa.bench.load.progress import Live
 from sglang_misa.bench.load.prompts import check_text
 from sglang_misa.bench.load.records import Unit, check_compared, title
@@ -24,16 +25,12 @@ from sglang_misa.bench.load.safety import Keys, check_target
 from sglang_misa.bench.load.servers import launch_words
 from sglang_misa.bench.load.settings import (
     Access,
-    Arm,
     Bounds,
-    Cell,
     Load,
     LoadError,
-    Plan,
     Protocol,
     Serving,
     Settings,
-    Slo,
     Workload,
     problem_of,
 )
@@ -63,8 +60,14 @@ class Common:
     """gates such as "ttft_p50 > 2.0" (in `ab` a ratio: "ttft_p50 > 1.02"); one that holds ends with code 1"""
     blocks: int = 1
     """how often each cell is measured, every time with other prompts"""
+    until_ci: float | None = None
+    """go on with more blocks until the interval of the primary figure is this narrow, 0.02 = ±2 %, in every cell"""
+    max_blocks: int = 40
+    """with --until-ci, blocks of a cell at most"""
     confidence: float = 0.95
     """level of the intervals"""
+    primary: str = "ttft_p50"
+    """figure of the verdict and of --until-ci"""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Grid:
         loads += [changed(load, rate=r) for r in self.rates]
         loads = loads or [load]
         shapes = [changed(common.workload, input_len=c) for c in self.contexts] or [common.workload]
-        return tuple(Cell(workload=shape, load=load) for shape in shapes for load in loads)
+        return tuple(Cell.of(shape, load) for shape in shapes for load in loads)
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,6 @@ class Ab(Common):
     """token selection that must be running in B"""
     ab_mode: Literal["together", "alternate"] = "together"
     """together = both servers run all the time; alternate = start A, measure, stop, start B …, for one GPU"""
-    primary: str = "ttft_p50"
-    """figure of the verdict"""
     blocks: int = 6
     """blocks, A first in one and B in the next; a verdict needs five"""
     grid: tyro.conf.OmitArgPrefixes[Grid] = field(default_factory=Grid)
@@ -217,7 +218,9 @@ def plan_of(command: Run | Sweep | Ab) -> Plan:
         bounds=command.bounds,
         slo=None if command.slo is None else Slo.read(command.slo),
         fail_if=command.fail_if,
-        primary=command.primary if isinstance(command, Ab) else "ttft_p50",
+        primary=command.primary,
+        until_ci=command.until_ci,
+        max_blocks=command.max_blocks,
         confidence=command.confidence,
     )
 
@@ -234,6 +237,10 @@ def check(plan: Plan) -> None:
             check_target(arm.server, allow_remote=plan.access.allow_remote)
     for cell in plan.cells:
         check_text(cell.workload)
+        if cell.workload.trace is not None:
+            trace.read(cell.workload)
+        if cell.workload.dataset is not None:
+            dataset.read(cell.workload)
     if plan.access.ca_file and not Path(plan.access.ca_file).is_file():
         raise LoadError(f"ca_file: expected a PEM file, got {plan.access.ca_file}; name another")
 

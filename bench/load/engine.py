@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 
+from sglang_misa.bench.load.plan import Arm, Cell, Plan
 from sglang_misa.bench.load.progress import Live
 from sglang_misa.bench.load.prompts import Source, source_of
 from sglang_misa.bench.load.records import Unit
 from sglang_misa.bench.load.runner import Runner, ServerGoneError
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.servers import ArmServer
-from sglang_misa.bench.load.settings import Arm, Cell, Lengths, LoadError, Plan
+from sglang_misa.bench.load.settings import Lengths, LoadError
 from sglang_misa.bench.load.store import Store
+from sglang_misa.bench.load.verdict import SEQUENTIAL_BLOCKS, half_width
 
-Step = tuple[Arm, Cell, int]
 ATTEMPTS = 3  # at a block in which the server goes away
 
 
 def execute(plan: Plan, store: Store, keys: Keys, live: Live) -> list[Unit]:
-    """Measure every unit of `plan` that `store` does not hold, and give all of them back in the plan's order."""
-    groups = [list(_together(plan))] if plan.mode == "together" else list(_alternate(plan))
-    units = []
-    for steps in groups:
-        found = {step: store.find(step[0], step[1], step[2], plan.protocol) for step in steps}
-        missing = [step for step in steps if found[step] is None]
-        with ExitStack() as stack:
-            sessions = {
-                arm: stack.enter_context(_Session(arm, plan, store, keys, live))
-                for arm in dict.fromkeys(step[0] for step in missing)
-            }
-            for arm, cell, block in steps:
-                unit = found[arm, cell, block]
-                if unit is None:
-                    unit = sessions[arm].measure(cell, block)
-                    store.save(unit, arm, cell, plan.protocol)
-                live.finished(_line(unit))
-                units.append(unit)
-    return units
+    """Measure every unit of `plan` that `store` does not hold, and give all of them back."""
+    return _Execution(plan, store, keys, live).run()
 
 
 def ordered(arms: tuple[Arm, ...], block: int) -> tuple[Arm, ...]:
@@ -46,18 +29,55 @@ def ordered(arms: tuple[Arm, ...], block: int) -> tuple[Arm, ...]:
     return arms if block % 2 == 0 else arms[::-1]
 
 
-def _together(plan: Plan) -> Iterator[Step]:
-    for cell in plan.cells:
-        for block in range(plan.blocks):
+class _Execution:
+    """One plan under way: the units so far, and the servers that run."""
+
+    def __init__(self, plan: Plan, store: Store, keys: Keys, live: Live):
+        self._plan, self._store, self._keys, self._live = plan, store, keys, live
+        self._units: list[Unit] = []
+        self._sessions: dict[Arm, _Session] = {}
+
+    def run(self) -> list[Unit]:
+        plan = self._plan
+        if plan.mode == "together":
+            with ExitStack() as stack:
+                for cell in plan.cells:
+                    for block in range(plan.most_blocks):
+                        if self._settled(cell, block):
+                            break
+                        for arm in ordered(plan.arms, block):
+                            self._step(arm, cell, block, plan.arms, stack)
+            return self._units
+        for block in range(plan.most_blocks):
+            cells = [cell for cell in plan.cells if not self._settled(cell, block)]
+            # a server for each block and arm, also where two neighbours are the same arm: blocks must not share one
             for arm in ordered(plan.arms, block):
-                yield arm, cell, block
+                with ExitStack() as stack:
+                    for cell in cells:
+                        self._step(arm, cell, block, (arm,), stack)
+                self._sessions.clear()
+        return self._units
 
+    def _settled(self, cell: Cell, block: int) -> bool:
+        """Whether `cell` has enough blocks: those that are asked for, and then until its interval is narrow."""
+        until = self._plan.until_ci
+        if until is None or block < max(self._plan.blocks, SEQUENTIAL_BLOCKS):
+            return False
+        width = half_width(self._plan, [u for u in self._units if u.cell == cell.digest()])
+        return width is not None and width <= until
 
-def _alternate(plan: Plan) -> Iterator[list[Step]]:
-    """A server for each block and arm, also where two neighbours are the same arm: blocks must not share a process."""
-    for block in range(plan.blocks):
-        for arm in ordered(plan.arms, block):
-            yield [(arm, cell, block) for cell in plan.cells]
+    def _step(self, arm: Arm, cell: Cell, block: int, side_by_side: tuple[Arm, ...], stack: ExitStack) -> None:
+        """One unit, from the store or measured; the first that is measured starts the servers of `side_by_side`."""
+        unit = self._store.find(arm, cell, block, self._plan.protocol)
+        if unit is None:
+            if not self._sessions:
+                for other in side_by_side:
+                    session = _Session(other, self._plan, self._store, self._keys, self._live)
+                    self._sessions[other] = stack.enter_context(session)
+            unit = self._sessions[arm].measure(cell, block)
+            self._store.save(unit, arm, cell, self._plan.protocol)
+        self._live.finished(_line(unit))
+        self._units.append(unit)
 
 
 class _Session:

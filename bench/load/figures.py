@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sglang_misa.bench.load.plan import Slo
 from sglang_misa.bench.load.records import LATENCIES, PERCENTILES, Record, split_metric
-from sglang_misa.bench.load.settings import Slo
 from sglang_misa.bench.load.stats import percentile
 
 

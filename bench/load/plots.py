@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sglang_misa.bench.load.plan import Cell, Plan
 from sglang_misa.bench.load.records import TITLES, title
-from sglang_misa.bench.load.settings import Cell, Lengths, Plan
+from sglang_misa.bench.load.settings import Lengths
 from sglang_misa.bench.load.verdict import ArmCell, Outcome
 
 COLOURS = ("#3b6ea5", "#d9722e", "#4f9d69", "#8a5fa8")  # by arm

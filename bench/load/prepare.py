@@ -7,13 +7,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_misa.bench.load import schedule
+from sglang_misa.bench.load import schedule, trace
+from sglang_misa.bench.load.dataset import DatasetBuilder
 from sglang_misa.bench.load.dialogue import Dialogue, Encoder
 from sglang_misa.bench.load.drive import Ledger, Notice, Route, Supply, Work, drive
+from sglang_misa.bench.load.plan import Cell
 from sglang_misa.bench.load.prompts import Source
 from sglang_misa.bench.load.records import Record
-from sglang_misa.bench.load.settings import Cell, Flush, LoadError
-from sglang_misa.bench.load.workload import KEEP_STREAM, WARMUP_STREAM, Builder, Conversation, Turn
+from sglang_misa.bench.load.settings import Flush, LoadError, Workload
+from sglang_misa.bench.load.trace import TraceBuilder
+from sglang_misa.bench.load.workload import (
+    KEEP_STREAM,
+    WARMUP_STREAM,
+    Builder,
+    Conversation,
+    ConversationBuilder,
+    Turn,
+)
 
 MAX_PREPARED = 4 * 1024**3  # bytes of request bodies held ready at once
 BYTES_PER_TOKEN = 7  # of a token id in JSON
@@ -21,6 +31,13 @@ PRIME_GROUP = -1  # conversation number of a prefix that is only primed
 SPARES = 4  # unmeasured conversations ready for each client, to hold the load up at the end
 AHEAD = 2  # batches of an open number of conversations hold so many for each client
 ARRIVAL_STREAM = 0xA221
+
+
+def builder_of(workload: Workload, source: Source) -> ConversationBuilder:
+    """What makes the conversations that `workload` names."""
+    if workload.trace is not None:
+        return TraceBuilder(workload, source)
+    return DatasetBuilder(workload, source) if workload.dataset is not None else Builder(workload, source)
 
 
 @dataclass(frozen=True)
@@ -42,7 +59,7 @@ class Preparation:
 
     def warm_up(self, source: Source, block: int, notice: Notice) -> float:
         """Send unmeasured requests of `block`; returns the mean seconds of one. Raises LoadError when one fails."""
-        builder, load = Builder(self._cell.workload, source), self._cell.load
+        builder, load = builder_of(self._cell.workload, source), self._cell.load
         if not load.warmups:
             return 0.0
         records = self._unmeasured(builder.conversations(block, load.warmups, WARMUP_STREAM), "warm-up", notice)
@@ -50,7 +67,7 @@ class Preparation:
 
     def block(self, source: Source, block: int, notice: Notice) -> Prepared:
         """Empty the cache, prime what is shared, and make the requests of `block`. Raises LoadError."""
-        builder, load = Builder(self._cell.workload, source), self._cell.load
+        builder, load = builder_of(self._cell.workload, source), self._cell.load
         notes = [] if self._emptied() else ["the prefix cache was not emptied before this block"]
         prefixes = [
             Conversation(PRIME_GROUP, (Turn(ids, 1),), group, 0) for group, ids in enumerate(builder.prefixes(block))
@@ -60,6 +77,9 @@ class Preparation:
         dues: list[float] = []
         if load.arrival == "closed":
             count = load.asked
+        elif load.arrival == "trace":
+            dues = [due for due in trace.dues(self._cell.workload)[: load.asked] if due < load.seconds]
+            count = len(dues)
         else:
             rng = np.random.default_rng([self._cell.workload.seed, block, ARRIVAL_STREAM])
             dues = schedule.arrivals(load, rng).tolist()

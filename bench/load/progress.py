@@ -97,9 +97,10 @@ class Live:
     def finished(self, line: str) -> None:
         """The unit is done; `line` sums it up."""
         self._done += 1
+        self._units = max(self._units, self._done)  # it goes on where an interval is awaited
         left = (time.monotonic() - self._begun) / self._done * (self._units - self._done)
         note = f"about {timedelta(seconds=round(left))} left" if left else ""
-        self._bars.update(self._all, completed=self._done, note=note)
+        self._bars.update(self._all, completed=self._done, total=self._units, note=note)
         self._console.print(f"[{self._done}/{self._units}] {line}", highlight=False, markup=False)
 
     def _say(self, line: str) -> None:

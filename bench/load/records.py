@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from sglang_misa.bench.load.settings import LoadError, Slo
+from sglang_misa.bench.load.plan import Slo
+from sglang_misa.bench.load.settings import LoadError
 
 TITLES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E"}
 LATENCIES = tuple(TITLES)
@@ -104,7 +105,7 @@ class Unit(BaseModel):
     problems: tuple[str, ...]  # why these figures must not be used
     notes: tuple[str, ...]  # what to know when reading them
     records: tuple[Record, ...]
-    timeline: dict[str, tuple[tuple[float, float], ...]] = {}  # name → (seconds after the start, value)
+    timeline: dict[str, tuple[tuple[float, float], ...]] = Field({})  # name → (seconds after the start, value)
 
     @property
     def reasons(self) -> dict[str, str]:

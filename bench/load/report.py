@@ -11,9 +11,10 @@ from string import Template
 
 from sglang_misa import __version__
 from sglang_misa.bench.load import plots
+from sglang_misa.bench.load.plan import Plan
 from sglang_misa.bench.load.records import Ratio, Unit, title
 from sglang_misa.bench.load.safety import Keys
-from sglang_misa.bench.load.settings import Lengths, Plan
+from sglang_misa.bench.load.settings import Lengths
 from sglang_misa.bench.load.store import Store, requests_csv, units_csv
 from sglang_misa.bench.load.verdict import Outcome
 

@@ -9,11 +9,12 @@ from sglang_misa.bench.load.assemble import Assembler, Measured, Snapshot
 from sglang_misa.bench.load.control import Control
 from sglang_misa.bench.load.dialogue import Encoder
 from sglang_misa.bench.load.drive import Driver, Ledger, Notice, Route, drive
+from sglang_misa.bench.load.plan import Arm, Cell, Plan
 from sglang_misa.bench.load.prepare import Preparation, Prepared
 from sglang_misa.bench.load.prompts import Source
 from sglang_misa.bench.load.records import Unit
 from sglang_misa.bench.load.safety import Keys
-from sglang_misa.bench.load.settings import Arm, Cell, Lengths, LoadError, Plan
+from sglang_misa.bench.load.settings import Lengths, LoadError
 from sglang_misa.bench.load.watch import GpuWatch
 
 ENOUGH_WAVES = 2  # requests for each client from which on the clients start apart
@@ -71,5 +72,6 @@ class Runner:
         load, shape = self._cell.load, self._cell.workload
         if load.duration_s is None:
             return None
-        longest = sum(Lengths.parse(text).longest for text in (shape.input_len, shape.output_len, shape.turn_len))
-        return load.duration_s + shape.turns * self._plan.bounds.request(longest * shape.turns)
+        lengths = (shape.input_len, shape.output_len, shape.turn_len or "1")
+        longest, turns = sum(Lengths.parse(text).longest for text in lengths), shape.turns or 1
+        return load.duration_s + turns * (self._plan.bounds.request(longest * turns) + 10 * (shape.pause_s or 0.0))

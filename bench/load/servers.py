@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sglang_misa.bench.load.control import Control
+from sglang_misa.bench.load.plan import Arm, Plan
 from sglang_misa.bench.load.safety import HIDDEN, Keys
-from sglang_misa.bench.load.settings import Arm, LoadError, Plan
+from sglang_misa.bench.load.settings import LoadError
 from sglang_misa.procs import POLL_S, ServerError, ServerProcess, free_port
 
 Progress = Callable[[str, float], None]  # (last log line or state, seconds waited)

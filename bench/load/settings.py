@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Api = Literal["generate", "completions", "chat"]
 Flush = Literal["require", "try", "never"]
-Arrival = Literal["closed", "poisson", "constant", "burst"]
+Arrival = Literal["closed", "trace", "poisson", "constant", "burst"]
 TOKENS = {"": 1, "k": 1024, "m": 1024 * 1024}  # suffixes of a length
+AGENT_GROUPS, AGENT_TURNS, AGENT_TURN_LEN, AGENT_PAUSE_S = 8, 8, "uniform:1k:4k", 2.0
 MIN_REQUESTS, WAVES, OPEN_REQUESTS = 16, 8, 64  # of a block, where the user does not say
 FORMAT = 2  # raised when units of an older harness must not be resumed
 
@@ -87,6 +87,29 @@ def _tokens(word: str, text: str) -> int:
 class Workload(Settings):
     """What is asked."""
 
+    workload: Annotated[
+        Literal["prompts", "agent"],
+        Field(
+            description="prompts = each prompt once, or in turns; agent = conversations over a long context that stays "
+            "cached (--input-len), with a few thousand new tokens a turn and pauses for tools between the turns"
+        ),
+    ] = "prompts"
+    trace: Annotated[
+        str | None,
+        Field(
+            description="JSON Lines of a recorded trace (timestamp, input_length, output_length, hash_ids) to replay"
+        ),
+    ] = None
+    time_scale: Annotated[
+        float, Field(gt=0, description="the trace's times are multiplied by this; 0.5 = twice as fast")
+    ] = 1.0
+    dataset: Annotated[
+        str | None, Field(description="file or folder of JSON or JSON Lines with prompts, or with conversations")
+    ] = None
+    max_len: Annotated[
+        int | None,
+        Field(ge=2, description="leave out what is longer, of a trace or a data set: prompt and output tokens"),
+    ] = None
     input_len: Annotated[
         str, Field(description="prompt tokens: 32k, uniform:16k:32k, normal:32k:4k, choice:32k,128k")
     ] = "32k"
@@ -94,9 +117,21 @@ class Workload(Settings):
     shared_prefix: Annotated[
         float, Field(ge=0, le=99, description="percent of each prompt that is a prefix shared with others")
     ] = 0.0
-    prefix_groups: Annotated[int, Field(ge=1, description="how many different shared prefixes there are")] = 1
-    turns: Annotated[int, Field(ge=1, description="turns of a conversation; each sends all that went before")] = 1
-    turn_len: Annotated[str, Field(description="new prompt tokens of each turn after the first")] = "256"
+    prefix_groups: Annotated[
+        int | None,
+        Field(ge=1, description="how many different shared prefixes there are; default: 1; agent: one a client"),
+    ] = None
+    turns: Annotated[
+        int | None, Field(ge=1, description="turns of a conversation, each with all before it; default: 1; agent: 8")
+    ] = None
+    turn_len: Annotated[
+        str | None,
+        Field(description="new prompt tokens of each turn after the first; default: 256; agent: each, uniform:1k:4k"),
+    ] = None
+    pause_s: Annotated[
+        float | None,
+        Field(ge=0, description="mean seconds before each turn but the first, exponential; default: 0; agent: 2"),
+    ] = None
     needles: Annotated[
         int, Field(ge=0, description="facts hidden in each prompt; the last is asked for, and checked")
     ] = 0
@@ -111,11 +146,45 @@ class Workload(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Workload:
-        for text in (self.input_len, self.output_len, self.turn_len):
+        for text in (self.input_len, self.output_len, self.turn_len or "1"):
             Lengths.parse(text)
+        kinds = [self.workload == "agent", self.trace is not None, self.dataset is not None]
+        if sum(kinds) > 1:
+            raise LoadError(
+                "workload: expected one of --workload agent, --trace and --dataset, got more; drop the others"
+            )
+        if any(kinds) and (self.needles or self.shared_prefix):
+            raise LoadError(
+                "workload: expected plain prompts with --needles or --shared-prefix, got an agent, a trace or data; "
+                "drop one"
+            )
+        if self.dataset and self.text == "ids":
+            raise LoadError("dataset: expected a text with a tokenizer, got --text ids; drop it")
         if self.text == "ids" and self.needles:
             raise LoadError("needles: expected a text with a tokenizer, got --text ids; use --text builtin or a file")
         return self
+
+    def resolved(self, load: Load) -> Workload:
+        """With every default that depends on the kind of work or on the load."""
+        agent = self.workload == "agent"
+        clients = load.concurrency if load.arrival == "closed" else AGENT_GROUPS
+        defaults: dict[str, object] = {
+            "prefix_groups": clients if agent else 1,
+            "turns": AGENT_TURNS if agent else 1,
+            "turn_len": AGENT_TURN_LEN if agent else "256",
+            "pause_s": AGENT_PAUSE_S if agent else 0.0,
+        }
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return self.model_copy(update=missing)
+
+    @property
+    def label(self) -> str:
+        """The work in a few words."""
+        if self.trace or self.dataset:
+            return Path(self.trace or self.dataset or "").name
+        if self.workload == "agent":
+            return f"{self.input_len} + {self.turns} × {self.turn_len}"
+        return self.input_len
 
 
 class Load(Settings):
@@ -165,7 +234,7 @@ class Load(Settings):
     @property
     def asked(self) -> int | None:
         """Measured conversations of a block; None where the duration decides."""
-        if self.requests is not None:
+        if self.requests is not None or self.arrival == "trace":
             return self.requests
         if self.duration_s is not None:
             return None
@@ -175,6 +244,14 @@ class Load(Settings):
     def seconds(self) -> float:
         """Seconds after which nothing more is sent."""
         return math.inf if self.duration_s is None else self.duration_s
+
+    def resolved(self, workload: Workload) -> Load:
+        """With every default that depends on the work: a trace has its own times, an agent's turns are its waves."""
+        if workload.trace is not None and self.arrival == "closed":
+            return self.model_copy(update={"arrival": "trace"})
+        if workload.workload == "agent" and self.requests is None and self.duration_s is None:
+            return self.model_copy(update={"requests": self.concurrency if self.arrival == "closed" else AGENT_GROUPS})
+        return self
 
 
 class Protocol(Settings):
@@ -233,88 +310,6 @@ class Bounds(Settings):
     def request(self, tokens: int) -> float:
         """Seconds that one request with `tokens` of prompt and output may take."""
         return self.request_timeout_s if self.request_timeout_s is not None else 120.0 + tokens / 100.0
-
-
-class Arm(Settings):
-    """One side: a URL, or the command that launches a server, and what token selection it claims to run."""
-
-    name: str = Field(min_length=1)
-    server: str = Field(min_length=1)
-    expect: str | None = None
-
-    @property
-    def launched(self) -> bool:
-        return not self.server.startswith(("http://", "https://"))
-
-
-class Cell(Settings):
-    """One point of the grid: what is asked, and how."""
-
-    workload: Workload
-    load: Load
-
-    @property
-    def level(self) -> str:
-        """The load of this cell in words."""
-        if self.load.arrival == "closed":
-            return f"concurrency {self.load.concurrency}"
-        return f"{self.load.arrival} {self.load.rate:g}/s"
-
-    @property
-    def label(self) -> str:
-        return f"{self.workload.input_len} · {self.level}"
-
-
-class Limits(Settings):
-    """Limits in seconds that a request must keep, all of them, to count as good."""
-
-    ttft: float | None = Field(None, gt=0)
-    tpot: float | None = Field(None, gt=0)
-    itl_max: float | None = Field(None, gt=0)
-    e2e: float | None = Field(None, gt=0)
-
-
-class Slo(Limits):
-    """The limits of every request, and others by context: `[contexts.128k]` holds for prompts of up to 128K tokens."""
-
-    contexts: dict[str, Limits] = {}
-
-    def of(self, prompt: int) -> dict[str, float | None]:
-        """Limits of a prompt of so many tokens: those of the smallest context that holds it, over the general ones."""
-        general = {name: getattr(self, name) for name in Limits.model_fields}
-        fitting = [(Lengths.parse(c).longest, limits) for c, limits in self.contexts.items()]
-        held = min((pair for pair in fitting if pair[0] >= prompt), key=lambda pair: pair[0], default=None)
-        return general if held is None else general | held[1].model_dump(exclude_none=True)
-
-    @classmethod
-    def read(cls, path: Path) -> Slo:
-        """From a TOML or JSON file. Raises LoadError for a file that is not there or holds something else."""
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            slo = cls.model_validate_json(text) if path.suffix == ".json" else cls.model_validate(tomllib.loads(text))
-            slo.of(1)
-        except (OSError, ValueError, LoadError) as error:
-            raise LoadError(
-                f"slo: expected a TOML or JSON file with {', '.join(cls.model_fields)} in seconds, got {path}: {error}"
-            ) from None
-        return slo
-
-
-class Plan(Settings):
-    """A whole run: every arm in every cell, `blocks` times."""
-
-    arms: tuple[Arm, ...]
-    cells: tuple[Cell, ...]
-    blocks: int = Field(1, ge=1)
-    mode: Literal["together", "alternate"] = "together"
-    protocol: Protocol = Protocol()
-    access: Access = Access()
-    serving: Serving = Serving()
-    bounds: Bounds = Bounds()
-    slo: Slo | None = None
-    fail_if: tuple[str, ...] = ()
-    primary: str = "ttft_p50"
-    confidence: float = Field(0.95, gt=0, lt=1)
 
 
 def problem_of(error: ValidationError) -> str:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from sglang_misa.bench.load.plan import Arm, Cell, Plan
 from sglang_misa.bench.load.records import Unit
 from sglang_misa.bench.load.safety import Keys
-from sglang_misa.bench.load.settings import Arm, Cell, LoadError, Plan, Protocol, problem_of
+from sglang_misa.bench.load.settings import LoadError, Protocol, problem_of
 
 MAX_UNIT = 512 * 1024 * 1024  # bytes of a stored unit that are read at most
 DERIVED = ("ttft", "tpot", "e2e")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from sglang_misa.bench.load import gates
 from sglang_misa.bench.load.figures import figure, summarize
 from sglang_misa.bench.load.gates import GateResult
+from sglang_misa.bench.load.plan import Plan, Slo
 from sglang_misa.bench.load.records import (
     ENOUGH_FOR_P99,
     RATES,
@@ -20,11 +21,11 @@ from sglang_misa.bench.load.records import (
     split_metric,
     title,
 )
-from sglang_misa.bench.load.settings import Plan, Slo
 from sglang_misa.bench.load.stats import Estimate, block_ratio, geometric_mean, holm
 
 COMPARED = ("ttft_p50", "ttft_p90", "ttft_p99", "tpot_p50", "tpot_p90", "itl_p50", "itl_p99", "e2e_p50", "e2e_p99")
 MIN_BLOCKS = 5  # under which no verdict is given: a t-interval of fewer is too wide to say anything, or too lucky
+SEQUENTIAL_BLOCKS = 8  # before a narrow interval may stop a run: with five, narrowness is often luck (8 % false alarms)
 ERRORS_ALIKE = 0.01  # difference of two arms' error rates up to which their survivors are comparable
 Tone = Literal["good", "bad", "neutral"]
 
@@ -184,6 +185,17 @@ def _compare(a: Sequence[Unit], b: Sequence[Unit], plan: Plan) -> tuple[Ratio, .
     return compare(a, b, list(dict.fromkeys([*shown, *RATES, *asked])), plan.confidence)
 
 
+def half_width(plan: Plan, units: Sequence[Unit]) -> float | None:
+    """Relative half-width of the primary figure's interval in one cell: of the ratio, or of the one arm's figure."""
+    sides = [sorted((u for u in units if u.arm == arm.name), key=lambda u: u.block) for arm in plan.arms]
+    if len(sides) == 2:
+        ratio = next(iter(compare(sides[0], sides[1], [plan.primary], plan.confidence)), None)
+        low, high = (None, None) if ratio is None else (ratio.low, ratio.high)
+    else:
+        _, low, high, _ = geometric_mean([u.figures.get(plan.primary, math.nan) for u in sides[0]], plan.confidence)
+    return None if low is None or high is None else math.log(high / low) / 2
+
+
 def _ratio(metric: str, a: float, b: float, estimate: Estimate, pairs: int, blocks: int) -> Ratio:
     value, low, high, p = estimate
     return Ratio(metric=metric, a=a, b=b, value=value, low=low, high=high, p=p, pairs=pairs, blocks=blocks)
@@ -214,9 +226,9 @@ def _blocks(a: Sequence[Unit], b: Sequence[Unit], metric: str) -> list[tuple[flo
 def _mean(cells: Sequence[tuple[Sequence[Unit], Sequence[Unit]]], plan: Plan) -> Ratio | None:
     """The primary figure's ratio over all cells: blocks are averaged over the cells, then they give the interval."""
     tables = [_blocks(a, b, plan.primary) for a, b in cells]
-    if not all(tables) or len({len(t) for t in tables}) > 1:
+    if not all(tables):
         return None
-    blocks = list(zip(*tables, strict=True))  # of each block, its row in every cell
+    blocks = list(zip(*tables, strict=False))  # of each block that all cells have, its row in every cell
     left, right = ([math.exp(sum(math.log(row[k]) for row in rows) / len(rows)) for rows in blocks] for k in (0, 1))
     orders = [[row[2] for row in rows] for rows in blocks]
     alike = all(len(set(order)) == 1 for order in orders)

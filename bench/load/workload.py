@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -49,25 +50,39 @@ class Conversation:
         return sum(len(t.ids) + t.output_len for t in self.turns)
 
 
+class ConversationBuilder(Protocol):
+    """What makes the conversations of a block: the same ones for the same block, in every arm."""
+
+    def prefixes(self, block: int) -> list[Ids]:
+        """Prompts to prime the server's cache with."""
+
+    def conversations(
+        self, block: int, count: int, stream: int = MEASURED_STREAM, batch: int = 0
+    ) -> list[Conversation]:
+        """`count` conversations of `block`; a `stream` and a `batch` of its own gives tokens that no other gives."""
+
+
 class Builder:
-    """Draws conversations from a source."""
+    """Draws conversations from a source.
+
+    An agent's conversation has a context of --input-len tokens that is primed (shared by the conversations of its
+    group) and, in every turn, new tokens after it."""
 
     def __init__(self, workload: Workload, source: Source):
         self._workload = workload
         self._source = source
         self._input = Lengths.parse(workload.input_len)
         self._output = Lengths.parse(workload.output_len)
-        self._turn = Lengths.parse(workload.turn_len)
-        self._later = range(1, workload.turns)
+        self._turn = Lengths.parse(workload.turn_len or "1")
+        self._turns, self._groups = workload.turns or 1, workload.prefix_groups or 1
+        self._agent = workload.workload == "agent"
 
     def prefixes(self, block: int) -> list[Ids]:
         """The shared prefixes of a block at full length, to prime the server's cache with; none without sharing."""
-        if not self._workload.shared_prefix:
+        if not self._workload.shared_prefix and not self._agent:
             return []
         longest = self._shared(self._input.longest)
-        return [
-            self._source.draw(self._rng(block, PREFIX_STREAM, g), longest) for g in range(self._workload.prefix_groups)
-        ]
+        return [self._source.draw(self._rng(block, PREFIX_STREAM, g), longest) for g in range(self._groups)]
 
     def conversations(
         self, block: int, count: int, stream: int = MEASURED_STREAM, batch: int = 0
@@ -77,23 +92,29 @@ class Builder:
         prefixes = self.prefixes(block)
         leads = self._leads(self._rng(block, stream, 2 * batch + 1), count)
         lengths, made = self._input.draw(rng, count), []
-        outputs = self._output.draw(rng, count * self._workload.turns)
-        extra = self._turn.draw(rng, count * self._workload.turns)
+        outputs = self._output.draw(rng, count * self._turns)
+        extra = self._turn.draw(rng, count * self._turns)
+        pauses = rng.exponential(self._workload.pause_s or 0.0, count * self._turns).tolist()
         for i, length in enumerate(lengths):
-            group = i % self._workload.prefix_groups
+            group = i % self._groups
             prefix = prefixes[group][: self._shared(length)] if prefixes else np.empty(0, np.int32)
             needle, depth = None, (i + 0.5) / count  # depths stratified over the requests of a block
             facts: list[Ids] = []
             question = np.empty(0, np.int32)
             if self._workload.needles:
                 facts, question, needle = self._facts(rng, depth)
-            body = self._body(rng, prefix, leads[i], facts, question, length, depth)
+            total = length + max(extra[i], LEAD) if self._agent else length
+            body = self._body(rng, prefix, leads[i], facts, question, total, depth)
             turns = [Turn(body, outputs[i], needle)]
-            turns += [Turn(self._source.draw(rng, extra[i + count * t]), outputs[i + count * t]) for t in self._later]
+            for at in range(i + count, count * self._turns, count):
+                new = self._source.draw(rng, extra[at])
+                turns.append(Turn(new, outputs[at], pause_s=pauses[at]))
             made.append(Conversation(batch * count + i, tuple(turns), group, len(prefix)))
         return made
 
     def _shared(self, length: int) -> int:
+        if self._agent:
+            return length
         return min(round(length * self._workload.shared_prefix / 100), max(0, length - LEAD))
 
     def _rng(self, *where: int) -> np.random.Generator:

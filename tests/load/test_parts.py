@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from sglang_misa.bench.load import figures as figures_module
 from sglang_misa.bench.load.figures import summarize
 from sglang_misa.bench.load.gates import Gate, gates_of
+from sglang_misa.bench.load.plan import Arm, Cell, Plan, Slo
 from sglang_misa.bench.load.prompts import RandomIds, TextIds, prose
 from sglang_misa.bench.load.records import Record, Unit, check_compared
 from sglang_misa.bench.load.safety import HIDDEN, Keys, check_target
 from sglang_misa.bench.load.schedule import arrivals, client_starts
-from sglang_misa.bench.load.settings import Arm, Cell, Lengths, Load, LoadError, Plan, Slo, Workload
+from sglang_misa.bench.load.settings import Lengths, Load, LoadError, Workload
+from sglang_misa.bench.load.simulate import Scene, shares
 from sglang_misa.bench.load.sse import SseParser
 from sglang_misa.bench.load.stats import block_ratio, geometric_mean, holm, percentile, wilson
 from sglang_misa.bench.load.store import Store
@@ -256,6 +258,31 @@ def test_intervals_are_students():
     assert np.log([estimate.low, estimate.high]) == pytest.approx(tuple(truth.confidence_interval(0.9)))
     one = geometric_mean([2.0, 2.0, 2.0], 0.95)
     assert one == (pytest.approx(2.0), pytest.approx(2.0), pytest.approx(2.0), 0.0)
+
+
+@pytest.mark.parametrize(
+    "scene",
+    [
+        Scene("noise of requests and blocks"),
+        Scene("drift", request=0.02, block=0.005, drift=0.02, blocks=5),
+        Scene("outliers", outliers=0.03),
+        Scene("a grid", cells=4),
+        Scene("sequential", blocks=8, until_ci=0.03),
+    ],
+    ids=lambda scene: scene.name,
+)
+def test_equal_servers_are_seldom_called_different(scene):
+    """Nominal 5 %; of 200 runs, 23 or more are called so with a chance of 1 in 10,000."""
+    called, held = shares(scene, 200)
+    assert max(called) < 0.115
+    assert scene.cells > 1 or min(held) > 0.885
+
+
+def test_a_real_difference_is_found():
+    """10 % under 5 % of request and 2 % of block noise, in six blocks."""
+    called, held = shares(Scene("slower", slower=1.1), 100)
+    assert called[0] > 0.9
+    assert held[0] > 0.85
 
 
 def test_holm_and_wilson_are_the_published_ones():

@@ -1,0 +1,118 @@
+"""A whole run as data: its arms, its cells, its service limits. What `plan.json` holds, and what cells are known by."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from sglang_misa.bench.load.settings import (
+    Access,
+    Bounds,
+    Lengths,
+    Load,
+    LoadError,
+    Protocol,
+    Serving,
+    Settings,
+    Workload,
+)
+
+
+class Arm(Settings):
+    """One side: a URL, or the command that launches a server, and what token selection it claims to run."""
+
+    name: str = Field(min_length=1)
+    server: str = Field(min_length=1)
+    expect: str | None = None
+
+    @property
+    def launched(self) -> bool:
+        return not self.server.startswith(("http://", "https://"))
+
+
+class Cell(Settings):
+    """One point of the grid: what is asked, and how."""
+
+    workload: Workload
+    load: Load
+
+    @classmethod
+    def of(cls, workload: Workload, load: Load) -> Cell:
+        """With every default resolved."""
+        load = load.resolved(workload)
+        return cls(workload=workload.resolved(load), load=load)
+
+    @property
+    def level(self) -> str:
+        """The load of this cell in words."""
+        if self.load.arrival == "closed":
+            return f"concurrency {self.load.concurrency}"
+        if self.load.arrival == "trace":
+            return f"its times × {self.workload.time_scale:g}"
+        return f"{self.load.arrival} {self.load.rate:g}/s"
+
+    @property
+    def label(self) -> str:
+        return f"{self.workload.label} · {self.level}"
+
+
+class Limits(Settings):
+    """Limits in seconds that a request must keep, all of them, to count as good."""
+
+    ttft: float | None = Field(None, gt=0)
+    tpot: float | None = Field(None, gt=0)
+    itl_max: float | None = Field(None, gt=0)
+    e2e: float | None = Field(None, gt=0)
+
+
+class Slo(Limits):
+    """The limits of every request, and others by context: `[contexts.128k]` holds for prompts of up to 128K tokens."""
+
+    contexts: dict[str, Limits] = Field({})
+
+    def of(self, prompt: int) -> dict[str, float | None]:
+        """Limits of a prompt of so many tokens: those of the smallest context that holds it, over the general ones."""
+        general = {name: getattr(self, name) for name in Limits.model_fields}
+        fitting = [(Lengths.parse(c).longest, limits) for c, limits in self.contexts.items()]
+        held = min((pair for pair in fitting if pair[0] >= prompt), key=lambda pair: pair[0], default=None)
+        return general if held is None else general | held[1].model_dump(exclude_none=True)
+
+    @classmethod
+    def read(cls, path: Path) -> Slo:
+        """From a TOML or JSON file. Raises LoadError for a file that is not there or holds something else."""
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+            slo = cls.model_validate_json(text) if path.suffix == ".json" else cls.model_validate(tomllib.loads(text))
+            slo.of(1)
+        except (OSError, ValueError, LoadError) as error:
+            raise LoadError(
+                f"slo: expected a TOML or JSON file with {', '.join(cls.model_fields)} in seconds, got {path}: {error}"
+            ) from None
+        return slo
+
+
+class Plan(Settings):
+    """A whole run: every arm in every cell, `blocks` times."""
+
+    arms: tuple[Arm, ...]
+    cells: tuple[Cell, ...]
+    blocks: int = Field(1, ge=1)
+    until_ci: float | None = Field(None, gt=0)
+    max_blocks: int = Field(40, ge=1)
+    mode: Literal["together", "alternate"] = "together"
+    protocol: Protocol = Protocol()
+    access: Access = Access()
+    serving: Serving = Serving()
+    bounds: Bounds = Bounds()
+    slo: Slo | None = None
+    fail_if: tuple[str, ...] = ()
+    primary: str = "ttft_p50"
+    confidence: float = Field(0.95, gt=0, lt=1)
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks of a cell at most."""
+        return self.blocks if self.until_ci is None else max(self.blocks, self.max_blocks)

@@ -1,0 +1,97 @@
+"""Replay of a recorded trace: when requests came, how long they were, and which blocks of tokens they shared.
+
+One JSON object a line, as Mooncake published its traces: `timestamp` (milliseconds), `input_length`, `output_length`
+(tokens) and `hash_ids`, one for each 512 tokens of the prompt; equal ids are equal tokens. The tokens themselves are
+drawn anew, so a replay has the trace's lengths, times and prefix hits, and nobody's text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sglang_misa.bench.load.prompts import Ids, Source
+from sglang_misa.bench.load.settings import LoadError, Workload, problem_of
+from sglang_misa.bench.load.workload import MEASURED_STREAM, Conversation, Turn
+
+HASHED = 512  # tokens behind one hash id
+TRACE_STREAM = 0x7ACE
+MS = 1e-3
+
+
+class Row(BaseModel):
+    """One recorded request."""
+
+    model_config = ConfigDict(frozen=True)
+
+    timestamp: float = Field(ge=0)  # milliseconds
+    input_length: int = Field(ge=1)
+    output_length: int = Field(ge=1)
+    hash_ids: tuple[int, ...] = ()
+
+
+def read(workload: Workload) -> list[Row]:
+    """The trace of `workload` in the order of time, without prompts over its --max-len. Raises LoadError."""
+    path = Path(workload.trace or "")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoadError(f"trace: expected a readable UTF-8 file, got {path} ({error})") from None
+    rows = [_row(line, f"trace: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    limit = workload.max_len
+    kept = [r for r in rows if limit is None or r.input_length + r.output_length <= limit]
+    if not kept:
+        raise LoadError(f"trace: expected requests of at most {limit} tokens, got none of {len(rows)} in {path}")
+    return sorted(kept, key=lambda r: r.timestamp)
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        return Row.model_validate_json(line)
+    except ValidationError as error:
+        raise LoadError(f"{where}: {problem_of(error)}") from None
+
+
+def dues(workload: Workload) -> list[float]:
+    """Seconds after the start at which each request is due, by the trace's own clock times --time-scale."""
+    rows = read(workload)
+    return [(r.timestamp - rows[0].timestamp) * MS * workload.time_scale for r in rows]
+
+
+class TraceBuilder:
+    """Conversations of one turn with the lengths and shared blocks of a trace."""
+
+    def __init__(self, workload: Workload, source: Source):
+        self._seed, self._source = workload.seed, source
+        self._rows = read(workload)
+
+    def prefixes(self, block: int) -> list[Ids]:
+        """None: a trace's own requests fill the cache."""
+        return []
+
+    def conversations(
+        self, block: int, count: int, stream: int = MEASURED_STREAM, batch: int = 0
+    ) -> list[Conversation]:
+        """The first `count` requests of the trace, with tokens of their own in each block and stream."""
+        seen: set[tuple[int, ...]] = set()
+        made = []
+        for i, row in enumerate(self._rows[:count]):
+            whole = row.hash_ids[: row.input_length // HASHED]
+            known = next((n for n in range(len(whole), 0, -1) if whole[:n] in seen), 0)
+            seen.update(whole[:n] for n in range(known + 1, len(whole) + 1))
+            shared = min(known * HASHED, row.input_length - 1)
+            made.append(Conversation(i, (Turn(self._ids(row, i, block, stream), row.output_length),), 0, shared))
+        return made
+
+    def _ids(self, row: Row, number: int, block: int, stream: int) -> Ids:
+        """Tokens of each hash id, and of this request alone where the ids end before the prompt does."""
+        pieces = [self._draw(HASHED, block, stream, 0, h & 0xFFFFFFFF) for h in row.hash_ids]
+        missing = row.input_length - HASHED * len(pieces)
+        if missing > 0:
+            pieces.append(self._draw(missing, block, stream, 1, number))
+        return np.concatenate(pieces)[: row.input_length].astype(np.int32)
+
+    def _draw(self, count: int, *where: int) -> Ids:
+        return self._source.draw(np.random.default_rng([self._seed, TRACE_STREAM, *where]), count)
