@@ -2,8 +2,8 @@
 
     python bench/tune_sketch.py [--quick] [layer.safetensors of trained index tensors ...]
 
-Nothing is timed after a wrong result. Times are µs a call: medians of replays of a graph that holds one call for each of
-several input sets. Writes $OUT/sketch.json when OUT is set.
+Nothing is timed after a wrong result. Times are µs a call: medians of replays of a graph that holds one call for each
+of several input sets. Writes $OUT/sketch.json when OUT is set.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ class Call:
         i, columns, stats = self.inputs, self.scratch.columns, self.pool.stats[self.bits]
         queries, gates = (i.index_q, i.head_gates) if columns is None else (columns.queries, columns.gates)
         scan_sketches(
-            queries, gates, stats.means, stats.sketches, i.page_table, i.seq_lens, bits=self.bits, leads=columns is None,
+            queries, gates, stats.means, stats.sketches, i.page_table, i.seq_lens,
+            bits=self.bits, leads=columns is None,
             residual=self.scratch.policy.residual, longer_than=self.scratch.policy.candidates, scores=self.scratch.keys,
         )  # fmt: skip
 
@@ -180,7 +181,7 @@ class Call:
 def check_quantiser(pages: Tensor) -> None:
     """The kernel's bits against the reference's, at extend, for slots and for the newest page."""
     pages = pages[:256].clone()
-    pages[1, PAGE * HEAD_DIM : PAGE * HEAD_DIM + 4] = 0x7F
+    pages[1, PAGE * HEAD_DIM : PAGE * HEAD_DIM + 4] = 0xFF
     pages[2, PAGE * HEAD_DIM :] = 0
     table = torch.arange(256, dtype=torch.int32, device="cuda").view(-1, 1)
     lens = torch.full((256,), PAGE, dtype=torch.int32, device="cuda")
@@ -206,7 +207,7 @@ def check_quantiser(pages: Tensor) -> None:
 
 
 def check(call: Call, what: str, rows: int = 6) -> None:
-    """Columns, keys, candidates and selection of some rows against PyTorch, from the step's own intermediate results."""
+    """Columns, keys, candidates and selection of some rows against PyTorch, from the step's own intermediates."""
     call.whole()
     torch.cuda.synchronize()
     assert call.positions is not None
@@ -402,8 +403,12 @@ def trained_case(path: str, policy: SketchPolicy, with_stock: bool) -> list[dict
             best = (inputs.head_gates[row] @ torch.relu(inputs.index_q[row].float() @ seen.T)).topk(TOPK).indices
             found.append(torch.isin(best, call.scratch.positions[row].long()).float().mean())
             kept.append(torch.isin(best, call.positions[row].long()).float().mean())
-        print(f"{Path(path).stem} {bits} bits: {torch.stack(found).mean():.4f} of DSA's set in {policy.candidates}, "
-              f"{torch.stack(kept).mean():.4f} selected, worst row {torch.stack(kept).min():.4f}", flush=True)  # fmt: skip
+        in_list, selected = torch.stack(found), torch.stack(kept)
+        print(
+            f"{Path(path).stem} {bits} bits: {in_list.mean():.4f} of DSA's set in {policy.candidates}, "
+            f"{selected.mean():.4f} selected, worst row {selected.min():.4f}",
+            flush=True,
+        )
     full = replace(inputs, seq_lens=torch.arange(64, device="cuda", dtype=torch.int32) * -3 + n * PAGE)
     return time_case("trained", pool, [full], policy, with_stock)
 

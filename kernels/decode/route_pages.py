@@ -203,11 +203,11 @@ def _route_kernel(
     else:
         b_s = tl.dot(b_k, tl.trans(b_q.to(tl.float32).to(tl.bfloat16)))
     n_own = tl.minimum(n_pages - i_t * TILE, TILE).to(tl.float32)
-    total = tl.sum(b_s, 0)  # pages that are not there have products of 0
-    apart = tl.where(m_p[:, None], b_s - (total / n_own)[None, :], 0.0)
+    own = tl.sum(b_s, 0)  # pages that are not there have products of 0
+    apart = tl.where(m_p[:, None], b_s - (own / n_own)[None, :], 0.0)
     active = tl.maximum(b_s, 0.0)
     p_partial = partial + i_r * partial_stride + i_t * (3 * HEADS) + o_h
-    tl.store(p_partial, total)
+    tl.store(p_partial, own)
     tl.store(p_partial + HEADS, tl.sum(apart * apart, 0))
     tl.store(p_partial + 2 * HEADS, tl.max(active, 0) if ROUTER == 1 else tl.sum(active, 0))
 
@@ -219,9 +219,9 @@ def _route_kernel(
         p_row = partial + i_r * partial_stride + o_h[None, :]
         for first in range(0, n_programs, CHUNK):
             o_i = first + tl.arange(0, CHUNK)[:, None]
-            p_partial = p_row + o_i * (3 * HEADS)
-            total += tl.sum(tl.load(p_partial, mask=o_i < n_programs, other=0.0, cache_modifier=".cg"), 0)
-            b_active = tl.load(p_partial + 2 * HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
+            p_part = p_row + o_i * (3 * HEADS)
+            total += tl.sum(tl.load(p_part, mask=o_i < n_programs, other=0.0, cache_modifier=".cg"), 0)
+            b_active = tl.load(p_part + 2 * HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
             if ROUTER == 1:
                 statistic = tl.maximum(statistic, tl.max(b_active, 0))
             else:
@@ -246,12 +246,12 @@ def _route_kernel(
             squares = tl.zeros([HEADS], tl.float32)
             for first in range(0, n_programs, CHUNK):
                 o_i = first + tl.arange(0, CHUNK)[:, None]
-                p_partial = p_row + o_i * (3 * HEADS)
+                p_part = p_row + o_i * (3 * HEADS)
                 n_part = tl.maximum(tl.minimum(n_pages - o_i * TILE, TILE), 1).to(tl.float32)
-                total = tl.load(p_partial, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
-                off = total / n_part - mean[None, :]
-                apart = tl.load(p_partial + HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
-                squares += tl.sum(apart + tl.where(o_i < n_programs, n_part * off * off, 0.0), 0)
+                b_total = tl.load(p_part, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
+                off = b_total / n_part - mean[None, :]
+                b_apart = tl.load(p_part + HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
+                squares += tl.sum(b_apart + tl.where(o_i < n_programs, n_part * off * off, 0.0), 0)
             weight = b_w * _positive_share(mean, squares / n)
             weight = tl.where(routed | ((tl.abs(weight) < float("inf")) == 0), 0.0, weight)
             b_qf = b_q.to(tl.float32)

@@ -1,4 +1,4 @@
-"""Decode over page sketches: quantiser, CUDA sources on the CPU (simt/), pipeline, and what it keeps on trained tensors."""
+"""Decode over page sketches: quantiser, CUDA sources on the CPU (simt/), pipeline, recall on trained tensors."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def index_k_pages(n: int, seed: int = 0) -> Tensor:
 
 
 def hostile_pages() -> Tensor:
-    """Whole pages of: random keys, one NaN scale, one NaN key, a zero key, one key 64 times, keys whose squares overflow,
-    scales of zero, negative and subnormal scales."""
+    """Whole pages of: random keys, one NaN scale, one NaN key, a zero key, one key 64 times, keys whose squares
+    overflow, scales of zero, negative and tiny scales."""
     pages = index_k_pages(8)
     keys, scales = pages[:, : PAGE * HEAD_DIM].view(8, PAGE, HEAD_DIM), pages[:, PAGE * HEAD_DIM :].view(torch.float32)
     scales[1, 3] = torch.nan
@@ -70,7 +70,8 @@ class TestQuantiser:
             update(means, sketches)
             for page in range(n):
                 if page not in written[name]:
-                    assert (means[page] == 7).all() and (sketches[page] == 0xA5).all(), (name, page)
+                    assert (means[page] == 7).all(), (name, page)
+                    assert (sketches[page] == 0xA5).all(), (name, page)
                     continue
                 codes, scales = reference.quantize_pages(pages[page, None], means[page, None], bits)
                 own = unpack(sketches[page, None].cpu(), bits)
@@ -84,13 +85,11 @@ class TestQuantiser:
         codes, scales = reference.quantize_pages(pages, means, bits)
         assert torch.isfinite(scales.float()).all()
         for page in (1, 2):
-            assert not codes[page].any() and not scales[page].any()
+            assert not codes[page].any()
+            assert not scales[page].any()
         keys = reference.sketched_keys(codes, scales, means, bits)
         assert torch.isfinite(keys[[0, 3, 4, 6, 7]]).all()
         assert torch.equal(keys[4, 0], means[4].float())  # equal keys have no residual but the mean's rounding
-        with torch.no_grad():
-            alone = reference.quantize_pages(pages[:1], means[:1], bits)
-        assert torch.equal(codes[:1], alone[0])
 
     @pytest.mark.parametrize(("bits", "error"), [(1, 0.64), (2, 0.145)])
     def test_sketches_keep_inner_products_and_lose_what_levels_must(self, bits: int, error: float) -> None:
@@ -186,8 +185,8 @@ def test_the_scan_scores_every_sketched_key(tmp_path: pathlib.Path, bits: int, c
     sketches = aligned(batch.stats.sketches.numpy(), np.uint8)
     table, seq_lens = batch.page_table.contiguous().numpy(), batch.seq_lens.numpy()
     call(
-        library.scan_rows, queries, gates.numpy(), means, sketches, table, seq_lens, got, 44, room, columns, int(residual),
-        longest, span, blocks, rows,
+        library.scan_rows, queries, gates.numpy(), means, sketches, table, seq_lens, got, 44, room, columns,
+        int(residual), longest, span, blocks, rows,
     )  # fmt: skip
     on_cpu = torch.full((rows, room), 0xABCD, dtype=torch.int32).to(torch.uint16)
     scan_sketches(
@@ -233,10 +232,13 @@ def test_score_keys_order_like_scores() -> None:
     extremes = torch.tensor([0.0, -torch.inf, torch.inf, 1e-45, -3e38])
     scores = torch.cat([scores, extremes]).sort().values
     keys = score_keys(scores)
-    assert (keys.diff() >= 0).all() and keys.min() >= 1 and keys.max() <= 0xFFFF
+    assert (keys.diff() >= 0).all()
+    assert keys.min() >= 1
+    assert keys.max() <= 0xFFFF
     assert score_keys(torch.tensor([torch.nan])) == 0
     near = score_keys(torch.tensor([3.0, 3.0 * (1 + 2**-9), -3.0, -3.0 * (1 + 2**-9)]))
-    assert near[0] < near[1] and near[2] > near[3]
+    assert near[0] < near[1]
+    assert near[2] > near[3]
 
 
 @SIMT
@@ -364,7 +366,8 @@ def check(batch: Batch, result: Result) -> None:
         taken = result.positions[row]
         there = taken[taken >= 0].long()
         assert len(there) == min(k, length)
-        assert (taken[len(there) :] == -1).all() and (result.slots[row, len(there) :] == -1).all()
+        assert (taken[len(there) :] == -1).all()
+        assert (result.slots[row, len(there) :] == -1).all()
         assert (there.diff() > 0).all()
         if length:
             ranked = batch.head_gates[row] @ torch.relu(batch.index_q[row].float() @ batch.keys[row].T)
@@ -432,7 +435,7 @@ def test_one_scratch_serves_every_step_and_its_pages_complete_in_it(device: str)
 def test_a_nan_key_costs_its_own_page_only(device: str) -> None:
     batch = sketched((20 * PAGE,), 2, device)
     page = int(batch.page_table[0, 4])
-    batch.pool[page, :HEAD_DIM] = 0x7F
+    batch.pool[page, PAGE * HEAD_DIM :][:4] = 0xFF  # one key's scale
     update_slots(
         batch.pool, batch.stats.means, torch.tensor([page * PAGE + PAGE - 1], device=device), batch.stats.sketches
     )
