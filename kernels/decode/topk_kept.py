@@ -1,4 +1,4 @@
-"""Exact top k of the scores of a row's kept tokens, as physical slots: a decode step's last launch (CUDA, sm_90)."""
+"""Exact top k of the scores of a row's kept or listed tokens, as physical slots: a decode step's last launch (CUDA)."""
 
 from __future__ import annotations
 
@@ -39,19 +39,78 @@ def topk_kept(
     rows, room = logits.shape
     if rows == 0:
         return
-    build("sm90/topk_kept.cu").topk(
-        logits.data_ptr(),
-        kept.lens.data_ptr(),
-        kept.pages.data_ptr(),
-        kept.blocks.data_ptr(),
-        out.data_ptr(),
-        0 if positions is None else positions.data_ptr(),
+    build("sm90/topk_kept.cu").topk_kept(
+        [
+            *_addresses(logits, kept.lens, kept.pages, kept.blocks),
+            room,
+            block_size,
+            *_addresses(out, positions),
+            out.shape[1],
+        ],
         rows,
-        room,
-        block_size,
-        out.shape[1],
         torch.cuda.current_stream().cuda_stream,
     )
+
+
+def topk_listed(
+    logits: torch.Tensor,
+    listed: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    positions: torch.Tensor | None = None,
+) -> None:
+    """The same of the scores of listed tokens: those at a row's first min(len, C) positions, which ascend.
+
+    logits:     fp32 [R, C], contiguous, C <= MAX_ROW and divisible by 4
+    listed:     int32 [R, C], contiguous: positions in the row
+    page_table: int32 [R, W], unit column stride; seq_lens: int32 [R]
+    """
+    if logits.device.type == "cpu":
+        _topk_listed_on_cpu(logits, listed, page_table, seq_lens, out, positions)
+        return
+    rows, room = logits.shape
+    if rows == 0:
+        return
+    build("sm90/topk_kept.cu").topk_listed(
+        [
+            *_addresses(logits, seq_lens, listed, page_table),
+            page_table.stride(0),
+            room,
+            *_addresses(out, positions),
+            out.shape[1],
+        ],
+        rows,
+        torch.cuda.current_stream().cuda_stream,
+    )
+
+
+def _addresses(*tensors: torch.Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _best_on_cpu(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Ascending places of the k largest of a row; all of no more."""
+    if len(logits) <= k:
+        return torch.arange(len(logits))
+    ranked = logits.nan_to_num(nan=LOWEST, posinf=torch.inf, neginf=LOWEST)
+    return ranked.sort(descending=True, stable=True).indices[:k].sort().values
+
+
+def _topk_listed_on_cpu(
+    logits: torch.Tensor, listed: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor,
+    out: torch.Tensor, positions: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """The same in PyTorch: what the interpreted kernels around it are tested with."""
+    out.fill_(-1)
+    if positions is not None:
+        positions.fill_(-1)
+    for row, length in enumerate(seq_lens.tolist()):
+        token = listed[row, _best_on_cpu(logits[row, :length], out.shape[1])]
+        out[row, : len(token)] = page_table[row, token // PAGE] * PAGE + token % PAGE
+        if positions is not None:
+            positions[row, : len(token)] = token
 
 
 def _topk_on_cpu(
@@ -62,10 +121,7 @@ def _topk_on_cpu(
     if positions is not None:
         positions.fill_(-1)
     for row, count in enumerate(kept.lens.tolist()):
-        token = torch.arange(count)
-        if count > out.shape[1]:
-            ranked = logits[row, :count].nan_to_num(nan=LOWEST, posinf=torch.inf, neginf=LOWEST)
-            token = ranked.sort(descending=True, stable=True).indices[: out.shape[1]].sort().values
+        token = _best_on_cpu(logits[row, :count], out.shape[1])
         out[row, : len(token)] = kept.pages[row, token // PAGE] * PAGE + token % PAGE
         if positions is not None:
             positions[row, : len(token)] = kept.blocks[row, token // block_size] * block_size + token % block_size

@@ -1,14 +1,11 @@
-// Exact top k of the scores of a row's kept tokens, as physical slots in the row's order: one thread block a row.
+// Exact top k of the scores of a row's kept or listed tokens, as physical slots in the row's order: one thread block a row.
 //
 // The row stays in registers. One histogram, linear between the row's extremes, leaves a handful of candidates around
 // the k-th largest; they are ranked against one another. Where scores cluster, further histograms of order-preserving
 // integers narrow the candidates by 11 bits a round until few are left, so any input ends.
-#include <cuda_runtime.h>
-#include <tvm/ffi/tvm_ffi.h>
-
 #include <cfloat>
-#include <cstdint>
 
+#include "launch.cuh"
 #include "warp.cuh"
 
 namespace misa {
@@ -16,14 +13,55 @@ namespace misa {
 constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 2048, CANDIDATES = 1024, PAGE = 64, MAX_GROUPS = 8;
 static_assert(BINS == 2 * THREADS, "a thread scans two bins");
 
-struct Row {
-  const float* scores;      // [R, room], 16-byte aligned rows
-  const int32_t* lens;      // [R]
-  const int32_t* pages;     // [R, room / 64]
-  const int32_t* blocks;    // [R, room / block]
-  int32_t* slots;           // [R, k]
-  int32_t* positions;       // [R, k] or null
-  int room, block, k;
+// Tokens of whole pages in the order of the row, `block` tokens of which are neighbours in it.
+struct Kept {
+  const int32_t* pages;   // [R, room / 64]
+  const int32_t* blocks;  // [R, room / block]
+  int room, block;
+
+  struct Four {
+    int slot, position;
+    __device__ int slot_of(int e) const { return slot + e; }
+    __device__ int position_of(int e) const { return position + e; }
+  };
+  __device__ int count(int length) const { return length; }
+  // The page of four neighbours, and what they are once some of them are chosen.
+  __device__ int page(int64_t r, int first) const { return __ldcg(pages + r * (room / PAGE) + first / PAGE); }
+  __device__ Four four(int64_t r, int first, int page, bool placed) const {
+    const int position = placed ? blocks[r * (room / block) + first / block] * block + first % block : 0;
+    return {page * PAGE + first % PAGE, position};
+  }
+};
+
+// Tokens at ascending positions of the row.
+struct Listed {
+  const int32_t* positions;  // [R, room], 16-byte aligned rows
+  const int32_t* table;      // page table
+  int64_t pitch;
+  int room;
+
+  struct Four {
+    int at[4];
+    const int32_t* pages;
+    __device__ int slot_of(int e) const { return __ldg(pages + at[e] / PAGE) * PAGE + at[e] % PAGE; }
+    __device__ int position_of(int e) const { return at[e]; }
+  };
+  __device__ int count(int length) const { return min(length, room); }
+  __device__ int page(int64_t, int) const { return 0; }
+  __device__ Four four(int64_t r, int first, int, bool) const {
+    const int4 at = __ldcg(reinterpret_cast<const int4*>(positions + r * room + first));
+    return {{at.x, at.y, at.z, at.w}, table + r * pitch};
+  }
+};
+
+template <class Tokens>
+struct Rows {
+  const float* scores;  // [R, room], 16-byte aligned rows
+  const int32_t* lens;  // [R]
+  Tokens tokens;
+  int32_t* slots;       // [R, k]
+  int32_t* positions;   // [R, k] or null
+  int k;
 };
 
 struct Smem {
@@ -65,21 +103,20 @@ __device__ void find_bin(Smem& s, uint32_t rank) {
   __syncthreads();
 }
 
-template <int GROUPS>
-__global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Row row) {
+template <class Tokens, int GROUPS>
+__global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Rows<Tokens> row) {
   __shared__ Smem s;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t r = blockIdx.x;
-  const int n = __ldcg(row.lens + r);  // as the pages, older than the launch before this one, which waited for them
-  const float* scores = row.scores + r * row.room;
-  const int32_t* pages = row.pages + r * (row.room / PAGE);
+  const int n = row.tokens.count(__ldcg(row.lens + r));  // as the pages, older than the launch before this one, which waited for them
+  const float* scores = row.scores + r * row.tokens.room;
   int32_t* slots = row.slots + r * row.k;
   int32_t* positions = row.positions ? row.positions + r * row.k : nullptr;
   int32_t page[GROUPS];
 #pragma unroll
   for (int g = 0; g < GROUPS; ++g) {
     const int token = 4 * (g * THREADS + threadIdx.x);
-    page[g] = token < n ? __ldcg(pages + token / PAGE) : 0;
+    page[g] = token < n ? row.tokens.page(r, token) : 0;
   }
   s.bins[threadIdx.x] = s.bins[THREADS + threadIdx.x] = 0;
   if (threadIdx.x == 0) s.listed = 0;
@@ -215,49 +252,39 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Row row) {
     before += __reduce_add_sync(~0u, count);
     place += (uint32_t(upto >> (8 * g)) & 0xFF) - __popc(chosen[g]);
     if (!chosen[g]) continue;
-    const int first = 4 * (g * THREADS + threadIdx.x);  // the four share a page, so a block too
-    const int slot = page[g] * PAGE + first % PAGE;
-    const int32_t* blocks = row.blocks + r * (row.room / row.block);
-    const int position = positions ? blocks[first / row.block] * row.block + first % row.block : 0;
+    const auto four = row.tokens.four(r, 4 * (g * THREADS + threadIdx.x), page[g], positions);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (!(chosen[g] >> e & 1)) continue;
-      slots[place] = slot + e;
-      if (positions) positions[place] = position + e;
+      slots[place] = four.slot_of(e);
+      if (positions) positions[place] = four.position_of(e);
       ++place;
     }
   }
 }
 
-template <int GROUPS>
-void launch(const Row& row, int64_t rows, cudaStream_t stream) {
-  if (row.room > 4 * THREADS * GROUPS) {
-    if constexpr (GROUPS < MAX_GROUPS) return launch<GROUPS + 1>(row, rows, stream);
-    TVM_FFI_THROW(ValueError) << "room: expected at most " << 4 * THREADS * MAX_GROUPS << " tokens, got " << row.room;
+template <class Tokens, int GROUPS = 1>
+void launch(const Rows<Tokens>& row, int64_t rows, int64_t stream) {
+  if (row.tokens.room > 4 * THREADS * GROUPS) {
+    if constexpr (GROUPS < MAX_GROUPS) return launch<Tokens, GROUPS + 1>(row, rows, stream);
+    TVM_FFI_THROW(ValueError) << "room: expected at most " << 4 * THREADS * MAX_GROUPS << " tokens, got " << row.tokens.room;
   }
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(rows);
-  config.blockDim = dim3(THREADS);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  const cudaError_t status = cudaLaunchKernelEx(&config, topk_kernel<GROUPS>, row);
-  if (status != cudaSuccess) TVM_FFI_THROW(RuntimeError) << "topk_kernel: " << cudaGetErrorString(status);
+  launch_behind("topk_kernel", topk_kernel<Tokens, GROUPS>, int(rows), THREADS, pointer<CUstream_st>(stream), row);
 }
 
-void topk(int64_t scores, int64_t lens, int64_t pages, int64_t blocks, int64_t slots, int64_t positions, int64_t rows,
-          int64_t room, int64_t block, int64_t k, int64_t stream) {
-  const Row row{reinterpret_cast<const float*>(scores),  reinterpret_cast<const int32_t*>(lens),
-                reinterpret_cast<const int32_t*>(pages), reinterpret_cast<const int32_t*>(blocks),
-                reinterpret_cast<int32_t*>(slots),       reinterpret_cast<int32_t*>(positions),
-                int(room),                               int(block),
-                int(k)};
-  launch<1>(row, rows, reinterpret_cast<cudaStream_t>(stream));
+void topk_kept(Numbers at, int64_t rows, int64_t stream) {
+  const Kept tokens{pointer<const int32_t>(at[2]), pointer<const int32_t>(at[3]), int(at[4]), int(at[5])};
+  launch(Rows<Kept>{pointer<const float>(at[0]), pointer<const int32_t>(at[1]), tokens, pointer<int32_t>(at[6]), pointer<int32_t>(at[7]), int(at[8])},
+         rows, stream);
+}
+
+void topk_listed(Numbers at, int64_t rows, int64_t stream) {
+  const Listed tokens{pointer<const int32_t>(at[2]), pointer<const int32_t>(at[3]), at[4], int(at[5])};
+  launch(Rows<Listed>{pointer<const float>(at[0]), pointer<const int32_t>(at[1]), tokens, pointer<int32_t>(at[6]), pointer<int32_t>(at[7]), int(at[8])},
+         rows, stream);
 }
 
 }  // namespace misa
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk, misa::topk);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk_kept, misa::topk_kept);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk_listed, misa::topk_listed);

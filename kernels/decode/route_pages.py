@@ -1,0 +1,264 @@
+"""The scored columns of decode rows: the routed heads of each row, and the residual of its other heads (Triton).
+
+One launch. The programs of a row multiply its heads with the means of its pages; the last one to finish ranks the
+heads, gathers the routed queries and gates, and fuses the other heads to one linear column. Bytes: 256 for every 64
+tokens of prefix, where the keys themselves are 8448.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from sglang_misa.kernels.decode.keep_blocks import last_of, launch_options
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+
+ROUTERS = ("mean", "peak", "signed", "weight")
+FP8_MAX = tl.constexpr(torch.finfo(torch.float8_e4m3fn).max)
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+CHUNK = 32
+MANY_ROWS = 16  # from so many on, programs take more pages: the queries are read less often
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a row's keys are multiplied with, and the scratch of choosing it.
+
+    queries: float8_e4m3fn [R, columns, 128]  the routed heads in ascending order, then the residual; unwritten in rows
+             that do not choose
+    gates:   fp32 [R, columns]
+    partial: fp32 [R, programs, 3, H]  scratch: sum of the products, of their squared distances from the program's own
+             mean, and the router's statistic
+    done:    int32 [R]  scratch: programs that have finished; zero between launches
+    """
+
+    queries: torch.Tensor
+    gates: torch.Tensor
+    partial: torch.Tensor
+    done: torch.Tensor
+
+    @classmethod
+    def allocate(cls, rows: int, table_width: int, heads: int, columns: int, device: torch.device) -> Columns:
+        """Room for `rows` rows of page tables with `table_width` columns. Allocate outside of graph capture: `done`
+        must be zero before the first launch, and one object must not serve two streams at once."""
+        programs = triton.cdiv(table_width, tile_pages(1))
+        return cls(
+            queries=torch.empty(rows, columns, HEAD_DIM, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn),
+            gates=torch.empty(rows, columns, dtype=torch.float32, device=device),
+            partial=torch.empty(rows, programs, 3, heads, dtype=torch.float32, device=device),
+            done=torch.zeros(rows, dtype=torch.int32, device=device),
+        )
+
+    def first(self, rows: int) -> Columns:
+        """The same memory for the first `rows` rows."""
+        return Columns(*(getattr(self, field.name)[:rows] for field in fields(self)))
+
+
+def tile_pages(rows: int) -> int:
+    """Pages of a program: small programs spread a few rows over all multiprocessors."""
+    return 64 if rows < MANY_ROWS else 128
+
+
+def route_pages(
+    index_q: torch.Tensor,
+    head_gates: torch.Tensor,
+    page_means: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    heads: int,
+    router: str,
+    residual: bool,
+    longer_than: int,
+    out: Columns,
+) -> None:
+    """Fill `out` with the columns of every row of more than `longer_than` tokens.
+
+    Heads rank by |w| · mean ReLU(q·k̃) (`mean`), |w| · max ReLU(q·k̃) (`peak`), w · mean ReLU(q·k̃) (`signed`) or |w|
+    (`weight`), over the means k̃ of the row's complete pages but the newest; ties fall to the lower head, NaN never
+    wins.
+    The residual is Σ w · Φ(μ/σ) · q of the heads that are not routed, μ and σ of their products, as fp8 with amax / 448
+    as its gate; a head whose μ, σ or w is not finite adds nothing.
+
+    index_q:    float8_e4m3fn [R, H, 128], contiguous
+    head_gates: fp32 [R, H], contiguous
+    page_means: bf16 [num_pages, 128], contiguous
+    page_table: int32 [R, W], unit column stride; entries past a row's pages are never followed
+    seq_lens:   int32 [R], 0 <= len <= 64 · W; `longer_than` is at least 128
+    """
+    rows, index_heads, _ = index_q.shape
+    width = page_table.shape[1]
+    tile = tile_pages(rows)
+    programs = triton.cdiv(width, tile)
+    interpreted = index_q.device.type == "cpu"
+    _route_kernel[(programs, rows)](
+        index_q,
+        head_gates,
+        page_means,
+        page_table,
+        seq_lens,
+        out.queries,
+        out.gates,
+        out.partial,
+        out.done,
+        page_table.stride(0),
+        width,
+        out.partial.stride(0),
+        longer_than,
+        HEADS=index_heads,
+        ROUTED=heads,
+        ROUTER=ROUTERS.index(router),
+        RESIDUAL=residual,
+        DIM=HEAD_DIM,
+        PAGE=PAGE,
+        TILE=tile,
+        CHUNK=CHUNK,
+        EXACT=interpreted,
+        **launch_options(interpreted, 4),
+    )
+
+
+@triton.jit
+def _top_heads(statistic, HEADS: tl.constexpr, ROUTED: tl.constexpr):
+    """(routed, place) [HEADS]: the ROUTED largest and their ascending places. NaN and -inf rank last, in this order."""
+    o_h = tl.arange(0, HEADS)
+    # NaN compares as the lowest: -inf above it would be one number too many
+    x = tl.where(statistic > LOWEST, statistic, LOWEST)
+    x = tl.where(statistic != statistic, float("-inf"), x)
+    before = (x[None, :] > x[:, None]) | ((x[None, :] == x[:, None]) & (o_h[None, :] < o_h[:, None]))
+    routed = tl.sum(before.to(tl.int32), 1) < ROUTED
+    return routed, tl.cumsum(routed.to(tl.int32), 0) - 1
+
+
+@triton.jit
+def _positive_share(mean, variance):
+    """Φ(μ/σ), 0 where either is not finite."""
+    share = 0.5 * (1.0 + tl.erf(mean * tl.rsqrt(tl.where(variance > 0, variance, 1.0)) * 0.7071067811865476))
+    share = tl.where(variance > 0, share, tl.where(mean > 0, 1.0, tl.where(mean == 0, 0.5, 0.0)))
+    return tl.where((tl.abs(mean) < float("inf")) & (variance < float("inf")), share, 0.0)
+
+
+@triton.jit
+def _rounded_to_e4m3(x):
+    """x, |x| <= 448, at the nearest e4m3 number, ties to even: the interpreter's conversion drops the carry."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
+    WHOLE: tl.constexpr = 1.5 * 2**14  # a sum with it has the spacing of subnormals
+    return tl.where(tl.abs(x) < 2.0**-6, (x + WHOLE) - WHOLE, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["table_stride", "WIDTH", "partial_stride"])
+def _route_kernel(
+    q,
+    gates,
+    means,
+    table,
+    seq_lens,
+    out_q,
+    out_gates,
+    partial,
+    done,
+    table_stride,
+    WIDTH,
+    partial_stride,
+    LONGER_THAN: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROUTED: tl.constexpr,
+    ROUTER: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,  # programs whose results are read at once
+    EXACT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    COLUMNS: tl.constexpr = ROUTED + RESIDUAL
+    i_t = tl.program_id(0)
+    i_r = tl.program_id(1).to(tl.int64)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    o_h = tl.arange(0, HEADS)
+    o_d = tl.arange(0, DIM)
+    o_p = i_t * TILE + tl.arange(0, TILE)
+    page = tl.load(table + i_r * table_stride + o_p, mask=o_p < WIDTH, other=0)  # stale ones are replaced below
+    length = tl.load(seq_lens + i_r)
+    n_pages = length // PAGE - 1  # the newest may have been completed by this step
+    if (length <= LONGER_THAN) | (i_t * TILE >= n_pages):
+        return
+
+    m_p = o_p < n_pages
+    page = tl.where(m_p, page, 0).to(tl.int64)
+    b_q = tl.load(q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :])  # [HEADS, DIM]
+    b_w = tl.load(gates + i_r * HEADS + o_h)
+    b_k = tl.load(means + page[:, None] * DIM + o_d[None, :], mask=m_p[:, None], other=0.0)
+    # fp8 fits bf16, so the products are exact; the interpreter multiplies bf16 as integers, hence fp32 there
+    if EXACT:
+        b_s = tl.dot(b_k.to(tl.float32), tl.trans(b_q.to(tl.float32)))  # [TILE, HEADS]
+    else:
+        b_s = tl.dot(b_k, tl.trans(b_q.to(tl.float32).to(tl.bfloat16)))
+    n_own = tl.minimum(n_pages - i_t * TILE, TILE).to(tl.float32)
+    own = tl.sum(b_s, 0)  # pages that are not there have products of 0
+    apart = tl.where(m_p[:, None], b_s - (own / n_own)[None, :], 0.0)
+    active = tl.maximum(b_s, 0.0)
+    p_partial = partial + i_r * partial_stride + i_t * (3 * HEADS) + o_h
+    tl.store(p_partial, own)
+    tl.store(p_partial + HEADS, tl.sum(apart * apart, 0))
+    tl.store(p_partial + 2 * HEADS, tl.max(active, 0) if ROUTER == 1 else tl.sum(active, 0))
+
+    n_programs = tl.cdiv(n_pages, TILE)
+    if last_of(done + i_r, n_programs):
+        n = n_pages.to(tl.float32)
+        total = tl.zeros([HEADS], tl.float32)
+        statistic = tl.zeros([HEADS], tl.float32)
+        p_row = partial + i_r * partial_stride + o_h[None, :]
+        for first in range(0, n_programs, CHUNK):
+            o_i = first + tl.arange(0, CHUNK)[:, None]
+            p_part = p_row + o_i * (3 * HEADS)
+            total += tl.sum(tl.load(p_part, mask=o_i < n_programs, other=0.0, cache_modifier=".cg"), 0)
+            b_active = tl.load(p_part + 2 * HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
+            if ROUTER == 1:
+                statistic = tl.maximum(statistic, tl.max(b_active, 0))
+            else:
+                statistic += tl.sum(b_active, 0)
+        mean = total / n
+        if ROUTER != 1:
+            statistic /= n
+        if ROUTER == 3:
+            statistic = tl.abs(b_w)
+        elif ROUTER == 2:
+            statistic *= b_w
+        else:
+            statistic *= tl.abs(b_w)
+        if ROUTER != 3:
+            statistic = tl.where(total != total, float("nan"), statistic)  # which maxima drop
+        routed, place = _top_heads(statistic, HEADS, ROUTED)
+        p_q = out_q + (i_r * COLUMNS + place[:, None]) * DIM + o_d[None, :]
+        tl.store(p_q, b_q, mask=routed[:, None])
+        tl.store(out_gates + i_r * COLUMNS + place, b_w, mask=routed)
+
+        if RESIDUAL:
+            squares = tl.zeros([HEADS], tl.float32)
+            for first in range(0, n_programs, CHUNK):
+                o_i = first + tl.arange(0, CHUNK)[:, None]
+                p_part = p_row + o_i * (3 * HEADS)
+                n_part = tl.maximum(tl.minimum(n_pages - o_i * TILE, TILE), 1).to(tl.float32)
+                b_total = tl.load(p_part, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
+                off = b_total / n_part - mean[None, :]
+                b_apart = tl.load(p_part + HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
+                squares += tl.sum(b_apart + tl.where(o_i < n_programs, n_part * off * off, 0.0), 0)
+            weight = b_w * _positive_share(mean, squares / n)
+            weight = tl.where(routed | ((tl.abs(weight) < float("inf")) == 0), 0.0, weight)
+            b_qf = b_q.to(tl.float32)
+            b_rest = tl.sum(tl.where(b_qf == b_qf, b_qf, 0.0) * weight[:, None], 0)  # [DIM]
+            scale = tl.max(tl.abs(b_rest), 0) / FP8_MAX
+            usable = (scale > 0) & (scale < float("inf"))
+            scale = tl.where(usable, scale, 1.0)
+            b_rest = _rounded_to_e4m3(tl.where(usable, b_rest / scale, 0.0)).to(tl.float8e4nv)
+            tl.store(out_q + (i_r * COLUMNS + ROUTED) * DIM + o_d, b_rest)
+            tl.store(out_gates + i_r * COLUMNS + ROUTED, scale)

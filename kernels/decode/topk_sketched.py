@@ -1,0 +1,287 @@
+"""Decode over page sketches: the pipeline of a step, and all-head scores of the candidates.
+
+A step is five launches, each overlapping the end of the one before: `route_pages` chooses the columns of a row on
+page means (without routed heads it is left out), `scan_sketches` scores every sketched token by them, `list_candidates`
+takes the best C, `rescore` scores those with all heads on the stored keys, `topk_listed` selects.
+Bytes of a row: 4 a token of prefix for the router, 4 + 16 · bits + 2 for the scan, 132 a candidate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from sglang_misa.kernels.checks import expect
+from sglang_misa.kernels.decode.keep_blocks import launch_options
+from sglang_misa.kernels.decode.route_pages import ROUTERS, Columns, route_pages
+from sglang_misa.kernels.decode.scan_sketches import list_candidates, scan_sketches
+from sglang_misa.kernels.decode.topk_kept import topk_listed
+from sglang_misa.kernels.layout import (
+    HEAD_DIM,
+    MAX_CANDIDATES,
+    PAGE,
+    PAGE_BYTES,
+    ROUTED_HEADS,
+    SKETCH_BITS,
+    sketch_bytes,
+)
+
+MIN_CANDIDATES = 2 * PAGE  # the newest complete page and the one behind it have no sketch to read yet
+TILE, WARPS = 128, 4  # candidates and warps of a program that scores them
+
+
+@dataclass(frozen=True)
+class PageSketch:
+    """Statistics of an index-K pool's pages in one layer, by physical page. Valid for complete pages.
+
+    means:    bf16 [P, 128]
+    sketches: uint8 [P, sketch_bytes(bits)], see `layout.sketch_bytes`
+    """
+
+    means: torch.Tensor
+    sketches: torch.Tensor
+
+    @property
+    def bits(self) -> int:
+        """Bits a coordinate."""
+        return next(bits for bits in SKETCH_BITS if sketch_bytes(bits) == self.sketches.shape[1])
+
+
+@dataclass(frozen=True)
+class SketchPolicy:
+    """What a step does, fixed for all its calls.
+
+    heads:      routed heads h, or None: all heads score the sketches; h + residual is one of ROUTED_HEADS
+    router:     "mean", "peak", "signed" or "weight", see `route_pages`
+    residual:   whether the other heads score too, as one linear column
+    candidates: tokens C that all heads score on the stored keys, k <= C
+    """
+
+    heads: int | None
+    router: str
+    residual: bool
+    candidates: int
+
+    def __post_init__(self) -> None:
+        columns = None if self.heads is None else self.heads + self.residual
+        if columns is None and self.residual:
+            raise ValueError("residual: expected routed heads beside it, got all heads; leave it out")
+        if columns is not None and columns not in ROUTED_HEADS:
+            raise ValueError(f"heads + residual: expected one of {ROUTED_HEADS}, got {columns}")
+        if self.router not in ROUTERS:
+            raise ValueError(f"router: expected one of {ROUTERS}, got {self.router!r}")
+        if not MIN_CANDIDATES <= self.candidates <= MAX_CANDIDATES or self.candidates % PAGE:
+            raise ValueError(
+                f"candidates: expected a multiple of {PAGE} from {MIN_CANDIDATES} to {MAX_CANDIDATES}, "
+                f"got {self.candidates}"
+            )
+
+
+@dataclass(frozen=True)
+class SketchScratch:
+    """Everything a step writes besides its result, and its policy. All layers share one object.
+
+    columns:   see `Columns`; None where all heads score the sketches
+    keys:      uint16 [R, W · 64]  scores of the sketched tokens, as `score_keys`
+    positions: int32 [R, C]  candidates, ascending
+    logits:    fp32 [R, C]  their scores with all heads
+    """
+
+    policy: SketchPolicy
+    columns: Columns | None
+    keys: torch.Tensor
+    positions: torch.Tensor
+    logits: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, rows: int, table_width: int, index_heads: int, policy: SketchPolicy, device: torch.device
+    ) -> SketchScratch:
+        """Room for `rows` rows of page tables of at most `table_width` pages. Allocate outside of graph capture."""
+        columns = None
+        if policy.heads is not None:
+            columns = Columns.allocate(rows, table_width, index_heads, policy.heads + policy.residual, device)
+        return cls(
+            policy=policy,
+            columns=columns,
+            keys=torch.empty(rows, table_width * PAGE, dtype=torch.uint16, device=device),
+            positions=torch.empty(rows, policy.candidates, dtype=torch.int32, device=device),
+            logits=torch.empty(rows, policy.candidates, dtype=torch.float32, device=device),
+        )
+
+    def first(self, rows: int) -> SketchScratch:
+        """The same memory for the first `rows` rows."""
+        columns = None if self.columns is None else self.columns.first(rows)
+        return SketchScratch(self.policy, columns, self.keys[:rows], self.positions[:rows], self.logits[:rows])
+
+
+def sketch_topk(
+    index_q: torch.Tensor,
+    head_gates: torch.Tensor,
+    index_k_pages: torch.Tensor,
+    stats: PageSketch,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scratch: SketchScratch,
+    out: torch.Tensor,
+    positions: torch.Tensor | None = None,
+) -> None:
+    """Top k, by all heads, of each row's C best tokens on its pages' sketches, as physical slots.
+
+    Stands in for DeepGEMM's `fp8_paged_mqa_logits` and SGLang's `topk_transform_512_v2`. A row of at most C tokens
+    equals DSA, one of at most k gets its tokens exactly. The tokens of the newest complete page and those behind it are
+    always candidates: that page may have been completed in this step, at whose end its statistics are written. So a
+    request's rows, a token and its drafts, are at most 64. Launches and grids depend on shapes alone: safe to capture
+    in a CUDA graph.
+
+    index_q:       float8_e4m3fn [R, H, 128], contiguous; one row a query, so verify rows bring their own length
+    head_gates:    fp32 [R, H], contiguous; the query's scale and the softmax scale folded in
+    index_k_pages: uint8 [P, 8448]: 64 keys of 128 fp8, then their 64 fp32 scales
+    stats:         of the same pages
+    page_table:    int32 [R, W], W at most the scratch's; entries past ceil(len / 64) are stale and never followed
+    seq_lens:      int32 [R], 0 <= len <= 64 · W
+    scratch:       of at least R rows (`first`); it also says heads, router, residual and candidates
+    out:           int32 [R, k]: page · 64 + offset, in the order of the row, -1 behind the last
+    positions:     int32 [R, k], optional: the same tokens as positions in the row
+    """
+    rows, heads, _ = index_q.shape
+    policy, topk = scratch.policy, out.shape[1]
+    expect("index_q", index_q, (rows, heads, HEAD_DIM), torch.float8_e4m3fn)
+    expect("head_gates", head_gates, (rows, heads), torch.float32)
+    expect("index_k_pages", index_k_pages, (None, PAGE_BYTES), torch.uint8)
+    expect("stats.means", stats.means, (len(index_k_pages), HEAD_DIM), torch.bfloat16)
+    expect("stats.sketches", stats.sketches, (len(index_k_pages), sketch_bytes(stats.bits)), torch.uint8)
+    expect("page_table", page_table, (rows, None), torch.int32, row_stride=True)
+    expect("seq_lens", seq_lens, (rows,), torch.int32)
+    if len(scratch.keys) != rows or scratch.keys.shape[1] < page_table.shape[1] * PAGE:
+        raise ValueError(
+            f"scratch: expected {rows} rows of at least {page_table.shape[1]} pages, got {len(scratch.keys)} of "
+            f"{scratch.keys.shape[1] // PAGE}; allocate it for the widest page table and pass scratch.first({rows})"
+        )
+    if topk > policy.candidates:
+        raise ValueError(f"candidates: expected at least k = {topk}, got {policy.candidates}; raise the candidates")
+    queries, gates = index_q, head_gates
+    if scratch.columns is not None:
+        assert policy.heads is not None
+        queries, gates = scratch.columns.queries, scratch.columns.gates
+        route_pages(
+            index_q,
+            head_gates,
+            stats.means,
+            page_table,
+            seq_lens,
+            heads=policy.heads,
+            router=policy.router,
+            residual=policy.residual,
+            longer_than=policy.candidates,
+            out=scratch.columns,
+        )
+    scan_sketches(
+        queries,
+        gates,
+        stats.means,
+        stats.sketches,
+        page_table,
+        seq_lens,
+        bits=stats.bits,
+        residual=policy.residual,
+        leads=scratch.columns is None,
+        longer_than=policy.candidates,
+        scores=scratch.keys,
+    )
+    list_candidates(scratch.keys, seq_lens, positions=scratch.positions)
+    rescore(index_q, head_gates, index_k_pages, page_table, seq_lens, topk=topk, scratch=scratch)
+    topk_listed(scratch.logits, scratch.positions, page_table, seq_lens, out=out, positions=positions)
+
+
+def rescore(
+    index_q: torch.Tensor,
+    head_gates: torch.Tensor,
+    index_k_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    topk: int,
+    scratch: SketchScratch,
+) -> None:
+    """Write scratch.logits: I[s] = k_scale[s] · Σ_j w_j · ReLU(q_j · k_s) of the tokens s at `scratch.positions`.
+
+    Rows of no more than `topk` tokens need no scores and get none. Shapes and dtypes as in `sketch_topk`.
+    """
+    rows, heads, _ = index_q.shape
+    candidates = scratch.policy.candidates
+    interpreted = index_q.device.type == "cpu"
+    _rescore_kernel[(triton.cdiv(candidates, TILE), rows)](
+        index_q,
+        head_gates,
+        index_k_pages.view(torch.float8_e4m3fn),
+        index_k_pages.view(torch.float32),
+        page_table,
+        seq_lens,
+        scratch.positions,
+        scratch.logits,
+        page_table.stride(0),
+        HEADS=heads,
+        DIM=HEAD_DIM,
+        PAGE=PAGE,
+        PAGE_BYTES=PAGE_BYTES,
+        CANDIDATES=candidates,
+        TOPK=topk,
+        TILE=TILE,
+        **launch_options(interpreted, WARPS),
+    )
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _rescore_kernel(
+    q,
+    gates,
+    keys,
+    scales,
+    table,
+    seq_lens,
+    positions,
+    logits,
+    table_stride,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    TOPK: tl.constexpr,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    i_t = tl.program_id(0)
+    i_r = tl.program_id(1).to(tl.int64)
+    o_h = tl.arange(0, HEADS)
+    o_d = tl.arange(0, DIM)
+    o_n = i_t * TILE + tl.arange(0, TILE)
+
+    # All but the positions is older than the launch before this one, which began its dependents once that was complete.
+    length = tl.load(seq_lens + i_r)
+    n = tl.minimum(length, CANDIDATES)
+    b_q = tl.load(q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :], cache_modifier=".cg")  # [HEADS, DIM]
+    b_w = tl.load(gates + i_r * HEADS + o_h, cache_modifier=".cg")
+    b_qt = tl.trans(b_q)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if (length <= TOPK) | (i_t * TILE >= n):
+        return
+
+    m_n = o_n < n
+    position = tl.load(positions + i_r * CANDIDATES + o_n, mask=m_n, other=0, cache_modifier=".cg")
+    page = tl.load(table + i_r * table_stride + position // PAGE).to(tl.int64)
+    offset = position % PAGE
+    p_k = keys + page * PAGE_BYTES + offset * DIM
+    b_k = tl.load(p_k[:, None] + o_d[None, :])  # past the end token 0 stands in: always there, not stored
+    b_scale = tl.load(scales + page * (PAGE_BYTES // 4) + (PAGE * DIM // 4) + offset)
+    b_s = tl.dot(b_k, b_qt)  # [TILE, HEADS]
+    score = tl.sum(tl.maximum(b_s, 0.0) * b_w[None, :], 1) * b_scale
+    tl.store(logits + i_r * CANDIDATES + o_n, score, mask=m_n)

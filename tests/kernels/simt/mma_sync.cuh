@@ -1,0 +1,41 @@
+// A warp's matrix products on a CPU.
+#pragma once
+#include "ptx.cuh"
+
+namespace sm90 {
+
+inline float bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
+
+// A lane's four sums over WIDTH dimensions; number(registers, i) is the i-th of those that a lane brings to a row or a column.
+template <int WIDTH, class Number>
+void multiply_warp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Number& number) {
+  struct Operands { uint32_t a[4], b[2]; };
+  constexpr int OWN = WIDTH / 8;  // of a lane in each half of the dimensions
+  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  simt::together(Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, [&](auto& all, int) {
+    for (int odd = 0; odd < 2; ++odd)
+      for (int e = 0; e < 2; ++e)
+        for (int half = 0; half < 2; ++half)
+          for (int from = 0; from < 4; ++from)
+            for (int i = 0; i < OWN; ++i)
+              d[odd * 2 + e] += number(all[r * 4 + from].a[half * 2 + odd], i) * number(all[(c * 2 + e) * 4 + from].b[half], i);
+    return 0;
+  });
+}
+inline void mma_fp8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply_warp<32>(d, a, b, [](uint32_t four, int i) { return E4M3[four >> i * 8 & 255]; });
+}
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply_warp<16>(d, a, b, [](uint32_t pair, int i) { return bf16(pair >> i * 16 & 0xFFFF); });
+}
+inline uint2 bf16_of_e4m3(uint32_t four) {
+  uint32_t bits[4];
+  for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(E4M3[four >> i * 8 & 255]) >> 16;
+  return {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+}
+inline float max_or_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
+inline uint4 load_once(const void* global) { return *static_cast<const uint4*>(global); }
+inline void launch_wait() {}
+inline void launch_next() {}
+
+}  // namespace sm90
