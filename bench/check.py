@@ -21,6 +21,7 @@ from sglang_misa.kernels.layout import PAGE
 PRECISION = 2.0**-13  # of |q|·|k|: how exact a product of a head and a key is on tensor cores
 NEAR = 2.0**-7  # relative gap under which two head statistics or block scores count as tied: pooled keys are bf16
 RESIDUAL = 2.0**-8  # of |q̄|·|k|: a coordinate or two of q̄ may round to the neighbouring fp8 number
+SKETCH = 2.0**-8  # relative: sketched scores are ranked by nine bits of their fraction
 MOST_TIES = 32  # sets of routed heads that are tried, where heads tie at the cut
 LOWEST = torch.finfo(torch.float32).min
 
@@ -59,6 +60,15 @@ class Scores:
         if int(among.sum()) <= count:
             return among, among
         return among & (self.low > kth(self.high, among, count)), among & (self.high >= kth(self.low, among, count))
+
+    def numbers(self) -> Scores:
+        """Any number that has a score may have any; the others stay the lowest."""
+        there = self.high > LOWEST
+        return Scores(torch.where(there, LOWEST / 2, LOWEST), torch.where(there, -LOWEST, LOWEST))
+
+    def anything(self) -> Scores:
+        """Any key may have any score."""
+        return Scores(torch.full_like(self.low, LOWEST), torch.full_like(self.high, -LOWEST))
 
 
 def kth(values: Tensor, among: Tensor, k: int) -> Tensor:
@@ -117,7 +127,9 @@ def flaw(chosen: Tensor, surely: Tensor, maybe: Tensor, scores: Scores, k: int) 
 def selection_flaw(policy: SelectionPolicy, row: Row, chosen: Tensor, topk: int) -> str | None:
     """What is wrong with `chosen` [topk] int (-1 behind the last) as the policy's top k; None if it may be right.
 
-    Where heads tie at the cut, the selection by any of them is right; raises Undecided where too many do.
+    Where heads tie at the cut, the selection by any of them is right; raises Undecided where too many do. Where a mean
+    of a page is not finite, nothing says which heads and blocks are best: any positions are right, but for keys of no
+    finite score in the place of others.
     """
     if (chosen >= 0).sum() != min(topk, len(row)):
         return f"expected {min(topk, len(row))} positions, got {int((chosen >= 0).sum())}"
@@ -128,24 +140,33 @@ def selection_flaw(policy: SelectionPolicy, row: Row, chosen: Tensor, topk: int)
     every = torch.ones(len(row), dtype=torch.bool, device=chosen.device)
     if len(row) <= topk or not policy.active or policy.exact:
         return flaw(positions, every, every, full, topk)
-    complete = torch.tensor([[len(row) // policy.block_size]], device=chosen.device)
-    k_tilde = reference.block_means(row.means[None], policy.block_size // PAGE)
-    rows = row.index_q[None, None], row.head_gates[None, None]
-    statistics = reference.block_statistics(*rows, k_tilde, complete, policy.router)
-    allowed, problem = _allowed(policy, statistics.blocks.flatten(), positions, len(row))
-    if problem is not None:
-        return problem
     problems = []
-    for heads in _routed(policy, statistics.heads.flatten()):
-        cheap = _cheap(policy, row, heads, statistics.positive)
-        if policy.candidates is None:
-            found = flaw(positions, allowed, allowed, cheap, topk)
-        else:
-            found = flaw(positions, *cheap.best(allowed, policy.candidates), full, topk)
-        if found is None:
-            return None
-        problems.append(found)
+    for complete in _complete(policy, len(row)):
+        blocks = torch.tensor([[complete]], device=chosen.device)
+        k_tilde = reference.block_means(row.means[None], policy.block_size // PAGE)
+        rows = row.index_q[None, None], row.head_gates[None, None]
+        statistics = reference.block_statistics(*rows, k_tilde, blocks, policy.router)
+        if not (statistics.heads.isfinite().all() and statistics.blocks[..., :complete].isfinite().all()):
+            return flaw(positions, every, every, full.numbers() if policy.blocks is None else full.anything(), topk)
+        allowed, problem = _allowed(policy, statistics.blocks.flatten(), positions, len(row))
+        if problem is not None:
+            return problem
+        for heads in _routed(policy, statistics.heads.flatten()):
+            cheap = _cheap(policy, row, heads, statistics.positive)
+            if policy.candidates is None:
+                found = flaw(positions, allowed, allowed, cheap, topk)
+            else:
+                found = flaw(positions, *cheap.best(allowed, policy.candidates), full, topk)
+            if found is None:
+                return None
+            problems.append(found)
     return problems[0]
+
+
+def _complete(policy: SelectionPolicy, length: int) -> list[int]:
+    """Complete blocks that a right router may look at: in a decode step the newest may have been completed just now."""
+    complete = length // policy.block_size
+    return [complete, max(complete - 1, 0)] if policy.sketch else [complete]
 
 
 class Undecided(Exception):
@@ -172,8 +193,14 @@ def _cheap(policy: SelectionPolicy, row: Row, heads: Tensor | None, positive: Te
     scores = row_scores(index_q, gates, index_k, k_scale, residual)
     if policy.sketch is None:
         return scores
-    tail = torch.arange(len(row), device=gates.device) >= len(row) // PAGE * PAGE  # always among the candidates
-    return Scores(*(bound.masked_fill(tail, torch.inf) for bound in (scores.low, scores.high)))
+    # Always among the candidates: the page that is not complete and, as this step may have completed it, the newest
+    # that is.
+    position, complete = torch.arange(len(row), device=gates.device), len(row) // PAGE
+    low, high = scores.low - SKETCH * scores.low.abs(), scores.high + SKETCH * scores.high.abs()
+    return Scores(
+        low.masked_fill(position >= complete * PAGE, torch.inf),
+        high.masked_fill(position >= (complete - 1) * PAGE, torch.inf),
+    )
 
 
 def _routed(policy: SelectionPolicy, statistic: Tensor) -> Iterator[Tensor | None]:

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_misa.bench.kernels import CACHED_ROWS
+from sglang_misa.config import PRESETS, Phase
 
 Record = dict[str, str]
 K = 1024
 WIDE = 8192  # rows of a whole chunk of prefill
 PLOTTED = ("misa", "fast", "faithful", "exact", "hisa")  # at most four lines a figure, these first
-KEPT = 7  # policies of a phase in the quality table
+KEPT = 7  # policies of a front in the quality table
+PHASE_COSTS: dict[Phase, str] = {"prefill": "flop", "decode": "bytes"}  # columns of selection.csv
 
 
 @dataclass(frozen=True)
@@ -171,33 +173,52 @@ def end_to_end(rows: Sequence[Record]) -> list[Table]:
 
 
 def quality_tables(rows: Sequence[Record]) -> list[Table]:
-    """What selections keep of DSA's tokens: the front of each length and phase, and the presets' own policies."""
+    """What selections keep of DSA's tokens: the presets' own, and the front of each length and phase."""
     found = []
     for length in sorted({int(row["length"]) for row in rows}, reverse=True):
-        for phase, cost in (("prefill", "flop"), ("decode", "bytes")):
+        for phase, cost in PHASE_COSTS.items():
             own = [row for row in rows if int(row["length"]) == length and row["phase"] == phase]
             front = sorted((row for row in own if row["front"] == "1"), key=lambda row: float(row[cost]))
-            shown = front[:: max(1, -(-len(front) // KEPT))] + [row for row in own if _published(row)]
+            shown = front[:: max(1, -(-len(front) // KEPT))] + [row for row in own if _presets(row, phase)]
             unique = {tuple(row.values()): row for row in sorted(shown, key=lambda row: float(row[cost]))}.values()
-            columns = ["selection", "columns", f"{cost} / stock's", "recall", "p10", "worst layer"]
-            cells = [[_selection(r), r["columns"], r[cost], r["recall"], r["p10"], r["worst_layer"]] for r in unique]
+            columns = ["preset", "selection", "columns", f"{cost} / stock's", "recall", "p10", "worst layer", "front"]
+            cells = [
+                [
+                    *(
+                        _presets(r, phase),
+                        _selection(r),
+                        r["columns"],
+                        r[cost],
+                        r["recall"],
+                        r["p10"],
+                        r["worst_layer"],
+                    ),
+                    "yes" if r["front"] == "1" else "",
+                ]
+                for r in unique
+            ]
             if cells:
                 found.append(Table(f"{phase.capitalize()}, {length // K}K", columns, cells))
     return found
 
 
-def _published(row: Record) -> bool:
-    """The paper's MISA and MISA†, and HISA, as their presets have them."""
-    if row["blocks"]:
-        return (row["blocks"], row["block_size"], row["candidates"]) == ("64", "128", "")
-    own = (row["heads"], row["router"], row["residual"], row["block_size"], row["sketch"]) == (
-        "8",
-        "mean",
-        "0",
-        "256",
-        "",
-    )
-    return own and row["candidates"] in ("", "8192")
+def _presets(row: Record, phase: Phase) -> str:
+    """The presets whose policy a row of selection.csv is."""
+    names = []
+    for name, config in PRESETS.items():
+        policy = config.policy(phase)
+        fields = [
+            *(policy.heads, policy.router if policy.heads else None, int(policy.residual)),
+            *(policy.block_size if policy.pooled else None, policy.blocks, policy.sketch, policy.candidates),
+        ]
+        columns = ("heads", "router", "residual", "block_size", "blocks", "sketch", "candidates")
+        if (
+            policy.active
+            and not policy.exact
+            and [row[c] for c in columns] == ["" if f is None else str(f) for f in fields]
+        ):
+            names.append(name)
+    return ", ".join(names)
 
 
 def _selection(row: Record) -> str:

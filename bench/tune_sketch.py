@@ -345,11 +345,11 @@ def time_case(
     """One line for each number of bits: stages, whole, beside stock and HISA."""
     rows, heads, _ = sets[0].index_q.shape
     length = int(sets[0].seq_lens.max())
-    hisa = graph_us([[hisa_call(pool, one) for one in sets]], REPLAYS)[0]
+    (hisa,) = graph_us([[hisa_call(pool, one) for one in sets]], REPLAYS)
     stock = None
     if with_stock:
         kinds = [stock_call(pool, one) for one in sets[: max(2, min(len(sets), int(8e9 // (rows * length * 4))))]]
-        stock = graph_us([[kind for kind in kinds if kind is not None]], REPLAYS)[0]
+        (stock,) = graph_us([[kind for kind in kinds if kind is not None]], REPLAYS)
     lines = []
     for bits in (1, 2):
         calls = [Call.of(pool, bits, one, policy) for one in sets]
@@ -357,8 +357,8 @@ def time_case(
             call.whole()
         line: dict[str, Any] = {"case": name, "heads": heads, "rows": rows, "length": length, "bits": bits}
         for stage in STAGES:
-            line[stage] = graph_us([[getattr(call, stage) for call in calls]], REPLAYS)[0]
-        line["whole"] = graph_us([[call.whole for call in calls]], REPLAYS)[0]
+            (line[stage],) = graph_us([[getattr(call, stage) for call in calls]], REPLAYS)
+        (line["whole"],) = graph_us([[call.whole for call in calls]], REPLAYS)
         line["floor"] = rows * length * (16 * bits + 2 + 4) / BANDWIDTH * 1e6
         line["stock"], line["hisa"] = stock, hisa
         lines.append(line)

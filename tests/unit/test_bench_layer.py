@@ -59,3 +59,21 @@ def test_a_decode_step_selects_what_its_check_expects() -> None:
     assert bench.judge(policy, layer, engine, 0, call.ids).flaw is None
     call.ids[0, 0] = call.ids[0, 1]
     assert "row 0" in bench.judge(policy, layer, engine, 0, call.ids).flaw
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("heads", [None, 7])
+def test_a_decode_step_over_sketches_selects_what_its_check_expects(bits: int, heads: int | None) -> None:
+    routed = {} if heads is None else {"heads": heads, "router": "peak", "residual": True}
+    policy = SelectionPolicy(sketch=bits, candidates=K + 256, block_size=64, **routed)
+    shape = bench.Shape("decode", 32, 2, K + 900, "topics", device="cpu")
+    layer = bench.Layer.make(shape)
+    engine = bench.engine_of(policy, shape, [layer.index_k_pages])
+    engine.pages_written(0, torch.arange(63, len(layer.index_k_pages) * 64, 64))
+    call = layer.decode_call(0, torch.full((2, K), -1, dtype=torch.int32))
+    engine.decode(call, policy)
+    verdict = bench.judge(policy, layer, engine, 0, call.ids)
+    assert verdict.flaw is None
+    assert verdict.recall > 0.9
+    call.ids[0] = call.ids[1]
+    assert "row 0" in bench.judge(policy, layer, engine, 0, call.ids).flaw

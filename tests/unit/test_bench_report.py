@@ -74,7 +74,7 @@ def test_tables_stand_between_their_markers_and_nowhere_else(folder: Path) -> No
     assert readme.read_text() == page
 
 
-def test_quality_shows_the_front_and_the_published_selections(folder: Path) -> None:
+def test_quality_shows_the_front_and_the_presets(folder: Path) -> None:
     base = dict.fromkeys(selection.FIELDS, "") | {"length": 131072, "phase": "prefill", "residual": 0, "columns": 8}
     paper = base | {"heads": 8, "router": "mean", "block_size": 256, "recall": 0.873, "flop": 0.2, "front": 0}
     other = base | {"heads": 8, "router": "signed", "block_size": 64, "recall": 0.8, "flop": 0.2, "front": 0}
@@ -95,8 +95,8 @@ def test_quality_shows_the_front_and_the_published_selections(folder: Path) -> N
     page = folder / "docs/quality.md"
     page.write_text("<!-- quality -->\n<!-- /quality -->\n")
     written(folder)
-    assert "| 7 heads by peak over 64, residual | 8 | 0.2 | 0.96 |" in page.read_text()
-    assert "| 8 heads by mean over 256 | 8 | 0.2 | 0.873 |" in page.read_text()
+    assert "|  | 7 heads by peak over 64, residual | 8 | 0.2 | 0.96 |" in page.read_text()
+    assert "| misa, misa-hisa | 8 heads by mean over 256 | 8 | 0.2 | 0.873 |" in page.read_text()
     assert "signed" not in page.read_text()
 
 

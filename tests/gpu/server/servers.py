@@ -7,10 +7,7 @@ import json
 import os
 import pathlib
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sglang_misa import demo_model
+from sglang_misa.procs import ServerProcess
 
 HERE = pathlib.Path(__file__).parent
 TAIL = 128  # rows of each request whose selections come back
@@ -54,7 +52,7 @@ def get(url: str, timeout: float = 30) -> Any:
 
 
 class Server:
-    """One SGLang server in a process group of its own, on `ranks` GPUs."""
+    """One SGLang server on `ranks` GPUs."""
 
     def __init__(
         self,
@@ -83,32 +81,23 @@ class Server:
             --kv-cache-dtype bfloat16 --grammar-backend none --sampling-backend pytorch --skip-server-warmup
             --cuda-graph-backend-prefill disabled --cuda-graph-max-bs-decode 4 --max-running-requests 4
             --max-total-tokens 300032 --tp-size {ranks} {PARALLEL if ranks > 1 else ""}""".split()
-        with log.open("w") as sink:
-            self.process = subprocess.Popen(command + extra, stdout=sink, stderr=sink, env=env, start_new_session=True)
+        log.unlink(missing_ok=True)
+        self._process = ServerProcess(command + extra, log, environ=env)
 
     def wait(self, limit: float = 420) -> float:
-        """Seconds to ready; raises with the end of the log when the server died or took too long."""
-        start = time.monotonic()
-        while time.monotonic() - start < limit:
-            if self.process.poll() is not None:
-                break
+        """Seconds to ready. Raises ServerError with the end of the log when the server died or took too long."""
+
+        def ready() -> bool:
             try:
                 get(self.url + "/health", timeout=2)
-                return time.monotonic() - start
             except OSError:
-                time.sleep(1)
-        raise RuntimeError(f"the server did not come up; the end of {self.log}:\n{self.log.read_text()[-4000:]}")
+                return False
+            return True
+
+        return self._process.wait_ready(ready, limit)
 
     def stop(self) -> None:
-        for signum in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, signum)
-            except ProcessLookupError:
-                return
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                continue
+        self._process.stop(grace_s=10)
 
     def misa(self) -> dict[str, Any]:
         """What /server_info says of MISA; nothing on stock."""

@@ -18,6 +18,10 @@ AUDIT = {"rows": 8, "every": 64}  # the first call of a layer, in the warm-up, t
 BLOCKS = {"blocks": 64, "block_size": 128}
 GATED = {"prefill": PAPER | {"min_len": 8192}, "decode": BLOCKS | {"min_len": 32768}}
 HISA = GATED | {"prefill": BLOCKS | {"min_len": 8192}}  # as many tokens as 64 blocks hold: beyond it some are dropped
+ROUTED = {"heads": 7, "router": "peak", "residual": True}
+SKETCH = {**ROUTED, "candidates": 8192, "block_size": 64, "min_len": 32768}
+FAST = {"prefill": ROUTED | {"block_size": 128, "min_len": 8192}, "decode": SKETCH | {"sketch": 1}}
+FAITHFUL = {"prefill": FAST["prefill"] | {"candidates": 4096}, "decode": SKETCH | {"sketch": 2}}
 ARMS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "all-heads": {"prefill": ALL_HEADS, "decode": ALL_HEADS, "backend": "torch"},
@@ -28,6 +32,11 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "misa-hisa-torch": GATED | {"backend": "torch"},
     "hisa": HISA | {"audit": AUDIT},
     "hisa-torch": HISA | {"backend": "torch"},
+    "exact": {"prefill": {"exact": True, "min_len": 0}},
+    "fast": FAST | {"audit": AUDIT},
+    "fast-torch": FAST | {"backend": "torch"},
+    "faithful": FAITHFUL | {"audit": AUDIT},
+    "faithful-torch": FAITHFUL | {"backend": "torch"},
 }
 
 
@@ -50,7 +59,12 @@ SETUPS = {
         (*PREFILL_GRAPHS.split(), "--max-total-tokens", "131072"),
         prefill_graphs=True,
     ),
-    "two-ranks": Setup(("misa-hisa",), (4096, 40960), ranks=2),
+    "ours": Setup(
+        ("stock", "exact", "fast", "fast-torch", "faithful", "faithful-torch"),
+        (4096, 40960),
+        ("--max-total-tokens", "131072"),
+    ),
+    "two-ranks": Setup(("misa-hisa", "faithful"), (4096, 40960), ranks=2),
 }
 
 

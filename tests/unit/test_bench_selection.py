@@ -1,0 +1,104 @@
+"""What the comparison of selections counts: shares by rank, windows of the newest keys, costs and the front."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sglang_misa import reference
+from sglang_misa.bench import inputs, selection
+from sglang_misa.config import SelectionPolicy
+
+LENGTH, ROWS = 5000, 3
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    x = inputs.make("topics", ROWS, LENGTH, 32, device="cpu")
+    positions = torch.tensor([LENGTH - 1, 4000, 3000], dtype=torch.int32)
+    path = tmp_path_factory.mktemp("tensors") / "layer.safetensors"
+    save_file({**vars(x), "positions": positions}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        SelectionPolicy(heads=8),
+        SelectionPolicy(heads=7, router="peak", residual=True, block_size=64),
+        SelectionPolicy(heads=4, router="signed", candidates=4096),
+        SelectionPolicy(blocks=24, block_size=128),
+        SelectionPolicy(sketch=2, heads=7, router="peak", residual=True, block_size=64, candidates=4096),
+    ],
+    ids=lambda policy: policy.name,
+)
+def test_a_share_is_that_of_the_references_selection(file: Path, policy: SelectionPolicy) -> None:
+    layer = selection.Layer.load(file, ROWS)
+    plain = policy.model_copy(update={"candidates": None})
+    shares = selection.measure(layer, LENGTH, [("prefill", plain)])["prefill", policy]
+    sketched = [None] * ROWS
+    if policy.sketch:
+        sketched = [row.keys[None] for row in layer.rows(LENGTH, layer.sketched(policy.sketch))]
+    for row, keys, share in zip(layer.rows(LENGTH), sketched, shares, strict=True):
+        lens = torch.tensor([[len(row.keys)]])
+        tensors = row.index_q[None, None], row.head_gates[None, None], row.keys[None], row.means[None]
+        scores = reference.policy_scores(policy, *tensors, lens, keys).flatten()
+        chosen = scores.topk(selection.TOPK).indices
+        assert float(share) == pytest.approx(torch.isin(row.wanted, chosen).float().mean().item(), abs=2e-3)
+
+
+def test_a_row_sees_its_newest_keys_from_a_multiple_of_1024(file: Path) -> None:
+    layer = selection.Layer.load(file, ROWS)
+    rows = list(layer.rows(3000))
+    assert [len(row.keys) for row in rows] == [LENGTH - 2048, 4001 - 1024, 3001 - 1024]
+    assert [len(row.means) for row in rows] == [
+        (n + 1) // 64 - s for n, s in ((LENGTH - 1, 32), (4000, 16), (3000, 16))
+    ]
+    assert torch.equal(rows[1].keys[-1], layer.keys[4000])
+    whole = [len(row.keys) for row in layer.rows(LENGTH)]
+    assert whole == [LENGTH, 4001, 3001]
+
+
+def test_the_front_is_what_nothing_beats(file: Path) -> None:
+    wanted = [("prefill", SelectionPolicy(heads=h, router="peak", block_size=64)) for h in (4, 8, 16)]
+    rows = selection.table([selection.measure(selection.Layer.load(file, ROWS), LENGTH, wanted)], LENGTH, 32)
+    for row in rows:
+        better = [r for r in rows if r["flop"] <= row["flop"] and r["recall"] >= row["recall"] and r is not row]
+        strictly = [r for r in better if (r["flop"], r["recall"]) != (row["flop"], row["recall"])]
+        assert row["front"] == int(not strictly)
+    assert [row["recall"] for row in rows] == sorted((row["recall"] for row in rows), reverse=True)
+    direct = {row["heads"]: row for row in rows if not row["candidates"]}
+    assert direct[4]["recall"] < direct[8]["recall"] < direct[16]["recall"]
+    assert direct[8]["flop"] == pytest.approx(8 / 32 + 2 / 64, abs=1e-3)  # columns, and blocks of 64 in bf16
+
+
+def test_every_policy_is_one_that_a_server_could_have() -> None:
+    for phase, policy in selection.policies():
+        candidates = 8192 if policy.sketch else None
+        assert not list(policy.model_copy(update={"candidates": candidates}).problems(phase, index_heads=64, topk=2048))
+
+
+def test_the_command_writes_a_table_and_a_picture(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [p for p in selection.policies() if p[1].block_size == 64 and p[1].heads in (None, 7)]
+    monkeypatch.setattr(selection, "policies", lambda: few)
+    words = [str(file), "--length", "4096", "--rows", "2", "--csv", tmp_path / "t.csv", "--plot", tmp_path / "t.png"]
+    assert selection.main([str(word) for word in words]) == 0
+    rows = list(csv.DictReader((tmp_path / "t.csv").open()))
+    assert tuple(rows[0]) == selection.FIELDS
+    assert {row["phase"] for row in rows} == {"prefill", "decode"}
+    assert all(0 < float(row["recall"]) <= 1 and float(row["p10"]) <= float(row["recall"]) + 0.05 for row in rows)
+    assert (tmp_path / "t.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("length", "said"), [(2048, "expected more than the 2048 tokens"), (4096, "expected positions")]
+)
+def test_bad_input_is_refused(length: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = inputs.make("random", 1, 4096, 32, device="cpu")
+    extra = {"positions": torch.tensor([4095])} if length == 2048 else {}
+    save_file({**vars(x), **extra}, tmp_path / "x.safetensors")
+    with pytest.raises(SystemExit):
+        selection.main([str(tmp_path / "x.safetensors"), "--length", str(length)])
+    assert said in capsys.readouterr().err
