@@ -38,44 +38,57 @@ def report(
     """
     if config is None:
         return "sglang-misa is off: stock DSA selects in both phases (no --misa-* flag, no SGLANG_MISA_CONFIG)", []
-    unknown: list[str] = []
-    candidate = _candidate(config, model, device, words, unknown)
+    found = candidate(config, model, device, words, _capability())
     paragraphs = [
-        f"preset: {preset_name(config) or 'none by name'}; SGLang {candidate.sglang}; device {candidate.device}",
-        table([("phase", "length", "selected by"), *_rows(config, candidate.model)]),
-        _memory(config, candidate.model),
-        "\n".join(["Not known here:", *(f"  - {each}" for each in unknown)]),
+        f"preset: {preset_name(config) or 'none by name'}; SGLang {found.sglang}; device {found.device}",
+        table([("phase", "length", "selected by"), *_rows(config, found.model)]),
+        _memory(config, found.model),
+        "\n".join(["Not known here:", *(f"  - {each}" for each in _unknown(found, model))]),
     ]
-    return "\n\n".join(paragraphs), admission.problems(candidate)
+    return "\n\n".join(paragraphs), admission.problems(found)
 
 
-def _candidate(
-    config: MisaConfig, model: Mapping[str, Any] | None, device: str | None, words: Sequence[str], unknown: list[str]
+def candidate(
+    config: MisaConfig,
+    model: Mapping[str, Any] | None,
+    device: str | None,
+    words: Sequence[str],
+    capability: tuple[int, int] | None = None,
 ) -> admission.Candidate:
-    """The rank that would be started; what had to be taken for granted is added to `unknown`."""
-    if model is None:
-        unknown.append("the model's sizes, as --model-path is no folder: taken to be DeepSeek-V3.2's")
-    else:
-        unknown.append("whether SGLang serves this architecture with DSA: taken so where config.json has index_topk")
-    try:
-        sglang = versions.installed()
-    except metadata.PackageNotFoundError:
-        sglang = versions.SUPPORTED[-1] if device == "cpu" else versions.SUPPORTED[0]
-        unknown.append(f"SGLang's version, as none is installed: taken to be {sglang}, of {versions.known()}")
-    device, capability = (device, None) if device not in (None, "cuda") else ("cuda", _capability())
-    if device == "cuda" and capability is None:
-        capability = admission.VERIFIED_CAPABILITY
-        unknown.append("the GPU, as none is here: taken to be a Hopper")
-    unknown.append("what SGLang derives from its flags, its --config file, the weights, and hooks of other plugins")
+    """The rank that would be started, as far as flags and files tell; `_unknown` says what is taken for granted.
+
+    capability: of this machine's GPU, None where it is not known.
+    """
+    on_cuda = device in (None, "cuda")
+    sglang = _installed() or (versions.SUPPORTED[0] if on_cuda else versions.SUPPORTED[-1])
     return admission.Candidate(
         config=config,
         is_dsa=model is None or model.get("index_topk") is not None,
         model=SimpleNamespace(**(UNKNOWN_MODEL if model is None else model)),
         arguments=_arguments(words),
         sglang=sglang,
-        device=device,
-        capability=capability,
+        device="cuda" if device is None else device,
+        capability=(capability or admission.VERIFIED_CAPABILITY) if on_cuda else None,
     )
+
+
+def _unknown(found: admission.Candidate, model: Mapping[str, Any] | None) -> Iterator[str]:
+    if model is None:
+        yield "the model's sizes, as --model-path is no folder: taken to be DeepSeek-V3.2's"
+    else:
+        yield "whether SGLang serves this architecture with DSA: taken so where config.json has index_topk"
+    if _installed() is None:
+        yield f"SGLang's version, as none is installed: taken to be {found.sglang}, of {versions.known()}"
+    if found.device == "cuda" and _capability() is None:
+        yield "the GPU, as none is here: taken to be a Hopper"
+    yield "what SGLang derives from its flags, its --config file, the weights, and hooks of other plugins"
+
+
+def _installed() -> str | None:
+    try:
+        return versions.installed()
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _capability() -> tuple[int, int] | None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_misa import check, flags, key_mask, supervisor, versions
+from sglang_misa import admission, check, flags, key_mask, supervisor, versions
 from sglang_misa import config as misa
 from sglang_misa.admission import AdmissionError
 from sglang_misa.config import ConfigError, MisaConfig
@@ -44,8 +44,7 @@ def main(argv: Sequence[str]) -> int:
         ConfigError.raise_if(_port_problems(theirs))
         if ours.demo:
             return _demo(chosen, rest, theirs, ours)
-        _check_model(chosen, theirs)
-        ConfigError.raise_if(_launch_problems(chosen, theirs))
+        ConfigError.raise_if(_launch_problems(chosen, rest, theirs))
         arguments = [*rest, *(f"{flag}={key}" for flag, key in _keys(ours))]
         if theirs.device == "cpu" and os.environ.get("SGLANG_PLATFORM", "") in ("", CPU_PLATFORM):
             ConfigError.raise_if(_cpu_problems())
@@ -156,21 +155,25 @@ def _both_problems(from_flags: MisaConfig | None) -> Iterator[str]:
         yield f"{misa.ENV}: expected none beside --misa-* flags, got {got!r}; unset it, or drop the flags"
 
 
-def _launch_problems(chosen: MisaConfig | None, theirs: argparse.Namespace) -> Iterator[str]:
-    """What is missing for any launch, and for one with `chosen`."""
+def _launch_problems(chosen: MisaConfig | None, rest: Sequence[str], theirs: argparse.Namespace) -> Iterator[str]:
+    """What is missing for any launch, and what speaks against one with `chosen` as far as the words themselves tell."""
+    if theirs.model_path is None and theirs.config is None:
+        yield "--model-path: expected a folder or a Hugging Face name, got none; add it"
+    model = _model_config(theirs)
     if importlib.util.find_spec("sglang") is None:
         yield "SGLang: expected it installed, got none; install sglang-misa[sglang]"
         return
-    if theirs.model_path is None and theirs.config is None:
-        yield "--model-path: expected a folder or a Hugging Face name, got none; add it"
     if chosen is None:
         return
-    allowed = chosen.allow_unverified
-    if problem := versions.problem(versions.installed(), theirs.device or "cuda", allow_unverified=allowed):
-        yield problem
+    yield from _environment_problems(os.environ)
     if theirs.device is None and not any(Path(device).exists() for device in GPU_DEVICES):
         yield "--device: expected a GPU, or cpu for demos and tests without one, got neither; add --device cpu"
-    yield from _environment_problems(os.environ)
+    if model is None:
+        allowed = chosen.allow_unverified
+        if problem := versions.problem(versions.installed(), theirs.device or "cuda", allow_unverified=allowed):
+            yield problem
+    else:
+        yield from admission.problems(check.candidate(chosen, model, theirs.device, rest))
 
 
 def _environment_problems(environ: Mapping[str, str]) -> Iterator[str]:
@@ -194,22 +197,6 @@ def _cpu_problems() -> Iterator[str]:
             f"--device: expected a machine without a GPU for cpu, got {torch.cuda.device_count()} of them; drop the "
             "flag, or hide them with CUDA_VISIBLE_DEVICES="
         )
-
-
-def _check_model(chosen: MisaConfig | None, theirs: argparse.Namespace) -> None:
-    """Raise ConfigError where the model folder is missing, or its config.json cannot go with `chosen`."""
-    model = _model_config(theirs)
-    if chosen is None or model is None:
-        return
-    if model.get("index_topk") is None:
-        got = ", ".join(model.get("architectures") or ["no architecture"])
-        raise ConfigError(
-            [
-                f"--model-path: expected a model with DeepSeek Sparse Attention (index_topk in its config.json), got "
-                f"{got}; serve it without --misa-* flags"
-            ]
-        )
-    chosen.check(index_heads=model.get("index_n_heads"), topk=model["index_topk"])
 
 
 def _model_config(theirs: argparse.Namespace) -> Mapping[str, Any] | None:

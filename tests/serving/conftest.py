@@ -25,7 +25,8 @@ CONTEXT = 8192
 MIN_LEN = 100
 HEADS, BLOCKS, BLOCK = 8, 4, 64
 SELECTION = (
-    f"--misa-prefill-heads {HEADS} --misa-prefill-block-size {BLOCK} --misa-prefill-min-len {MIN_LEN} "
+    f"--misa-preset dsa --misa-prefill-heads {HEADS} --misa-prefill-block-size {BLOCK} "
+    f"--misa-prefill-min-len {MIN_LEN} "
     f"--misa-decode-blocks {BLOCKS} --misa-decode-block-size {BLOCK} --misa-decode-min-len {MIN_LEN} "
     "--misa-audit-rows 4 --misa-audit-every 1"
 )

@@ -87,7 +87,7 @@ def test_the_override_of_the_model_is_read(refused, folder):
 
 def test_a_model_without_sparse_attention(refused, folder):
     message = refused("--misa-preset", "misa", "--model-path", folder(LLAMA))
-    assert "got LlamaForCausalLM; serve it without --misa-* flags" in message
+    assert "got LlamaForCausalLM with index_topk=None; serve it without --misa-* flags" in message
 
 
 def test_the_variable_is_checked_like_flags(refused, folder, monkeypatch):
@@ -116,6 +116,12 @@ def test_a_config_of_other_types(refused, folder, wrong):
 def test_no_model(refused):
     assert "--model-path: expected a folder or a Hugging Face name, got none" in refused("--misa-preset", "misa")
     assert "--model-path" in refused()
+
+
+def test_flags_that_keep_sglang_from_asking_the_indexer(refused, folder):
+    model = folder(demo_model.config(demo_model.CPU))
+    message = refused("--misa-preset", "misa", "--device", "cpu", "--model-path", model, "--enable-mixed-chunk")
+    assert "--enable-mixed-chunk: expected False, got True" in message
 
 
 def test_no_sglang(refused, monkeypatch):
