@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 from pydantic import ValidationError
@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from sglang_misa.bench.load import dataset, report, trace
+from sglang_misa.bench.load.capacity import CapacitySearch, conclude
 from sglang_misa.bench.load.engine import execute
 from sglang_misa.bench.load.gates import Gate
-from sglang_misa.bench.load.plan import Arm, Cell, Plan, Slo
+from sglang_misa.bench.load.plan import Arm, Cell, Plan, Search, Slo
 from sglang_misa.bench.load.progress import Live
 from sglang_misa.bench.load.prompts import check_text
 from sglang_misa.bench.load.records import Unit, check_compared, title
@@ -30,15 +31,14 @@ from sglang_misa.bench.load.settings import (
     LoadError,
     Protocol,
     Serving,
-    Settings,
     Workload,
+    changed,
     problem_of,
 )
 from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.load.verdict import Outcome, judge
 
 PLAIN_WIDTH = 140  # columns where there is no terminal
-AnySettings = TypeVar("AnySettings", bound=Settings)
 OK, GATE_FAILED, USAGE, INVALID, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -58,8 +58,6 @@ class Common:
     """TOML or JSON file with limits in seconds: ttft, tpot, itl_max, e2e"""
     fail_if: tuple[str, ...] = ()
     """gates such as "ttft_p50 > 2.0" (in `ab` a ratio: "ttft_p50 > 1.02"); one that holds ends with code 1"""
-    blocks: int = 1
-    """how often each cell is measured, every time with other prompts"""
     until_ci: float | None = None
     """go on with more blocks until the interval of the primary figure is this narrow, 0.02 = ±2 %, in every cell"""
     max_blocks: int = 40
@@ -107,6 +105,8 @@ class Run(Common):
     """URL, or the command that launches the server (with --port N or --port {port})"""
     expect: str | None = None
     """token selection that must be running: off, dsa, misa, misa-hier, hisa …"""
+    blocks: int = 1
+    """how often each cell is measured, every time with other prompts"""
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ class Sweep(Common):
     """URL, or the command that launches the server (with --port N or --port {port})"""
     expect: str | None = None
     """token selection that must be running: off, dsa, misa, misa-hier, hisa …"""
+    blocks: int = 1
+    """how often each cell is measured, every time with other prompts"""
     grid: tyro.conf.OmitArgPrefixes[Grid] = field(default_factory=Grid)
 
 
@@ -139,6 +141,29 @@ class Ab(Common):
     blocks: int = 6
     """blocks, A first in one and B in the next; a verdict needs five"""
     grid: tyro.conf.OmitArgPrefixes[Grid] = field(default_factory=Grid)
+
+
+@dataclass(frozen=True)
+class Max(Common):
+    """Find the highest load inside the service limits (--slo), for one server or for two of them in turns."""
+
+    server: tyro.conf.Positional[str] = "http://127.0.0.1:30000"
+    """URL, or the command that launches the server (with --port N or --port {port})"""
+    expect: str | None = None
+    """token selection that must be running: off, dsa, misa, misa-hier, hisa …"""
+    against: str | None = None
+    """URL or launch command of a second server, whose capacity is given as a ratio to the first one's"""
+    against_expect: str | None = None
+    """token selection that must be running in the second server"""
+    names: tuple[str, str] = ("A", "B")
+    """what to call the two"""
+    ab_mode: Literal["together", "alternate"] = "together"
+    """together = both servers run all the time; alternate = one after the other, for one GPU"""
+    search: tyro.conf.OmitArgPrefixes[Search] = field(default_factory=Search)
+    blocks: int | None = None
+    """searches of each server, with other prompts; default: 1, and 6 for two servers"""
+    contexts: tuple[str, ...] = ()
+    """prompt lengths: 32k 64k 128k"""
 
 
 @dataclass(frozen=True)
@@ -171,6 +196,7 @@ Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Ab, tyro.conf.subcommand("ab")]
+    | Annotated[Max, tyro.conf.subcommand("max")]
     | Annotated[Resume, tyro.conf.subcommand("resume")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
 )
@@ -197,21 +223,36 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def plan_of(command: Run | Sweep | Ab) -> Plan:
+def plan_of(command: Run | Sweep | Ab | Max) -> Plan:
     """The plan that a command line asks for. Raises LoadError."""
-    if isinstance(command, Ab):
+    two = isinstance(command, Ab) or (isinstance(command, Max) and command.against is not None)
+    if isinstance(command, Max):
+        pair = [(command.server, command.expect), (command.against or "", command.against_expect)]
+        names = command.names if two else ("server",)
+        arms = tuple(Arm(name=n, server=s, expect=e) for n, (s, e) in zip(names, pair, strict=False))
+    elif isinstance(command, Ab):
         servers, expects = (command.a, command.b), (command.a_expect, command.b_expect)
         arms = tuple(Arm(name=n, server=s, expect=e) for n, s, e in zip(command.names, servers, expects, strict=True))
-        if command.names[0] == command.names[1]:
-            raise LoadError(f"names: expected two different names, got {command.names[0]} twice; change one")
     else:
         arms = (Arm(name="server", server=command.server, expect=command.expect),)
-    grid = Grid() if isinstance(command, Run) else command.grid
+    if len({arm.name for arm in arms}) < len(arms):
+        raise LoadError(f"names: expected two different names, got {arms[0].name} twice; change one")
+    if isinstance(command, Max):
+        if command.search.over == "rate" and command.load.arrival == "closed":
+            raise LoadError("over: expected an open loop with --over rate, got --arrival closed; add --arrival poisson")
+        if command.search.over == "concurrency" and command.load.arrival != "closed":
+            raise LoadError("over: expected a closed loop, got an open one; add --over rate")
+        if command.slo is None:
+            raise LoadError("max: expected service limits, got none; give --slo FILE")
+        grid = Grid(contexts=command.contexts)
+    else:
+        grid = Grid() if isinstance(command, Run) else command.grid
     return Plan(
         arms=arms,
         cells=grid.cells(command),
-        blocks=command.blocks,
-        mode=command.ab_mode if isinstance(command, Ab) else "together",
+        blocks=command.blocks if command.blocks is not None else 6 if two else 1,
+        mode=command.ab_mode if isinstance(command, Ab | Max) else "together",
+        search=command.search if isinstance(command, Max) else None,
         protocol=command.protocol,
         access=command.access,
         serving=command.serving,
@@ -245,12 +286,7 @@ def check(plan: Plan) -> None:
         raise LoadError(f"ca_file: expected a PEM file, got {plan.access.ca_file}; name another")
 
 
-def changed(settings: AnySettings, **fields: object) -> AnySettings:
-    """`settings` with other `fields`, checked as they are when they come from the command line."""
-    return type(settings).model_validate(settings.model_dump() | fields)
-
-
-def _measure(command: Run | Sweep | Ab | Resume, console: Console) -> int:
+def _measure(command: Run | Sweep | Ab | Max | Resume, console: Console) -> int:
     if isinstance(command, Resume):
         plan, folder = Store.plan_in(command.folder), command.folder
     else:
@@ -261,12 +297,14 @@ def _measure(command: Run | Sweep | Ab | Resume, console: Console) -> int:
     store = Store(folder, keys)
     store.save_plan(plan)
     with Live(console, len(plan.cells) * plan.blocks * len(plan.arms)) as live:
+        if plan.search is not None:
+            found = CapacitySearch(plan, store, keys, live).run()
+            return _conclude(found.plan, found.units, conclude(found), store, keys, console)
         units = execute(plan, store, keys, live)
-    return _conclude(plan, units, store, keys, console)
+    return _conclude(plan, units, judge(plan, units), store, keys, console)
 
 
-def _conclude(plan: Plan, units: list[Unit], store: Store, keys: Keys, console: Console) -> int:
-    outcome = judge(plan, units)
+def _conclude(plan: Plan, units: list[Unit], outcome: Outcome, store: Store, keys: Keys, console: Console) -> int:
     path = report.write(plan, units, outcome, store, keys)
     _show(outcome, console)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
@@ -347,4 +385,4 @@ def _compare(command: Compare, console: Console) -> int:
     )
     note = ("the two runs were not interleaved: drift of the machine between them counts as difference",)
     units = [u.model_copy(update={"notes": (*u.notes, *note)}) for u in units]
-    return _conclude(plan, units, Store(command.out, Keys()), Keys(), console)
+    return _conclude(plan, units, judge(plan, units), Store(command.out, Keys()), Keys(), console)

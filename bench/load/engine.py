@@ -35,7 +35,7 @@ class _Execution:
     def __init__(self, plan: Plan, store: Store, keys: Keys, live: Live):
         self._plan, self._store, self._keys, self._live = plan, store, keys, live
         self._units: list[Unit] = []
-        self._sessions: dict[Arm, _Session] = {}
+        self._sessions: dict[Arm, Session] = {}
 
     def run(self) -> list[Unit]:
         plan = self._plan
@@ -72,7 +72,7 @@ class _Execution:
         if unit is None:
             if not self._sessions:
                 for other in side_by_side:
-                    session = _Session(other, self._plan, self._store, self._keys, self._live)
+                    session = Session(other, self._plan, self._store, self._keys, self._live)
                     self._sessions[other] = stack.enter_context(session)
             unit = self._sessions[arm].measure(cell, block)
             self._store.save(unit, arm, cell, self._plan.protocol)
@@ -80,7 +80,7 @@ class _Execution:
         self._units.append(unit)
 
 
-class _Session:
+class Session:
     """One arm's server while it runs, with its prompt sources and the runners that are warm."""
 
     def __init__(self, arm: Arm, plan: Plan, store: Store, keys: Keys, live: Live):
@@ -90,7 +90,7 @@ class _Session:
         self._runners: dict[Cell, Runner] = {}
         self._longest = max(Lengths.parse(c.workload.input_len).longest for c in plan.cells)
 
-    def __enter__(self) -> _Session:
+    def __enter__(self) -> Session:
         self._server.__enter__()
         return self
 

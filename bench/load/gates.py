@@ -64,10 +64,10 @@ class Gate:
         return GateResult(gate=self.text, label=label, value=value, failed=failed)
 
 
-def gates_of(texts: Sequence[str]) -> list[Gate]:
+def gates_of(texts: Sequence[str], *, default: bool = True) -> list[Gate]:
     """The gates that the user gave, and the default one on errors unless he gave one. Raises LoadError."""
     gates = [Gate(text) for text in texts]
-    return gates if any(g.metric == "error_rate" for g in gates) else [*gates, Gate(DEFAULT)]
+    return gates if not default or any(g.metric == "error_rate" for g in gates) else [*gates, Gate(DEFAULT)]
 
 
 def compared(gates: Iterable[Gate]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -94,6 +94,21 @@ class Slo(Limits):
         return slo
 
 
+class Search(Settings):
+    """How the highest load inside the limits is looked for."""
+
+    over: Annotated[
+        Literal["concurrency", "rate"],
+        Field(description="what grows: the clients of a closed loop, or an open loop's rate"),
+    ] = "concurrency"
+    start: Annotated[float, Field(gt=0, description="load to begin with")] = 1.0
+    highest: Annotated[float, Field(gt=0, description="load not to go beyond")] = 256.0
+    target: Annotated[float, Field(gt=0, lt=1, description="share of requests that must keep every limit")] = 0.95
+    step_blocks: Annotated[
+        int, Field(ge=1, description="blocks at most for one load; fewer where the share's interval decides sooner")
+    ] = 3
+
+
 class Plan(Settings):
     """A whole run: every arm in every cell, `blocks` times."""
 
@@ -108,6 +123,7 @@ class Plan(Settings):
     serving: Serving = Serving()
     bounds: Bounds = Bounds()
     slo: Slo | None = None
+    search: Search | None = None
     fail_if: tuple[str, ...] = ()
     primary: str = "ttft_p50"
     confidence: float = Field(0.95, gt=0, lt=1)

@@ -30,7 +30,7 @@ def draw(plan: Plan, outcome: Outcome) -> dict[str, Figure]:
     for metric in ("ttft", "tpot"):
         if any(f"{metric}_p50" in a.figures for a in outcome.arms):
             figures[f"{metric}_by_context"] = _by_context(plan, outcome, metric, contexts)
-    if len({_level(c) for c in plan.cells}) > 1:
+    if len({level_of(c) for c in plan.cells}) > 1:
         figures["throughput_by_load"] = _by_load(plan, outcome, contexts)
     return figures
 
@@ -64,7 +64,7 @@ def _context(cell: Cell) -> int:
     return Lengths.parse(cell.workload.input_len).longest
 
 
-def _level(cell: Cell) -> float:
+def level_of(cell: Cell) -> float:
     return float(cell.load.concurrency) if cell.load.arrival == "closed" else cell.load.rate
 
 
@@ -93,7 +93,7 @@ def _legend(axes: Axes, lines: int) -> None:
 def _by_context(plan: Plan, outcome: Outcome, metric: str, contexts: Sequence[int]) -> Figure:
     """Median with the p50–p90 span of a latency, over the prompt's length."""
     figure, axes = _canvas(6.4, 4.0)
-    lines = _series(plan, outcome, _level, lambda c: float(contexts.index(_context(c))), f"{metric}_p50")
+    lines = _series(plan, outcome, level_of, lambda c: float(contexts.index(_context(c))), f"{metric}_p50")
     levels = sorted({level for _, level in lines})
     for place, ((arm, level), points) in enumerate(sorted(lines.items())):
         shift = 0.05 * (place - (len(lines) - 1) / 2)
@@ -126,7 +126,7 @@ def _by_context(plan: Plan, outcome: Outcome, metric: str, contexts: Sequence[in
 def _by_load(plan: Plan, outcome: Outcome, contexts: Sequence[int]) -> Figure:
     """Output tokens a second over the load."""
     figure, axes = _canvas(6.4, 4.0)
-    lines = _series(plan, outcome, lambda c: float(_context(c)), _level, "output_throughput")
+    lines = _series(plan, outcome, lambda c: float(_context(c)), level_of, "output_throughput")
     for (arm, context), points in sorted(lines.items()):
         style = contexts.index(int(context))
         axes.plot(
@@ -139,7 +139,7 @@ def _by_load(plan: Plan, outcome: Outcome, contexts: Sequence[int]) -> Figure:
             linewidth=1.8,
             label=outcome.names[arm] + (f", {_tokens(int(context))}" if len(contexts) > 1 else ""),
         )
-    levels = sorted({_level(c) for c in plan.cells})
+    levels = sorted({level_of(c) for c in plan.cells})
     axes.set_xscale("log", base=2)
     axes.set_xticks(levels, [f"{level:g}" for level in levels])
     axes.minorticks_off()

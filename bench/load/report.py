@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from string import Template
 
@@ -14,7 +15,7 @@ from sglang_misa.bench.load import plots
 from sglang_misa.bench.load.plan import Plan
 from sglang_misa.bench.load.records import Ratio, Unit, title
 from sglang_misa.bench.load.safety import Keys
-from sglang_misa.bench.load.settings import Lengths
+from sglang_misa.bench.load.stats import wilson
 from sglang_misa.bench.load.store import Store, requests_csv, units_csv
 from sglang_misa.bench.load.verdict import Outcome
 
@@ -79,8 +80,8 @@ def page(plan: Plan, outcome: Outcome, svgs: dict[str, str], keys: Keys) -> str:
         _table("Figures", *_figure_rows(outcome)),
         _table("Errors", ["arm", "cell", "class", "requests", "the first one was told"], _errors(outcome)),
         _table(
-            f"Highest load with {SLO_KEPT:.0%} of requests inside the SLO",
-            ["arm", "context", "load"],
+            f"Highest load with {plan.search.target if plan.search else SLO_KEPT:.0%} of requests inside the SLO",
+            ["arm", "context", "load", "first load beyond", "requests inside, by load"],
             _capacity(plan, outcome),
         ),
         _list("Notes", (f"{a.arm} at {a.label}: {n}" for a in outcome.arms for n in a.notes)),
@@ -184,16 +185,31 @@ def _errors(outcome: Outcome) -> list[list[str]]:
 
 
 def _capacity(plan: Plan, outcome: Outcome) -> list[list[str]]:
-    """For each arm and context the highest load that the server carried inside the SLO."""
+    """For each arm and context the highest load that the server carried inside the SLO, no lower one having failed."""
+    if outcome.capacities:
+        return [
+            [
+                html.escape(c.arm),
+                html.escape(c.context),
+                f"{c.level:g}" if c.level else "none",
+                "not reached" if c.beyond is None else f"{c.beyond:g}",
+                " ".join(f"{s.level:g}: {s.kept}/{s.asked}{'' if s.decided else '?'}" for s in c.steps),
+            ]
+            for c in outcome.capacities
+        ]
     if plan.slo is None:
         return []
-    best: dict[tuple[str, str], tuple[float, str]] = {}
-    for cell in plan.cells:
-        level = float(cell.load.concurrency) if cell.load.arrival == "closed" else cell.load.rate
-        for arm in (a for a in outcome.arms if a.cell == cell.digest()):
-            key = (arm.arm, cell.workload.input_len)
-            if arm.figures.get("slo_share", 0.0) >= SLO_KEPT and level >= best.get(key, (0.0, ""))[0]:
-                best[key] = (level, cell.level)
-            best.setdefault(key, (0.0, "none"))
-    ordered = sorted(best.items(), key=lambda item: (item[0][0], Lengths.parse(item[0][1]).longest))
-    return [[html.escape(name), html.escape(context), html.escape(level)] for (name, context), (_, level) in ordered]
+    rows = []
+    for name in outcome.names:
+        for context in dict.fromkeys(c.workload.label for c in plan.cells):
+            cells = sorted((c for c in plan.cells if c.workload.label == context), key=plots.level_of)
+            seen = [next(a for a in outcome.arms if (a.arm, a.cell) == (name, c.digest())) for c in cells]
+            kept = list(takewhile(lambda a: a.figures.get("slo_share", 0.0) >= SLO_KEPT, seen))
+            beyond = cells[len(kept)].level if len(kept) < len(cells) else "not reached"
+            shares = []
+            for a, c in zip(seen, cells, strict=True):
+                low, high = wilson(round(a.figures.get("slo_kept", 0)), round(a.figures["requests"]), plan.confidence)
+                shares.append(f"{plots.level_of(c):g}: {a.figures.get('slo_share', 0.0):.0%} ({low:.0%}–{high:.0%})")
+            carried = cells[len(kept) - 1].level if kept else "none"
+            rows.append([html.escape(word) for word in (name, context, carried, beyond, " · ".join(shares))])
+    return rows

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,6 +22,9 @@ FORMAT = 2  # raised when units of an older harness must not be resumed
 
 class LoadError(Exception):
     """Something the user can put right: what was expected, what came, what to do. Ends the program with code 2."""
+
+
+AnySettings = TypeVar("AnySettings", bound="Settings")
 
 
 class Settings(BaseModel):
@@ -310,6 +313,11 @@ class Bounds(Settings):
     def request(self, tokens: int) -> float:
         """Seconds that one request with `tokens` of prompt and output may take."""
         return self.request_timeout_s if self.request_timeout_s is not None else 120.0 + tokens / 100.0
+
+
+def changed(settings: AnySettings, **fields: object) -> AnySettings:
+    """`settings` with other `fields`, checked as they are when they come from the command line."""
+    return type(settings).model_validate(settings.model_dump() | fields)
 
 
 def problem_of(error: ValidationError) -> str:

@@ -21,6 +21,7 @@ from sglang_misa.bench.load.records import (
     split_metric,
     title,
 )
+from sglang_misa.bench.load.search import Capacity, CapacityRatio
 from sglang_misa.bench.load.stats import Estimate, block_ratio, geometric_mean, holm
 
 COMPARED = ("ttft_p50", "ttft_p90", "ttft_p99", "tpot_p50", "tpot_p90", "itl_p50", "itl_p99", "e2e_p50", "e2e_p99")
@@ -71,6 +72,8 @@ class Outcome(BaseModel):
     tone: Tone
     valid: bool
     gates: tuple[GateResult, ...]
+    capacities: tuple[Capacity, ...] = ()  # of a search
+    capacity_ratios: tuple[CapacityRatio, ...] = ()
 
 
 def judge(plan: Plan, units: Sequence[Unit]) -> Outcome:
@@ -82,7 +85,7 @@ def judge(plan: Plan, units: Sequence[Unit]) -> Outcome:
         for digest in cells
         for name in names
     }
-    arms = tuple(_pool(side, plan) for side in sides.values())
+    arms = tuple(pool(side, plan) for side in sides.values())
     chosen = gates.gates_of(plan.fail_if)
     ratios: tuple[CellRatios, ...] = ()
     mean = None
@@ -115,7 +118,7 @@ def judge(plan: Plan, units: Sequence[Unit]) -> Outcome:
     )
 
 
-def _pool(units: Sequence[Unit], plan: Plan) -> ArmCell:
+def pool(units: Sequence[Unit], plan: Plan) -> ArmCell:
     records = [r for u in units for r in u.records]
     figures = pooled(units, plan.slo)
     if len(records) < ENOUGH_FOR_P99:

@@ -50,6 +50,7 @@ class Script:
     captured: bool = False  # the decode policy is a captured graph, and only stock's is replayed
     busy_tokenizer: int = 0  # this call of /tokenize, counted from the script's start, answers 503
     tokenizer: bool = True
+    crowd: float = 0.0  # seconds of extra TTFT for each request in flight
     block_first: float = 0.0  # seconds of extra TTFT of the first request after a flush
 
 
@@ -58,7 +59,7 @@ class Mock:
         self.script = script
         self.seen: list[np.ndarray] = []
         self.sent: dict[str, list[float]] = {}
-        self.requests = self.misa = self.tokenized = 0
+        self.requests = self.misa = self.tokenized = self.running = 0
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 30)
@@ -138,6 +139,15 @@ class Mock:
     async def detokenize(self, request: web.Request) -> web.Response:
         return web.json_response({"text": decode((await request.json())["tokens"])})
 
+    async def serve(
+        self, request: web.Request, prompt: list[int], count: int, api: str, usage: bool
+    ) -> web.StreamResponse:
+        self.running += 1
+        try:
+            return await self.stream(request, prompt, count, api, usage)
+        finally:
+            self.running -= 1
+
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         return await self.serve(
@@ -164,7 +174,7 @@ class Mock:
             best = max(best, int(differ[0]) if len(differ) else n)
         return best // PAGE * PAGE
 
-    async def serve(
+    async def stream(
         self, request: web.Request, prompt: list[int], count: int, api: str, usage: bool
     ) -> web.StreamResponse:
         script = self.script
@@ -211,7 +221,7 @@ class Mock:
             await send(
                 frame_of({**role, **({"usage": {"prompt_tokens": len(ids), "completion_tokens": 1}} if usage else {})})
             )
-        due = time.perf_counter() + script.ttft + extra
+        due = time.perf_counter() + script.ttft + extra + script.crowd * self.running
         steps = list(range(0, count, script.chunk))
         for step, first in enumerate(steps):
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
