@@ -134,9 +134,12 @@ def _kernel_policies(candidate: Candidate) -> Iterator[str]:
             )
     yield from _prefill_kernels(candidate.config.prefill, candidate.model.index_topk)
     yield from _decode_kernels(candidate.config.decode)
+
+
+def _forced_tokens(candidate: Candidate) -> Iterator[str]:
     forced = [n for n in ("index_init_tokens", "index_local_tokens") if getattr(candidate.model, n, 0)]
     if forced and candidate.config.active:
-        yield f"model: expected no forced tokens on GPU kernels, got {' and '.join(forced)}; {_REFERENCE}"
+        yield f"model: expected no forced tokens, got {' and '.join(forced)}; serve it without --misa-* flags"
 
 
 def _prefill_kernels(policy: SelectionPolicy, topk: int) -> Iterator[str]:
@@ -163,6 +166,11 @@ def _decode_kernels(policy: SelectionPolicy) -> Iterator[str]:
         yield (
             f"decode.blocks: expected all with a sketch on GPU kernels, got {policy.blocks}; set --misa-decode-blocks "
             f"all, {_REFERENCE}"
+        )
+    if policy.heads is not None and policy.block_size != PAGE:
+        yield (
+            f"decode.block_size: expected {PAGE} with a sketch on GPU kernels, which route on page means, got "
+            f"{policy.block_size}; set --misa-decode-block-size {PAGE}, {_REFERENCE}"
         )
     if policy.candidates is not None and policy.candidates % PAGE:
         yield (
@@ -271,6 +279,7 @@ CHECKS: tuple[Callable[[Candidate], Iterator[str]], ...] = (
     _architecture,
     _index_heads,
     _kernel_policies,
+    _forced_tokens,
     _head_dim,
     _pooled_keys,
     _page_size,

@@ -185,7 +185,10 @@ def policy_scores(
     if not policy.active or policy.exact:
         return _finite(index_scores(index_q, head_gates, keys), visible)
 
-    complete = row_lens // policy.block_size
+    known = row_lens
+    if policy.sketch is not None:  # a step may have completed the newest page, whose statistics come at its end
+        known = (row_lens // PAGE - 1).clamp_min(0) * PAGE
+    complete = known // policy.block_size
     k_tilde = block_means(means, policy.block_size // PAGE)
     statistics = block_statistics(index_q, head_gates, k_tilde, complete, policy.router)
     scanned = keys
@@ -203,9 +206,8 @@ def policy_scores(
     if policy.candidates is None:
         return scores
 
-    if policy.sketch is not None:  # the page that is not complete has none: its tokens are always among the candidates
-        tail = position >= (row_lens // PAGE * PAGE).unsqueeze(-1)
-        scores = scores.masked_fill_(tail & kept, torch.inf)
+    if policy.sketch is not None:  # what has no sketch yet is always among the candidates
+        scores = scores.masked_fill_(kept & (position >= known.unsqueeze(-1)), torch.inf)
     if policy.candidates < keys.shape[1]:
         best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., : policy.candidates]
         kept = kept & torch.zeros_like(kept).scatter_(-1, best, True)

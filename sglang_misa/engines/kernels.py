@@ -12,6 +12,7 @@ from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, Span
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels import page_means
 from sglang_misa.kernels.decode.topk_blocks import DecodeScratch, decode_topk
+from sglang_misa.kernels.decode.topk_sketched import PageSketch, SketchPolicy, SketchScratch, sketch_topk
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES
 from sglang_misa.kernels.prefill.route import block_scores, route
 from sglang_misa.kernels.prefill.topk_blocks import topk_blocks
@@ -89,33 +90,24 @@ class KernelEngine:
             topk_reranked(*routed, policy.candidates, output.topk, residual=residual, **target)
 
     def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
-        assert policy.blocks is not None
         self.behind = True
-        decode_topk(
-            call.index_q,
-            call.head_gates.contiguous(),
-            call.index_k_pages,
-            self.stats.means[call.layer],
-            call.page_table,
-            call.seq_lens,
-            block_size=policy.block_size,
-            scratch=self._scratch(len(call.ids), policy),
-            out=torch.empty_like(call.ids) if call.positions else call.ids,
-            positions=call.ids if call.positions else None,
-        )
-
-    def _scratch(self, rows: int, policy: SelectionPolicy) -> DecodeScratch:
-        """Scratch for `rows` rows, shared by all layers.
-
-        Rows are rounded up, for eager decode brings a new batch size at almost every step; the width is the widest. A
-        shape is warmed up before it is captured, so no allocation is captured; none is freed, as graphs keep addresses.
-        """
+        out = torch.empty_like(call.ids) if call.positions else call.ids
+        positions = call.ids if call.positions else None
+        tensors = (call.index_q, call.head_gates.contiguous(), call.index_k_pages)
+        place = {"out": out, "positions": positions}
+        rows, width = len(call.ids), -(-self.runtime.context_len // PAGE)
+        sketches = self.stats.sketch(call.layer)
+        if policy.sketch is not None and sketches is not None:
+            stats = PageSketch(self.stats.means[call.layer], sketches)
+            scratch = _sketch_room(_rounded(rows), width, self.runtime.index_heads, policy, call.ids.device)
+            sketch_topk(*tensors, stats, call.page_table, call.seq_lens, scratch=scratch.first(rows), **place)
+            return
         assert policy.blocks is not None
-        device = self.index_k_pages[0].device
-        room = _decode_room(
-            1 << (rows - 1).bit_length(), -(-self.runtime.context_len // PAGE), policy.blocks, policy.block_size, device
+        room = _block_room(_rounded(rows), width, policy.blocks, policy.block_size, call.ids.device).first(rows)
+        means = self.stats.means[call.layer]
+        decode_topk(
+            *tensors, means, call.page_table, call.seq_lens, block_size=policy.block_size, scratch=room, **place
         )
-        return room.first(rows)
 
     def pages_written(self, layer: int, slots: Tensor) -> None:
         page_means.update_slots(self.index_k_pages[layer], self.stats.means[layer], slots, self.stats.sketch(layer))
@@ -125,9 +117,27 @@ class KernelEngine:
         page_means.update_last_page_means(self._layers, page_table, seq_lens)
 
 
+# Scratch of a decode step, shared by all layers. Rows are rounded up, as eager decode has a new batch size at almost
+# every step; the width is the widest. A shape is warmed up before it is captured, so no allocation is captured; none is
+# freed, as graphs keep addresses.
+
+
+def _rounded(rows: int) -> int:
+    return 1 << (rows - 1).bit_length()
+
+
 @functools.cache
-def _decode_room(rows: int, width: int, blocks: int, block_size: int, device: torch.device) -> DecodeScratch:
+def _block_room(rows: int, width: int, blocks: int, block_size: int, device: torch.device) -> DecodeScratch:
     return DecodeScratch.allocate(rows, width, blocks, block_size, device)
+
+
+@functools.cache
+def _sketch_room(
+    rows: int, width: int, index_heads: int, policy: SelectionPolicy, device: torch.device
+) -> SketchScratch:
+    assert policy.candidates is not None
+    step = SketchPolicy(policy.heads, policy.router, policy.residual, policy.candidates)
+    return SketchScratch.allocate(rows, width, index_heads, step, device)
 
 
 def warm_up(runtime: Runtime) -> None:

@@ -269,12 +269,12 @@ def test_candidates_of_a_sketch_that_cover_the_row_are_dsa() -> None:
 def test_the_tail_of_a_sketched_row_is_always_among_its_candidates() -> None:
     """Keys of the page that is not complete score highest with all heads, whatever a sketch would have said of them."""
     batch = Batch(12, [64 * 8 + 30], width=10)
-    tail = batch.table[0, 8]
-    batch.index_k_pages[tail, PAGE * 128 :] = torch.full((PAGE,), 1e4).view(torch.uint8)
+    for page in (7, 8):  # the newest complete one, whose statistics the step may still owe, and the one behind it
+        batch.index_k_pages[batch.table[0, page], PAGE * 128 :] = torch.full((PAGE,), 1e4).view(torch.uint8)
     queries = batch.queries(1)
     call = batch.decode((queries[0], queries[1].abs()), positions=True)
-    selector(batch, decode=SKETCHED.model_copy(update={"candidates": TOPK})).decode(call)
-    assert {position for position in sets(call.ids)[0] if position >= 512} == set(range(512, 542))
+    selector(batch, decode=SKETCHED).decode(call)
+    assert sets(call.ids)[0] <= set(range(448, 542)), "the loudest tokens, all of them without a sketch"
 
 
 @pytest.mark.parametrize("decode", [DECODE, SKETCHED], ids=lambda policy: policy.name)
