@@ -16,11 +16,14 @@ LAYERS = [TRAINED / f"layer{number}.safetensors" for number in (0, 2, 4)]
 ROWS, LENGTH = 4, 131072
 
 pytestmark = pytest.mark.skipif(not all(path.exists() for path in LAYERS), reason=f"needs {TRAINED}")
+WEIGHT = SelectionPolicy(heads=7, router="weight", residual=True, block_size=1024)
 CASES: dict[str, tuple[Phase, SelectionPolicy, float]] = {
     "misa": ("prefill", PRESETS["misa"].prefill, 0.760),
     "peak over 256": ("prefill", SelectionPolicy(heads=8, router="peak"), 0.870),
     "fast prefill": ("prefill", PRESETS["fast"].prefill, 0.880),
     "faithful prefill": ("prefill", PRESETS["faithful"].prefill, 0.955),
+    "weight over 1024": ("prefill", WEIGHT, 0.920),
+    "weight over 1024, C = 4096": ("prefill", WEIGHT.model_copy(update={"candidates": 4096}), 0.980),
     "hisa decode": ("decode", PRESETS["hisa"].decode, 0.600),
     "fast decode": ("decode", PRESETS["fast"].decode, 0.930),
     "faithful decode": ("decode", PRESETS["faithful"].decode, 0.990),
