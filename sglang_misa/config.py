@@ -277,6 +277,12 @@ class MisaConfig(BaseModel):
 
 HISA_DECODE = SelectionPolicy(blocks=64, block_size=128, min_len=32768)
 
+
+def _peak(**axes: Any) -> SelectionPolicy:
+    """Ours: seven heads routed by their peak, the others as one column."""
+    return SelectionPolicy(heads=7, router="peak", residual=True, **axes)
+
+
 # Each length gate stands where the kernels have overtaken stock (docs/measured.md); one gate serves all batches.
 PRESETS: dict[str, MisaConfig] = {
     "dsa": MisaConfig(),
@@ -285,20 +291,13 @@ PRESETS: dict[str, MisaConfig] = {
     "misa-hier": MisaConfig(prefill=SelectionPolicy(heads=8, candidates=8192, min_len=32768)),
     "hisa": MisaConfig(prefill=SelectionPolicy(blocks=64, block_size=128, min_len=24576), decode=HISA_DECODE),
     "misa-hisa": MisaConfig(prefill=SelectionPolicy(heads=8), decode=HISA_DECODE),
-    # Ours: heads routed by their peak, the others as one column, and decode over sketches (docs/quality.md).
-    "fast": MisaConfig(
-        prefill=SelectionPolicy(heads=7, router="peak", residual=True, block_size=128),
-        decode=SelectionPolicy(
-            heads=7, router="peak", residual=True, sketch=1, candidates=8192, block_size=64, min_len=32768
-        ),
-    ),
-    "faithful": MisaConfig(
-        prefill=SelectionPolicy(heads=7, router="peak", residual=True, candidates=4096, block_size=128, min_len=16384),
-        decode=SelectionPolicy(
-            heads=7, router="peak", residual=True, sketch=2, candidates=8192, block_size=64, min_len=32768
-        ),
-    ),
+    # Ours (docs/quality.md). Decode stays stock: sketches keep DSA's tokens, but do not pay yet for few requests.
+    "fast": MisaConfig(prefill=_peak(block_size=128)),
+    "faithful": MisaConfig(prefill=_peak(candidates=4096, block_size=128, min_len=16384)),
     "exact": MisaConfig(prefill=SelectionPolicy(exact=True, min_len=16384)),
+    # Decode over sketches alone: faster than stock for large batches of long requests, slower for few.
+    "sketch-1bit": MisaConfig(decode=_peak(sketch=1, candidates=8192, block_size=PAGE, min_len=65536)),
+    "sketch-2bit": MisaConfig(decode=_peak(sketch=2, candidates=8192, block_size=PAGE, min_len=65536)),
 }
 DEFAULT_PRESET = "faithful"
 

@@ -61,9 +61,9 @@ def assert_heads(call: Call, heads: int, block_size: int, router: Router) -> Non
     for request in batch.unique().tolist():
         for part in (batch == request).nonzero()[:, 0].split(ORACLE_ROWS):
             complete = (lens[part] // block_size).clamp(max=pooled.shape[1])
-            statistic, _ = reference.block_statistics(
+            statistic = reference.block_statistics(
                 index_q[part][None], gates[part][None], pooled[request][None].float(), complete[None], router
-            )
+            ).heads
             wanted = reference.top_heads(statistic, heads)[0]
             ranked = torch.nan_to_num(statistic[0], nan=-INF, posinf=INF, neginf=reference.LOWEST)
             best, chosen = (ranked.gather(1, ids.long()).sort().values for ids in (wanted, head_ids[part]))

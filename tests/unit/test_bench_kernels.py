@@ -56,7 +56,7 @@ def test_every_policy_of_a_phase_is_measured_once() -> None:
         [c.preset for c in kernels.cases([phase, "--rows", "1", "--length", "64"])[0]] for phase in PHASES
     )
     assert prefill == ["misa", "misa-hier", "hisa", "fast", "faithful", "exact"]  # misa-hisa prefills as misa does
-    assert decode == ["hisa", "fast", "faithful"]
+    assert decode == ["hisa", "sketch-1bit", "sketch-2bit"]
     (case,), _ = kernels.cases(["prefill", "--preset", "misa", "--length", "65536"])
     assert case.policy == PRESETS["misa"].prefill.model_copy(update={"min_len": 0})
     assert (case.rows, case.inputs) == (8192, "random")

@@ -25,8 +25,8 @@ CASES: dict[str, tuple[Phase, SelectionPolicy, float]] = {
     "weight over 1024": ("prefill", WEIGHT, 0.920),
     "weight over 1024, C = 4096": ("prefill", WEIGHT.model_copy(update={"candidates": 4096}), 0.980),
     "hisa decode": ("decode", PRESETS["hisa"].decode, 0.600),
-    "fast decode": ("decode", PRESETS["fast"].decode, 0.930),
-    "faithful decode": ("decode", PRESETS["faithful"].decode, 0.990),
+    "1-bit sketches": ("decode", PRESETS["sketch-1bit"].decode, 0.930),
+    "2-bit sketches": ("decode", PRESETS["sketch-2bit"].decode, 0.990),
 }
 
 
