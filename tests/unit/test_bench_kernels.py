@@ -91,7 +91,10 @@ def test_cached_prefixes_hostile_inputs_and_shared_calls_are_cases() -> None:
         (["prefill", "--heads", "33", "--index-heads", "32"], "expected at most the model's 32 index heads, got 33"),
         (["prefill", "--candidates", "1024"], "expected at least the model's index_topk = 2048, got 1024"),
         (["prefill", "--blocks", "8"], "got 8 × 128 = 1024"),
-        (["decode", "--preset", "misa"], "expected one of hisa, misa-hisa, fast, faithful in decode, got misa"),
+        (
+            ["decode", "--preset", "misa"],
+            "expected one of hisa, misa-hisa, sketch-1bit, sketch-2bit in decode, got misa",
+        ),
         (["decode", "--cached"], "expected prefill"),
         (["prefill", "--rows", "9000", "--length", "8192"], "expected at most as many as keys"),
     ],
