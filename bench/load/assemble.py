@@ -10,13 +10,16 @@ from typing import Any
 from sglang_misa.bench.load import selection
 from sglang_misa.bench.load.control import Control
 from sglang_misa.bench.load.drive import Ledger
+from sglang_misa.bench.load.environment import facts
 from sglang_misa.bench.load.figures import error_classes, summarize
 from sglang_misa.bench.load.plan import Arm, Cell, Slo
 from sglang_misa.bench.load.records import Record, Unit
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import Bounds
+from sglang_misa.bench.load.watch import Series
 from sglang_misa.bench.load.workload import LEAD
 
+MAX_POINTS = 240  # of one series of a block's timeline
 FEW_WAVES = 5  # requests for each client under which the start and the end of the load weigh too much
 Metrics = dict[str, float]
 
@@ -45,6 +48,7 @@ class Measured:
     before: Snapshot
     after: Snapshot
     gpu: dict[str, float]
+    series: dict[str, Series]  # of the server and the GPUs
     notes: list[str]
 
     @property
@@ -79,6 +83,9 @@ class Assembler:
         streamed = sum(count for at, count in ledger.tokens if start <= at <= end) if counted else None
         metrics = _changes(measured.before.metrics, measured.after.metrics)
         figures = summarize(records, (start, end), streamed, self.slo) | _server_figures(metrics)
+        answered = sum(r.output_tokens or 0 for r in good)
+        if measured.gpu.get("gpu_energy_j") and answered:
+            figures["tokens_per_joule"] = answered / measured.gpu["gpu_energy_j"]
         health = ledger.watch.figures()
         calls = {
             path: float(count - measured.before.calls.get(path, 0) * ("captured:" not in path))
@@ -98,6 +105,8 @@ class Assembler:
             misa=calls,
             problems=tuple(self._problems(records, health, measured)),
             notes=(*measured.notes, *self._remarks(records, figures, measured)),
+            timeline=_timeline(measured),
+            server=facts(measured.after.info),
             records=tuple(r.model_copy(update={"detail": self.keys.erase(r.detail)}) for r in records),
         )
 
@@ -154,6 +163,20 @@ class Assembler:
                 f"{len(records)} requests for {load.concurrency} clients: under {FEW_WAVES} for each, the start and "
                 "the end of the load weigh too much; raise --requests"
             )
+
+
+def _timeline(measured: Measured) -> dict[str, tuple[tuple[float, float], ...]]:
+    """Requests in flight and tokens a second by the client, beside what the server and the GPUs said."""
+    ledger, series = measured.ledger, dict(measured.series)
+    end = max((at for at, _ in [*ledger.tokens, *ledger.running]), default=0.0)
+    width = max(1.0, end / MAX_POINTS)
+    bins = [0.0] * (int(end / width) + 1)
+    for at, count in ledger.tokens:
+        bins[int(at / width)] += count / width
+    series["tokens_s"] = [((i + 0.5) * width, rate) for i, rate in enumerate(bins)]
+    every = len(ledger.running) // MAX_POINTS + 1
+    series["in_flight"] = [(at, float(n)) for at, n in ledger.running[::every]]
+    return {name: tuple((round(t, 3), round(v, 3)) for t, v in points) for name, points in series.items()}
 
 
 def _changes(before: Metrics, after: Metrics) -> Metrics:

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from sglang_misa.bench.load import dataset, report, trace
 from sglang_misa.bench.load.capacity import CapacitySearch, conclude
 from sglang_misa.bench.load.engine import execute
+from sglang_misa.bench.load.environment import Environment
 from sglang_misa.bench.load.gates import Gate
 from sglang_misa.bench.load.plan import Arm, Cell, Plan, Search, Slo
 from sglang_misa.bench.load.progress import Live
@@ -209,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, _interrupt)
     try:
         command = tyro.cli(Command, args=arguments, prog="python -m sglang_misa.bench.load")
-        return _compare(command, console) if isinstance(command, Compare) else _measure(command, console)
+        return _compare(command, console) if isinstance(command, Compare) else _measure(command, arguments, console)
     except (LoadError, ValidationError) as error:
         told = problem_of(error) if isinstance(error, ValidationError) else error
         Console(stderr=True).print(f"error: {told}", style="red", markup=False, highlight=False)
@@ -286,7 +287,7 @@ def check(plan: Plan) -> None:
         raise LoadError(f"ca_file: expected a PEM file, got {plan.access.ca_file}; name another")
 
 
-def _measure(command: Run | Sweep | Ab | Max | Resume, console: Console) -> int:
+def _measure(command: Run | Sweep | Ab | Max | Resume, arguments: list[str] | None, console: Console) -> int:
     if isinstance(command, Resume):
         plan, folder = Store.plan_in(command.folder), command.folder
     else:
@@ -296,6 +297,7 @@ def _measure(command: Run | Sweep | Ab | Max | Resume, console: Console) -> int:
     keys = Keys.read(plan.access)
     store = Store(folder, keys)
     store.save_plan(plan)
+    store.save_environment(Environment.now(sys.argv[1:] if arguments is None else arguments, keys))
     with Live(console, len(plan.cells) * plan.blocks * len(plan.arms)) as live:
         if plan.search is not None:
             found = CapacitySearch(plan, store, keys, live).run()
@@ -305,7 +307,7 @@ def _measure(command: Run | Sweep | Ab | Max | Resume, console: Console) -> int:
 
 
 def _conclude(plan: Plan, units: list[Unit], outcome: Outcome, store: Store, keys: Keys, console: Console) -> int:
-    path = report.write(plan, units, outcome, store, keys)
+    path = report.write(plan, units, outcome, store, keys, store.environment())
     _show(outcome, console)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
     return INVALID if not outcome.valid else GATE_FAILED if any(g.failed for g in outcome.gates) else OK

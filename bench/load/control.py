@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,18 @@ MAX_BODY = 64 * 1024 * 1024  # bytes of a control answer that are read at most
 CONNECT_S, READ_S = 5.0, 300.0
 TOKENIZE_PIECE = 64 * 1024  # characters of one /tokenize call
 FLUSH_WAIT_S = 30.0
+GAUGE_S = 5.0  # seconds that a reading of gauges may take
+GAUGES = {
+    "sglang:num_running_reqs": "running",
+    "sglang:num_queue_reqs": "queued",
+    "sglang:token_usage": "kv_used_share",
+    "sglang:cache_hit_rate": "cache_hit_share",
+    "sglang:gen_throughput": "server_tokens_s",
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "queued",
+}
+COUNTED = {"running", "queued", "server_tokens_s"}  # added over ranks; the others are averaged
+GAUGE = re.compile(rf"^({'|'.join(GAUGES)})(?:\{{[^}}]*\}})? ([-+.\deE]+)$".encode(), re.M)
 METRIC_PREFIXES = ("sglang:", "sglang_misa:", "vllm:")
 
 
@@ -181,6 +194,19 @@ class Control:
             }
         except (requests.RequestException, ValueError):
             return {}
+
+    def gauges(self) -> dict[str, float]:
+        """What the server says of its present load, by our names; a pattern reads it: it is asked while it serves."""
+        try:
+            status, content = self.call("GET", "/metrics", read_s=GAUGE_S)
+            if status == 307:
+                status, content = self.call("GET", "/metrics/", read_s=GAUGE_S)
+        except (requests.RequestException, LoadError):
+            return {}
+        seen: dict[str, list[float]] = {}
+        for match in GAUGE.finditer(content) if status == 200 else ():
+            seen.setdefault(GAUGES[match[1].decode()], []).append(float(match[2]))
+        return {name: sum(v) / (1 if name in COUNTED else len(v)) for name, v in seen.items()}
 
 
 def _labels(labels: Mapping[str, str]) -> str:

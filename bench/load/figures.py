@@ -67,6 +67,9 @@ def summarize(
         split = [getattr(r, name) for r in good if getattr(r, name) is not None]
         if split:
             figures |= {f"{name}_mean": float(np.mean(split)), f"{name}_p50": percentile(split, 50)}
+    rest = [r.ttft - r.queue_s - r.prefill_s for r in good if r.queue_s is not None and r.prefill_s is not None]
+    if rest:
+        figures["ttft_rest_s_mean"] = float(np.mean(rest))
     asked = [r for r in good if r.needle_right is not None]
     if asked:
         figures |= {"needles": len(asked), "needle_wrong": sum(not r.needle_right for r in asked) / len(asked)}

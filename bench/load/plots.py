@@ -26,10 +26,10 @@ def draw(plan: Plan, outcome: Outcome) -> dict[str, Figure]:
     figures = {}
     if outcome.ratios:
         figures["ratios"] = _ratios(outcome)
-    contexts = sorted({_context(c) for c in plan.cells})
+    contexts = sorted({context_of(c) for c in plan.cells})
     for metric in ("ttft", "tpot"):
-        if any(f"{metric}_p50" in a.figures for a in outcome.arms):
-            figures[f"{metric}_by_context"] = _by_context(plan, outcome, metric, contexts)
+        if len(contexts) > 1 and any(f"{metric}_p50" in a.figures for a in outcome.arms):
+            figures[f"{metric}_by_context"] = _bycontext_of(plan, outcome, metric, contexts)
     if len({level_of(c) for c in plan.cells}) > 1:
         figures["throughput_by_load"] = _by_load(plan, outcome, contexts)
     return figures
@@ -52,15 +52,20 @@ def png(figure: Figure) -> bytes:
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
+    dress(axes)
+    return figure, axes
+
+
+def dress(axes: Axes) -> None:
+    """The common look."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID)
     axes.tick_params(colors=INK, labelsize=9, length=0)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
-def _context(cell: Cell) -> int:
+def context_of(cell: Cell) -> int:
     return Lengths.parse(cell.workload.input_len).longest
 
 
@@ -68,7 +73,7 @@ def level_of(cell: Cell) -> float:
     return float(cell.load.concurrency) if cell.load.arrival == "closed" else cell.load.rate
 
 
-def _tokens(count: int) -> str:
+def tokens(count: int) -> str:
     return f"{count // 1024}K" if count % 1024 == 0 and count else str(count)
 
 
@@ -90,10 +95,10 @@ def _legend(axes: Axes, lines: int) -> None:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=2 if lines > 4 else 1)
 
 
-def _by_context(plan: Plan, outcome: Outcome, metric: str, contexts: Sequence[int]) -> Figure:
+def _bycontext_of(plan: Plan, outcome: Outcome, metric: str, contexts: Sequence[int]) -> Figure:
     """Median with the p50–p90 span of a latency, over the prompt's length."""
     figure, axes = _canvas(6.4, 4.0)
-    lines = _series(plan, outcome, level_of, lambda c: float(contexts.index(_context(c))), f"{metric}_p50")
+    lines = _series(plan, outcome, level_of, lambda c: float(contexts.index(context_of(c))), f"{metric}_p50")
     levels = sorted({level for _, level in lines})
     for place, ((arm, level), points) in enumerate(sorted(lines.items())):
         shift = 0.05 * (place - (len(lines) - 1) / 2)
@@ -114,7 +119,7 @@ def _by_context(plan: Plan, outcome: Outcome, metric: str, contexts: Sequence[in
             capsize=2.5,
             label=outcome.names[arm] + (f", {_unit(plan)} {level:g}" if len(levels) > 1 else ""),
         )
-    axes.set_xticks(range(len(contexts)), [_tokens(c) for c in contexts])
+    axes.set_xticks(range(len(contexts)), [tokens(c) for c in contexts])
     axes.set_xlim(-0.5, len(contexts) - 0.5)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("prompt tokens", color=INK)
@@ -126,7 +131,7 @@ def _by_context(plan: Plan, outcome: Outcome, metric: str, contexts: Sequence[in
 def _by_load(plan: Plan, outcome: Outcome, contexts: Sequence[int]) -> Figure:
     """Output tokens a second over the load."""
     figure, axes = _canvas(6.4, 4.0)
-    lines = _series(plan, outcome, lambda c: float(_context(c)), level_of, "output_throughput")
+    lines = _series(plan, outcome, lambda c: float(context_of(c)), level_of, "output_throughput")
     for (arm, context), points in sorted(lines.items()):
         style = contexts.index(int(context))
         axes.plot(
@@ -137,7 +142,7 @@ def _by_load(plan: Plan, outcome: Outcome, contexts: Sequence[int]) -> Figure:
             marker=MARKERS[style % len(MARKERS)],
             markersize=5,
             linewidth=1.8,
-            label=outcome.names[arm] + (f", {_tokens(int(context))}" if len(contexts) > 1 else ""),
+            label=outcome.names[arm] + (f", {tokens(int(context))}" if len(contexts) > 1 else ""),
         )
     levels = sorted({level_of(c) for c in plan.cells})
     axes.set_xscale("log", base=2)
@@ -166,7 +171,7 @@ def _ratios(outcome: Outcome) -> Figure:
             last = label
             ticks.append(place - 0.9)
             names.append(label)
-        good = (ratio.value > 1) == (ratio.metric == "output_throughput")
+        good = ratio.better
         colour = "#8b929c" if not ratio.certain else COLOURS[2] if good else "#c0392b"
         low, high = (ratio.value if end is None else end for end in (ratio.low, ratio.high))
         span = [[ratio.value - low], [high - ratio.value]]
@@ -186,10 +191,16 @@ def _ratios(outcome: Outcome) -> Figure:
         names.append(title(ratio.metric))
         place += 1.0
     axes.axvline(1.0, color=INK, linewidth=1)
+    axes.set_xscale("log", base=2)  # twice and half are as far from 1
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.set_yticks(ticks, names)
     for text in axes.get_yticklabels():
         text.set_fontweight("bold" if text.get_text() in {label for label, _ in rows} else "normal")
     axes.grid(visible=False, axis="y")
     axes.set_ylim(place - 0.4, -1.3)
-    axes.set_xlabel(f"{outcome.names[1]} / {outcome.names[0]}  (t-interval over blocks; grey: 1 is inside)", color=INK)
+    axes.set_xlabel(
+        f"{outcome.names[1]} / {outcome.names[0]}, t-interval over blocks. Grey: 1 is inside; green: "
+        f"{outcome.names[1]} is better (latencies below 1, throughput above); red: worse",
+        color=INK,
+    )
     return figure

@@ -22,7 +22,7 @@ PLAIN = (  # figures that an arm has of its own, without a ratio
         "prompt_error_max",
         "short_outputs",
     ),
-    *("queue_s_mean", "prefill_s_mean", "gpu_memory_gib_max", "gpu_power_w_mean"),
+    *("queue_s_mean", "prefill_s_mean", "gpu_memory_gib_max", "gpu_power_w_mean", "tokens_per_joule"),
 )
 PERCENTILES = (50, 90, 95, 99)
 ENOUGH_FOR_P99 = 100  # requests under which the 99th percentile is hardly more than the maximum
@@ -105,6 +105,7 @@ class Unit(BaseModel):
     problems: tuple[str, ...]  # why these figures must not be used
     notes: tuple[str, ...]  # what to know when reading them
     records: tuple[Record, ...]
+    server: dict[str, str] = Field({})  # what the server said of itself
     timeline: dict[str, tuple[tuple[float, float], ...]] = Field({})  # name → (seconds after the start, value)
 
     @property

@@ -15,7 +15,7 @@ from sglang_misa.bench.load.prompts import Source
 from sglang_misa.bench.load.records import Unit
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import Lengths, LoadError
-from sglang_misa.bench.load.watch import GpuWatch
+from sglang_misa.bench.load.watch import GpuWatch, ServerWatch
 
 ENOUGH_WAVES = 2  # requests for each client from which on the clients start apart
 
@@ -49,11 +49,13 @@ class Runner:
             raise LoadError(f"arm {self._arm.name}: {self._keys.erase(str(error))}") from None
         before = Snapshot.of(control)
         ledger = Ledger("measure", prepared.total, notice)
-        with GpuWatch(local=control.local) as gpu:
+        gauges = Control(control.url, plan.access, self._keys).gauges  # a session of its own, for another thread
+        with GpuWatch(local=control.local) as gpu, ServerWatch(gauges, plan.bounds.sample_s) as server:
             drive(route, ledger, partial(self._send, prepared), self._hard_stop())
         if control.healthy():
             control.wait_idle()
-        measured = Measured(block, ledger, before, Snapshot.of(control), gpu.figures(), prepared.notes)
+        series = {**server.series(ledger.start), **gpu.series(ledger.start)}
+        measured = Measured(block, ledger, before, Snapshot.of(control), gpu.figures(), series, prepared.notes)
         if measured.went_away or not control.healthy():
             raise ServerGoneError
         return Assembler(self._arm, self._cell, plan.bounds, plan.slo, control.page_size, self._keys).unit(measured)

@@ -303,6 +303,9 @@ class Bounds(Settings):
         float | None,
         Field(gt=0, description="silence of a stream that counts as a stall; default: the request's bound"),
     ] = None
+    sample_s: Annotated[
+        float, Field(ge=0, description="seconds between readings of the server's gauges for the timeline; 0 = none")
+    ] = 1.0
     max_lag_s: Annotated[
         float, Field(gt=0, description="p99 of event-loop lag or dispatch delay that makes a run invalid")
     ] = 0.05

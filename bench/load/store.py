@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from sglang_misa.bench.load.environment import Environment
 from sglang_misa.bench.load.plan import Arm, Cell, Plan
 from sglang_misa.bench.load.records import Unit
 from sglang_misa.bench.load.safety import Keys
@@ -64,6 +65,18 @@ class Store:
     def save_plan(self, plan: Plan) -> None:
         arms = tuple(a.model_copy(update={"server": self._keys.erase(a.server)}) for a in plan.arms)
         self.write("plan.json", plan.model_copy(update={"arms": arms}).model_dump_json(indent=1))
+
+    def save_environment(self, environment: Environment) -> None:
+        """Keep where the run began; one that goes on later keeps the first."""
+        if not (self.folder / "environment.json").exists():
+            self.write("environment.json", environment.model_dump_json(indent=1))
+
+    def environment(self) -> Environment | None:
+        """Where the run began; None where that was not kept."""
+        try:
+            return Environment.model_validate_json((self.folder / "environment.json").read_bytes())
+        except (OSError, ValidationError):
+            return None
 
     @staticmethod
     def plan_in(folder: Path) -> Plan:

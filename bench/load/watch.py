@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 LOOP_PERIOD_S = 0.01
 GPU_PERIOD_S = 0.5
+Series = list[tuple[float, float]]
 
 
 class LoopWatch:
@@ -49,12 +51,44 @@ class LoopWatch:
         }
 
 
+class ServerWatch:
+    """Reads gauges of the server in a thread every `period_s` seconds; with 0, or where it has none, it is empty."""
+
+    def __init__(self, read: Callable[[], dict[str, float]], period_s: float) -> None:
+        self._read, self._period = read, period_s
+        self._samples: list[tuple[float, dict[str, float]]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> ServerWatch:
+        if self._period > 0:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._period > 0:
+            self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self._period):
+            self._samples.append((time.perf_counter(), self._read()))
+
+    def series(self, start: float) -> dict[str, Series]:
+        """Name → (seconds after `start`, value)."""
+        names = sorted({name for _, sample in self._samples for name in sample})
+        return {n: [(at - start, sample[n]) for at, sample in self._samples if n in sample] for n in names}
+
+
 class GpuWatch:
-    """Samples memory and power of every GPU through NVML in a thread. Without pynvml or a driver it stays empty."""
+    """Samples memory, power and energy of every GPU through NVML. Without pynvml or a driver it stays empty."""
 
     def __init__(self, *, local: bool) -> None:
         self._handles: list[Any] = []
-        self._samples: list[tuple[float, float]] = []
+        self._samples: list[tuple[float, float, float]] = []
+        self._joules: float | None = None
         self._stop = threading.Event()
         if local:
             try:
@@ -69,6 +103,7 @@ class GpuWatch:
 
     def __enter__(self) -> GpuWatch:
         if self._handles:
+            self._before = self._energy()
             self._thread.start()
         return self
 
@@ -78,16 +113,31 @@ class GpuWatch:
         self._stop.set()
         if self._handles:
             self._thread.join()
+            after = self._energy()
+            if self._before is not None and after is not None:
+                self._joules = after - self._before
+
+    def _energy(self) -> float | None:
+        """Joules of all GPUs since their driver was loaded; None where they do not count."""
+        try:
+            return float(sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(h) for h in self._handles)) / 1000
+        except self._nvml.NVMLError:
+            return None
 
     def _sample(self) -> None:
         while not self._stop.wait(GPU_PERIOD_S):
             used = sum(self._nvml.nvmlDeviceGetMemoryInfo(h).used for h in self._handles)
             watts = sum(self._nvml.nvmlDeviceGetPowerUsage(h) for h in self._handles) / 1000
-            self._samples.append((used / 2**30, watts))
+            self._samples.append((time.perf_counter(), used / 2**30, watts))
 
     def figures(self) -> dict[str, float]:
-        """`gpu_memory_gib_max` and `gpu_power_w_mean` over all GPUs of this machine; empty without samples."""
+        """`gpu_memory_gib_max`, `gpu_power_w_mean`, `gpu_energy_j` over all GPUs of the machine; empty without NVML."""
+        energy = {} if self._joules is None else {"gpu_energy_j": self._joules}
         if not self._samples:
-            return {}
-        memory, power = zip(*self._samples, strict=True)
-        return {"gpu_memory_gib_max": max(memory), "gpu_power_w_mean": float(np.mean(power))}
+            return energy
+        _, memory, power = zip(*self._samples, strict=True)
+        return {"gpu_memory_gib_max": max(memory), "gpu_power_w_mean": float(np.mean(power)), **energy}
+
+    def series(self, start: float) -> dict[str, Series]:
+        """The power of all GPUs: (seconds after `start`, watts)."""
+        return {"gpu_power_w": [(at - start, watts) for at, _, watts in self._samples]} if self._samples else {}

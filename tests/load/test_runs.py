@@ -43,7 +43,7 @@ def test_ab_finds_an_injected_delay_and_its_size(mocks, tmp_path, capsys):
     assert result["tone"] == "bad"
     page = (tmp_path / "report.html").read_text()
     assert result["verdict"].split(":")[0] in page
-    assert page.count("<svg") == len(list((tmp_path / "plots").glob("*.png"))) == 4
+    assert page.count("<svg") == len(list((tmp_path / "plots").glob("*.png"))) == 6
     assert not re.search(r'(src|href)="http', page)
     assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 40
     assert len(list(csv.DictReader((tmp_path / "requests.csv").open()))) == 160

@@ -1,0 +1,38 @@
+"""`results.json`: everything that a report says, as data with a published schema (`results.schema.json`).
+
+`python -m sglang_misa.bench.load.results` prints the schema.
+"""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import ConfigDict
+
+from sglang_misa import __version__
+from sglang_misa.bench.load.environment import Environment
+from sglang_misa.bench.load.plan import Plan
+from sglang_misa.bench.load.verdict import Outcome
+
+SCHEMA = 2  # raised when a field changes its meaning or goes
+
+
+class Results(Outcome):
+    """One run. Latencies in seconds, rates in units a second, shares from 0 to 1; a missing figure is unknown."""
+
+    model_config = ConfigDict(frozen=True, title="Results of sglang-misa's load test")
+
+    schema_version: int = SCHEMA
+    version: str = __version__
+    environment: Environment | None
+    servers: dict[str, dict[str, str]]  # arm → what its server said of itself
+    plan: Plan
+
+
+def schema() -> str:
+    """The JSON schema of `results.json`."""
+    return json.dumps(Results.model_json_schema(mode="serialization"), indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    print(schema(), end="")
