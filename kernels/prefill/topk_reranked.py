@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from sglang_misa.kernels.build import Target, build
-from sglang_misa.kernels.layout import INDEX_HEADS
+from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, ROUTED_HEADS
 from sglang_misa.kernels.prefill import topk_routed as sr
 from sglang_misa.kernels.prefill.residual import Residual
 
@@ -42,9 +42,9 @@ SAMPLE_STAGE, THRESHOLD_STAGE, MARK_STAGE, RERANK_STAGE, REDO_STAGE = 1, 2, 4, 8
 
 def module(columns: int, index_heads: int, residual: bool = False) -> Any:
     """The compiled kernels for h routed of H index heads, which with a residual are `columns`."""
-    if index_heads not in INDEX_HEADS or columns not in sr.ROUTED_HEADS or columns > index_heads:
+    if index_heads not in INDEX_HEADS or columns not in ROUTED_HEADS or columns > index_heads:
         raise ValueError(
-            f"heads: expected h of {sr.ROUTED_HEADS}, a residual counted, at most H of {INDEX_HEADS}, got h={columns}, "
+            f"heads: expected h of {ROUTED_HEADS}, a residual counted, at most H of {INDEX_HEADS}, got h={columns}, "
             f"H={index_heads}; choose another h"
         )
     defines = {"MISA_HEADS": columns, "MISA_RESIDUAL": int(residual), "MISA_INDEX_HEADS": index_heads}
@@ -95,7 +95,7 @@ def plan(
     row_bytes = max(math.ceil(keys / MARKED_KEYS) * MARK_BYTES // 4, 4 * sampled)
     blocks = math.ceil(rows / block_rows)
     row_fixed = sr.THRESHOLD_BYTES + 8
-    fixed = 4096 + sr.division_bytes(0, multiprocessors) + (sr.HEAD_DIM + 4) * sample_keys
+    fixed = 4096 + sr.division_bytes(0, multiprocessors) + (HEAD_DIM + 4) * sample_keys
     block_bytes = block_rows * (row_bytes + row_fixed) + 4
     fitting = (budget - fixed) // block_bytes
     if fitting < 1:
@@ -107,7 +107,7 @@ def plan(
     spans = sr.aligned(sr.THRESHOLD_BYTES * rows)
     division = spans + sr.aligned(8 * rows)
     sample = division + sr.division_bytes(pass_blocks, multiprocessors)
-    scale = sample + sr.aligned(sr.HEAD_DIM * sample_keys)
+    scale = sample + sr.aligned(HEAD_DIM * sample_keys)
     marks = scale + sr.aligned(4 * sample_keys)
     return Plan(
         rows=rows,
