@@ -236,7 +236,8 @@ class Layers:
             _views(pool, mean)
             bits = _sketch_bits(pool, sketch if sketches else None)
         addresses = torch.tensor([[t.data_ptr() for t in layer] for layer in held], dtype=torch.int64).T.contiguous()
-        return cls(*addresses.to(pools[0].device), bits)
+        pools_, means_, sketches_ = addresses.to(pools[0].device)
+        return cls(pools_, means_, sketches_, bits)
 
 
 def update_last_page_means(layers: Layers, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:

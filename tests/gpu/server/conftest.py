@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ def _exact_and_poisoned() -> None:
 @pytest.fixture(scope="session")
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """The answers of every arm of `SETUPS[request.param]`; logs lie in pytest's folder, or in $OUT if that is set."""
+    if not any(entry.name == "misa" for entry in metadata.entry_points(group="sglang.srt.plugins")):
+        pytest.fail("expected the package installed, or SGLang does not see the plugin; pip install --no-deps -e .")
     name: str = request.param
     setup = SETUPS[name]
     if torch.cuda.device_count() < setup.ranks:
