@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sglang_misa import versions
+from sglang_misa import config, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text(encoding="utf-8"))
@@ -67,6 +67,12 @@ def test_the_default_base_is_admitted_on_a_gpu():
     (version,) = re.findall(r"^ARG SGLANG_IMAGE=.*:v(\S+)", DOCKERFILE, re.M)
     allowed = "--misa-allow-unverified" in SERVICES["server"]["command"]
     assert versions.problem(version, "cuda", allow_unverified=allowed) is None
+
+
+def test_the_presets_default_is_the_launchers():
+    (preset,) = [word for word in SERVICES["server"]["command"] if word.startswith("--misa-preset=")]
+    assert VARIABLE.findall(preset) == [("MISA_PRESET", config.DEFAULT_PRESET)]
+    assert f"--misa-preset={config.DEFAULT_PRESET}" in Manifest().container["args"]
 
 
 def test_every_target_that_is_built_exists():
