@@ -3,18 +3,20 @@
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from sglang_misa import __version__, versions
+from sglang_misa import config, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text(encoding="utf-8"))
 SERVICES = COMPOSE["services"]
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
 EXAMPLE = (ROOT / "docker/.env.example").read_text(encoding="utf-8")
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -47,11 +49,11 @@ def test_every_service_is_confined(name):
 
 
 def test_images_have_one_version_and_none_is_the_latest():
-    assert set(re.findall(r'image\.version="([^"]+)"', DOCKERFILE)) == {__version__}
+    assert set(re.findall(r'image\.version="([^"]+)"', DOCKERFILE)) == {VERSION}
     images = [service["image"] for service in SERVICES.values()]
     assert all(":" in image and "latest" not in image for image in images)
     ours = [image for image in images if image.startswith("sglang-misa")]
-    assert {image.rpartition(":-")[2].rstrip("}") for image in ours} == {__version__}
+    assert {image.rpartition(":-")[2].rstrip("}") for image in ours} == {VERSION}
 
 
 def test_the_base_image_is_named_alike_everywhere():
@@ -65,6 +67,12 @@ def test_the_default_base_is_admitted_on_a_gpu():
     (version,) = re.findall(r"^ARG SGLANG_IMAGE=.*:v(\S+)", DOCKERFILE, re.M)
     allowed = "--misa-allow-unverified" in SERVICES["server"]["command"]
     assert versions.problem(version, "cuda", allow_unverified=allowed) is None
+
+
+def test_the_presets_default_is_the_launchers():
+    (preset,) = [word for word in SERVICES["server"]["command"] if word.startswith("--misa-preset=")]
+    assert VARIABLE.findall(preset) == [("MISA_PRESET", config.DEFAULT_PRESET)]
+    assert f"--misa-preset={config.DEFAULT_PRESET}" in Manifest().container["args"]
 
 
 def test_every_target_that_is_built_exists():
@@ -83,8 +91,9 @@ def test_the_example_names_only_variables_that_exist_with_their_defaults():
 
 def test_what_a_build_needs_is_not_ignored():
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     links = {link.resolve().name for link in (ROOT / "sglang_misa").iterdir() if link.is_symlink()}
-    assert {"sglang_misa", "pyproject.toml", "requirements.lock", "LICENSE"} | links <= kept
+    assert {"sglang_misa", "pyproject.toml", "requirements.lock", project["project"]["readme"]} | links <= kept
     assert not {"tests", "docs", "docker", ".git"} & kept
 
 
@@ -140,7 +149,7 @@ def test_the_manifest_names_only_what_it_has():
     assert all(("PersistentVolumeClaim", claim["claimName"]) in manifest.objects for claim in claims)
     labels = manifest.objects["Deployment", "sglang-misa"]["spec"]["template"]["metadata"]["labels"]
     assert manifest.objects["Service", "sglang-misa"]["spec"]["selector"].items() <= labels.items()
-    assert manifest.container["image"] == f"sglang-misa:{__version__}"
+    assert manifest.container["image"] == f"sglang-misa:{VERSION}"
 
 
 def test_the_manifest_serves_as_compose_does():

@@ -14,9 +14,9 @@ from docker_monitoring import ALERTS, DASHBOARD, DOCKER, METRIC, alerts, panels
 
 LIST_OURS = """
 from prometheus_client import CollectorRegistry, REGISTRY
-from sglang_misa.metrics import _Exporter
+from sglang_misa.metrics import PLACE, _Exporter
 
-_Exporter("0")
+_Exporter(*PLACE)
 print(*(name for name in REGISTRY._names_to_collectors if name.startswith("sglang_misa:")))
 """
 SUFFIXES = re.compile(r"_(bucket|sum|count|total)$")
@@ -97,6 +97,13 @@ def test_every_alert_is_tested():
     fires = {case["alertname"] for case in cases if case["exp_alerts"]}
     stays = {case["alertname"] for case in cases if not case["exp_alerts"]}
     assert fires == stays == {name for name, _ in alerts()}
+
+
+def test_reasons_that_are_no_fault_exist():
+    (words,) = {words for _, expression in alerts() for words in re.findall(r'reason!~"([^"]+)"', expression)}
+    files = [*(DOCKER.parent / "sglang_misa").glob("*.py"), *(DOCKER.parent / "patches").glob("*.py")]
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    assert [word for word in words.split("|") if f'"{word}"' not in source] == []
 
 
 def test_every_alert_is_in_the_operators_page():
