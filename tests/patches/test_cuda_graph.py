@@ -88,7 +88,7 @@ def test_each_shape_has_both_graphs_and_the_longest_request_chooses(backend, rec
 def test_without_lengths_on_the_host_the_tokens_of_its_requests_count(backend, recorder):
     """Speculative decoding under the overlap scheduler, on SGLang's own requests."""
     backend.capture_one(KEYS[0], step)
-    request = Req("r", "", array("q", range(MIN_LEN - 2)), SamplingParams())
+    request = Req("r", "", array("q", range(MIN_LEN - 1)), SamplingParams())
     for token, expected in ((1, "stock"), (2, "policy")):
         request.output_ids.append(token)
         forward = forward_batch.init_new(
@@ -120,5 +120,5 @@ def test_a_failed_capture_leaves_the_gate_open(backend):
 
     with pytest.raises(RuntimeError):
         backend.capture_one(KEYS[0], broken)
-    assert decode_gate.is_stock(POLICY, MIN_LEN - 1)
-    assert not decode_gate.is_stock(POLICY, MIN_LEN)
+    assert decode_gate.is_stock(POLICY, MIN_LEN)
+    assert not decode_gate.is_stock(POLICY, MIN_LEN + 1)
