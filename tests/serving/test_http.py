@@ -43,7 +43,7 @@ def test_decode_is_stock_until_a_request_of_the_step_is_long(server):
     server.flush()
     before = server.misa()
     layers, under = 2, 2
-    server.generate([65] * (before["min_len"]["decode"] - under - 1), new=8)
+    server.generate([65] * (before["min_len"]["decode"] - under), new=8)
     after = server.misa()
     calls = {
         path: after["calls"]["decode"].get(path, 0) - before["calls"]["decode"].get(path, 0) for path in ("dsa", "hisa")
