@@ -467,40 +467,35 @@ TRAINED = pathlib.Path(__file__).parents[3] / "shared/trained"
 
 
 @pytest.mark.skipif(not TRAINED.exists(), reason="needs ../shared/trained")
-def test_trained_indexers_keep_their_tokens(device: str) -> None:
-    """Share of DSA's set among 8192 candidates of 131,072 tokens, mean over layers and rows."""
+def test_sketches_of_trained_keys_keep_the_tokens() -> None:
+    """Share of DSA's set among 8192 of 131,072 tokens, mean over layers and rows: 15 routed heads and the residual."""
     from safetensors.torch import load_file
 
-    rows = slice(0, 64, 8)
     kept: dict[int, list[float]] = {bits: [] for bits in SKETCH_BITS}
     for layer in (0, 2, 4):
         tensors = load_file(TRAINED / f"layer{layer}.safetensors")
         n = len(tensors["index_k"]) // PAGE
-        pages = torch.cat(
-            [tensors["index_k"].view(torch.uint8).view(n, -1), tensors["k_scale"].view(n, PAGE).view(torch.uint8)], 1
-        )
+        parts = tensors["index_k"].view(torch.uint8).view(n, -1), tensors["k_scale"].view(n, PAGE).view(torch.uint8)
+        pages = torch.cat(parts, 1)
         means = reference.page_means(pages).bfloat16()
-        lens = tensors["positions"][rows] + 1
-        q, gates = tensors["index_q"][rows].contiguous(), tensors["head_gates"][rows].contiguous()
-        table = torch.arange(n, dtype=torch.int32).expand(len(lens), n).contiguous()
-        policy = SketchPolicy(7, "peak", True, 8192)
-        keys = reference.dequantize_pages(pages).flatten(0, 1)
-        truth = [gates[row] @ torch.relu(q[row].float() @ keys[: int(lens[row])].T) for row in range(len(lens))]
-        for bits in SKETCH_BITS:
-            sketches = torch.cat(
-                [
-                    pack(*reference.quantize_pages(p, m, bits), bits)
-                    for p, m in zip(pages.split(256), means.split(256), strict=True)
-                ]
-            )
-            parts = (q, gates, pages, table, lens)
-            on = [part.to(device) for part in parts]
-            batch = Batch(on[0], on[1], on[2], PageSketch(means.to(device), sketches.to(device)), on[3], on[4], [])
-            scratch = SketchScratch.allocate(len(lens), n, 64, policy, torch.device(device))
-            run(batch, policy, scratch, k=2048)
-            for row in range(len(lens)):
-                best = truth[row].topk(2048).indices
-                kept[bits].append(float(torch.isin(best, scratch.positions[row].cpu().long()).float().mean()))
+        truth = reference.dequantize_pages(pages).flatten(0, 1)
+        sketches = {bits: reference.quantize_pages(pages, means, bits) for bits in SKETCH_BITS}
+        for row in range(0, 64, 4):
+            length = int(tensors["positions"][row]) + 1
+            scored = length // PAGE - 1
+            q, gates = tensors["index_q"][None, None, row], tensors["head_gates"][None, None, row]
+            best = reference.index_scores(q, gates, truth[None, :length])[0, 0].topk(2048).indices
+            complete = torch.tensor([[scored]])
+            statistics = reference.block_statistics(q, gates, means[None, :scored].float(), complete, "peak")
+            ids = reference.top_heads(statistics.heads, 15)
+            query, scale = reference.residual_query(q, gates, ids, statistics.positive)
+            routed = q[:, :, ids[0, 0]], gates[:, :, ids[0, 0]]
+            for bits, (codes, scales) in sketches.items():
+                keys = reference.sketched_keys(codes[:scored], scales[:scored], means[:scored], bits).flatten(0, 1)
+                cheap = reference.index_scores(*routed, keys[None])[0, 0] + scale[0, 0] * (keys @ query[0, 0])
+                chosen = cheap.topk(8192 - (length - len(cheap))).indices
+                found = torch.isin(best, chosen) | (best >= len(cheap))
+                kept[bits].append(float(found.float().mean()))
     mean = {bits: sum(values) / len(values) for bits, values in kept.items()}
-    assert mean[1] >= 0.94, mean
+    assert mean[1] >= 0.945, mean  # 0.954 over all 64 rows
     assert mean[2] >= 0.99, mean
