@@ -198,9 +198,5 @@ def _ratios(outcome: Outcome) -> Figure:
         text.set_fontweight("bold" if text.get_text() in {label for label, _ in rows} else "normal")
     axes.grid(visible=False, axis="y")
     axes.set_ylim(place - 0.4, -1.3)
-    axes.set_xlabel(
-        f"{outcome.names[1]} / {outcome.names[0]}, t-interval over blocks. Grey: 1 is inside; green: "
-        f"{outcome.names[1]} is better (latencies below 1, throughput above); red: worse",
-        color=INK,
-    )
+    axes.set_xlabel(f"{outcome.names[1]} / {outcome.names[0]}", color=INK)
     return figure

@@ -20,7 +20,7 @@ from sglang_misa.bench.load.store import Store, requests_csv, units_csv
 from sglang_misa.bench.load.verdict import Outcome
 
 CAPTIONS = {
-    "ratios": "Ratio of the two arms",
+    "ratios": "Ratio of the two arms, t-interval over blocks: green = the second is better, red = worse, grey = unsure",
     "ttft_by_context": "Time to first token by context",
     "tpot_by_context": "Time for each output token by context",
     "throughput_by_load": "Throughput against load",
