@@ -311,6 +311,12 @@ class Case:
         self.spoiled[::every] = True
         self.keys_held[0][::every] = 0x7F
 
+    def repeat(self, distinct: int, scale: np.ndarray) -> None:
+        """Leave so many different keys, one after another, with `scale` [keys]."""
+        self.k[:] = self.k[np.arange(self.keys) % distinct]
+        self.keys_held[0][:] = self.keys_held[0][np.arange(self.keys) % distinct]
+        self.scale[:] = self.keys_held[1][:] = scale
+
     def check(self, out, failed, best) -> None:
         """Rows hold best(row), -1 behind; few are on the list of those to redo."""
         redone = failed[1 : 1 + failed[0]].tolist()
@@ -366,7 +372,27 @@ def check_collected(kernels: ctypes.CDLL, case: Case, columns: int, workers: int
 @pytest.mark.parametrize("candidates", [TOPK, 256])
 def test_marked_and_reranked_rows_have_the_exact_top_k_of_their_candidates(reranking, candidates):
     loaded, (all_heads, columns, residual) = reranking
-    case, workers = Case(candidates, all_heads, columns, bool(residual)), 3
+    check_reranked(loaded, Case(candidates, all_heads, columns, bool(residual)), columns, candidates)
+
+
+@pytest.mark.parametrize(("distinct", "nearly"), [(1, False), (3, True)], ids=["tied", "nearly tied"])
+def test_reranked_rows_take_tied_candidates_in_order(reranking, distinct, nearly):
+    """More keys share the 16 bits of the cut's score than are ranked against each other; all of them, or nearly.
+
+    Nearly: a few keys far above the others make those bits coarse.
+    """
+    loaded, (all_heads, columns, residual) = reranking
+    case, candidates = Case(distinct, all_heads, columns, bool(residual)), 400
+    scale = np.ones(case.keys)
+    if nearly:
+        scale += np.random.default_rng(distinct).integers(0, 8, case.keys) / 2**14
+        scale[::100] *= 2**20
+    case.repeat(distinct, scale)
+    check_reranked(loaded, case, columns, candidates)
+
+
+def check_reranked(loaded: ctypes.CDLL, case: Case, columns: int, candidates: int) -> None:
+    workers = 3
     block_rows = sr.block_rows(columns)
     plan = rerank.plan(case.rows, case.keys, candidates, block_rows, workers)
     failed, out = ints(np.full(case.rows + 1, -1)), ints(np.full((case.rows, TOPK), -7))
@@ -382,8 +408,8 @@ def test_marked_and_reranked_rows_have_the_exact_top_k_of_their_candidates(reran
     call(loaded.rerank_rows, *case.inputs, *case.windows, *numbers, *scratch, out, failed)
 
     def best(row):
-        kept = np.sort(np.argsort(-case.routed(row), kind="stable")[:candidates])
-        return kept[np.argsort(-case.scores(row, slice(None))[kept], kind="stable")[:TOPK]]
+        kept = np.sort(np.argsort(-case.routed(row).astype(np.float32), kind="stable")[:candidates])
+        return kept[np.argsort(-case.scores(row, slice(None)).astype(np.float32)[kept], kind="stable")[:TOPK]]
 
     case.check(out, failed, best)
 

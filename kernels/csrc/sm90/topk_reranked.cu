@@ -167,6 +167,28 @@ __device__ __forceinline__ int list_marked(RerankSmem& s, const Marks& marks, in
   return listed;
 }
 
+// Scores the listed keys once more with all heads into `full`, and sets `kept` where a key is among the best C by the routed heads' full
+// scores, of equal ones the first: for rows where more keys than can be ranked against each other share the cut's 16 bits.
+template <class Scorer>
+__device__ __forceinline__ void keep_best(Scorer& scorer, const Listed& list, int n, int candidates, uint32_t* full, uint16_t* kept) {
+  typename Scorer::Pieces piece;
+  for (int j = threadIdx.x; j < n; j += RANKERS) kept[j] = 0;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    const bool routed = pass == 0;
+    __syncthreads();
+    scorer.fetch(piece);
+    scorer.stage(piece);
+    __syncthreads();
+    scorer.score(n, list, [&](int j, bool all, bool of_routed, float score) {
+      sm90::store_if(routed ? of_routed : all, full + j, full_key(rank_key(score)));
+    });
+    __syncthreads();
+    if (routed) Ranks::top(scorer.s.select, {1, ~0u - 1, uint32_t(candidates), uint32_t(n)}, [&](int j) { return full[j]; },
+                           [&](int j) { return list.find(j); }, n, [&](int, int j) { kept[j] = 1; });
+  }
+}
+
 struct Rerank {
   Keys in;
   Output output;
@@ -238,7 +260,13 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
       const auto cut = Ranks::narrow(s.select, all, [&](int j) { return uint32_t(routed[j]); }, n, 0, 0);
       const bool tied = cut.inside > cut.need;
       if (tied && cut.inside > Ranks::LIST) {
-        fail();
+        keep_best(scorer, list, n, candidates, full, routed);
+        Ranks::each([&](int j) { return full[j]; }, n, [&](uint32_t key, int j) {
+          if (routed[j]) least = min(least, key), most = max(most, key);
+          else full[j] = OUT;
+        });
+        __syncthreads();
+        write_top(s.select, job.output, job.in, t, full, n, candidates, least, most, list, routed);
         continue;
       }
       if (threadIdx.x == 0) s.select.listed = 0;
