@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sglang_misa.kernels.checks import expect
+from sglang_misa.kernels.structs import Output
 
 
 @functools.cache
@@ -65,16 +66,12 @@ class Target:
         if self.offsets is not None:
             expect("offsets", self.offsets, (rows,), torch.int32, cuda=True)
 
-    def arguments(self) -> list[int]:
-        def address(tensor: torch.Tensor | None) -> int:
-            return 0 if tensor is None else tensor.data_ptr()
-
-        pitch = 0 if self.page_table is None else self.page_table.stride(0)
-        return [
-            address(self.out),
-            int(self.out.shape[1]),
-            address(self.page_table),
-            address(self.row_batch),
-            pitch,
-            address(self.offsets),
-        ]
+    def struct(self) -> Output:
+        return Output(
+            out=self.out,
+            k=self.out.shape[1],
+            page_table=self.page_table,
+            row_batch=self.row_batch,
+            page_pitch=0 if self.page_table is None else self.page_table.stride(0),
+            offsets=self.offsets,
+        )

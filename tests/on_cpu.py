@@ -16,13 +16,18 @@ SOURCES = pathlib.Path(build.__file__).parent / "csrc/sm90"
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: g++")
 
 
-def compiled(folder: pathlib.Path, source: str, *flags: str) -> ctypes.CDLL:
-    """The device parts of a source: C++ compilers cannot read the launches that follow their line `---- host`."""
+def device_sources(folder: pathlib.Path, source: str) -> None:
+    """Copy the device parts of a source: C++ compilers cannot read the launches that follow a line `---- host`."""
     for path in [*SOURCES.glob("*.cuh"), SOURCES / f"{source}.cu"]:
         device, _, host = path.read_text().replace("extern __shared__", "extern").partition("// ---- host")
         (folder / path.name).write_text(device + ("}  // namespace misa\n" if host else ""))
     for stand_in in HERE.iterdir():
         shutil.copy(stand_in, folder)
+
+
+def compiled(folder: pathlib.Path, source: str, *flags: str) -> ctypes.CDLL:
+    """The device parts of a source as a library."""
+    device_sources(folder, source)
     library = folder / f"{source}.so"
     # Libraries built with other flags are not to share the "shared memory" of a function of the same name.
     options = ["-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-fno-gnu-unique"]

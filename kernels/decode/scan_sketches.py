@@ -7,6 +7,7 @@ import triton
 
 from sglang_misa.kernels.build import build
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+from sglang_misa.kernels.structs import Candidates, Scan
 
 WARPS = 4  # of a thread block of the scan
 SPANS = (4, 8, 16)  # pages of a warp
@@ -52,15 +53,24 @@ def scan_sketches(
     width = page_table.shape[1]
     span = next((span for span in reversed(SPANS) if rows * triton.cdiv(width, span) >= FULL), SPANS[0])
     module = build("sm90/sketch_scan.cu", MISA_SKETCH_BITS=bits, MISA_COLUMN_TILES=max(1, columns // 8))
-    module.scan(
-        [
-            queries.data_ptr(), gates.data_ptr(), page_means.data_ptr(), sketches.data_ptr(), page_table.data_ptr(),
-            seq_lens.data_ptr(), scores.data_ptr(), page_table.stride(0), scores.stride(0), columns, int(residual),
-            longer_than, span, triton.cdiv(width, span * WARPS), int(leads),
-        ],
-        rows,
-        torch.cuda.current_stream().cuda_stream,
-    )  # fmt: skip
+    call = Scan(
+        queries=queries,
+        gates=gates,
+        means=page_means,
+        sketches=sketches,
+        pages=page_table,
+        lens=seq_lens,
+        scores=scores,
+        pitch=page_table.stride(0),
+        room=scores.stride(0),
+        columns=columns,
+        residual=int(residual),
+        candidates=longer_than,
+        span=span,
+        blocks=triton.cdiv(width, span * WARPS),
+        leads=int(leads),
+    )
+    module.scan(bytes(call), rows, torch.cuda.current_stream().cuda_stream)
 
 
 def list_candidates(scores: torch.Tensor, seq_lens: torch.Tensor, *, positions: torch.Tensor) -> None:
@@ -78,11 +88,11 @@ def list_candidates(scores: torch.Tensor, seq_lens: torch.Tensor, *, positions: 
         return
     rows, candidates = positions.shape
     if rows:
-        build("sm90/sketch_candidates.cu").candidates(
-            [scores.data_ptr(), seq_lens.data_ptr(), positions.data_ptr(), scores.stride(0), candidates],
-            rows,
-            torch.cuda.current_stream().cuda_stream,
+        call = Candidates(
+            scores=scores, lens=seq_lens, positions=positions, room=scores.stride(0), candidates=candidates
         )
+        stream = torch.cuda.current_stream().cuda_stream
+        build("sm90/sketch_candidates.cu").candidates(bytes(call), rows, stream)
 
 
 def score_keys(scores: torch.Tensor) -> torch.Tensor:

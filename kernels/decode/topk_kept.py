@@ -7,6 +7,7 @@ import torch
 from sglang_misa.kernels.build import build
 from sglang_misa.kernels.decode.keep_blocks import KeptPages
 from sglang_misa.kernels.layout import PAGE
+from sglang_misa.kernels.structs import Kept, Listed, Scored
 
 MAX_ROW = 32768  # scores of a row: a thread block holds them in registers
 LOWEST = torch.finfo(torch.float32).min
@@ -39,17 +40,10 @@ def topk_kept(
     rows, room = logits.shape
     if rows == 0:
         return
-    build("sm90/topk_kept.cu").topk_kept(
-        [
-            *_addresses(logits, kept.lens, kept.pages, kept.blocks),
-            room,
-            block_size,
-            *_addresses(out, positions),
-            out.shape[1],
-        ],
-        rows,
-        torch.cuda.current_stream().cuda_stream,
-    )
+    scored = Scored(scores=logits, lens=kept.lens, slots=out, positions=positions, k=out.shape[1])
+    tokens = Kept(pages=kept.pages, blocks=kept.blocks, room=room, block=block_size)
+    stream = torch.cuda.current_stream().cuda_stream
+    build("sm90/topk_kept.cu").topk_kept(bytes(scored), bytes(tokens), rows, stream)
 
 
 def topk_listed(
@@ -73,21 +67,10 @@ def topk_listed(
     rows, room = logits.shape
     if rows == 0:
         return
-    build("sm90/topk_kept.cu").topk_listed(
-        [
-            *_addresses(logits, seq_lens, listed, page_table),
-            page_table.stride(0),
-            room,
-            *_addresses(out, positions),
-            out.shape[1],
-        ],
-        rows,
-        torch.cuda.current_stream().cuda_stream,
-    )
-
-
-def _addresses(*tensors: torch.Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    scored = Scored(scores=logits, lens=seq_lens, slots=out, positions=positions, k=out.shape[1])
+    tokens = Listed(positions=listed, table=page_table, pitch=page_table.stride(0), room=room)
+    stream = torch.cuda.current_stream().cuda_stream
+    build("sm90/topk_kept.cu").topk_listed(bytes(scored), bytes(tokens), rows, stream)
 
 
 def _best_on_cpu(logits: torch.Tensor, k: int) -> torch.Tensor:

@@ -30,6 +30,7 @@ from sglang_misa.kernels.build import build
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS
 from sglang_misa.kernels.prefill.residual import Residual
+from sglang_misa.kernels.structs import Route
 
 Router = Literal["mean", "peak", "signed", "weight"]
 ROUTERS: tuple[Router, ...] = ("mean", "peak", "signed", "weight")  # in the order of route.cu's enumeration
@@ -197,25 +198,26 @@ def route(
     gates = torch.empty_like(head_gates) if residual else None
     if rows:
         requests, max_blocks, _ = block_means.shape
-        build("sm90/route.cu", MISA_INDEX_HEADS=index_heads).route(
-            index_q.data_ptr(),
-            head_gates.data_ptr(),
-            block_means.data_ptr(),
-            row_batch.data_ptr(),
-            row_len.data_ptr(),
-            head_ids.data_ptr(),
-            0 if gates is None else gates.data_ptr(),
-            0 if others is None else others.query.data_ptr(),
-            0 if others is None else others.scale.data_ptr(),
-            rows,
-            requests,
-            max_blocks,
-            block_size,
-            heads,
+        call = Route(
+            index_q=index_q,
+            head_gates=head_gates,
+            block_means=block_means,
+            row_batch=row_batch,
+            row_len=row_len,
+            head_ids=head_ids,
+            residual_gates=gates,
+            residual_query=others and others.query,
+            residual_scale=others and others.scale,
+            rows=rows,
+            requests=requests,
+            max_blocks=max_blocks,
+            block_size=block_size,
+            heads=heads,
             # all heads are chosen whatever their statistic
-            ROUTERS.index("weight" if heads == index_heads else router),
-            torch.cuda.current_stream(index_q.device).cuda_stream,
+            router=ROUTERS.index("weight" if heads == index_heads else router),
         )
+        stream = torch.cuda.current_stream(index_q.device).cuda_stream
+        build("sm90/route.cu", MISA_INDEX_HEADS=index_heads).route(bytes(call), stream)
     return head_ids if others is None else (head_ids, others)
 
 

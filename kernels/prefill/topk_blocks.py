@@ -7,6 +7,7 @@ import torch
 from sglang_misa.kernels.build import Target, build
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE
+from sglang_misa.kernels.structs import BlockChoice, Inputs, ResidualColumn
 
 MAX_KEPT = 49152  # tokens of (blocks + 1) · block_size, and k / 2: what one thread block's shared memory lists
 
@@ -60,16 +61,21 @@ def topk_blocks(
     target = Target(out, page_table, row_batch, offsets)
     target.check(rows, k)
     if rows > 0:
-        tensors = (index_q, head_gates, index_k, k_scale, ks, ke)
-        build("sm90/topk_blocks.cu", MISA_INDEX_HEADS=heads).topk(
-            [*(tensor.data_ptr() for tensor in tensors), index_k.shape[0]],
-            target.arguments(),
-            rows,
-            block_scores.data_ptr(),
-            block_scores.shape[1],
-            block_size,
-            blocks,
-            kept,
-            torch.cuda.current_stream(index_q.device).cuda_stream,
+        inputs = Inputs(
+            index_q=index_q,
+            head_gates=head_gates,
+            head_ids=None,
+            index_k=index_k,
+            k_scale=k_scale,
+            ks=ks,
+            ke=ke,
+            residual=ResidualColumn(query=None, scale=None),
+            rows=rows,
+            index_heads=heads,
+            keys=index_k.shape[0],
         )
+        choice = BlockChoice(scores=block_scores, pitch=block_scores.shape[1], size=block_size, kept=blocks, room=kept)
+        stream = torch.cuda.current_stream(index_q.device).cuda_stream
+        module = build("sm90/topk_blocks.cu", MISA_INDEX_HEADS=heads)
+        module.topk(bytes(inputs), bytes(target.struct()), bytes(choice), stream)
     return out

@@ -26,8 +26,18 @@ import torch
 
 from sglang_misa.kernels.build import Target, build
 from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, ROUTED_HEADS
-from sglang_misa.kernels.prefill import topk_routed as sr
+from sglang_misa.kernels.prefill.plan import (
+    SAMPLED_AT_MOST,
+    SCRATCH_BYTES,
+    SIGMAS,
+    THRESHOLD_BYTES,
+    aligned,
+    block_rows,
+    division_bytes,
+)
 from sglang_misa.kernels.prefill.residual import Residual
+from sglang_misa.kernels.prefill.workspace import Call, Problem, multiprocessors
+from sglang_misa.kernels.structs import RerankedPlan, Sample
 
 CANDIDATES = 16384  # C at most
 KEYS = 1 << 22  # of a call at most: 64 segments
@@ -75,9 +85,7 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=256)
-def plan(
-    rows: int, keys: int, candidates: int, block_rows: int, multiprocessors: int, budget: int = sr.SCRATCH_BYTES
-) -> Plan:
+def plan(rows: int, keys: int, candidates: int, rows_each: int, processors: int, budget: int = SCRATCH_BYTES) -> Plan:
     """Choose the sample so that two blocks a multiprocessor can list what passes.
 
     Scratch of a pass = rows · max(keys / 8, 4 · keys / stride) + 20 · rows bytes and the sampled keys, in as few passes
@@ -87,28 +95,28 @@ def plan(
     least, most = STRIDES
     wanted = min(max(keys // SAMPLE, least), most)
     fits = [n for n in range(least, wanted + 1) if _most_hits(candidates, n) <= listable(2)]
-    stride = max(max(fits, default=most), math.ceil(keys / sr.SAMPLED_AT_MOST))
+    stride = max(max(fits, default=most), math.ceil(keys / SAMPLED_AT_MOST))
     room = listable(2) if _most_hits(candidates, stride) <= listable(2) else listable(1)
     rank = _rank(candidates, stride)
-    sampled = sr.aligned(keys / stride + 1, 4)
+    sampled = aligned(keys / stride + 1, 4)
     sample_keys = math.ceil(keys / stride)
     row_bytes = max(math.ceil(keys / MARKED_KEYS) * MARK_BYTES // 4, 4 * sampled)
-    blocks = math.ceil(rows / block_rows)
-    row_fixed = sr.THRESHOLD_BYTES + 8
-    fixed = 4096 + sr.division_bytes(0, multiprocessors) + (HEAD_DIM + 4) * sample_keys
-    block_bytes = block_rows * (row_bytes + row_fixed) + 4
+    blocks = math.ceil(rows / rows_each)
+    row_fixed = THRESHOLD_BYTES + 8
+    fixed = 4096 + division_bytes(0, processors) + (HEAD_DIM + 4) * sample_keys
+    block_bytes = rows_each * (row_bytes + row_fixed) + 4
     fitting = (budget - fixed) // block_bytes
     if fitting < 1:
         raise ValueError(
             f"scratch budget: expected at least {block_bytes + fixed} bytes for {keys} keys, got {budget}; raise it"
         )
     pass_blocks = math.ceil(blocks / math.ceil(blocks / fitting))
-    rows = pass_blocks * block_rows
-    spans = sr.aligned(sr.THRESHOLD_BYTES * rows)
-    division = spans + sr.aligned(8 * rows)
-    sample = division + sr.division_bytes(pass_blocks, multiprocessors)
-    scale = sample + sr.aligned(HEAD_DIM * sample_keys)
-    marks = scale + sr.aligned(4 * sample_keys)
+    rows = pass_blocks * rows_each
+    spans = aligned(THRESHOLD_BYTES * rows)
+    division = spans + aligned(8 * rows)
+    sample = division + division_bytes(pass_blocks, processors)
+    scale = sample + aligned(HEAD_DIM * sample_keys)
+    marks = scale + aligned(4 * sample_keys)
     return Plan(
         rows=rows,
         stride=stride,
@@ -120,51 +128,53 @@ def plan(
         sample_offset=sample,
         scale_offset=scale,
         marks_offset=marks,
-        scores_offset=marks + sr.aligned(rows * row_bytes),
-        ld=sr.aligned(keys, 4),
+        scores_offset=marks + aligned(rows * row_bytes),
+        ld=aligned(keys, 4),
     )
 
 
 def _rank(candidates: int, stride: int) -> int:
     """The r of a 1/stride sample above whose r-th score lie at least C keys: r - z√r = C / stride."""
-    return math.ceil(((sr.SIGMAS + math.sqrt(sr.SIGMAS**2 + 4 * candidates / stride)) / 2) ** 2)
+    return math.ceil(((SIGMAS + math.sqrt(SIGMAS**2 + 4 * candidates / stride)) / 2) ** 2)
 
 
 def _most_hits(candidates: int, stride: int) -> float:
     """Keys above that score, hardly ever more."""
     rank = _rank(candidates, stride)
-    return (rank + sr.SIGMAS * math.sqrt(rank)) * stride
+    return (rank + SIGMAS * math.sqrt(rank)) * stride
 
 
-class Reranked(sr.Call):
+class Reranked(Call):
     """One `topk_reranked` call."""
 
-    def __init__(self, problem: sr.Problem, candidates: int, target: Target, budget: int = sr.SCRATCH_BYTES):
+    def __init__(self, problem: Problem, candidates: int, target: Target, budget: int = SCRATCH_BYTES):
         self.candidates = candidates
-        self.processors = sr.multiprocessors(problem.device)
-        self.plan = plan(
-            problem.rows, problem.keys, candidates, sr.block_rows(problem.columns), self.processors, budget
-        )
+        self.processors = multiprocessors(problem.device)
+        self.plan = plan(problem.rows, problem.keys, candidates, block_rows(problem.columns), self.processors, budget)
         super().__init__(problem, target, self.plan.rows, max(budget, self.plan.scores_offset + 4 * self.plan.ld))
 
     def module(self) -> Any:
         problem = self.problem
         return module(problem.columns, int(problem.head_gates.shape[1]), problem.residual is not None)
 
-    def division(self) -> list[int]:
+    def division(self) -> RerankedPlan:
         p = self.plan
-        at_once = self.at_once(p.scores_offset, p.ld)
-        numbers = (p.rows, self.processors, p.stride, p.rank, self.candidates, p.room, at_once, p.sampled, p.ld)
-        offsets = (
-            0,
-            p.spans_offset,
-            p.division_offset,
-            p.sample_offset,
-            p.scale_offset,
-            p.marks_offset,
-            p.scores_offset,
+        return RerankedPlan(
+            rows=p.rows,
+            workers=self.processors,
+            rank=p.rank,
+            candidates=self.candidates,
+            room=p.room,
+            sampled=p.sampled,
+            ld=p.ld,
+            failed=self.failed(p.scores_offset, p.ld),
+            sample=Sample(keys=self.part(p.sample_offset), scale=self.part(p.scale_offset), stride=p.stride),
+            thresholds=self.part(0),
+            spans=self.part(p.spans_offset),
+            division=self.part(p.division_offset),
+            marks=self.part(p.marks_offset),
+            scores=self.part(p.scores_offset),
         )
-        return [*numbers, *self.parts(*offsets)]
 
 
 def topk_reranked(
@@ -183,7 +193,7 @@ def topk_reranked(
     page_table: torch.Tensor | None = None,
     row_batch: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
-    budget: int = sr.SCRATCH_BYTES,
+    budget: int = SCRATCH_BYTES,
 ) -> torch.Tensor:
     """Of each row's best C = `candidates` keys by its routed heads, the exact top k by all heads; int32 [T, k].
 
@@ -194,7 +204,7 @@ def topk_reranked(
     synchronises. Raises ValueError on shapes, dtypes, layout or limits.
     Mirrors SGLang's fp8_mqa_logits + topk_transform; MISA (2605.07363).
     """
-    problem = sr.Problem(index_q, head_gates, head_ids, index_k, k_scale, ks, ke, residual)
+    problem = Problem(index_q, head_gates, head_ids, index_k, k_scale, ks, ke, residual)
     if not k <= candidates <= CANDIDATES:
         raise ValueError(f"candidates: expected k={k} to {CANDIDATES}, got {candidates}; choose another C")
     if problem.keys > KEYS:

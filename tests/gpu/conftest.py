@@ -13,8 +13,8 @@ import torch
 from sglang_misa.bench.compile import side_by_side
 from sglang_misa.bench.inputs import FP8, pack_pages
 from sglang_misa.kernels.build import build
-from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE, PAGE_BYTES
-from sglang_misa.kernels.prefill import topk_reranked, topk_routed
+from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE, PAGE_BYTES, ROUTED_HEADS
+from sglang_misa.kernels.prefill import topk_reranked, topk_routed, workspace
 
 HERE = Path(__file__).parent
 
@@ -42,7 +42,7 @@ def compiled() -> None:
     """Every CUDA source in the shapes that the tests use, built side by side."""
     jobs: list[Callable[[], object]] = []
     for residual in (False, True):
-        jobs += [functools.partial(topk_routed.module, columns, residual) for columns in topk_routed.ROUTED_HEADS]
+        jobs += [functools.partial(topk_routed.module, columns, residual) for columns in ROUTED_HEADS]
         reranked = ((4, 64), (8, 64), (16, 64), (32, 64), (8, 32))
         jobs += [functools.partial(topk_reranked.module, *shape, residual) for shape in reranked]
     for source in ("sm90/topk_blocks.cu", "sm90/route.cu"):
@@ -64,5 +64,5 @@ def prefix() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(autouse=True)
 def _exact_and_poisoned(compiled: None, poisoned_empty: None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    for held in topk_routed._scratch.values():
+    for held in workspace._scratch.values():
         held.fill_(0xFF)  # NaN, and counts of -1

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from sglang_misa.bench import inputs
 from sglang_misa.kernels.build import Target
+from sglang_misa.kernels.prefill import plan as plans
 from sglang_misa.kernels.prefill import topk_routed as kernel
+from sglang_misa.kernels.prefill import workspace
 
 DEVICE, K = "cuda", 2048
 CHUNK = 512  # rows that are compared at once
@@ -176,7 +178,7 @@ def test_full_size() -> None:
 
 def counted(run: kernel.Ragged, rows: int) -> Tensor:
     """Hits [rows, runs, buffers] of the last pass, whose rows these are; -1 where a buffer overflowed."""
-    plan, base, block = run.plan, run.lists, kernel.block_rows(run.problem.columns)
+    plan, base, block = run.plan, run.lists, plans.block_rows(run.problem.columns)
 
     def words(offset: int, count: int) -> Tensor:
         return run.scratch[base + offset :][: 4 * count].view(torch.int32)
@@ -198,7 +200,7 @@ def counted(run: kernel.Ragged, rows: int) -> Tensor:
 def test_each_stage_does_its_part(rows: int, keys: int, seed: int) -> None:
     """The sample, the thresholds and the collected hits of one pass, against the kernel's own scores."""
     x = make(rows, keys, seed=seed)
-    run = kernel.Ragged(kernel.Problem(*x.tensors), Target(torch.empty(rows, K, dtype=torch.int32, device=DEVICE)))
+    run = kernel.Ragged(workspace.Problem(*x.tensors), Target(torch.empty(rows, K, dtype=torch.int32, device=DEVICE)))
     plan = run.plan
     assert rows <= plan.rows, "one pass"
 
@@ -207,7 +209,7 @@ def test_each_stage_does_its_part(rows: int, keys: int, seed: int) -> None:
 
     run.scratch.fill_(0xFF)
     plain = logits_of(x, slice(0, rows))
-    run.run(kernel.SAMPLE_STAGE)
+    run.run(workspace.SAMPLE_STAGE)
     count = -(-keys // plan.stride)
     scales = floats(plan.scale_offset, count)
     padded = torch.nn.functional.pad(x.k_scale, (0, count * plan.stride - keys), value=-1).view(count, -1)
@@ -218,8 +220,8 @@ def test_each_stage_does_its_part(rows: int, keys: int, seed: int) -> None:
     got = floats(plan.bulk_offset, rows * plan.sampled).view(rows, plan.sampled)[:, :count]
     assert ((got == want) | (want == -torch.inf)).all(), "sampled scores differ from the plain path"
 
-    run.run(kernel.THRESHOLD_STAGE)
-    words = floats(0, rows * kernel.THRESHOLD_BYTES // 4).view(rows, -1)  # above, tied, end
+    run.run(workspace.THRESHOLD_STAGE)
+    words = floats(0, rows * plans.THRESHOLD_BYTES // 4).view(rows, -1)  # above, tied, end
     above, tied, end = words[:, :1], words[:, 1:2], words[:, 2:].contiguous().view(torch.int32)
 
     def passes(scores: Tensor, key: Tensor) -> Tensor:
@@ -228,7 +230,7 @@ def test_each_stage_does_its_part(rows: int, keys: int, seed: int) -> None:
     passed = passes(want, positions).sum(1)
     met = (passed >= plan.rank) & (passed <= plan.rank + plan.rank // 8)  # the rank is met within 1/8
     assert met.all(), f"expected {plan.rank}… of the sample to pass, got {passed.min().item()} to {passed.max().item()}"
-    run.run(kernel.COLLECT_STAGE)
+    run.run(workspace.COLLECT_STAGE)
     hits = passes(plain, torch.arange(keys, device=DEVICE)).sum(1)
     found = counted(run, rows).flatten(1)
     assert (found >= 0).all(), "a buffer overflowed"
@@ -241,6 +243,6 @@ REPEATING = [name for name in inputs.names() if re.match("period|mixed|distinct|
 @pytest.mark.parametrize("name", REPEATING)
 def test_no_period_and_no_ties_make_rows_slow(name: str) -> None:
     x = extend(inputs.make(f"hostile:{name}", 512, 65536, 64, seed=2), 8, seed=2)
-    before = kernel.slow_rows(x.ks.device).item()
+    before = workspace.slow_rows(x.ks.device).item()
     select(x)
-    assert kernel.slow_rows(x.ks.device).item() - before <= x.rows // 100
+    assert workspace.slow_rows(x.ks.device).item() - before <= x.rows // 100

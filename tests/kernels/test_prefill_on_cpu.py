@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from on_cpu import COMPILER, aligned, call, compiled, ints
 
+from sglang_misa.kernels.prefill import plan as plans
 from sglang_misa.kernels.prefill import topk_reranked as rerank
-from sglang_misa.kernels.prefill import topk_routed as sr
 
 TOPK = 96  # k in these tests
 THRESHOLD = np.dtype([("above", np.float32), ("tied", np.float32), ("end", np.int32)])
@@ -98,7 +98,7 @@ def test_workers_visit_every_tile_once(kernels, case, workers, runs, stride, div
     if divided:
         rows = (starts, ends, len(starts), keys)
         call(kernels.divide_rows, *rows, TOPK, table, workers, runs, hits, sigmas, rank, spare, room)
-    tiles = -(-keys // sr.TILE) * blocks + 1
+    tiles = -(-keys // plans.TILE) * blocks + 1
     visits, counts = ints(np.full((workers, tiles, 2), -1)), ints(np.zeros(workers))
     division = table if divided else None
     call(kernels.walk, starts, ends, len(starts), keys, stride, division, workers, tiles, visits, counts)
@@ -116,7 +116,7 @@ def test_workers_visit_every_tile_once(kernels, case, workers, runs, stride, div
         seen = [window for window in seen if window[1] > window[0]]
         low, high = min((w[0] for w in seen), default=0), max((w[1] for w in seen), default=0)
         taken = divided and high - low <= TOPK  # whole: nothing is to be found there
-        wanted = [] if taken else [*range(low // sr.TILE, -(-high // sr.TILE))]
+        wanted = [] if taken else [*range(low // plans.TILE, -(-high // plans.TILE))]
         mine = visited[:, 0] == block
         assert sorted(visited[mine, 1].tolist()) == wanted
         if divided:
@@ -133,7 +133,7 @@ def test_workers_visit_every_tile_once(kernels, case, workers, runs, stride, div
         for worker in range(workers):  # a buffer's entries follow from how much of which rows' keys the worker has
             expected = hits * sum(1 / of_block[block] for block, _ in visits[worker, : counts[worker]])
             wanted = expected + sigmas * math.sqrt(expected + expected**2 / rank) + spare
-            assert wanted - 1 <= held[worker + 1] - held[worker] <= wanted + sr.SECTOR
+            assert wanted - 1 <= held[worker + 1] - held[worker] <= wanted + plans.SECTOR
 
 
 @SETTINGS
@@ -329,19 +329,19 @@ class Case:
 @pytest.mark.parametrize("many", [False, True], ids=["few hits", "many hits"])
 @pytest.mark.parametrize("workers", [1, 3, 7])
 def test_scored_collected_and_selected_rows_have_the_exact_top_k(kernels, many, workers, monkeypatch):
-    monkeypatch.setattr(sr, "MANY", 0.0 if many else 1.0)
+    monkeypatch.setattr(plans, "MANY", 0.0 if many else 1.0)
     check_collected(kernels, Case(workers, all_heads=16), 8, workers, many)
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["few hits", "many hits"])
 def test_the_residual_is_one_more_column_without_relu(with_residual, many, monkeypatch):
     loaded, columns = with_residual
-    monkeypatch.setattr(sr, "MANY", 0.0 if many else 1.0)
+    monkeypatch.setattr(plans, "MANY", 0.0 if many else 1.0)
     check_collected(loaded, Case(columns, all_heads=32, columns=columns, residual=True), columns, 3, many)
 
 
 def test_a_nan_key_wins_no_place_by_the_residual(with_residual, monkeypatch):
-    monkeypatch.setattr(sr, "MANY", 1.0)
+    monkeypatch.setattr(plans, "MANY", 1.0)
     loaded, columns = with_residual
     case = Case(columns + 1, all_heads=32, columns=columns, residual=True)
     case.spoil(every=50)
@@ -349,9 +349,9 @@ def test_a_nan_key_wins_no_place_by_the_residual(with_residual, monkeypatch):
 
 
 def check_collected(kernels: ctypes.CDLL, case: Case, columns: int, workers: int, many: bool) -> None:
-    sr.plan.cache_clear()
-    plan = sr.plan(case.rows, case.keys, TOPK, columns, workers)
-    sr.plan.cache_clear()
+    plans.plan.cache_clear()
+    plan = plans.plan(case.rows, case.keys, TOPK, columns, workers)
+    plans.plan.cache_clear()
     assert plan.buffers == (16 if many else 32)
     block_rows = kernels.block_rows()
     failed, out = ints(np.full(case.rows + 1, -1)), ints(np.full((case.rows, TOPK), -7))
@@ -393,7 +393,7 @@ def test_reranked_rows_take_tied_candidates_in_order(reranking, distinct, nearly
 
 def check_reranked(loaded: ctypes.CDLL, case: Case, columns: int, candidates: int) -> None:
     workers = 3
-    block_rows = sr.block_rows(columns)
+    block_rows = plans.block_rows(columns)
     plan = rerank.plan(case.rows, case.keys, candidates, block_rows, workers)
     failed, out = ints(np.full(case.rows + 1, -1)), ints(np.full((case.rows, TOPK), -7))
     numbers = (plan.stride, plan.rank, candidates, TOPK, workers, plan.room)
@@ -403,7 +403,7 @@ def check_reranked(loaded: ctypes.CDLL, case: Case, columns: int, candidates: in
         aligned(np.full((case.rows, 2), 7), np.uint32),
         ints(np.full(plan.rows // block_rows + 2 * workers + 3, -7)),
         *scratch_of_sample(plan.rows, case.keys, plan.stride),
-        aligned(np.full((plan.rows // 4, -(-case.keys // sr.TILE) * 16), 0xFFFFFFFF), np.uint32),
+        aligned(np.full((plan.rows // 4, -(-case.keys // plans.TILE) * 16), 0xFFFFFFFF), np.uint32),
     )
     call(loaded.rerank_rows, *case.inputs, *case.windows, *numbers, *scratch, out, failed)
 

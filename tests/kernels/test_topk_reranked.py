@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_misa.kernels import layout
+from sglang_misa.kernels.prefill import plan as plans
 from sglang_misa.kernels.prefill import topk_reranked as rerank
-from sglang_misa.kernels.prefill import topk_routed as sr
 
 H100 = 132
 
@@ -16,21 +17,21 @@ H100 = 132
     rows=st.integers(1, 20000),
     keys=st.integers(1, rerank.KEYS),
     candidates=st.sampled_from([512, 2048, 8192, 12000, rerank.CANDIDATES]),
-    heads=st.sampled_from(sr.ROUTED_HEADS),
+    heads=st.sampled_from(layout.ROUTED_HEADS),
 )
 def test_plan_fits_its_budget_and_what_a_block_lists(rows: int, keys: int, candidates: int, heads: int) -> None:
-    block_rows = sr.block_rows(heads)
+    block_rows = plans.block_rows(heads)
     p = rerank.plan(rows, keys, candidates, block_rows, H100)
-    assert p.scores_offset <= sr.SCRATCH_BYTES
+    assert p.scores_offset <= plans.SCRATCH_BYTES
     assert p.rows % block_rows == 0
     # thresholds, spans, and then marks or sampled scores lie side by side
-    assert p.spans_offset >= sr.THRESHOLD_BYTES * p.rows
+    assert p.spans_offset >= plans.THRESHOLD_BYTES * p.rows
     assert p.division_offset - p.spans_offset >= 8 * p.rows
     bulk = p.scores_offset - p.marks_offset
     assert bulk >= p.rows // 4 * -(-keys // rerank.MARKED_KEYS) * rerank.MARK_BYTES
     assert bulk >= 4 * p.rows * p.sampled
     assert (p.sampled - 1) * p.stride >= keys
-    assert p.sampled <= sr.SAMPLED_AT_MOST + 4
+    assert p.sampled <= plans.SAMPLED_AT_MOST + 4
     assert candidates <= p.rank * p.stride <= p.room <= rerank.listable(1)
 
 
@@ -38,7 +39,7 @@ def test_plan_fits_its_budget_and_what_a_block_lists(rows: int, keys: int, candi
 @pytest.mark.parametrize("candidates", [2048, 8192, rerank.CANDIDATES])
 def test_marks_of_keys_in_random_order_are_enough_and_can_be_listed(candidates: int, keys: int) -> None:
     generator = torch.Generator().manual_seed(candidates)
-    p = rerank.plan(8192, keys, candidates, sr.block_rows(8), H100)
+    p = rerank.plan(8192, keys, candidates, plans.block_rows(8), H100)
     for _ in range(50):
         scores = torch.rand(keys, generator=generator)
         threshold = scores[p.stride // 2 :: p.stride].topk(p.rank).values[-1]
@@ -46,7 +47,7 @@ def test_marks_of_keys_in_random_order_are_enough_and_can_be_listed(candidates: 
 
 
 def test_two_blocks_share_a_multiprocessor_at_the_released_size() -> None:
-    assert rerank.plan(8192, 131072, 8192, sr.block_rows(8), H100).room == rerank.listable(2)
+    assert rerank.plan(8192, 131072, 8192, plans.block_rows(8), H100).room == rerank.listable(2)
 
 
 def test_refusals_say_what_was_expected() -> None:

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_misa.kernels.prefill import topk_routed as sr
+from sglang_misa.kernels import layout
+from sglang_misa.kernels.prefill import plan as plans
+from sglang_misa.kernels.prefill.workspace import Problem
 
 H100 = 132
 SWEEPS, TURN = 17, 8  # as in scorer.cuh and topk_routed.cu
@@ -19,17 +21,17 @@ SWEEPS, TURN = 17, 8  # as in scorer.cuh and topk_routed.cu
     rows=st.integers(1, 9000),
     keys=st.integers(1, 1 << 20),
     k=st.sampled_from([64, 512, 2048, 8192]),
-    heads=st.sampled_from(sr.ROUTED_HEADS),
-    budget=st.sampled_from([64 << 20, sr.SCRATCH_BYTES]),
+    heads=st.sampled_from(layout.ROUTED_HEADS),
+    budget=st.sampled_from([64 << 20, plans.SCRATCH_BYTES]),
 )
 def test_plan_fits_its_budget_and_holds_a_pass(rows, keys, k, heads, budget):
-    block_rows = sr.block_rows(heads)
-    p = sr.plan(rows, keys, k, heads, H100, budget)
+    block_rows = plans.block_rows(heads)
+    p = plans.plan(rows, keys, k, heads, H100, budget)
     assert p.bytes <= budget
     assert p.rows % block_rows == 0
     # thresholds, the division, counts, and then entries or sampled scores lie side by side
     row_blocks = p.rows // block_rows
-    assert p.division_offset >= sr.THRESHOLD_BYTES * p.rows
+    assert p.division_offset >= plans.THRESHOLD_BYTES * p.rows
     assert p.counts_offset - p.division_offset >= 4 * (row_blocks + 2 * p.workers + 3)
     assert p.sample_offset - p.counts_offset >= 8 * (p.rows + p.workers * block_rows) * p.buffers
     sample_keys = -(-keys // p.stride)
@@ -38,9 +40,9 @@ def test_plan_fits_its_budget_and_holds_a_pass(rows, keys, k, heads, budget):
     entries = block_rows * p.buffers * p.entries
     assert p.bulk_offset + max(8 * entries, 4 * p.rows * p.sampled) == p.bytes
     assert (p.sampled - 1) * p.stride >= keys
-    assert p.sampled <= sr.SAMPLED_AT_MOST + 4
-    assert 2 * p.buffers <= p.runs * p.buffers <= sr.COUNTS
-    assert p.entries % sr.SECTOR == 0
+    assert p.sampled <= plans.SAMPLED_AT_MOST + 4
+    assert 2 * p.buffers <= p.runs * p.buffers <= plans.COUNTS
+    assert p.entries % plans.SECTOR == 0
     assert entries < 2**32  # the scorer's offsets
 
 
@@ -55,8 +57,8 @@ def divide(tiles, plan):
         runs = [(b, low - before[b], high - low) for b, low, high in cuts if high > low]
         expected = hits * sum(count / tiles[b] for b, _, count in runs)
         spread = math.sqrt(expected + expected**2 / plan.rank)
-        room = int(expected + sr.BUFFER_SIGMAS[plan.buffers] * spread) + plan.spare + sr.SECTOR
-        yield runs, room // sr.SECTOR * sr.SECTOR
+        room = int(expected + plans.BUFFER_SIGMAS[plan.buffers] * spread) + plan.spare + plans.SECTOR
+        yield runs, room // plans.SECTOR * plans.SECTOR
 
 
 @settings(deadline=None, max_examples=60)
@@ -66,9 +68,9 @@ def divide(tiles, plan):
     heads=st.sampled_from([4, 8, 64]),
 )
 def test_division_of_any_lengths_covers_them_within_the_room(lengths, k, heads):
-    block_rows = sr.block_rows(heads)
-    p = sr.plan(len(lengths) * block_rows, max(lengths), k, heads, H100, budget=1 << 40)
-    tiles = [-(-length // sr.TILE) for length in lengths]
+    block_rows = plans.block_rows(heads)
+    p = plans.plan(len(lengths) * block_rows, max(lengths), k, heads, H100, budget=1 << 40)
+    tiles = [-(-length // plans.TILE) for length in lengths]
     done, runs_of, held = [0] * len(tiles), [0] * len(tiles), 0
     for runs, room in divide(tiles, p):
         held += room
@@ -81,16 +83,16 @@ def test_division_of_any_lengths_covers_them_within_the_room(lengths, k, heads):
 
 
 def test_no_thread_block_waits_for_a_last_wave_at_full_size():
-    p = sr.plan(8192, 32768, 2048, 8, H100)
-    rows = sr.block_rows(8)
-    tiles = [-(-(32768 - 8192 + (block + 1) * rows) // sr.TILE) for block in range(p.rows // rows)]
+    p = plans.plan(8192, 32768, 2048, 8, H100)
+    rows = plans.block_rows(8)
+    tiles = [-(-(32768 - 8192 + (block + 1) * rows) // plans.TILE) for block in range(p.rows // rows)]
     shares = [sum(count for _, _, count in runs) for runs, _ in divide(tiles, p)]
     assert sum(tiles) / H100 / max(shares) > 0.98
 
 
 def test_plan_refuses_a_budget_that_holds_no_block():
     with pytest.raises(ValueError, match="raise it"):
-        sr.plan(8192, 131072, 2048, 8, H100, budget=1 << 20)
+        plans.plan(8192, 131072, 2048, 8, H100, budget=1 << 20)
 
 
 @pytest.mark.parametrize("k", [512, 2048, 8192])
@@ -98,8 +100,8 @@ def test_thresholds_neither_starve_nor_overflow(k):
     """On scores in random order, hits above the sample's rank stay between k and the room, in every buffer too."""
     generator = torch.Generator().manual_seed(k)
     keys, blocks = 1 << 17, 24  # of the row blocks of a pass, each with one row that counts here
-    p = sr.plan(8192, keys, k, 8, H100)
-    tiles = keys // sr.TILE
+    p = plans.plan(8192, keys, k, 8, H100)
+    tiles = keys // plans.TILE
     visited = torch.cat([torch.arange(sweep, tiles, SWEEPS) for sweep in range(SWEEPS)])  # in this order
     sharing = 32 // p.buffers
     filled = [[] for _ in range(blocks)]
@@ -110,9 +112,9 @@ def test_thresholds_neither_starve_nor_overflow(k):
         assert k <= len(hits) <= p.room
         # warp and lane rows of the key in its product
         buffer = hits % 64 // 16 * (8 // sharing) + hits % 8 // sharing
-        of_tile = torch.zeros(tiles, p.buffers).index_put_((hits // sr.TILE, buffer), torch.ones(1), accumulate=True)
+        of_tile = torch.zeros(tiles, p.buffers).index_put_((hits // plans.TILE, buffer), torch.ones(1), accumulate=True)
         row += of_tile[visited]
-    for runs, room in divide([tiles] * (p.rows // sr.block_rows(8)), p):
+    for runs, room in divide([tiles] * (p.rows // plans.block_rows(8)), p):
         held = sum(
             torch.stack(filled[block][first : first + count]).sum(0) for block, first, count in runs if block < blocks
         )
@@ -131,7 +133,7 @@ def test_inputs_are_refused_with_what_was_expected():
         torch.zeros(rows, dtype=torch.int32),
     ]
     with pytest.raises(ValueError, match=r"index_q: expected .* on a GPU, got .* on cpu"):
-        sr.Problem(*tensors)
+        Problem(*tensors)
 
 
 def sampled_keys(keys: int, stride: int) -> np.ndarray:
@@ -140,7 +142,7 @@ def sampled_keys(keys: int, stride: int) -> np.ndarray:
     return first + np.random.default_rng(stride).integers(0, np.minimum(stride, keys - first))
 
 
-def is_slow(scores: np.ndarray, plan: sr.Plan, shares, k: int) -> bool:
+def is_slow(scores: np.ndarray, plan: plans.Plan, shares, k: int) -> bool:
     """Whether a row of these scores, of many such rows, fails: by its threshold, or by a private buffer of a worker."""
     keys = np.arange(len(scores))
     sample = sampled_keys(len(scores), plan.stride)
@@ -148,10 +150,10 @@ def is_slow(scores: np.ndarray, plan: sr.Plan, shares, k: int) -> bool:
     passed = np.flatnonzero((scores > scores[last]) | ((scores == scores[last]) & (keys <= last)))
     if not k <= len(passed) <= plan.room:
         return True
-    tiles, sharing = -(-len(scores) // sr.TILE), 32 // plan.buffers
+    tiles, sharing = -(-len(scores) // plans.TILE), 32 // plan.buffers
     visits = np.empty(tiles, int)
     visits[np.concatenate([np.arange(sweep, tiles, SWEEPS) for sweep in range(SWEEPS)])] = np.arange(tiles)
-    visit, lane = visits[passed // sr.TILE], (passed % 64 // 16 * 8 + passed % 8) // sharing
+    visit, lane = visits[passed // plans.TILE], (passed % 64 // 16 * 8 + passed % 8) // sharing
     for runs, room in shares:
         held = np.zeros(plan.buffers, int)
         for _, first, count in runs:
@@ -166,8 +168,8 @@ def is_slow(scores: np.ndarray, plan: sr.Plan, shares, k: int) -> bool:
 @pytest.mark.parametrize("length", [1 << 15, 1 << 16, 1 << 17])
 @pytest.mark.parametrize("noise", [0.2, 0.7], ids=["clear period", "faint period"])
 def test_no_period_of_the_keys_makes_rows_slow(length: int, noise: float) -> None:
-    plan = sr.plan(8192, length, 2048, 8, H100)
-    shares = list(divide([length // sr.TILE] * (plan.rows // sr.block_rows(8)), plan))[3:-1:11]
+    plan = plans.plan(8192, length, 2048, 8, H100)
+    shares = list(divide([length // plans.TILE] * (plan.rows // plans.block_rows(8)), plan))[3:-1:11]
     random = np.random.default_rng(7)
     periods = [*range(2, 66, 3), 24, 32, 48, 64, 96, 100, 127, 128, 192, 256, 384, 511, 512]
     slow = 0
@@ -180,8 +182,8 @@ def test_no_period_of_the_keys_makes_rows_slow(length: int, noise: float) -> Non
 @pytest.mark.parametrize("length", [1 << 15, 1 << 17])
 @pytest.mark.parametrize("values", [1, 2, 64, 1000])
 def test_ties_make_no_rows_slow(length: int, values: int) -> None:
-    plan = sr.plan(8192, length, 2048, 8, H100)
-    shares = list(divide([length // sr.TILE] * (plan.rows // sr.block_rows(8)), plan))[3:-1:11]
+    plan = plans.plan(8192, length, 2048, 8, H100)
+    shares = list(divide([length // plans.TILE] * (plan.rows // plans.block_rows(8)), plan))[3:-1:11]
     random = np.random.default_rng(values)
     rows = {
         "in any order": random.integers(0, values, length),

@@ -2,9 +2,7 @@
 //
 // In all of them lane 4·r + c holds d[0], d[1] of row r and d[2], d[3] of row r + 8, at columns 2·c and 2·c + 1.
 #pragma once
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "ptx.cuh"
 
 namespace sm90 {
 
@@ -60,9 +58,5 @@ __device__ __forceinline__ uint4 load_once(const void* global) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(global));
   return v;
 }
-
-// Programmatic dependent launch: what the launch before this one wrote may be read, and the launch behind it may begin.
-__device__ __forceinline__ void launch_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void launch_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 }  // namespace sm90

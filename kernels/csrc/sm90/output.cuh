@@ -34,9 +34,4 @@ struct Output {
   }
 };
 
-inline Output output_of(Numbers output) {
-  const auto ints = [&](int i) { return pointer<int32_t>(output[i]); };
-  return {ints(0), int(output[1]), ints(2), ints(3), output[4], ints(5)};
-}
-
 }  // namespace misa

@@ -324,4 +324,8 @@ __device__ __forceinline__ void mma_registers_add(float (&d)[16], uint32_t a0, u
              "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
 
+// Programmatic dependent launch: what the launch before this one wrote may be read, and the launch behind it may begin.
+__device__ __forceinline__ void launch_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void launch_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 }  // namespace sm90

@@ -3,10 +3,10 @@
 // Keys are gathered straight into the registers that the tensor cores read them from. The order in which a product sums its
 // 128 dimensions is free, so a thread takes 16 contiguous bytes of each half of a key, and the queries are laid out to match.
 #pragma once
+#include "inputs.cuh"
 #include "output.cuh"
-#include "select.cuh"
 #include "ptx.cuh"
-#include "residual.cuh"
+#include "select.cuh"
 
 namespace misa {
 
@@ -29,7 +29,7 @@ struct Keys {
   const int32_t* ends;      // [T]
   int keys;
   uint32_t nought;          // 0, which the compiler must not know (see Rescorer::take)
-  Residual residual;        // if the routed columns have one
+  ResidualColumn residual;  // if the routed columns have one
 
   __device__ int start(int t) const { return max(starts[t], 0); }
   __device__ int length(int t) const { return max(min(ends[t], keys) - start(t), 0); }
@@ -287,6 +287,12 @@ __device__ __forceinline__ void write_top(Ranks::Smem& s, const Output& output, 
   const OutputRow row = output.row(t);
   const int start = in.start(t);
   for (int place = threadIdx.x; place < output.k; place += RANKERS) row.out[place] = row.place(at.find(chosen[place]) - start);
+}
+
+// ---- host -----------------------------------------------------------------------------------------------------------
+
+inline Keys keys_of(const Inputs& in) {
+  return {in.index_q, in.head_gates, in.head_ids, in.index_k, in.k_scale, in.ks, in.ke, in.keys, 0, in.residual};
 }
 
 }  // namespace misa

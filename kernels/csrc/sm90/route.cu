@@ -378,45 +378,53 @@ __global__ void __launch_bounds__(ROW_THREADS) weight_kernel(const __grid_consta
   settle(task, t, key, gate, share);
 }
 
+struct Route {
+  const uint8_t* index_q;     // [rows, HEADS, DIM] e4m3
+  const float* head_gates;    // [rows, HEADS]
+  const void* block_means;    // [requests, max_blocks, DIM] bf16
+  const int32_t* row_batch;   // [rows]
+  const int32_t* row_len;     // [rows]
+  int32_t* head_ids;          // [rows, heads]
+  float* residual_gates;      // [rows, HEADS] where a residual is wanted, or null
+  uint32_t* residual_query;   // [rows, DIM] e4m3
+  float* residual_scale;      // [rows]
+  int rows, requests, max_blocks, block_size, heads, router;
+};
+
 // ---- host -----------------------------------------------------------------------------------------------------------
 
 template <class Fold>
-void launch_route(Task task, int64_t q, int64_t pooled, int64_t requests, cudaStream_t stream) {
+void launch_route(Task task, const Route& in, cudaStream_t stream) {
   const int blocks = multiprocessors(), units = (task.rows + QUERIES - 1) / QUERIES;
   const int rounds = (units + blocks * UNITS - 1) / (blocks * UNITS);
   task.share = (units + blocks * rounds - 1) / (blocks * rounds) * QUERIES;
   const int shares = (task.rows + task.share - 1) / task.share;
-  const CUtensorMap q_map = tensor_map(q, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, int64_t(task.rows) * HEADS, LINES);
-  const CUtensorMap k_map = tensor_map(pooled, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, requests * task.max_blocks, TILE);
+  const CUtensorMap q_map = tensor_map(in.index_q, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, int64_t(task.rows) * HEADS, LINES);
+  const CUtensorMap k_map = tensor_map(in.block_means, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, int64_t(in.requests) * in.max_blocks, TILE);
   const auto kernel = route_kernel<Fold>;
   allow_shared(kernel, sizeof(Smem<Fold>));
   kernel<<<std::min(shares, blocks), THREADS, sizeof(Smem<Fold>), stream>>>(task, q_map, k_map);
   check(cudaGetLastError(), "route_kernel");
 }
 
-// Addresses on the device; q [rows, HEADS, DIM] e4m3, gates [rows, HEADS], pooled [requests, max_blocks, DIM] bf16. The residual's
-// gates [rows, HEADS], query [rows, DIM] e4m3 and scale [rows] are written unless their addresses are 0.
-void route(int64_t q, int64_t gates, int64_t pooled, int64_t row_batch, int64_t row_len, int64_t head_ids, int64_t residual_gates,
-           int64_t residual_query, int64_t residual_scale, int64_t rows, int64_t requests, int64_t max_blocks, int64_t block_size,
-           int64_t heads, int64_t router, int64_t stream_address) {
-  const auto stream = pointer<CUstream_st>(stream_address);
-  const Task task{pointer<float>(gates), pointer<int32_t>(row_batch), pointer<int32_t>(row_len), pointer<int32_t>(head_ids),
-                  pointer<float>(residual_gates), int(rows), 0, int(max_blocks), int(block_size), int(heads), int(router)};
-  const int row_blocks = int((rows * 32 + ROW_THREADS - 1) / ROW_THREADS);
-  const bool residual = residual_gates != 0;
-  if (max_blocks == 0 || (router == WEIGHT && !residual)) {
+void route(Bytes call, int64_t stream_address) {
+  const auto in = unpack<Route>(call);
+  const cudaStream_t stream = stream_at(stream_address);
+  const Task task{in.head_gates, in.row_batch, in.row_len, in.head_ids, in.residual_gates, in.rows, 0, in.max_blocks, in.block_size, in.heads, in.router};
+  const int row_blocks = (in.rows * 32 + ROW_THREADS - 1) / ROW_THREADS;
+  const bool residual = in.residual_gates;
+  if (in.max_blocks == 0 || (in.router == WEIGHT && !residual)) {
     weight_kernel<<<row_blocks, ROW_THREADS, 0, stream>>>(task);
     check(cudaGetLastError(), "weight_kernel");
-  } else if (router == PEAK) {
-    if (residual) launch_route<Folded<true, true>>(task, q, pooled, requests, stream);
-    else launch_route<Folded<true, false>>(task, q, pooled, requests, stream);
+  } else if (in.router == PEAK) {
+    if (residual) launch_route<Folded<true, true>>(task, in, stream);
+    else launch_route<Folded<true, false>>(task, in, stream);
   } else {
-    if (residual) launch_route<Folded<false, true>>(task, q, pooled, requests, stream);
-    else launch_route<Folded<false, false>>(task, q, pooled, requests, stream);
+    if (residual) launch_route<Folded<false, true>>(task, in, stream);
+    else launch_route<Folded<false, false>>(task, in, stream);
   }
   if (!residual) return;
-  residual_kernel<<<row_blocks, ROW_THREADS, 0, stream>>>(pointer<uint8_t>(q), task.residual_gates, int(rows),
-                                                          pointer<uint32_t>(residual_query), pointer<float>(residual_scale));
+  residual_kernel<<<row_blocks, ROW_THREADS, 0, stream>>>(in.index_q, in.residual_gates, in.rows, in.residual_query, in.residual_scale);
   check(cudaGetLastError(), "residual_kernel");
 }
 

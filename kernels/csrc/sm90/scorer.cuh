@@ -13,9 +13,9 @@
 #include <climits>
 #include <cstddef>
 
+#include "inputs.cuh"
 #include "output.cuh"
 #include "ptx.cuh"
-#include "residual.cuh"
 
 #ifndef MISA_HEADS
 #define MISA_HEADS 8  // columns a query: its routed heads and a residual, together 4, 8, 16, 32 or 64
@@ -52,7 +52,7 @@ struct Task {
   const int32_t* ends;      // [T]
   const int32_t* row_list;  // or null
   const int32_t* division;  // a Division, or null: all row blocks alike
-  Residual residual;        // if MISA_RESIDUAL
+  ResidualColumn residual;  // if MISA_RESIDUAL
   int first, rows, all_heads, keys, stride;
 
   __host__ __device__ int scored() const { return (keys + stride - 1) / stride; }
@@ -403,25 +403,13 @@ __global__ void __launch_bounds__(THREADS, 1)
 // ---- host -----------------------------------------------------------------------------------------------------------
 
 inline CUtensorMap key_map(const void* k, int keys) {
-  return tensor_map(reinterpret_cast<int64_t>(k), CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, keys, TILE);
+  return tensor_map(k, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, keys, TILE);
 }
 
-// The inputs of a call: addresses of q, gates, head_ids, k, scale, starts, ends; then all_heads and keys; the residual's addresses.
-struct Inputs {
-  Task task{};
-  const uint8_t* k;
-  explicit Inputs(const Numbers& v) : k(pointer<uint8_t>(v[3])) {
-    task.q = pointer<uint8_t>(v[0]), task.gates = pointer<float>(v[1]), task.head_ids = pointer<int32_t>(v[2]);
-    task.scale = pointer<float>(v[4]), task.starts = pointer<int32_t>(v[5]), task.ends = pointer<int32_t>(v[6]);
-    task.all_heads = int(v[7]), task.keys = int(v[8]), task.stride = 1;
-    task.residual = {pointer<uint8_t>(v[9]), pointer<float>(v[10])};
-  }
-  Task rows(int first, int count) const {
-    Task part = task;
-    part.first = first, part.rows = count;
-    return part;
-  }
-};
+// Scores of rows [first, first + rows) of a call, by all its keys.
+inline Task task_of(const Inputs& in, int first, int rows) {
+  return {in.index_q, in.head_gates, in.head_ids, in.k_scale, in.ks, in.ke, nullptr, nullptr, in.residual, first, rows, in.index_heads, in.keys, 1};
+}
 
 // By `workers` thread blocks, for which its division was made if it has one. `k`: the scored keys.
 template <class Sink>

@@ -103,9 +103,8 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
 
 // ---- host
 
-void candidates(Numbers at, int64_t rows, int64_t stream) {
-  const Candidates in{pointer<const uint16_t>(at[0]), pointer<const int32_t>(at[1]), pointer<int32_t>(at[2]), at[3], int(at[4])};
-  launch_behind("candidates_kernel", candidates_kernel, int(rows), THREADS, pointer<CUstream_st>(stream), in);
+void candidates(Bytes call, int64_t rows, int64_t stream) {
+  launch_behind("candidates_kernel", candidates_kernel, int(rows), THREADS, stream_at(stream), unpack<Candidates>(call));
 }
 
 }  // namespace misa

@@ -194,12 +194,9 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
 
 // ---- host
 
-void scan(Numbers at, int64_t rows, int64_t stream) {
-  const Scan in{pointer<const uint8_t>(at[0]), pointer<const float>(at[1]),   pointer<const uint8_t>(at[2]), pointer<const uint8_t>(at[3]),
-                pointer<const int32_t>(at[4]), pointer<const int32_t>(at[5]), pointer<uint16_t>(at[6]),      at[7],
-                at[8],                         int(at[9]),                    int(at[10]),                   int(at[11]),
-                int(at[12]),                   int(at[13]),                   int(at[14])};
-  launch_behind("scan_kernel", scan_kernel, int(rows) * in.blocks, WARPS * 32, pointer<CUstream_st>(stream), in);
+void scan(Bytes call, int64_t rows, int64_t stream) {
+  const auto in = unpack<Scan>(call);
+  launch_behind("scan_kernel", scan_kernel, int(rows) * in.blocks, WARPS * 32, stream_at(stream), in);
 }
 
 }  // namespace misa

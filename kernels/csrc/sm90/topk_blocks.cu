@@ -11,12 +11,16 @@ namespace misa {
 
 constexpr int ALL_HEADS = MISA_INDEX_HEADS;
 
-struct Blocks {
-  Keys in;
-  Output output;
+struct BlockChoice {
   const float* scores;  // [T, pitch] of complete blocks
   int64_t pitch;
   int size, kept, room;  // tokens of a block, blocks to keep, tokens that can be listed
+};
+
+struct Blocks {
+  Keys in;
+  Output output;
+  BlockChoice choice;
 };
 
 // Listed tokens: the first key of each page of them. All pages are whole but the last.
@@ -42,8 +46,8 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __gr
   using Scorer = Rescorer<ALL_HEADS, 0>;
   RankSmem<ALL_HEADS>& s = *reinterpret_cast<RankSmem<ALL_HEADS>*>(raw);
   uint32_t* full = reinterpret_cast<uint32_t*>(raw + sizeof(s));
-  int* pages = reinterpret_cast<int*>(full + job.room);
-  uint16_t* chosen = reinterpret_cast<uint16_t*>(pages + (job.room + PAGE - 1) / PAGE);
+  int* pages = reinterpret_cast<int*>(full + job.choice.room);
+  uint16_t* chosen = reinterpret_cast<uint16_t*>(pages + (job.choice.room + PAGE - 1) / PAGE);
 
   const int t = blockIdx.x;
   if (take_all(job.in, job.output, t)) return;
@@ -52,10 +56,10 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __gr
   scorer.fetch(piece);
   scorer.order();
 
-  const int start = job.in.start(t), length = job.in.length(t), complete = length / job.size, kept = min(complete, job.kept);
-  const int each = job.size / PAGE, tail = length - complete * job.size, n = kept * job.size + tail;
+  const int start = job.in.start(t), length = job.in.length(t), complete = length / job.choice.size, kept = min(complete, job.choice.kept);
+  const int each = job.choice.size / PAGE, tail = length - complete * job.choice.size, n = kept * job.choice.size + tail;
   if (complete > kept) {
-    const float* scores = job.scores + t * job.pitch;
+    const float* scores = job.choice.scores + t * job.choice.pitch;
     // The first and the newest block stay in any case; NaN and -inf rank as the lowest number.
     constexpr uint32_t ALWAYS = ~0u - 1;
     const auto finite = [&](int b) { return fminf(fmaxf(__ldg(scores + b), -FLT_MAX), FLT_MAX); };
@@ -69,12 +73,12 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __gr
     if (kept > 2) cut.need -= 2, cut.inside -= 2;
     else cut.hi = ALWAYS;
     Ranks::top(s.select, cut, key, [](int b) { return b; }, complete, [&](int place, int b) {
-      for (int p = 0; p < each; ++p) pages[place * each + p] = start + b * job.size + p * PAGE;
+      for (int p = 0; p < each; ++p) pages[place * each + p] = start + b * job.choice.size + p * PAGE;
     });
   } else {
     for (int p = threadIdx.x; p < complete * each; p += RANKERS) pages[p] = start + p * PAGE;
   }
-  for (int p = threadIdx.x; p * PAGE < tail; p += RANKERS) pages[kept * each + p] = start + complete * job.size + p * PAGE;
+  for (int p = threadIdx.x; p * PAGE < tail; p += RANKERS) pages[kept * each + p] = start + complete * job.choice.size + p * PAGE;
   __syncthreads();
   scorer.stage(piece);
   __syncthreads();
@@ -88,16 +92,12 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __gr
 
 // ---- host -----------------------------------------------------------------------------------------------------------
 
-// `inputs`: addresses of q, gates, k, scale, starts, ends, and the number of keys. `scores` lie `pitch` apart.
-void topk(Numbers inputs, Numbers output, int64_t rows, int64_t scores, int64_t pitch, int64_t size, int64_t blocks,
-          int64_t room, int64_t stream) {
-  const Keys keys{pointer<uint8_t>(inputs[0]), pointer<float>(inputs[1]), nullptr, pointer<uint8_t>(inputs[2]), pointer<float>(inputs[3]),
-                  pointer<int32_t>(inputs[4]), pointer<int32_t>(inputs[5]), int(inputs[6]), 0};
-  const Output out = output_of(output);
-  const int bytes = blocks_bytes(int(room), out.k);
+void topk(Bytes inputs, Bytes output, Bytes choice, int64_t stream) {
+  const auto in = unpack<Inputs>(inputs);
+  const Blocks job{keys_of(in), unpack<Output>(output), unpack<BlockChoice>(choice)};
+  const int bytes = blocks_bytes(job.choice.room, job.output.k);
   allow_shared(blocks_kernel, bytes);
-  blocks_kernel<<<rows, RANKERS, bytes, pointer<CUstream_st>(stream)>>>(
-      Blocks{keys, out, pointer<float>(scores), pitch, int(size), int(blocks), int(room)});
+  blocks_kernel<<<in.rows, RANKERS, bytes, stream_at(stream)>>>(job);
   check(cudaGetLastError(), "blocks_kernel");
 }
 

@@ -6,6 +6,7 @@
 #include <cfloat>
 
 #include "launch.cuh"
+#include "ptx.cuh"
 #include "warp.cuh"
 
 namespace misa {
@@ -54,14 +55,17 @@ struct Listed {
   }
 };
 
-template <class Tokens>
-struct Rows {
+struct Scored {
   const float* scores;  // [R, room], 16-byte aligned rows
   const int32_t* lens;  // [R]
-  Tokens tokens;
   int32_t* slots;       // [R, k]
   int32_t* positions;   // [R, k] or null
   int k;
+};
+
+template <class Tokens>
+struct Rows : Scored {
+  Tokens tokens;
 };
 
 struct Smem {
@@ -129,7 +133,7 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Rows<Tokens> row
   int last_tie = 0;
   const auto in_row = [&](int g) { return 4 * (g * THREADS + 32 * warp) < n; };  // any token of this warp's group
   float x[4 * GROUPS];
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  sm90::launch_wait();
   if (n > row.k) {
     float least = INFINITY, most = -INFINITY;
 #pragma unroll
@@ -190,8 +194,7 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Rows<Tokens> row
       }
     };
     while (inside > CANDIDATES) {
-#pragma unroll
-      for (int i = 0; i < 4 * GROUPS; ++i) asm volatile("" : "+f"(x[i]));  // computed anew each round: kept, it spills
+      sm90::pin(x);  // bins are computed anew each round: kept, they spill
       __syncthreads();
       if (threadIdx.x == 0) s.lowest = ~0ull, s.highest = 0;
       __syncthreads();
@@ -263,28 +266,23 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Rows<Tokens> row
   }
 }
 
+// ---- host
+
 template <class Tokens, int GROUPS = 1>
 void launch(const Rows<Tokens>& row, int64_t rows, int64_t stream) {
   if (row.tokens.room > 4 * THREADS * GROUPS) {
     if constexpr (GROUPS < MAX_GROUPS) return launch<Tokens, GROUPS + 1>(row, rows, stream);
     TVM_FFI_THROW(ValueError) << "room: expected at most " << 4 * THREADS * MAX_GROUPS << " tokens, got " << row.tokens.room;
   }
-  launch_behind("topk_kernel", topk_kernel<Tokens, GROUPS>, int(rows), THREADS, pointer<CUstream_st>(stream), row);
+  launch_behind("topk_kernel", topk_kernel<Tokens, GROUPS>, int(rows), THREADS, stream_at(stream), row);
 }
 
-void topk_kept(Numbers at, int64_t rows, int64_t stream) {
-  const Kept tokens{pointer<const int32_t>(at[2]), pointer<const int32_t>(at[3]), int(at[4]), int(at[5])};
-  launch(Rows<Kept>{pointer<const float>(at[0]), pointer<const int32_t>(at[1]), tokens, pointer<int32_t>(at[6]), pointer<int32_t>(at[7]), int(at[8])},
-         rows, stream);
-}
-
-void topk_listed(Numbers at, int64_t rows, int64_t stream) {
-  const Listed tokens{pointer<const int32_t>(at[2]), pointer<const int32_t>(at[3]), at[4], int(at[5])};
-  launch(Rows<Listed>{pointer<const float>(at[0]), pointer<const int32_t>(at[1]), tokens, pointer<int32_t>(at[6]), pointer<int32_t>(at[7]), int(at[8])},
-         rows, stream);
+template <class Tokens>
+void topk(Bytes scored, Bytes tokens, int64_t rows, int64_t stream) {
+  launch(Rows<Tokens>{unpack<Scored>(scored), unpack<Tokens>(tokens)}, rows, stream);
 }
 
 }  // namespace misa
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk_kept, misa::topk_kept);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk_listed, misa::topk_listed);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk_kept, misa::topk<misa::Kept>);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk_listed, misa::topk<misa::Listed>);

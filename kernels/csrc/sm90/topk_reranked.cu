@@ -327,43 +327,40 @@ __global__ void __launch_bounds__(THREADS, 1)
   });
 }
 
+// Division of a call's work, as topk_reranked.py makes it, and where its scratch is.
+struct RerankedPlan {
+  int rows;             // of a pass
+  int workers;          // thread blocks that mark
+  int rank;             // of the threshold in the sample
+  int candidates;       // C
+  int room;             // keys that a thread block can list
+  int64_t sampled, ld;  // columns of the sampled scores, and of those of failed rows
+  Failed failed;
+  Sample sample;
+  Threshold* thresholds;
+  Span* spans;
+  int32_t* division;
+  void *marks, *scores;
+};
+
 // ---- host -----------------------------------------------------------------------------------------------------------
 
 enum Stage { SAMPLE = 1, THRESHOLD = 2, MARK = 4, RERANK = 8, REDO = 16 };
 
-// How a call's work is divided, and its scratch; as topk_reranked.py lays it out.
-struct Plan {
-  int rows, workers, rank, candidates, room;
-  int64_t sampled, ld;  // row strides of sampled scores and of those of failed rows
-  Failed failed;
-  Threshold* thresholds;
-  Span* spans;
-  int32_t* division;
-  Sample sample;
-  void *marks, *scores;
-  explicit Plan(const Numbers& v)
-      : rows(int(v[0])), workers(int(v[1])), rank(int(v[3])), candidates(int(v[4])), room(int(v[5])), sampled(v[7]), ld(v[8]),
-        failed{pointer<int32_t>(v[9]), pointer<int32_t>(v[10]), pointer<int64_t>(v[11]), int(v[6])}, thresholds(pointer<Threshold>(v[12])),
-        spans(pointer<Span>(v[13])), division(pointer<int32_t>(v[14])),
-        sample{pointer<uint8_t>(v[15]), pointer<float>(v[16]), int(v[2])}, marks(pointer<void>(v[17])), scores(pointer<void>(v[18])) {}
-};
-
-// The launches of all passes over `total` rows; `stages` chooses among them, for a bench.
-void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64_t stages, int64_t stream_address) {
-  const Inputs call(inputs);
-  const Plan plan(division);
+// The launches of all passes; `stages` chooses among them, for a bench.
+void topk(Bytes inputs, Bytes output, Bytes division, int64_t stages, int64_t stream_address) {
+  const auto in = unpack<Inputs>(inputs);
+  const auto out = unpack<Output>(output);
+  const auto plan = unpack<RerankedPlan>(division);
   const int processors = multiprocessors();
-  const auto stream = pointer<CUstream_st>(stream_address);
-  const Task& whole = call.task;
-  const Output out = output_of(output);
-  const Keys keys{whole.q, whole.gates, whole.head_ids, call.k, whole.scale, whole.starts, whole.ends, whole.keys, 0, whole.residual};
+  const cudaStream_t stream = stream_at(stream_address);
   const int bytes = FIXED_BYTES + plan.room * LISTED_BYTES;
   allow_shared(rerank_kernel, bytes);
-  if (stages & SAMPLE) launch_gather(whole, call.k, plan.sample, stream);
-  for (int first = 0; first < total; first += plan.rows) {
-    const int rows = std::min(plan.rows, int(total) - first);
-    const Task task = call.rows(first, rows);
-    const Marks marks{static_cast<uint32_t*>(plan.marks), first, rows, (whole.keys + TILE - 1) / TILE * (TILE / KEYS)};
+  if (stages & SAMPLE) launch_gather(task_of(in, 0, in.rows), in.index_k, plan.sample, stream);
+  for (int first = 0; first < in.rows; first += plan.rows) {
+    const int rows = std::min(plan.rows, in.rows - first);
+    const Task task = task_of(in, first, rows);
+    const Marks marks{static_cast<uint32_t*>(plan.marks), first, rows, (in.keys + TILE - 1) / TILE * (TILE / KEYS)};
     const Task sampling = plan.sample.of(task);
     const Logits sampled{static_cast<float*>(plan.marks), plan.sampled, true};
     if (stages & SAMPLE) launch_score(sampling, plan.sample.keys, sampled, processors, stream);
@@ -374,9 +371,9 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
     if (stages & MARK) {
       Task scan = task;
       scan.division = plan.division;
-      launch_score(scan, call.k, Mark{plan.thresholds, marks}, plan.workers, stream);
+      launch_score(scan, in.index_k, Mark{plan.thresholds, marks}, plan.workers, stream);
     }
-    Rerank job{keys, out, marks, plan.spans, nullptr, nullptr, plan.candidates, plan.room, plan.failed};
+    Rerank job{keys_of(in), out, marks, plan.spans, nullptr, nullptr, plan.candidates, plan.room, plan.failed};
     if (stages & RERANK) {
       rerank_kernel<<<rows, RANKERS, bytes, stream>>>(job);
       check(cudaGetLastError(), "rerank_kernel");
@@ -385,7 +382,7 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
       Task all = task;
       Marks to = marks;
       Logits scores{static_cast<float*>(plan.scores), plan.ld, true};
-      CUtensorMap map = key_map(call.k, whole.keys);
+      CUtensorMap map = key_map(in.index_k, in.keys);
       int candidates = plan.candidates;
       Failed failed = plan.failed;
       check(cudaMemsetAsync(failed.meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");

@@ -355,49 +355,50 @@ __global__ void __launch_bounds__(THREADS, 1)
   });
 }
 
-// ---- host -----------------------------------------------------------------------------------------------------------
-
-// Scores of rows [first, first + rows) into out [rows, ld], at the keys' columns.
-void logits(Numbers inputs, int64_t first, int64_t rows, int64_t out, int64_t ld, int64_t stream) {
-  const Inputs call(inputs);
-  const Logits logits{pointer<float>(out), ld, false};
-  launch_score(call.rows(int(first), int(rows)), call.k, logits, multiprocessors(), pointer<CUstream_st>(stream));
-}
-
-// Division of a call's work, as topk_routed.Plan: numbers, then addresses in scratch.
-struct Plan {
-  int rows, workers, runs, buffers, rank, spare, entries, room, sampled, ld;
+// Division of a call's work, as topk_routed.py makes it, and where its scratch is.
+struct RoutedPlan {
+  int rows;                // of a pass
+  int workers, runs;       // thread blocks that collect, and into how many runs a row block's tiles are cut at most
+  int buffers;             // of a row in a thread block
+  int rank;                // of the threshold in the sample
+  int spare, entries;      // of a buffer: beyond what is expected, and in all, summed over thread blocks
+  int room;                // entries of a row that can be selected from
+  int sampled, ld;         // columns of the sampled scores, and of those of failed rows
   Failed failed;
+  Sample sample;
   Threshold* thresholds;
   int32_t* division;
   int2* counts;
-  Sample sample;
-  char* bulk;  // sampled scores, then entries; at last the scores of `redo`
-  explicit Plan(const Numbers& v)
-      : rows(int(v[0])), workers(int(v[1])), runs(int(v[2])), buffers(int(v[3])), rank(int(v[5])), spare(int(v[6])), entries(int(v[7])),
-        room(int(v[8])), sampled(int(v[9])), ld(int(v[11])),
-        failed{pointer<int32_t>(v[12]), pointer<int32_t>(v[13]), pointer<int64_t>(v[14]), int(v[10])}, thresholds(pointer<Threshold>(v[15])),
-        division(pointer<int32_t>(v[16])), counts(pointer<int2>(v[17])),
-        sample{pointer<uint8_t>(v[18]), pointer<float>(v[19]), int(v[4])}, bulk(pointer<char>(v[20])) {}
+  void* bulk;              // sampled scores, then entries; at last the scores of failed rows
 };
+
+// ---- host -----------------------------------------------------------------------------------------------------------
+
+// Scores of rows [first, first + rows) into out [rows, ld] fp32, at the keys' columns.
+void logits(Bytes inputs, int64_t first, int64_t rows, int64_t out, int64_t ld, int64_t stream) {
+  const auto in = unpack<Inputs>(inputs);
+  const Logits logits{reinterpret_cast<float*>(out), ld, false};
+  launch_score(task_of(in, int(first), int(rows)), in.index_k, logits, multiprocessors(), stream_at(stream));
+}
 
 enum Stage { SAMPLE = 1, THRESHOLD = 2, COLLECT = 4, SELECT = 8, REDO = 16 };
 
 // All launches of one call; `stages` leaves some out.
-void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64_t stages, int64_t stream_address) {
-  const Inputs call(inputs);
-  const Plan plan(division);
-  const Output out = output_of(output);
+void topk(Bytes inputs, Bytes output, Bytes division, int64_t stages, int64_t stream_address) {
+  const auto in = unpack<Inputs>(inputs);
+  const auto out = unpack<Output>(output);
+  const auto plan = unpack<RoutedPlan>(division);
   const int processors = multiprocessors();
-  const auto stream = pointer<CUstream_st>(stream_address);
-  const Logits sampled{reinterpret_cast<float*>(plan.bulk), plan.sampled, true};
-  const HitBuffers hits{plan.thresholds, reinterpret_cast<uint2*>(plan.bulk), plan.counts, plan.buffers};
+  const cudaStream_t stream = stream_at(stream_address);
+  const Task whole = task_of(in, 0, in.rows);
+  const Logits sampled{static_cast<float*>(plan.bulk), plan.sampled, true};
+  const HitBuffers hits{plan.thresholds, static_cast<uint2*>(plan.bulk), plan.counts, plan.buffers};
   const bool few = plan.buffers == FewHits::BUFFERS;
   const float expected = float(plan.rank) * plan.sample.stride / plan.buffers, sigmas = few ? FewHits::SIGMAS : ManyHits::SIGMAS;
   const Divide next{plan.division, plan.workers, plan.runs, {expected, sigmas, float(plan.rank), plan.spare, plan.entries}};
-  if (stages & SAMPLE) launch_gather(call.task, call.k, plan.sample, stream);
-  for (int first = 0; first < total; first += plan.rows) {
-    Task task = call.rows(first, std::min(plan.rows, int(total) - first));
+  if (stages & SAMPLE) launch_gather(whole, in.index_k, plan.sample, stream);
+  for (int first = 0; first < in.rows; first += plan.rows) {
+    Task task = task_of(in, first, std::min(plan.rows, in.rows - first));
     const Task sampling = plan.sample.of(task);
     task.division = plan.division;
     if (stages & SAMPLE) launch_score(sampling, plan.sample.keys, sampled, processors, stream);
@@ -406,8 +407,8 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
       launch_threshold(sampling, sampled, plan.rank, out.k, plan.thresholds, nullptr, next, emptied, stream);
     }
     if (stages & COLLECT) {
-      if (few) launch_score(task, call.k, FewHits{hits}, plan.workers, stream);
-      else launch_score(task, call.k, ManyHits{hits}, plan.workers, stream);
+      if (few) launch_score(task, in.index_k, FewHits{hits}, plan.workers, stream);
+      else launch_score(task, in.index_k, ManyHits{hits}, plan.workers, stream);
     }
     if (stages & SELECT) {
       const int bytes = plan.room * 8;
@@ -418,10 +419,10 @@ void topk(Numbers inputs, Numbers output, Numbers division, int64_t total, int64
     }
   }
   if (stages & REDO) {
-    Task task = call.task;
+    Task task = whole;
     Output to = out;
-    Logits scores{reinterpret_cast<float*>(plan.bulk), plan.ld, true};
-    CUtensorMap map = key_map(call.k, task.keys);
+    Logits scores{static_cast<float*>(plan.bulk), plan.ld, true};
+    CUtensorMap map = key_map(in.index_k, in.keys);
     Failed failed = plan.failed;
     check(cudaMemsetAsync(failed.meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
     void* arguments[] = {&task, &scores, &map, &to, &failed};

@@ -33,7 +33,9 @@ struct float2 { float x, y; };
 struct uint2 { uint32_t x, y; };
 struct ushort2 { uint16_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Index { unsigned x; };
 inline Index threadIdx, blockIdx, blockDim, gridDim;
 
@@ -169,6 +171,7 @@ T __ldg(const T* p) { return *p; }
 template <class T>
 T __ldcg(const T* p) { return *p; }
 inline int __clz(uint32_t v) { return v ? __builtin_clz(v) : 32; }
+inline int __clzll(uint64_t v) { return v ? __builtin_clzll(v) : 64; }
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline int __ffs(uint32_t v) { return __builtin_ffs(v); }
 inline uint32_t __float_as_uint(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }

@@ -35,7 +35,5 @@ inline uint2 bf16_of_e4m3(uint32_t four) {
 }
 inline float max_or_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
 inline uint4 load_once(const void* global) { return *static_cast<const uint4*>(global); }
-inline void launch_wait() {}
-inline void launch_next() {}
 
 }  // namespace sm90

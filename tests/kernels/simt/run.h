@@ -7,7 +7,7 @@ alignas(1024) uint8_t raw[256 << 10];
 
 namespace {
 
-Task task_of(const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, const int32_t* division) {
+Task rows_of(const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, const int32_t* division) {
   Task task{};
   task.starts = starts, task.ends = ends, task.rows = rows, task.keys = keys, task.stride = stride, task.division = division;
   return task;

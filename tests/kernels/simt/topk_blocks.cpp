@@ -12,5 +12,5 @@ extern "C" bool select_rows(const uint8_t* q, const float* gates, const uint8_t*
                             int32_t* out, int topk, const int32_t* pages, const int32_t* row_batch, int64_t page_pitch) {
   const Keys all{q, gates, nullptr, k, scale, starts, ends, keys, 0};
   const Output output{out, topk, pages, row_batch, page_pitch, nullptr};
-  return simt::launch(rows, RANKERS, [&] { blocks_kernel({all, output, scores, pitch, size, kept, room}); });
+  return simt::launch(rows, RANKERS, [&] { blocks_kernel({all, output, {scores, pitch, size, kept, room}}); });
 }

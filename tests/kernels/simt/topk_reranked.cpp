@@ -12,7 +12,7 @@ bool rerank_rows(const uint8_t* q, const float* gates, int all_heads, const int3
                  const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, int rank, int candidates, int topk,
                  int workers, int room, float* sample, int64_t ld, uint32_t* spans, int32_t* table, Threshold* thresholds, uint8_t* sample_keys,
                  float* sample_scale, uint32_t* words, int32_t* out, int32_t* failed) {
-  Task task = task_of(starts, ends, rows, keys, 1, nullptr);
+  Task task = rows_of(starts, ends, rows, keys, 1, nullptr);
   task.q = q, task.gates = gates, task.head_ids = head_ids, task.scale = scale, task.all_heads = all_heads;
   task.residual = {query, weight};
   const Sample sampled{sample_keys, sample_scale, stride};

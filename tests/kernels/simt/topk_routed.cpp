@@ -21,14 +21,14 @@ void sampled_keys(int keys, int stride, int32_t* found) {
 
 bool divide_rows(const int32_t* starts, const int32_t* ends, int rows, int keys, int k, int32_t* table, int workers, int runs, float hits,
                  float sigmas, float rank, int spare, int room) {
-  const Task task = task_of(starts, ends, rows, keys, 1, nullptr);
+  const Task task = rows_of(starts, ends, rows, keys, 1, nullptr);
   return simt::launch(1, CUT_THREADS, [&] { divide(task, k, {table, workers, runs, {hits, sigmas, rank, spare, room}}); });
 }
 
 // visits [workers, most, 2] of (row block, tile), of which counts [workers] are filled.
 bool walk(const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, const int32_t* division, int workers, int most,
           int32_t* visits, int32_t* counts) {
-  const Task task = task_of(starts, ends, rows, keys, stride, division);
+  const Task task = rows_of(starts, ends, rows, keys, stride, division);
   return simt::launch(workers, simt::WARP, [&] {
     int count = 0;
     for (Items items(task); items.more();)
@@ -52,7 +52,7 @@ void workers_of(const int32_t* division, int row, int32_t* workers) {
 
 bool thresholds(const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, float* sample, int64_t ld, int rank, int k,
                 Threshold* found, uint32_t* spans, int32_t* table, int32_t* failed) {
-  const Task task = task_of(starts, ends, rows, keys, stride, nullptr);
+  const Task task = rows_of(starts, ends, rows, keys, stride, nullptr);
   return simt::launch(1 + rows, CUT_THREADS, [&] {
     threshold_kernel(task, {sample, ld, true}, rank, k, found, reinterpret_cast<Span*>(spans), {table, 4, 4, {}}, failed);
   });
@@ -61,7 +61,7 @@ bool thresholds(const int32_t* starts, const int32_t* ends, int rows, int keys, 
 bool select_rows(const int32_t* starts, const int32_t* ends, int rows, int keys, const int32_t* division,
                  const Threshold* thresholds, uint2* hits, int2* counts, int buffers, int32_t* out, int k, const int32_t* pages,
                  const int32_t* row_batch, int64_t pitch, const int32_t* offsets, int room, int32_t* failed) {
-  const Task task = task_of(starts, ends, rows, keys, 1, division);
+  const Task task = rows_of(starts, ends, rows, keys, 1, division);
   const HitBuffers held{thresholds, hits, counts, buffers};
   const Output output{out, k, pages, row_batch, pitch, offsets};
   const Failed list{failed};
@@ -79,7 +79,7 @@ bool topk_rows(const uint8_t* q, const float* gates, int all_heads, const int32_
                const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, int rank, int topk, int workers, int runs,
                int buffers, int spare, int room_of_all, int room, float* sample, int64_t ld, uint2* hits, int2* counts, int32_t* table,
                Threshold* thresholds, uint8_t* sample_keys, float* sample_scale, int32_t* out, int32_t* failed) {
-  Task task = task_of(starts, ends, rows, keys, 1, nullptr);
+  Task task = rows_of(starts, ends, rows, keys, 1, nullptr);
   task.q = q, task.gates = gates, task.head_ids = head_ids, task.scale = scale, task.all_heads = all_heads;
   task.residual = {query, weight};
   const Sample sampled{sample_keys, sample_scale, stride};

@@ -1,0 +1,43 @@
+"""What the host packs lies where the CUDA sources read it: both sides' structs, by a compiler."""
+
+import ctypes
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+import torch
+from on_cpu import COMPILER, device_sources
+
+from sglang_misa.kernels import structs
+
+STRUCTS = [kind for kind in vars(structs).values() if isinstance(kind, type) and issubclass(kind, structs.Struct)][1:]
+
+
+def assertions(kind: type[structs.Struct]) -> Iterator[str]:
+    name = f"misa::{kind.__name__}"
+    yield f"sizeof({name}) == {ctypes.sizeof(kind)}"
+    for field, _ in kind._fields_:
+        place = getattr(kind, field)
+        yield f"offsetof({name}, {field}) == {place.offset}"
+        yield f"sizeof({name}::{field}) == {place.size}"
+
+
+@COMPILER
+@pytest.mark.parametrize("source", sorted({source for kind in STRUCTS for source in kind.sources}))
+def test_fields_lie_where_the_kernels_read_them(source, tmp_path):
+    device_sources(tmp_path, source)
+    lines = [f"static_assert({a});" for kind in STRUCTS if source in kind.sources for a in assertions(kind)]
+    (tmp_path / "layout.cpp").write_text("\n".join([f'#include "{source}.cu"', *lines]))
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-w", f"-I{tmp_path}", str(tmp_path / "layout.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_field_is_given_by_name():
+    tensor = torch.zeros(3)
+    column = structs.ResidualColumn(query=tensor, scale=None)
+    assert (column.query, column.scale) == (tensor.data_ptr(), None)
+    with pytest.raises(TypeError, match=r"ResidualColumn: expected fields \['query', 'scale'\], got \['query'\]"):
+        structs.ResidualColumn(query=tensor)
+    with pytest.raises(TypeError, match="got"):
+        structs.ResidualColumn(query=tensor, scale=None, other=1)
