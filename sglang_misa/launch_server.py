@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_misa import admission, check, flags, key_mask, supervisor, versions
+from sglang_misa import admission, check, flags, key_mask, preflight, supervisor, versions
 from sglang_misa import config as misa
 from sglang_misa.admission import AdmissionError
 from sglang_misa.config import ConfigError, MisaConfig
@@ -83,7 +83,7 @@ def _check(chosen: MisaConfig | None, rest: Sequence[str], theirs: argparse.Name
     """Print what would run; returns REFUSED where something speaks against it."""
     would_run, problems = check.report(chosen, _model_config(theirs), theirs.device, rest)
     print(would_run)
-    problems = [*problems, *_environment_problems(os.environ)]
+    problems = [*problems, *_environment_problems(os.environ), *_cache_problems(chosen, theirs)]
     print("\n" + str(AdmissionError(problems)) if problems else "\nNothing speaks against it.")
     return REFUSED if problems else 0
 
@@ -166,6 +166,7 @@ def _launch_problems(chosen: MisaConfig | None, rest: Sequence[str], theirs: arg
     if chosen is None:
         return
     yield from _environment_problems(os.environ)
+    yield from _cache_problems(chosen, theirs)
     if theirs.device is None and not any(Path(device).exists() for device in GPU_DEVICES):
         yield "--device: expected a GPU, or cpu for demos and tests without one, got neither; add --device cpu"
     if model is None:
@@ -189,6 +190,12 @@ def _environment_problems(environ: Mapping[str, str]) -> Iterator[str]:
         )
 
 
+def _cache_problems(chosen: MisaConfig | None, theirs: argparse.Namespace) -> Iterator[str]:
+    """What speaks against compiling our kernels, where there would be any."""
+    if chosen is not None and chosen.backend != "torch" and theirs.device in (None, "cuda"):
+        yield from preflight.cache_problems(os.environ)
+
+
 def _cpu_problems() -> Iterator[str]:
     import torch
 
@@ -204,6 +211,7 @@ def _model_config(theirs: argparse.Namespace) -> Mapping[str, Any] | None:
     if theirs.model_path is None:
         return None
     folder = Path(theirs.model_path).expanduser()
+    ConfigError.raise_if(preflight.model_problems(folder))
     file = folder / "config.json"
     name = theirs.model_path.count("/") == 1 and not theirs.model_path.startswith((".", "/", "~"))
     if folder.is_file() or "://" in theirs.model_path or (name and not folder.exists()):

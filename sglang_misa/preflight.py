@@ -15,12 +15,12 @@ NEEDED = 1 << 30  # bytes of a cache: all kernels of one version take less than 
 
 
 def model_problems(folder: Path) -> Iterator[str]:
-    """Reasons why this user cannot read the model in `folder`; none where it is no folder."""
+    """Reasons why this user cannot read the model in `folder`; none where it is no folder, or holds none."""
     try:
-        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
-    except PermissionError:
+        files = [folder, *folder.glob("config.json"), *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
+    except PermissionError:  # of a folder above it
         files = [folder]
-    unreadable = [file for file in files if not os.access(file, os.R_OK)]
+    unreadable = [file for file in files if not os.access(file, os.R_OK | (os.X_OK if file == folder else 0))]
     if unreadable:
         dangling = [file for file in unreadable if os.path.islink(file)]
         advice = (
@@ -38,7 +38,7 @@ def cache_problems(environ: Mapping[str, str], needed: int = NEEDED) -> Iterator
     """Reasons not to compile kernels into, and load them from, the caches that `environ` names."""
     for variable, default in CACHES:
         folder = Path(environ.get(variable) or default).expanduser()
-        there = next(place for place in (folder, *folder.parents) if place.exists())
+        there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
         mode = there.stat()
         if mode.st_mode & stat.S_IWOTH and not mode.st_mode & stat.S_ISVTX:
             yield (

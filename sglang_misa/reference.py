@@ -183,7 +183,7 @@ def policy_scores(
     position = torch.arange(keys.shape[1], device=keys.device)
     visible = position < row_lens.unsqueeze(-1)  # [N, T, L]
     if not policy.active or policy.exact:
-        return _finite(index_scores(index_q, head_gates, keys), visible)
+        return finite(index_scores(index_q, head_gates, keys), visible)
 
     known = row_lens
     if policy.sketch is not None:  # a step may have completed the newest page, whose statistics come at its end
@@ -202,7 +202,7 @@ def policy_scores(
         block = (position // policy.block_size).clamp_max(statistics.blocks.shape[-1] - 1)
         tail = position >= (complete * policy.block_size).unsqueeze(-1)
         kept = visible & (tail | keep_blocks(statistics.blocks, complete, policy.blocks)[..., block])
-    scores = _finite(scores, kept)
+    scores = finite(scores, kept)
     if policy.candidates is None:
         return scores
 
@@ -211,7 +211,7 @@ def policy_scores(
     if policy.candidates < keys.shape[1]:
         best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., : policy.candidates]
         kept = kept & torch.zeros_like(kept).scatter_(-1, best, True)
-    return _finite(index_scores(index_q, head_gates, keys), kept)
+    return finite(index_scores(index_q, head_gates, keys), kept)
 
 
 def _cheap_scores(
@@ -236,10 +236,53 @@ def row_chunks(rows: int, length: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def _finite(scores: Tensor, kept: Tensor) -> Tensor:
-    """`scores` with NaN and -inf raised to the lowest finite value where kept, and -inf elsewhere."""
+def finite(scores: Tensor, kept: Tensor) -> Tensor:
+    """Scores with NaN and -inf raised to the lowest finite value where kept, and -inf elsewhere."""
     scores = torch.nan_to_num(scores, nan=LOWEST, posinf=torch.inf, neginf=LOWEST)
     return scores.masked_fill_(~kept, -torch.inf)
+
+
+def top_tokens(scores: Tensor, k: int) -> Tensor:
+    """Positions int64 [T, k] of the largest scores [T, L] over -inf, then -1; among equals the earlier wins."""
+    best = torch.sort(scores, dim=-1, descending=True, stable=True)
+    positions = best.indices[:, :k].masked_fill(best.values[:, :k] == -torch.inf, -1)
+    return torch.nn.functional.pad(positions, (0, k - positions.shape[1]), value=-1)
+
+
+def decode_scores(
+    policy: SelectionPolicy,
+    index_q: Tensor,
+    head_gates: Tensor,
+    index_k_pages: Tensor,
+    page_means: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+) -> Tensor:
+    """`policy_scores` fp32 [R, 64 W] of decode rows, on the pages that a table names.
+
+    index_q [R, H, 128], head_gates [R, H], index_k_pages uint8 [P, 8448], page_means [P, 128], page_table [R, W], stale
+    past a row's end, seq_lens [R]. Sketches are made of what is stored.
+    """
+    rows, width = page_table.shape
+    scores = torch.empty(rows, width * PAGE, dtype=torch.float32, device=page_table.device)
+    page = torch.arange(width, device=page_table.device)
+    for row in range(rows):
+        length = seq_lens[row : row + 1]
+        ids = page_table[row].long().masked_fill(page * PAGE >= length, 0)
+        pages, means, sketched = index_k_pages[ids], page_means[ids], None
+        if policy.sketch is not None:
+            codes, scales = quantize_pages(pages, means, policy.sketch)
+            sketched = sketched_keys(codes, scales, means, policy.sketch).reshape(1, -1, HEAD_DIM)
+        scores[row] = policy_scores(
+            policy,
+            index_q[row].unsqueeze(0).unsqueeze(0),
+            head_gates[row].view(1, 1, -1),
+            dequantize_pages(pages).reshape(1, -1, HEAD_DIM),
+            means.unsqueeze(0),
+            length.unsqueeze(0),
+            sketched,
+        ).flatten()
+    return scores
 
 
 # Page sketches: each key of a complete page as b bits a coordinate of its difference to the page's mean.
@@ -270,6 +313,26 @@ def sketched_keys(codes: Tensor, scales: Tensor, means: Tensor, bits: int) -> Te
     """Keys fp32 [n, 64, 128] as sketches say: codes and scales of `quantize_pages`, means [n, 128] bf16."""
     levels = codes.float() - (2**bits - 1) / 2
     return means.float().unsqueeze(1) + scales.float().unsqueeze(-1) * levels
+
+
+def pack_sketches(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Sketches uint8 [n, sketch_bytes(bits)] of what `quantize_pages` returns, laid out as `sketch_bytes` says."""
+    key, dim = torch.meshgrid(
+        torch.arange(PAGE, device=codes.device), torch.arange(HEAD_DIM, device=codes.device), indexing="ij"
+    )
+    group, r, odd, c, e = key // 16, key % 16 // 2, key % 2, dim // 32, dim % 4
+    lane = 4 * r + c
+    if bits == 1:
+        word, bit = ((group // 2 * 32 + lane) * 2 + group % 2) * 2 + dim % 32 // 16, 8 * e + 2 * (dim % 16 // 4) + odd
+    else:
+        word, bit = (group * 32 + lane) * 4 + dim % 32 // 8, 8 * e + 4 * (dim % 8 // 4) + 2 * odd
+    words = torch.zeros(len(codes), PAGE * HEAD_DIM * bits // 32, dtype=torch.int64, device=codes.device)
+    words.index_add_(1, word.flatten(), (codes.long() << bit).flatten(1))
+    signed = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+    first = torch.arange(PAGE, device=codes.device)
+    ordered = torch.empty_like(scales)
+    ordered[:, first % 16 // 2 * 8 + first // 16 * 2 + first % 2] = scales
+    return torch.cat([signed.view(torch.uint8), ordered.view(torch.uint8)], 1)
 
 
 def _folded_sum(x: Tensor) -> Tensor:

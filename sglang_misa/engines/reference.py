@@ -10,7 +10,7 @@ from torch import Tensor
 from sglang_misa import reference
 from sglang_misa.call import DecodeCall, ExtendCall, Output, Run
 from sglang_misa.config import SelectionPolicy
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+from sglang_misa.kernels.layout import PAGE
 from sglang_misa.page_stats import PageStats
 from sglang_misa.runtime import Runtime
 
@@ -53,30 +53,16 @@ class ReferenceEngine:
     def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
         self.behind = True
         self._update_newest(call.layer, call.page_table, call.seq_lens)
-        rows, width = call.page_table.shape
-        scores = torch.empty(rows, width * PAGE, dtype=torch.float32, device=call.ids.device)
-        page = torch.arange(width, device=call.ids.device)
-        for row in range(rows):
-            length = call.seq_lens[row : row + 1]
-            pages = call.page_table[row].long().masked_fill(page * PAGE >= length, 0)
-            means = self.stats.means[call.layer][pages]
-            scores[row] = reference.policy_scores(
-                policy,
-                call.index_q[row].view(1, 1, *call.index_q.shape[1:]),
-                call.head_gates[row].view(1, 1, -1),
-                reference.dequantize_pages(call.index_k_pages[pages]).reshape(1, -1, HEAD_DIM),
-                means.unsqueeze(0),
-                length.unsqueeze(0),
-                self._sketched(policy, call.index_k_pages[pages], means),
-            ).flatten()
+        scores = reference.decode_scores(
+            policy,
+            call.index_q,
+            call.head_gates,
+            call.index_k_pages,
+            self.stats.means[call.layer],
+            call.page_table,
+            call.seq_lens,
+        )
         _write(call.output, scores)
-
-    def _sketched(self, policy: SelectionPolicy, pages: Tensor, means: Tensor) -> Tensor | None:
-        """The keys [1, 64 n, 128] of complete `pages` [n, 8448] as their sketches say, made from what is stored."""
-        if policy.sketch is None:
-            return None
-        codes, scales = reference.quantize_pages(pages, means, policy.sketch)
-        return reference.sketched_keys(codes, scales, means, policy.sketch).reshape(1, -1, HEAD_DIM)
 
     def pages_written(self, layer: int, slots: Tensor) -> None:
         self._update(layer, slots[slots % PAGE == PAGE - 1] // PAGE)
@@ -104,8 +90,5 @@ class ReferenceEngine:
 
 
 def _write(output: Output, scores: Tensor) -> None:
-    """The top k of `scores` [T, L] into `output`: every finite or +inf score may win, among equals the earlier does."""
-    best = torch.sort(scores, dim=-1, descending=True, stable=True)
-    positions = best.indices[:, : output.topk].masked_fill(best.values[:, : output.topk] == -torch.inf, -1)
-    output.ids.fill_(-1)
-    output.ids[:, : positions.shape[1]] = output.of(positions)
+    """The top k of `scores` [T, L] into `output`."""
+    output.ids.copy_(output.of(reference.top_tokens(scores, output.topk)))

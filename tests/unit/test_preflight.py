@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sglang_misa import preflight
+from sglang_misa import launch_server, preflight
 
 NOBODY = 65534
 
@@ -61,11 +61,32 @@ def test_a_readable_model_is_fine(model, tmp_path):
     assert list(preflight.model_problems(tmp_path / "owner/model")) == []
 
 
+def test_a_folder_without_a_model_is_not_this_check_s(tmp_path):
+    assert list(preflight.model_problems(tmp_path)) == []
+
+
 def test_links_that_lead_nowhere(model):
     (model / "c.safetensors").symlink_to("../../blobs/lost")
     (problem,) = preflight.model_problems(model)
     assert "c.safetensors and 0 more without" in problem
     assert "cp -rL" in problem
+
+
+def test_a_launch_and_a_check_refuse_what_is_found_here(model, caches, tmp_path, monkeypatch, capsys):
+    (tmp_path / "triton_cache_dir").mkdir()
+    (tmp_path / "triton_cache_dir").chmod(0o777)
+    for variable, folder in caches.items():
+        monkeypatch.setenv(variable, folder)
+    wanted = ["--misa-preset", "fast", "--model-path"]
+    assert launch_server.main(["--check", *wanted, str(model)]) == launch_server.REFUSED
+    assert "TRITON_CACHE_DIR: expected a folder that others cannot write" in capsys.readouterr().out
+    assert launch_server.main([*wanted, "owner/model", "--port", "0"]) == launch_server.REFUSED
+    assert "TRITON_CACHE_DIR" in capsys.readouterr().err
+    launch_server.main(["--check", *wanted, str(model), "--device", "cpu"])
+    assert "TRITON_CACHE_DIR" not in capsys.readouterr().out  # nothing is compiled there
+    (model / "c.safetensors").symlink_to("../../blobs/lost")
+    assert launch_server.main([*wanted, str(model), "--port", "0"]) == launch_server.REFUSED
+    assert "copy the folder with cp -rL" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")

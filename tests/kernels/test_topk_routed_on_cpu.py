@@ -1,4 +1,4 @@
-"""Prefill: the CUDA sources of the scorer, thresholds and selection, compiled for the CPU (simt/), against numpy."""
+"""`topk_routed` on the CPU (simt/), whole and by stages: shares of a scan, thresholds, selection; against numpy."""
 
 import ctypes
 import math
@@ -6,15 +6,14 @@ import pathlib
 
 import numpy as np
 import pytest
+from exact_rows import THRESHOLD, TOPK, ExtendCase, scratch_of_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from on_cpu import COMPILER, aligned, call, compiled, ints
 
 from sglang_misa.kernels.prefill import plan as plans
-from sglang_misa.kernels.prefill import topk_reranked as rerank
 
-TOPK = 96  # k in these tests
-THRESHOLD = np.dtype([("above", np.float32), ("tied", np.float32), ("end", np.int32)])
+
 SETTINGS = settings(deadline=None, max_examples=60)
 
 pytestmark = COMPILER
@@ -38,26 +37,6 @@ def with_residual(request, tmp_path_factory) -> tuple[ctypes.CDLL, int]:
     return routed(tmp_path_factory.mktemp("simt"), *flags), request.param
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(32, 8, 0), (32, 8, 1), (64, 4, 1), (64, 16, 1)],
-    ids="H={0[0]} {0[1]} columns {0[2]}".format,
-)
-def reranking(request, tmp_path_factory) -> tuple[ctypes.CDLL, tuple[int, int, int]]:
-    all_heads, columns, residual = request.param
-    flags = (f"-DMISA_INDEX_HEADS={all_heads}", f"-DMISA_HEADS={columns}", f"-DMISA_RESIDUAL={residual}")
-    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_reranked", *flags)
-    loaded.rerank_rows.restype = ctypes.c_bool
-    return loaded, request.param
-
-
-@pytest.fixture(scope="module")
-def blocks(tmp_path_factory) -> ctypes.CDLL:
-    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_blocks", "-DMISA_INDEX_HEADS=32")
-    loaded.select_rows.restype = ctypes.c_bool
-    return loaded
-
-
 def sampled_keys(kernels, keys: int, stride: int) -> np.ndarray:
     """The key that stands for each `stride` keys, of which it is one."""
     found = ints(np.full(-(-keys // stride), -1))
@@ -65,13 +44,6 @@ def sampled_keys(kernels, keys: int, stride: int) -> np.ndarray:
     assert (found // stride == np.arange(len(found))).all()
     assert (found < keys).all()
     return found
-
-
-def scratch_of_sample(rows: int, keys: int, stride: int) -> tuple[np.ndarray, ...]:
-    """Thresholds, and sampled keys and their scales."""
-    count = -(-keys // stride)
-    sampled = aligned(np.full((count, 128), 0x7F), np.uint8), aligned(np.full(count, np.nan), np.float32)
-    return np.full(rows, np.nan, THRESHOLD), *sampled
 
 
 @st.composite
@@ -261,94 +233,29 @@ def test_selection_is_the_exact_top_k_or_refused(kernels, length, kind, buffers,
     assert sorted(out.tolist()) == sorted([*slots.tolist(), *[-1] * (TOPK - len(best))])
 
 
-class Case:
-    """Small integers, whose scores no order of summation rounds; rows of three requests and some that see nothing.
-
-    `columns` a row: routed heads and, with `residual`, that one.
-    """
-
-    def __init__(self, seed: int, all_heads: int, columns: int = 8, residual: bool = False):
-        random = np.random.default_rng(seed)
-        starts, ends = [], []
-        for first, seen, rows in ((0, 1500, 70), (1500, 300, 40), (1800, 2, 2)):
-            starts += [first] * rows
-            ends += [first + max(1, seen - t) for t in reversed(range(rows))]
-        self.starts, self.ends, self.keys = ints([*starts, 0, 0, 0]), ints([*ends, 0, 0, 0]), 1810
-        self.rows = rows = len(self.starts)
-        self.q, self.k = random.integers(-1, 2, (rows, all_heads, 128)), random.integers(-1, 2, (self.keys, 128))
-        self.gates = random.choice([1.0, 2.0, -1.0], (rows, all_heads), p=[0.5, 0.3, 0.2])
-        self.ids = np.sort(np.argsort(random.random((rows, all_heads)), axis=1)[:, : columns - residual], axis=1)
-        self.linear = random.integers(-1, 2, (rows, 128)) if residual else np.zeros((rows, 128), int)
-        self.linear_scale = random.choice([1.0, 0.5, 4.0], rows)
-        self.scale = 1 + random.integers(0, 64, self.keys) / 64
-        e4m3 = np.array([0x00, 0x38, 0xB8], np.uint8)  # 0, 1 and -1
-        self.keys_held = (aligned(e4m3[self.k], np.uint8), aligned(self.scale, np.float32))
-        self.queries = (aligned(e4m3[self.q], np.uint8), aligned(self.gates, np.float32))
-        column = (aligned(e4m3[self.linear], np.uint8), aligned(self.linear_scale, np.float32))
-        self.inputs = (
-            *self.queries,
-            all_heads,
-            ints(self.ids),
-            *(column if residual else (None, None)),
-            *self.keys_held,
-        )
-        self.spoiled = np.zeros(self.keys, bool)
-        self.windows = (self.starts, self.ends, rows, self.keys)
-
-    def scores(self, row: int, heads) -> np.ndarray:
-        window = slice(self.starts[row], self.ends[row])
-        return self.gates[row, heads] @ np.maximum(self.q[row, heads] @ self.k[window].T, 0) * self.scale[window]
-
-    def routed(self, row: int) -> np.ndarray:
-        """Scores by the routed heads and the residual."""
-        window = slice(self.starts[row], self.ends[row])
-        linear = self.linear_scale[row] * (self.linear[row] @ self.k[window].T)
-        score = self.scores(row, self.ids[row]) + linear * self.scale[window]
-        return np.where(self.spoiled[window], -np.inf, score)
-
-    def spoil(self, every: int) -> None:
-        """Make NaN of every so many keys."""
-        self.spoiled[::every] = True
-        self.keys_held[0][::every] = 0x7F
-
-    def repeat(self, distinct: int, scale: np.ndarray) -> None:
-        """Leave so many different keys, one after another, with `scale` [keys]."""
-        self.k[:] = self.k[np.arange(self.keys) % distinct]
-        self.keys_held[0][:] = self.keys_held[0][np.arange(self.keys) % distinct]
-        self.scale[:] = self.keys_held[1][:] = scale
-
-    def check(self, out, failed, best) -> None:
-        """Rows hold best(row), -1 behind; few are on the list of those to redo."""
-        redone = failed[1 : 1 + failed[0]].tolist()
-        assert len(redone) <= self.rows // 10
-        for row in sorted({*range(self.rows)} - {*redone}):
-            wanted = best(row).tolist()
-            assert sorted(out[row].tolist()) == sorted([*wanted, *[-1] * (TOPK - len(wanted))])
-
-
 @pytest.mark.parametrize("many", [False, True], ids=["few hits", "many hits"])
 @pytest.mark.parametrize("workers", [1, 3, 7])
 def test_scored_collected_and_selected_rows_have_the_exact_top_k(kernels, many, workers, monkeypatch):
     monkeypatch.setattr(plans, "MANY", 0.0 if many else 1.0)
-    check_collected(kernels, Case(workers, all_heads=16), 8, workers, many)
+    check_collected(kernels, ExtendCase(workers, all_heads=16), 8, workers, many)
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["few hits", "many hits"])
 def test_the_residual_is_one_more_column_without_relu(with_residual, many, monkeypatch):
     loaded, columns = with_residual
     monkeypatch.setattr(plans, "MANY", 0.0 if many else 1.0)
-    check_collected(loaded, Case(columns, all_heads=32, columns=columns, residual=True), columns, 3, many)
+    check_collected(loaded, ExtendCase(columns, all_heads=32, columns=columns, residual=True), columns, 3, many)
 
 
 def test_a_nan_key_wins_no_place_by_the_residual(with_residual, monkeypatch):
     monkeypatch.setattr(plans, "MANY", 1.0)
     loaded, columns = with_residual
-    case = Case(columns + 1, all_heads=32, columns=columns, residual=True)
+    case = ExtendCase(columns + 1, all_heads=32, columns=columns, residual=True)
     case.spoil(every=50)
     check_collected(loaded, case, columns, 2, many=False)
 
 
-def check_collected(kernels: ctypes.CDLL, case: Case, columns: int, workers: int, many: bool) -> None:
+def check_collected(kernels: ctypes.CDLL, case: ExtendCase, columns: int, workers: int, many: bool) -> None:
     plans.plan.cache_clear()
     plan = plans.plan(case.rows, case.keys, TOPK, columns, workers)
     plans.plan.cache_clear()
@@ -367,80 +274,3 @@ def check_collected(kernels: ctypes.CDLL, case: Case, columns: int, workers: int
     call(kernels.topk_rows, *case.inputs, *case.windows, *numbers, *scratch, out, failed)
 
     case.check(out, failed, lambda row: np.argsort(-case.routed(row), kind="stable")[:TOPK])
-
-
-@pytest.mark.parametrize("candidates", [TOPK, 256])
-def test_marked_and_reranked_rows_have_the_exact_top_k_of_their_candidates(reranking, candidates):
-    loaded, (all_heads, columns, residual) = reranking
-    check_reranked(loaded, Case(candidates, all_heads, columns, bool(residual)), columns, candidates)
-
-
-@pytest.mark.parametrize(("distinct", "nearly"), [(1, False), (3, True)], ids=["tied", "nearly tied"])
-def test_reranked_rows_take_tied_candidates_in_order(reranking, distinct, nearly):
-    """More keys share the 16 bits of the cut's score than are ranked against each other; all of them, or nearly.
-
-    Nearly: a few keys far above the others make those bits coarse.
-    """
-    loaded, (all_heads, columns, residual) = reranking
-    case, candidates = Case(distinct, all_heads, columns, bool(residual)), 400
-    scale = np.ones(case.keys)
-    if nearly:
-        scale += np.random.default_rng(distinct).integers(0, 8, case.keys) / 2**14
-        scale[::100] *= 2**20
-    case.repeat(distinct, scale)
-    check_reranked(loaded, case, columns, candidates)
-
-
-def check_reranked(loaded: ctypes.CDLL, case: Case, columns: int, candidates: int) -> None:
-    workers = 3
-    block_rows = plans.block_rows(columns)
-    plan = rerank.plan(case.rows, case.keys, candidates, block_rows, workers)
-    failed, out = ints(np.full(case.rows + 1, -1)), ints(np.full((case.rows, TOPK), -7))
-    numbers = (plan.stride, plan.rank, candidates, TOPK, workers, plan.room)
-    scratch = (
-        aligned(np.full((case.rows, plan.sampled), np.nan), np.float32),
-        plan.sampled,
-        aligned(np.full((case.rows, 2), 7), np.uint32),
-        ints(np.full(plan.rows // block_rows + 2 * workers + 3, -7)),
-        *scratch_of_sample(plan.rows, case.keys, plan.stride),
-        aligned(np.full((plan.rows // 4, -(-case.keys // plans.TILE) * 16), 0xFFFFFFFF), np.uint32),
-    )
-    call(loaded.rerank_rows, *case.inputs, *case.windows, *numbers, *scratch, out, failed)
-
-    def best(row):
-        kept = np.sort(np.argsort(-case.routed(row).astype(np.float32), kind="stable")[:candidates])
-        return kept[np.argsort(-case.scores(row, slice(None)).astype(np.float32)[kept], kind="stable")[:TOPK]]
-
-    case.check(out, failed, best)
-
-
-@pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("kept", [2, 5])
-def test_tokens_of_kept_blocks_have_the_exact_top_k(blocks, kept, paged):
-    """The first and the newest complete block and the tail stay; a block's NaN is the lowest score."""
-    case, size, random = Case(kept, all_heads=32), 64, np.random.default_rng(kept)
-    pooled = random.integers(-4, 5, (case.rows, case.keys // size)).astype(np.float32)
-    pooled[random.random(pooled.shape) < 0.1] = np.nan
-    (q, gates), (k, scale) = case.queries, case.keys_held
-    out, table = ints(np.full((case.rows, TOPK), -7)), ints(random.permutation(64)[:40])
-    room = (kept + 1) * size
-    place = (table, ints(np.zeros(case.rows)), 40) if paged else (None, None, 0)
-    scores = (aligned(pooled, np.float32), pooled.shape[1], size, kept, room)
-    call(blocks.select_rows, q, gates, k, scale, *case.windows, *scores, out, TOPK, *place)
-
-    def best(row):
-        length = case.ends[row] - case.starts[row]
-        complete = max(length // size, 0)
-        among = np.where(np.isnan(pooled[row, :complete]), -np.inf, pooled[row, :complete])
-        among[[0, -1] if complete else []] = np.inf
-        chosen = np.argsort(-among, kind="stable")[:kept]
-        tokens = np.concatenate(
-            [np.arange(size) + block * size for block in sorted(chosen)] + [np.arange(complete * size, length)]
-        )
-        if length <= TOPK:
-            tokens = np.arange(length)
-        tokens = tokens.astype(int)
-        found = tokens[np.argsort(-case.scores(row, slice(None))[tokens], kind="stable")[:TOPK]]
-        return table[found // 64] * 64 + found % 64 if paged else found
-
-    case.check(out, ints([0]), best)

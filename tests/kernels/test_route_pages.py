@@ -1,0 +1,60 @@
+"""Decode's routed columns and residual are the reference's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sketched_rows import sketched
+
+from sglang_misa import reference
+from sglang_misa.kernels.decode.route_pages import Columns, route_pages
+from sglang_misa.kernels.layout import PAGE
+
+
+@pytest.mark.parametrize("router", ["mean", "peak", "signed", "weight"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_columns_are_those_of_the_reference(device: str, router: str, residual: bool) -> None:
+    lens = (0, 130, 2 * PAGE + 1, 66 * PAGE, 131 * PAGE + 3)
+    batch = sketched(lens, 1, device, heads=64)
+    heads = 7 if residual else 8
+    columns = Columns.allocate(len(lens), batch.page_table.shape[1], 64, 8, torch.device(device))
+    for _ in range(2):
+        route_pages(
+            batch.index_q, batch.head_gates, batch.page_means, batch.page_table, batch.seq_lens,
+            heads=heads, router=router, residual=residual, longer_than=130, out=columns,
+        )  # fmt: skip
+    assert not columns.done.any()
+    for row, length in enumerate(lens):
+        if length <= 130:
+            continue
+        pages = batch.page_table[row, : length // PAGE - 1].long()
+        q, gates, means = (
+            batch.index_q[None, row, None],
+            batch.head_gates[None, row, None],
+            batch.page_means[pages][None],
+        )
+        complete = torch.tensor([[len(pages)]], device=device)
+        stats = reference.block_statistics(q, gates, means.float(), complete, router)
+        ids = reference.top_heads(stats.heads, heads)
+        assert torch.equal(columns.queries[row, :heads].float(), q[0, 0, ids[0, 0]].float())
+        assert torch.equal(columns.gates[row, :heads], gates[0, 0, ids[0, 0]])
+        if residual:
+            query, scale = reference.residual_query(q, gates, ids, stats.positive)
+            own = columns.queries[row, heads].float() * columns.gates[row, heads]
+            truth = (query * scale.unsqueeze(-1))[0, 0]
+            torch.testing.assert_close(own, truth, rtol=2**-3, atol=2**-9 * truth.abs().max().item())
+            torch.testing.assert_close(columns.gates[row, heads], scale[0, 0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("router", ["mean", "peak", "signed", "weight"])
+def test_heads_that_are_not_finite_are_not_routed_and_leave_the_residual_finite(device: str, router: str) -> None:
+    batch = sketched((5 * PAGE,), 1, device, heads=32)
+    batch.head_gates[0, 3] = torch.nan
+    batch.head_gates[0, 11] = torch.nan
+    columns = Columns.allocate(1, batch.page_table.shape[1], 32, 8, torch.device(device))
+    route_pages(
+        batch.index_q, batch.head_gates, batch.page_means, batch.page_table, batch.seq_lens,
+        heads=7, router=router, residual=True, longer_than=128, out=columns,
+    )  # fmt: skip
+    assert torch.isfinite(columns.gates).all()
+    assert torch.isfinite(columns.queries.float()).all()

@@ -1,0 +1,123 @@
+"""The scan over sketches and its candidates: CUDA sources on the CPU (simt/), and what stands in for them there."""
+
+from __future__ import annotations
+
+import ctypes
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+from on_cpu import COMPILER, aligned, call, compiled
+from sketched_rows import cheap_scores, sketched
+
+from sglang_misa.kernels.decode.scan_sketches import list_candidates, scan_sketches, score_keys
+from sglang_misa.kernels.layout import PAGE
+
+
+@COMPILER
+@pytest.mark.parametrize(
+    ("bits", "columns", "residual"), [(1, 8, True), (2, 8, True), (2, 4, True), (1, 16, False), (2, 32, False)]
+)
+def test_the_scan_scores_every_sketched_key(tmp_path: pathlib.Path, bits: int, columns: int, residual: bool) -> None:
+    lens = (0, 64, 128, 191, 192, 5 * PAGE, 23 * PAGE + 5, 40 * PAGE)
+    batch = sketched(lens, bits, "cpu", heads=max(columns, 32), width=44)
+    library = compiled(
+        tmp_path, "sketch_scan", f"-DMISA_SKETCH_BITS={bits}", f"-DMISA_COLUMN_TILES={max(1, columns // 8)}"
+    )
+    library.scan_rows.restype = ctypes.c_bool
+    queries = aligned(batch.index_q[:, :columns].contiguous().view(torch.uint8).numpy(), np.uint8)
+    gates = batch.head_gates[:, :columns].contiguous()
+    longest, span, rows = 150, 4, len(lens)
+    blocks, room = -(-44 // (span * 4)), 44 * PAGE
+    got = aligned(np.full((rows, room), 0xABCD), np.uint16)
+    means = aligned(batch.page_means.view(torch.uint8).numpy(), np.uint8)
+    sketches = aligned(batch.sketches.numpy(), np.uint8)
+    table, seq_lens = batch.page_table.contiguous().numpy(), batch.seq_lens.numpy()
+    call(
+        library.scan_rows, queries, gates.numpy(), means, sketches, table, seq_lens, got, 44, room, columns,
+        int(residual), longest, span, blocks, rows,
+    )  # fmt: skip
+    on_cpu = torch.full((rows, room), 0xABCD, dtype=torch.int32).to(torch.uint16)
+    scan_sketches(
+        batch.index_q[:, :columns], gates, batch.page_means, batch.sketches, batch.page_table, batch.seq_lens,
+        bits=bits, residual=residual, leads=True, longer_than=longest, scores=on_cpu,
+    )  # fmt: skip
+    for row, length in enumerate(lens):
+        scored = (length // PAGE - 1) * PAGE if length > longest else 0
+        assert (got[row, scored:] == 0xABCD).all()
+        if not scored:
+            continue
+        truth = cheap_scores(batch, row, batch.index_q[row, :columns].float(), gates[row], residual) / 512
+        for keys in (torch.from_numpy(got[row, :scored].astype(np.int32)), on_cpu[row, :scored].to(torch.int32)):
+            slack = 4e-6 * truth.abs().max()
+            low, high = (score_keys((truth + by).float()) for by in (-slack, slack))
+            assert ((keys >= low) & (keys <= high)).all()
+
+
+@COMPILER
+def test_a_nan_page_scores_below_all_others(tmp_path: pathlib.Path) -> None:
+    batch = sketched((6 * PAGE,), 2, "cpu")
+    batch.page_means[batch.page_table[0, 2].long()] = torch.nan
+    library = compiled(tmp_path, "sketch_scan")
+    library.scan_rows.restype = ctypes.c_bool
+    got = aligned(np.full((1, 6 * PAGE), 0xABCD), np.uint16)
+    operands = [
+        batch.index_q[:, :8].contiguous().view(torch.uint8),
+        batch.head_gates[:, :8],
+        batch.page_means.view(torch.uint8),
+    ]
+    q, gates, means = (aligned(x.contiguous().numpy(), x.numpy().dtype) for x in operands)
+    call(
+        library.scan_rows, q, gates, means, aligned(batch.sketches.numpy(), np.uint8), batch.page_table.numpy(),
+        batch.seq_lens.numpy(), got, 6, 6 * PAGE, 8, 0, 100, 4, 1, 1,
+    )  # fmt: skip
+    assert (got[0, 2 * PAGE : 3 * PAGE] == 0).all()
+    assert (np.delete(got[0, : 5 * PAGE], np.s_[2 * PAGE : 3 * PAGE]) > 0).all()
+
+
+def test_score_keys_order_like_scores() -> None:
+    random = torch.Generator().manual_seed(0)
+    scores = torch.randn(4096, generator=random) * 2.0 ** torch.randint(-40, 40, (4096,), generator=random)
+    extremes = torch.tensor([0.0, -torch.inf, torch.inf, 1e-45, -3e38])
+    scores = torch.cat([scores, extremes]).sort().values
+    keys = score_keys(scores)
+    assert (keys.diff() >= 0).all()
+    assert keys.min() >= 1
+    assert keys.max() <= 0xFFFF
+    assert score_keys(torch.tensor([torch.nan])) == 0
+    near = score_keys(torch.tensor([3.0, 3.0 * (1 + 2**-9), -3.0, -3.0 * (1 + 2**-9)]))
+    assert near[0] < near[1]
+    assert near[2] > near[3]
+
+
+@COMPILER
+def test_candidates_are_the_best_keys_and_the_newest_tokens(tmp_path: pathlib.Path) -> None:
+    library = compiled(tmp_path, "sketch_candidates")
+    library.list_rows.restype = ctypes.c_bool
+    candidates, room = 256, 60 * PAGE
+    random = np.random.default_rng(0)
+    cases = [
+        random.integers(0, 0x10000, room),  # all of it
+        np.full(room, 0x8000),  # all alike
+        random.integers(0x9000, 0x9010, room),  # one bin of the upper bits
+        random.choice([0, 1, 0xFFFF], room),  # NaN, the lowest, the highest
+        0x8000 + np.arange(room) // 3,
+        (random.normal(0, 900, room) + 0x9000).clip(0, 0xFFFF),
+    ]
+    lens = [0, 1, 255, 256, 257, 3 * PAGE, 319, 320, 59 * PAGE, 60 * PAGE - 1, 60 * PAGE]
+    for case in cases:
+        keys = aligned(np.tile(case, (len(lens), 1)), np.uint16)
+        seq_lens = np.asarray(lens, np.int32)
+        got = aligned(np.full((len(lens), candidates), -9), np.int32)
+        call(library.list_rows, keys, seq_lens, got, room, candidates, len(lens))
+        expected = torch.full((len(lens), candidates), -9, dtype=torch.int32)
+        list_candidates(torch.from_numpy(keys), torch.from_numpy(seq_lens), positions=expected)
+        assert np.array_equal(got, expected.numpy())
+    for row, length in enumerate(lens):  # the last case, from the definition
+        scored = (length // PAGE - 1) * PAGE
+        token = np.arange(length)
+        if length > candidates:
+            order = np.argsort(-keys[row, :scored].astype(np.int64), kind="stable")
+            token = np.sort(np.concatenate([order[: candidates - (length - scored)], token[scored:]]))
+        assert np.array_equal(expected[row, : len(token)].numpy(), token)

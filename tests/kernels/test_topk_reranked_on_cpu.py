@@ -1,0 +1,71 @@
+"""`topk_reranked` on the CPU (simt/), from marks to the top k, against numpy."""
+
+import ctypes
+
+import numpy as np
+import pytest
+from exact_rows import TOPK, ExtendCase, scratch_of_sample
+from on_cpu import COMPILER, aligned, call, compiled, ints
+
+from sglang_misa.kernels.prefill import plan as plans
+from sglang_misa.kernels.prefill import topk_reranked as rerank
+
+pytestmark = COMPILER
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(32, 8, 0), (32, 8, 1), (64, 4, 1), (64, 16, 1)],
+    ids="H={0[0]} {0[1]} columns {0[2]}".format,
+)
+def reranking(request, tmp_path_factory) -> tuple[ctypes.CDLL, tuple[int, int, int]]:
+    all_heads, columns, residual = request.param
+    flags = (f"-DMISA_INDEX_HEADS={all_heads}", f"-DMISA_HEADS={columns}", f"-DMISA_RESIDUAL={residual}")
+    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_reranked", *flags)
+    loaded.rerank_rows.restype = ctypes.c_bool
+    return loaded, request.param
+
+
+@pytest.mark.parametrize("candidates", [TOPK, 256])
+def test_marked_and_reranked_rows_have_the_exact_top_k_of_their_candidates(reranking, candidates):
+    loaded, (all_heads, columns, residual) = reranking
+    check_reranked(loaded, ExtendCase(candidates, all_heads, columns, bool(residual)), columns, candidates)
+
+
+@pytest.mark.parametrize(("distinct", "nearly"), [(1, False), (3, True)], ids=["tied", "nearly tied"])
+def test_reranked_rows_take_tied_candidates_in_order(reranking, distinct, nearly):
+    """More keys share the 16 bits of the cut's score than are ranked against each other; all of them, or nearly.
+
+    Nearly: a few keys far above the others make those bits coarse.
+    """
+    loaded, (all_heads, columns, residual) = reranking
+    case, candidates = ExtendCase(distinct, all_heads, columns, bool(residual)), 400
+    scale = np.ones(case.keys)
+    if nearly:
+        scale += np.random.default_rng(distinct).integers(0, 8, case.keys) / 2**14
+        scale[::100] *= 2**20
+    case.repeat(distinct, scale)
+    check_reranked(loaded, case, columns, candidates)
+
+
+def check_reranked(loaded: ctypes.CDLL, case: ExtendCase, columns: int, candidates: int) -> None:
+    workers = 3
+    block_rows = plans.block_rows(columns)
+    plan = rerank.plan(case.rows, case.keys, candidates, block_rows, workers)
+    failed, out = ints(np.full(case.rows + 1, -1)), ints(np.full((case.rows, TOPK), -7))
+    numbers = (plan.stride, plan.rank, candidates, TOPK, workers, plan.room)
+    scratch = (
+        aligned(np.full((case.rows, plan.sampled), np.nan), np.float32),
+        plan.sampled,
+        aligned(np.full((case.rows, 2), 7), np.uint32),
+        ints(np.full(plan.rows // block_rows + 2 * workers + 3, -7)),
+        *scratch_of_sample(plan.rows, case.keys, plan.stride),
+        aligned(np.full((plan.rows // 4, -(-case.keys // plans.TILE) * 16), 0xFFFFFFFF), np.uint32),
+    )
+    call(loaded.rerank_rows, *case.inputs, *case.windows, *numbers, *scratch, out, failed)
+
+    def best(row):
+        kept = np.sort(np.argsort(-case.routed(row).astype(np.float32), kind="stable")[:candidates])
+        return kept[np.argsort(-case.scores(row, slice(None)).astype(np.float32)[kept], kind="stable")[:TOPK]]
+
+    case.check(out, failed, best)
