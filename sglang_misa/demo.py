@@ -5,11 +5,9 @@ On a CUDA GPU the kernels select; without one, the PyTorch reference on the CPU 
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import urllib.request
@@ -24,14 +22,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from sglang_misa import config as misa
-from sglang_misa import demo_model, supervisor
+from sglang_misa import demo_model
 from sglang_misa.config import PHASES, Audit, ConfigError, MisaConfig, SelectionPolicy
+from sglang_misa.procs import ServerError, ServerProcess
 
 NEW_TOKENS = 16
 START_LIMIT = 600.0  # seconds: a first start on a GPU builds kernels
-STOP_LIMIT = 20.0
 NAME = "misa-demo"  # and the demo's process: under it the server is known to be ours
-LOG_TAIL = 4000  # characters
 AUDIT = Audit(rows=4, every=1)
 
 
@@ -125,10 +122,10 @@ def _run(
     words = [*setup.flags.split(), "--model-path", str(model)]
     log = cache / f"demo-{os.getpid()}.log"
     console.print(f"The server's log: {log}", markup=False, soft_wrap=True)
-    with _Server([*arguments, *words], config, log) as server:
+    with _server([*arguments, *words], config, log) as server:
         with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
             task = bar.add_task(f"Starting SGLang with MISA on the {setup.device}", total=1)
-            start_seconds = server.wait(client)
+            start_seconds = server.wait_ready(lambda: _ready(client), START_LIMIT)
             bar.advance(task)
             prompts = list(_prompts(setup.prompt))
             task = bar.add_task("Sending prompts", total=len(prompts))
@@ -203,61 +200,26 @@ class Client:
         }
 
 
-class ServerError(RuntimeError):
-    """The server ended, or did not answer in time; the end of its log is in the message."""
+def _server(arguments: Sequence[str], config: MisaConfig, log: Path) -> ServerProcess:
+    """This package's launcher as a child, under a name by which `_ready` knows it."""
+    command = [sys.executable, "-m", "sglang_misa.launch_server", *arguments, "--served-model-name", _name()]
+    return ServerProcess(command, log, environ={**os.environ, misa.ENV: config.to_json()})
 
 
-class _Server:
-    """This package's launcher as a child, in a process group of its own."""
+def _name() -> str:
+    return f"{NAME}-{os.getpid()}"
 
-    def __init__(self, arguments: Sequence[str], config: MisaConfig, log: Path):
-        self.log = log
-        self.name = f"{NAME}-{os.getpid()}"
-        environ = {**os.environ, misa.ENV: config.to_json()}
-        words = ["-m", "sglang_misa.launch_server", *arguments, "--served-model-name", self.name]
-        with log.open("w") as sink:
-            self.process = subprocess.Popen(
-                [sys.executable, *words],
-                stdout=sink,
-                stderr=sink,
-                env=environ,
-                start_new_session=True,
-                preexec_fn=functools.partial(supervisor.end_with, os.getpid()),
-            )
 
-    def wait(self, client: Client) -> float:
-        """Seconds until `client` is answered."""
-        start = time.monotonic()
-        while time.monotonic() - start < START_LIMIT:
-            if self.process.poll() is not None:
-                raise ServerError(f"The server ended with status {self.process.returncode}:\n{self._tail()}")
-            try:
-                client.call("/health")
-                found = client.call("/server_info")["served_model_name"]
-            except OSError:
-                time.sleep(0.5)
-                continue
-            if found != self.name:
-                raise ServerError(f"expected our server at {client.url}, got one of {found}; choose another --port")
-            return time.monotonic() - start
-        raise ServerError(f"The server did not answer in {START_LIMIT:.0f} s:\n{self._tail()}")
-
-    def __enter__(self) -> _Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End the whole group, politely first."""
-        for signum in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, signum)
-                self.process.wait(STOP_LIMIT)
-            except ProcessLookupError:
-                return
-            except subprocess.TimeoutExpired:
-                continue
-
-    def _tail(self) -> str:
-        return self.log.read_text(errors="replace")[-LOG_TAIL:]
+def _ready(client: Client) -> bool:
+    """Whether our server answers. Raises ServerError where somebody else's does."""
+    try:
+        client.call("/health")
+        found = client.call("/server_info")["served_model_name"]
+    except OSError:
+        return False
+    if found != _name():
+        raise ServerError(f"expected our server at {client.url}, got one of {found}; choose another --port")
+    return True
 
 
 def _prompts(length: int) -> Iterator[tuple[str, str]]:
@@ -331,14 +293,14 @@ def _print(
     )
 
 
-def _serve(console: Console, server: _Server, client: Client) -> None:
+def _serve(console: Console, server: ServerProcess, client: Client) -> None:
     body = json.dumps({"text": "Hello", "sampling_params": {"max_new_tokens": 8}})
     key = "" if client.key is None else " -H 'Authorization: Bearer …'"
     console.print(f"Serving on {client.url} until Ctrl-C. Try:")
     for words in (f"generate -H 'Content-Type: application/json' -d '{body}'", "server_info"):
         console.print(f"  curl {client.url}/{words}{key}", markup=False, soft_wrap=True)
     try:
-        status = server.process.wait()
+        status = server.wait()
     except KeyboardInterrupt:
         return
     raise ServerError(f"The server ended with status {status}; see {server.log}")
