@@ -11,15 +11,8 @@ ROOT = Path(__file__).parents[2]
 LINKED = ("kernels", "patches", "bench")  # folders of the checkout that are linked into the package
 PYTHON_LINES, CUDA_LINES = 400, 450
 LONGER = {"kernels/prefill/topk_routed.py": 412}  # to be split, and not to grow
-# What starts SGLang, or is started by it.
-ON_SGLANG = (
-    "sglang_misa.patches.",
-    "sglang_misa.plugin",
-    "sglang_misa.launch_server",
-    "sglang_misa.cpu",
-    "sglang_misa.bench.",
-)
 ON_PATCHES = ("sglang_misa.patches.", "sglang_misa.plugin", "sglang_misa.launch_server", "sglang_misa.bench.")
+ON_SGLANG = (*ON_PATCHES, "sglang_misa.cpu")  # what starts SGLang, or is started by it
 KERNELS_NEED = {"torch", "triton", "tvm_ffi", *sys.stdlib_module_names}
 
 
@@ -39,7 +32,7 @@ MODULES = modules()
 
 @functools.cache
 def imported(module: str) -> frozenset[str]:
-    """Names of the modules that a module imports, anywhere in it; `from a import b` gives a.b where that is a module."""
+    """Names of the modules that a module imports, at any depth; `from a import b` gives a.b where that is a module."""
     return frozenset(_imports(ast.parse(MODULES[module].read_text(encoding="utf-8"))))
 
 
