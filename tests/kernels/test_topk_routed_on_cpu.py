@@ -13,7 +13,6 @@ from on_cpu import COMPILER, aligned, call, compiled, ints
 
 from sglang_misa.kernels.prefill import plan as plans
 
-
 SETTINGS = settings(deadline=None, max_examples=60)
 
 pytestmark = COMPILER
