@@ -168,7 +168,7 @@ def slot_page_means_fwd_kernel(
 
 
 def update_page_means(
-    pool: torch.Tensor,
+    index_k_pages: torch.Tensor,
     means: torch.Tensor,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -177,13 +177,13 @@ def update_page_means(
 ) -> torch.Tensor:
     """Recompute the means of every complete page of each row; returns those of its complete blocks, in one launch.
 
-    pool [P, 8448] uint8; means [P, 128] bf16, written at physical pages; page_table [B, W] int32 physical page ids;
-    seq_lens [B] int32 tokens, at most 64·W; block_size: tokens, a multiple of 64; sketches uint8 [P, sketch_bytes(b)],
-    optional, written beside the means. Returns bf16 [B, W·64 // block_size, 128], undefined beyond a row's complete
-    blocks. Bound by reading 8448 bytes a page. Raises ValueError for another layout.
+    index_k_pages [P, 8448] uint8; means [P, 128] bf16, written at physical pages; page_table [B, W] int32 physical page
+    ids; seq_lens [B] int32 tokens, at most 64·W; block_size: tokens, a multiple of 64; sketches uint8
+    [P, sketch_bytes(b)], optional, written beside the means. Returns bf16 [B, W·64 // block_size, 128], undefined
+    beyond a row's complete blocks. Bound by reading 8448 bytes a page. Raises ValueError for another layout.
     """
-    views = _views(pool, means)
-    bits = _sketch_bits(pool, sketches)
+    views = _views(index_k_pages, means)
+    bits = _sketch_bits(index_k_pages, sketches)
     rows, width = _check_table(page_table, seq_lens)
     block_pages = block_size // PAGE
     if block_size % PAGE or block_pages < 1:
@@ -232,9 +232,9 @@ class Layers:
         """
         held = [layer for layer in zip(pools, means, sketches or means, strict=True) if len(layer[0])]
         bits = 0
-        for pool, mean, sketch in held:
-            _views(pool, mean)
-            bits = _sketch_bits(pool, sketch if sketches else None)
+        for index_k_pages, mean, sketch in held:
+            _views(index_k_pages, mean)
+            bits = _sketch_bits(index_k_pages, sketch if sketches else None)
         addresses = torch.tensor([[t.data_ptr() for t in layer] for layer in held], dtype=torch.int64).T.contiguous()
         pools_, means_, sketches_ = addresses.to(pools[0].device)
         return cls(pools_, means_, sketches_, bits)
@@ -260,36 +260,37 @@ def update_last_page_means(layers: Layers, page_table: torch.Tensor, seq_lens: t
 
 
 def update_slots(
-    pool: torch.Tensor, means: torch.Tensor, slots: torch.Tensor, sketches: torch.Tensor | None = None
+    index_k_pages: torch.Tensor, means: torch.Tensor, slots: torch.Tensor, sketches: torch.Tensor | None = None
 ) -> None:
     """Recompute the means of the pages whose last token is among the slots just written; negative slots are skipped.
 
-    pool [P, 8448] uint8; means [P, 128] bf16; slots [N] int64, slot = 64·page + offset, as in SGLang's out_cache_loc;
-    sketches uint8 [P, sketch_bytes(b)], optional, written beside the means. Raises ValueError for another layout.
+    index_k_pages [P, 8448] uint8; means [P, 128] bf16; slots [N] int64, slot = 64·page + offset, as in SGLang's
+    out_cache_loc; sketches uint8 [P, sketch_bytes(b)], optional, written beside the means. Raises ValueError for
+    another layout.
     """
-    views = _views(pool, means)
+    views = _views(index_k_pages, means)
     expect("slots", slots, (slots.shape[0],), torch.int64)
     if len(slots):
         written = means if sketches is None else sketches
         slot_page_means_fwd_kernel[(len(slots),)](
-            *views, means, written, slots, **_options(_sketch_bits(pool, sketches))
+            *views, means, written, slots, **_options(_sketch_bits(index_k_pages, sketches))
         )
 
 
-def _views(pool: torch.Tensor, means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pool's bytes as fp8 keys and as fp32 scales."""
-    expect("pool", pool, (pool.shape[0], PAGE_BYTES), torch.uint8)
-    expect("means", means, (pool.shape[0], HEAD_DIM), torch.bfloat16)
-    return pool.view(torch.float8_e4m3fn), pool.view(torch.float32)
+def _views(index_k_pages: torch.Tensor, means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pool's bytes as fp8 keys and as fp32 scales."""
+    expect("index_k_pages", index_k_pages, (index_k_pages.shape[0], PAGE_BYTES), torch.uint8)
+    expect("means", means, (index_k_pages.shape[0], HEAD_DIM), torch.bfloat16)
+    return index_k_pages.view(torch.float8_e4m3fn), index_k_pages.view(torch.float32)
 
 
-def _sketch_bits(pool: torch.Tensor, sketches: torch.Tensor | None) -> int:
+def _sketch_bits(index_k_pages: torch.Tensor, sketches: torch.Tensor | None) -> int:
     """Bits a coordinate of `sketches`, 0 without any."""
     if sketches is None:
         return 0
     for bits in SKETCH_BITS:
         if sketches.shape[1:] == (sketch_bytes(bits),):
-            expect("sketches", sketches, (pool.shape[0], sketch_bytes(bits)), torch.uint8)
+            expect("sketches", sketches, (index_k_pages.shape[0], sketch_bytes(bits)), torch.uint8)
             return bits
     raise ValueError(
         f"sketches: expected uint8 [P, {' or '.join(str(sketch_bytes(bits)) for bits in SKETCH_BITS)}], "

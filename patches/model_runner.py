@@ -34,7 +34,7 @@ def load_model(original: Callable[..., None], self: Any) -> None:
         _arm(self)
     original(self)
     if not self.is_draft_worker or is_deepseek_dsa(self.model_config.hf_config):
-        AdmissionError.raise_if([*_indexer_problems(self.model), *register.live()])
+        AdmissionError.raise_if([*_indexer_problems(self.model), *register.problems()])
         _mark_last(self.model)
     armed = runtime.current()
     if armed.kernels and not self.is_draft_worker:
@@ -45,7 +45,7 @@ def load_model(original: Callable[..., None], self: Any) -> None:
 
 def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """ModelRunner.init_cuda_graphs: the last look before this rank serves, and one at the graphs."""
-    AdmissionError.raise_if([*register.live(), *([] if self.is_draft_worker else _serving_problems(self))])
+    AdmissionError.raise_if([*register.problems(), *([] if self.is_draft_worker else _serving_problems(self))])
     if distributed.is_initialized() and not self.is_draft_worker:
         _meet(distributed.distributed_c10d._get_default_store(), runtime.current(), MEETING)
     recorder.publish_page_stats()

@@ -212,27 +212,27 @@ def apply(version: str, patches: Sequence[Patch] = PATCHES) -> None:
 
 def undo() -> None:
     """Put every original back. Raises AdmissionError for targets wrapped by others since, which stay as they are."""
-    problems = live(_applied)
+    covered = problems(_applied)
     for target, applied in list(_applied.items()):
         if vars(applied.owner).get(applied.name) is applied.installed:
             setattr(applied.owner, applied.name, applied.original)
             del _applied[target]
-    AdmissionError.raise_if(problems)
+    AdmissionError.raise_if(covered)
 
 
-def live(targets: Iterable[str] = TARGETS) -> list[str]:
+def problems(targets: Iterable[str] = TARGETS) -> list[str]:
     """One sentence for each of `targets` where our wrapper is not the function that SGLang will call."""
-    problems = []
-    for target in targets:
-        applied = _applied.get(target)
-        found = vars(applied.owner).get(applied.name) if applied else None
-        if applied is None:
-            problems.append(
-                f"{target}: expected our hook, got none; start the server with this package installed in every process"
-            )
-        elif found is not applied.installed:
-            problems.append(f"{target}: expected our hook outermost, got {_describe(target, found)}; {_WAY_OUT}")
-    return problems
+    return [problem for target in targets if (problem := _not_live(target)) is not None]
+
+
+def _not_live(target: str) -> str | None:
+    applied = _applied.get(target)
+    if applied is None:
+        return f"{target}: expected our hook, got none; start the server with this package installed in every process"
+    found = vars(applied.owner).get(applied.name)
+    if found is applied.installed:
+        return None
+    return f"{target}: expected our hook outermost, got {_describe(target, found)}; {_WAY_OUT}"
 
 
 def _obstacles(patch: Patch, version: str) -> Iterator[str]:

@@ -252,7 +252,7 @@ def _serve(arguments: Sequence[str]) -> None:
     if os.environ.get(misa.ENV):
         from sglang_misa.patches import register
 
-        ConfigError.raise_if(register.live([register.LOAD_MODEL.target]))
+        ConfigError.raise_if(register.problems([register.LOAD_MODEL.target]))
     from sglang.launch_server import run_server
     from sglang.srt.entrypoints.http_server import app
     from sglang.srt.server_args import prepare_server_args

@@ -3,19 +3,6 @@
 A step is three launches, each overlapping the end of the one before: `keep_blocks` reads page means and lists the pages
 worth reading, `score_kept` scores their tokens, `topk_kept` selects.
 Bytes of a row: 4 a token of prefix for the means, 132 a kept token.
-
-Measured on an H100 beside SGLang's own scoring and top k (64 blocks of 128, H = 64, page table of 140,000 tokens, of
-262,144 in the last column, CUDA-graph replay, stock time / ours):
-
-    rows   8K     16K    32K    64K    128K   256K   at least as fast as stock from
-       1   1.02   0.83   1.16   1.14   1.33   1.80   32K
-       4   0.96   0.87   1.31   1.54   2.09          32K
-      16   0.99   1.21   1.98   3.27   3.83   5.84   16K
-      64   0.92   1.41   2.46   4.22   6.84  10.95   16K
-     128                 2.62   4.64   8.13
-
-H = 32 is within a tenth of that or better. The gate for all batches is 32,768 tokens. Between these lengths, or on
-another GPU, nothing is measured.
 """
 
 from __future__ import annotations
@@ -67,7 +54,7 @@ class ScoreTuning:
 def decode_topk(
     index_q: torch.Tensor,
     head_gates: torch.Tensor,
-    pool: torch.Tensor,
+    index_k_pages: torch.Tensor,
     page_means: torch.Tensor,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -86,14 +73,14 @@ def decode_topk(
     tokens exactly. There is no room for other exact rows: a length gate above nb · B + B - 1 is the caller's to refuse.
     The launches and grids depend on shapes alone: safe to capture in a CUDA graph.
 
-    index_q:    float8_e4m3fn [R, H, 128], contiguous; one row a query, so verify rows bring their own length
-    head_gates: fp32 [R, H], contiguous; the query's scale and the softmax scale folded in
-    pool:       uint8 [num_pages, 8448]: 64 keys of 128 fp8, then their 64 fp32 scales
-    page_means: bf16 [num_pages, 128]; valid for complete pages
-    page_table: int32 [R, W]; entries past ceil(len / 64) are stale and never followed
-    seq_lens:   int32 [R], 0 <= len <= 64 · W
-    out:        int32 [R, k]: page · 64 + offset, in the order of the row, -1 behind the last
-    positions:  int32 [R, k], optional: the same tokens as positions in the row
+    index_q:       float8_e4m3fn [R, H, 128], contiguous; one row a query, so verify rows bring their own length
+    head_gates:    fp32 [R, H], contiguous; the query's scale and the softmax scale folded in
+    index_k_pages: uint8 [num_pages, 8448]: 64 keys of 128 fp8, then their 64 fp32 scales
+    page_means:    bf16 [num_pages, 128]; valid for complete pages
+    page_table:    int32 [R, W]; entries past ceil(len / 64) are stale and never followed
+    seq_lens:      int32 [R], 0 <= len <= 64 · W
+    out:           int32 [R, k]: page · 64 + offset, in the order of the row, -1 behind the last
+    positions:     int32 [R, k], optional: the same tokens as positions in the row
     """
     rows, topk = index_q.shape[0], out.shape[1]
     room = scratch.logits.shape[1]
@@ -115,7 +102,7 @@ def decode_topk(
     score_kept(
         index_q,
         head_gates,
-        pool,
+        index_k_pages,
         seq_lens,
         block_size=block_size,
         topk=topk,
@@ -135,7 +122,7 @@ def keep_tuning(rows: int) -> KeepTuning:
 def score_kept(
     index_q: torch.Tensor,
     head_gates: torch.Tensor,
-    pool: torch.Tensor,
+    index_k_pages: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
     block_size: int,
@@ -154,15 +141,15 @@ def score_kept(
     _score_kernel[(programs, rows)](
         index_q,
         head_gates,
-        pool.view(torch.float8_e4m3fn),
-        pool.view(torch.float32),
+        index_k_pages.view(torch.float8_e4m3fn),
+        index_k_pages.view(torch.float32),
         seq_lens,
         kept.pages,
         scratch.logits,
         HEADS=heads,
         DIM=HEAD_DIM,
         PAGE=PAGE,
-        PAGE_BYTES=pool.stride(0),
+        PAGE_BYTES=index_k_pages.stride(0),
         BLOCK=block_size,
         KEEP=kept.blocks.shape[1] - 1,
         ROOM=scratch.logits.shape[1],

@@ -165,7 +165,7 @@ def test_wrong_layouts_are_named(device: str) -> None:
     lens = torch.ones(1, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="page_table"):
         update_page_means(pool, means, torch.zeros(1, 4, dtype=torch.int64, device=device), lens, 64)
-    with pytest.raises(ValueError, match=r"pool: expected torch.uint8 of shape \(2, 8448\)"):
+    with pytest.raises(ValueError, match=r"index_k_pages: expected torch.uint8 of shape \(2, 8448\)"):
         update_page_means(pool[:, :100], means, torch.zeros(1, 4, dtype=torch.int32, device=device), lens, 64)
     with pytest.raises(ValueError, match="multiple of 64, got 100"):
         update_page_means(pool, means, torch.zeros(1, 4, dtype=torch.int32, device=device), lens, 100)

@@ -45,7 +45,7 @@ def clean():
 def test_apply_then_undo_leaves_the_identical_functions():
     before = {patch.target: found(patch) for patch in ENTRIES}
     register.apply(VERSION, ENTRIES)
-    assert register.live() == []
+    assert register.problems() == []
     for patch in ENTRIES:
         assert found(patch) is not before[patch.target]
         function = register._function(found(patch))
@@ -53,7 +53,7 @@ def test_apply_then_undo_leaves_the_identical_functions():
         assert register.fingerprint(function) == patch.signature(VERSION)
     register.undo()
     assert {patch.target: found(patch) for patch in ENTRIES} == before
-    assert len(register.live()) == len(register.PATCHES)
+    assert len(register.problems()) == len(register.PATCHES)
 
 
 def test_apply_twice_wraps_once():
@@ -131,7 +131,7 @@ def test_a_hook_put_over_ours_is_seen_and_survives_undo(indexer):
         return original(*args, **kwargs)
 
     indexer._get_topk_paged = sabotage
-    (problem,) = register.live()
+    (problem,) = register.problems()
     assert "Indexer._get_topk_paged: expected our hook outermost, got a function from" in problem
     with pytest.raises(AdmissionError):
         register.undo()

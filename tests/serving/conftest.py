@@ -45,6 +45,8 @@ class Generated:
 class Server:
     """A started server and the requests that the tests send to it."""
 
+    key = API_KEY
+
     def __init__(self, process: ServerProcess, port: int, model: Path):
         self.process, self.port, self.model = process, port, model
 

@@ -1,7 +1,16 @@
-"""What the pages say exists: files that they link, flags, targets of make."""
+"""What the pages say exists: files that they link or name, modules and their flags, targets of make."""
 
+import contextlib
+import functools
+import importlib.util
+import io
 import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -9,7 +18,9 @@ from sglang_misa import flags
 from sglang_misa.config import PRESETS
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/**/*.md"), ROOT / "kernels/README.md"])
+FOLDERS = ("docs", "bench", "kernels", "examples", ".github")
+PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in ROOT.glob(f"{folder}/**/*.md"))])
+MADE = {"docker/.env", "docker/secrets"}  # by whoever deploys
 # Flags of the launcher and of SGLang that begin alike, but are no field of the configuration.
 OTHERS = {"--misa-preset", "--misa-config"}
 
@@ -37,3 +48,55 @@ def test_make_has_the_targets_that_pages_name() -> None:
     targets = set(re.findall(r"^([a-z0-9.-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = {target for page in PAGES for target in re.findall(r"`make ([a-z][a-z0-9.-]+)`", page.read_text())}
     assert named <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page: Path) -> None:
+    top = "bench|docker|docs|examples|kernels|patches|sglang_misa|tests"
+    named = set(re.findall(rf"`((?:{top})/[\w./-]*\w/?)`", page.read_text())) - MADE
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """(module, words) of each `python -m sglang_misa…` in a page's blocks of code."""
+    code = "\n".join(line[4:] for line in page.read_text().splitlines() if line.startswith("    "))
+    lines = [line for line in code.replace("\\\n", " ").splitlines() if "python -m sglang_misa" in line]
+    for words in (shlex.split(line, comments=True) for line in lines):
+        quoted = [shlex.split(word) for word in words if "python -m sglang_misa" in word]
+        for command in [words, *quoted]:
+            at = command.index("-m")
+            yield command[at + 1], command[at + 2 :]
+
+
+@functools.cache
+def usage(module: str, subcommand: str | None) -> str:
+    out = io.StringIO()
+    words = [module, *([subcommand] if subcommand else []), "--help"]
+    with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        runpy.run_module(module, run_name="__main__")
+    return out.getvalue()
+
+
+@functools.cache
+def sglang_flags() -> frozenset[str]:
+    import argparse
+
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return frozenset(name for action in parser._actions for name in action.option_strings)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("page", [page for page in PAGES if [*commands(page)]], ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_name_modules_and_flags_that_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    for module, words in commands(page):
+        assert importlib.util.find_spec(module) is not None, module
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        text = usage(module, words[0] if module == "sglang_misa.bench.load" else None)
+        unknown = given - set(re.findall(r"--[a-z][a-z-]*", text))
+        if module in ("sglang_misa.launch_server", "sglang_misa.bench.one_rank"):  # SGLang takes what begins alike
+            unknown = {flag for flag in unknown if not any(name.startswith(flag) for name in sglang_flags())}
+        assert not unknown, module

@@ -1,5 +1,7 @@
-"""A wheel holds every package of the checkout."""
+"""A wheel holds every package of the checkout, and says which extra is missing."""
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,3 +13,12 @@ def test_every_folder_with_modules_is_packaged():
     links = [link for link in (ROOT / "sglang_misa").iterdir() if link.is_symlink()]
     modules = [*(ROOT / "sglang_misa").rglob("*.py"), *(file for link in links for file in link.rglob("*.py"))]
     assert set(named) == {".".join(file.relative_to(ROOT).parent.parts) for file in modules}
+
+
+def test_the_load_test_names_the_extra_that_it_needs():
+    code = (
+        "import runpy, sys; sys.modules['tyro'] = None; runpy.run_module('sglang_misa.bench.load', run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == "bench.load: expected the extra bench, got no tyro; install sglang-misa[bench]\n"
