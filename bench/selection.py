@@ -3,12 +3,14 @@
     python -m sglang_misa.bench.selection FILE... [--length 131072] [--rows 64] [--csv FILE] [--plot FILE]
 
 FILE: safetensors with index_q [T, H, 128] and index_k [L, 128] in fp8, head_gates [T, H], k_scale [L] and positions [T]
-of one layer. Row t sees the keys up to its position, or the newest --length of them: its window starts at a multiple of
-1024, so that pages and blocks are those of the file. Every policy is scored in fp32 by `reference`.
+of one layer, as a server writes them with --misa-dump. Row t sees the keys up to its position, or the newest --length
+of them: its window starts at a multiple of 1024, so that pages and blocks are those of the file. Every policy is scored
+in fp32 by `reference`.
 
-recall: mean share of DSA's top 2048 that the policy selects (with candidates: that lie among them, as all heads score
-those again); p10: the tenth percentile of the rows. columns: scored columns a key; flop and bytes: of prefill's
-arithmetic and of decode's reads, over stock's. A policy is on a phase's front when no other keeps as much for less.
+recall: mean share of DSA's top k (2048, or what a dump's model has) that the policy selects (with candidates: that lie
+among them, as all heads score those again); p10: the tenth percentile of the rows. columns: scored columns a key; flop
+and bytes: of prefill's arithmetic and of decode's reads, over stock's. A policy is on a phase's front when no other
+keeps as much for less.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ from sglang_misa.bench.inputs import pack_pages, trained_file
 from sglang_misa.bench.work import count
 from sglang_misa.config import Phase, Router, SelectionPolicy
 from sglang_misa.kernels.layout import PAGE
+from sglang_misa.policy_file import ModelIdentity
 
-TOPK = 2048
+TOPK = 2048  # of a file that does not tell its model
 ALIGN = 1024  # a window's start: the largest block
 CANDIDATES = (4096, 8192, 16384)
 ROUTERS: tuple[Router, ...] = ("mean", "peak", "signed", "weight")
@@ -53,6 +56,7 @@ class Row:
     head_gates: Tensor  # [H]
     keys: Tensor  # [L, 128] fp32
     means: Tensor  # [L // 64, 128] of its complete pages
+    topk: int
 
     @cached_property
     def products(self) -> Tensor:
@@ -62,7 +66,7 @@ class Row:
     @cached_property
     def wanted(self) -> Tensor:
         """DSA's top k, positions [k]."""
-        return (self.head_gates @ self.products).topk(min(TOPK, len(self.keys))).indices
+        return (self.head_gates @ self.products).topk(min(self.topk, len(self.keys))).indices
 
     @cached_property
     def _found(self) -> dict[tuple[int, Router], reference.BlockStatistics]:
@@ -125,6 +129,7 @@ class Layer:
     keys: Tensor  # [L, 128] fp32, dequantised
     pages: Tensor  # [L // 64, 8448] uint8
     positions: Tensor
+    model: ModelIdentity | None  # whose tensors these are, where the file tells
 
     @classmethod
     def load(cls, path: Path, rows: int, device: str = "cpu") -> Layer:
@@ -141,7 +146,11 @@ class Layer:
             pack_pages(tensors["index_k"][:whole], tensors["k_scale"][:whole]),
             tensors["positions"][picked],
         )
-        return cls(*(part.to(device) for part in parts))
+        return cls(*(part.to(device) for part in parts), model=model_of(path))
+
+    @property
+    def topk(self) -> int:
+        return TOPK if self.model is None else self.model.index_topk
 
     @cached_property
     def means(self) -> Tensor:
@@ -160,7 +169,16 @@ class Layer:
         for q, gates, position in zip(self.index_q, self.head_gates, self.positions.tolist(), strict=True):
             start = max(0, -(-(position + 1 - length) // ALIGN) * ALIGN)
             pages = self.means[start // PAGE : (position + 1) // PAGE]
-            yield Row(q, gates, keys[start : position + 1], pages.float())
+            yield Row(q, gates, keys[start : position + 1], pages.float(), self.topk)
+
+
+def model_of(path: Path) -> ModelIdentity | None:
+    """The model that a file of index tensors says it is of. Raises ValueError where it says it wrongly."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        told = (file.metadata() or {}).get("model")
+    return None if told is None else ModelIdentity.model_validate_json(told)
 
 
 def policies() -> list[tuple[Phase, SelectionPolicy]]:
@@ -191,9 +209,9 @@ def measure(layer: Layer, length: int, wanted: Sequence[tuple[Phase, SelectionPo
         for phase, policy in wanted:
             counts = [n for n in CANDIDATES if policy.blocks is None or n < policy.blocks * policy.block_size]
             scores = row.scores(policy, sketched.get(policy.sketch) if policy.sketch else None)
-            for n, share in zip((TOPK, *counts), row.kept(scores, (TOPK, *counts)), strict=True):
-                key = phase, policy if n == TOPK else policy.model_copy(update={"candidates": n})
-                if n != TOPK or policy.sketch is None:
+            for n, share in zip((row.topk, *counts), row.kept(scores, (row.topk, *counts)), strict=True):
+                key = phase, policy if n == row.topk else policy.model_copy(update={"candidates": n})
+                if n != row.topk or policy.sketch is None:
                     shares.setdefault(key, []).append(share)
     return {key: torch.tensor(values) for key, values in shares.items()}
 
@@ -278,8 +296,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 layer = Layer.load(path, options.rows, options.device)
             except (OSError, ValueError) as error:
                 parser.error(str(error))
-            if length <= TOPK:
-                parser.error(f"--length: expected more than the {TOPK} tokens that are selected, got {length}")
+            if length <= layer.topk:
+                parser.error(f"--length: expected more than the {layer.topk} tokens that are selected, got {length}")
             shares.append(measure(layer, length, policies()))
             print(f"{path}: {len(layer.positions)} rows of {length} keys", file=sys.stderr, flush=True)
         rows += table(shares, length, layer.head_gates.shape[1])

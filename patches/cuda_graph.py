@@ -33,22 +33,27 @@ def capture_one(
     """
     with decode_gate.capturing(stock=False) as capture:
         original(self, shape_key, forward_fn, *args, **kwargs)
-    if capture.taps:
-        vars(self).setdefault("misa_taps", {})[shape_key] = Taps(capture.taps)
-    if capture.asked and runtime.current().config.decode.min_len > 0:
-        with decode_gate.capturing(stock=True):
+    _keep_taps(self, shape_key, capture)
+    config = runtime.current().config
+    if capture.asked and (config.gate("decode") or config.audit.floor > 0):
+        with decode_gate.capturing(stock=True) as capture:
             original(self, stock_key(shape_key), forward_fn, *args, **kwargs)
+        _keep_taps(self, stock_key(shape_key), capture)
+
+
+def _keep_taps(backend: Any, shape_key: Any, capture: decode_gate.Capture) -> None:
+    if capture.taps:
+        vars(backend).setdefault("misa_taps", {})[shape_key] = Taps(capture.taps)
 
 
 def replay(original: Callable[..., Any], self: Any, shape_key: Any, static_forward_batch: Any, **kwargs: Any) -> Any:
     """FullCudaGraphBackend.replay: the variant that the gate names for this batch's lengths on the host."""
     stock = stock_key(shape_key)
     if stock in self._graphs:
-        policy = runtime.current().config.decode
-        tokens = longest(static_forward_batch)
-        is_stock = decode_gate.is_stock(policy, tokens)
-        unknown = f"{policy.name}:unknown-length"
-        recorder.replayed("dsa" if is_stock else unknown if tokens is None else policy.name)
+        config = runtime.current().config
+        name, tokens = config.name("decode"), longest(static_forward_batch)
+        is_stock = decode_gate.why_stock(config.gate("decode") or 0, tokens) is not None
+        recorder.replayed("dsa" if is_stock else f"{name}:unknown-length" if tokens is None else name)
         shape_key = stock if is_stock else shape_key
     result = original(self, shape_key, static_forward_batch, **kwargs)
     if taps := vars(self).get("misa_taps", {}).get(shape_key):

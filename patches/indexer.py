@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,10 @@ import torch
 from sglang.srt.layers.attention.dsa import dsa_indexer
 from torch import Tensor
 
-from sglang_misa import decode_gate, runtime
+from sglang_misa import decode_gate
 from sglang_misa.call import spans
 from sglang_misa.metrics import recorder
-from sglang_misa.patches.forward_batch import longest
+from sglang_misa.patches.forward_batch import ends, longest
 from sglang_misa.patches.indexer_calls import decode_call, extend_call
 
 
@@ -33,16 +34,20 @@ def get_topk_ragged(
         return original(*stock)
     pool = dsa_indexer.get_token_to_kv_pool()
     selector, layer = pool.misa_selector, layer_id - pool.start_layer
-    requests = spans(metadata.get_dsa_extend_len_cpu(), metadata.get_indexer_seq_len_cpu().tolist())
+    lens = metadata.get_indexer_seq_len_cpu().tolist()
+    requests = spans(metadata.get_dsa_extend_len_cpu(), lens, ends())
+    call = functools.partial(extend_call, pool, layer_id, requests, q_fp8, weights, metadata)
     reason = selector.why_stock(layer, requests)
     if reason is not None:
         recorder.declined("prefill", reason)
         recorder.ran("prefill", "dsa")
         _pages_written(pool, layer, forward_batch.out_cache_loc)
-        return original(*stock)
-    recorder.ran("prefill", selector.config.prefill.name)
+        ids = original(*stock)
+        selector.left_to_stock(layer, requests, functools.partial(call, ids))
+        return ids
+    recorder.ran("prefill", selector.policy("prefill", layer).name)
     ids = _no_tokens(self, q_fp8) if topk_result is None else topk_result
-    selector.extend(extend_call(pool, layer_id, requests, q_fp8, weights, metadata, ids))
+    selector.extend(call(ids))
     return ids
 
 
@@ -58,20 +63,24 @@ def get_topk_paged(
     """Indexer._get_topk_paged: decode, target_verify and draft_extend rows, eager or captured. The gate chooses."""
     pool = dsa_indexer.get_token_to_kv_pool()
     selector, mode = pool.misa_selector, forward_batch.forward_mode
-    policy = selector.config.decode
+    policy = selector.policy("decode", layer_id - pool.start_layer)
     expanded = mode.is_target_verify() or mode.is_draft_extend_v2()
     seq_lens = metadata.get_seqlens_expanded() if expanded else metadata.get_seqlens_int32()
     captured = "captured:" if q_fp8.is_cuda and torch.cuda.is_current_stream_capturing() else ""
-    if not policy.active or decode_gate.is_stock(policy, longest(forward_batch)):
+    call = functools.partial(decode_call, pool, layer_id, seq_lens, q_fp8, weights, metadata)
+    reason = decode_gate.why_stock(policy.min_len, longest(forward_batch)) if policy.active else "policy-is-dsa"
+    if reason is not None:
         recorder.ran("decode", captured + "dsa")
-        if policy.active and not captured:
-            recorder.declined("decode", "under-min-len")
         ids = original(self, forward_batch, layer_id, q_fp8, weights, metadata)
+        if policy.active:
+            if not captured:
+                recorder.declined("decode", reason)
+            selector.decode_left_to_stock(functools.partial(call, ids))
     else:
         recorder.ran("decode", captured + policy.name)
         ids = _no_tokens(self, q_fp8)
-        selector.decode(decode_call(pool, layer_id, seq_lens, q_fp8, weights, metadata, ids))
-    if policy.active and self.misa_last:
+        selector.decode(call(ids))
+    if selector.ladders.decodes and self.misa_last:
         selector.engine.end_step(metadata.get_page_table_64(), seq_lens)
     return ids
 
@@ -102,7 +111,7 @@ def forward_k_only(
 
 def _pages_written(pool: Any, layer: int, slots: Tensor) -> None:
     """Statistics of the pages that an extend call completed and selected nothing on: only decode will read them."""
-    if runtime.current().config.decode.active:
+    if pool.misa_selector.ladders.decodes:
         pool.misa_selector.engine.pages_written(layer, slots.long())
 
 

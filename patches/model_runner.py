@@ -18,6 +18,7 @@ from sglang_misa.admission import AdmissionError
 from sglang_misa.config import ENV, ConfigError, MisaConfig
 from sglang_misa.metrics import recorder
 from sglang_misa.patches import register
+from sglang_misa.policy_file import ModelIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ def _arm(runner: Any) -> None:
         device=runner.device,
         rank=0 if alone else distributed.get_rank(),
         ranks=1 if alone else distributed.get_world_size(),
+        model=ModelIdentity.of(model),
+        peers=_peers(),
     )
     runtime.arm(armed)
     version = versions.installed()
@@ -100,10 +103,18 @@ def _arm(runner: Any) -> None:
     if resolved_view(runner.server_args).enable_metrics:
         parallel = runner.ps if hasattr(runner, "ps") else get_parallel()  # the runner's own until 0.5.22
         recorder.export(config, version, armed.rank, parallel.dp_rank or 0)
-    names = ", ".join(f"{phase} {config.policy(phase).name}" for phase in ("prefill", "decode"))
+    names = ", ".join(f"{phase} {config.name(phase)}" for phase in ("prefill", "decode"))
     logger.info("sglang-misa selects the tokens of sparse attention: %s", names)
     if not verified:
         logger.warning("SGLang %s is not verified on this device; verified are %s", version, versions.known())
+
+
+def _peers() -> Any:
+    """The process group, on the CPU, of the ranks that select for the same requests; None for one rank."""
+    if not distributed.is_initialized():
+        return None
+    group = get_parallel().attn_tp_group
+    return group.cpu_group if group.world_size > 1 else None
 
 
 def _candidate(runner: Any, config: MisaConfig) -> admission.Candidate:

@@ -22,5 +22,5 @@ def init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) ->
 
 def compute_cell_size(original: Callable[..., int], self: Any, runner: Any, num_layers: int) -> int:
     """DefaultPoolConfigurator._compute_cell_size: bytes of a token over all layers, its share of statistics too."""
-    page = PageStats.bytes_per_page(runtime.current().config.decode.sketch)
+    page = PageStats.bytes_per_page(runtime.current().config.sketch)
     return original(self, runner, num_layers) + math.ceil(page / PAGE) * num_layers

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sglang_misa import versions
+from sglang_misa import dump_folder, versions
 from sglang_misa.config import PHASES, ConfigError, MisaConfig, Phase, SelectionPolicy
 from sglang_misa.kernels import layout
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
@@ -36,6 +36,11 @@ class Candidate:
     sglang: str  # version
     device: str  # "cuda", "hip", "cpu", "npu", "xpu", …
     capability: tuple[int, int] | None  # of a CUDA device
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a policy selects in decode, in any layer."""
+        return self.config.gate("decode") is not None
 
     @property
     def on_kernels(self) -> bool:
@@ -120,8 +125,8 @@ def _kernel_policies(candidate: Candidate) -> Iterator[str]:
     """Policies that the reference can follow and the GPU kernels cannot."""
     if not (candidate.is_dsa and candidate.on_kernels):
         return
-    for phase in PHASES:
-        policy = candidate.config.policy(phase)
+    config = candidate.config
+    for phase, policy in [(kind, policy) for kind in PHASES for policy in config.policies(kind)]:
         if policy.columns is not None and policy.columns not in layout.ROUTED_HEADS:
             yield (
                 f"{phase}.heads: expected one of {layout.ROUTED_HEADS} on GPU kernels, a residual counted as one, got "
@@ -132,8 +137,10 @@ def _kernel_policies(candidate: Candidate) -> Iterator[str]:
                 f"{phase}.candidates: expected at most {layout.MAX_CANDIDATES} on GPU kernels, got "
                 f"{policy.candidates}; lower --misa-{phase}-candidates, {_REFERENCE}"
             )
-    yield from _prefill_kernels(candidate.config.prefill, candidate.model.index_topk)
-    yield from _decode_kernels(candidate.config.decode)
+    for policy in candidate.config.policies("prefill"):
+        yield from _prefill_kernels(policy, candidate.model.index_topk)
+    for policy in candidate.config.policies("decode"):
+        yield from _decode_kernels(policy)
 
 
 def _forced_tokens(candidate: Candidate) -> Iterator[str]:
@@ -221,7 +228,7 @@ def _device(candidate: Candidate) -> Iterator[str]:
 
 
 def _arguments(candidate: Candidate) -> Iterator[str]:
-    rules = ARGUMENTS + (DECODE_ARGUMENTS if candidate.config.decode.active else ())
+    rules = ARGUMENTS + (DECODE_ARGUMENTS if candidate.decodes else ())
     for rule in rules:
         value = getattr(candidate.arguments, rule.name, rule.allowed[0])  # not every version has every one
         if value not in rule.allowed:
@@ -235,7 +242,7 @@ def _arguments(candidate: Candidate) -> Iterator[str]:
 
 def _decode_steps(candidate: Candidate) -> Iterator[str]:
     """What the gate and the upkeep of page means take for granted of decode steps."""
-    if not (candidate.config.decode.active and candidate.on_kernels):
+    if not (candidate.decodes and candidate.on_kernels):
         return
     graphs = candidate.arguments.cuda_graph_config  # None means SGLang's default, full
     if graphs is not None and graphs.decode.backend == "breakable":
@@ -251,12 +258,8 @@ def _decode_steps(candidate: Candidate) -> Iterator[str]:
         )
 
 
-def _audit(candidate: Candidate) -> Iterator[str]:
-    if candidate.config.audit.action == "dense" and candidate.arguments.tp_size > 1:
-        yield (
-            "audit.action: expected log with tensor parallelism, as each rank judges alone and ranks could part, got "
-            f"dense with --tp {candidate.arguments.tp_size}; set --misa-audit-action log"
-        )
+def _dump(candidate: Candidate) -> Iterator[str]:
+    yield from dump_folder.problems(candidate.config.dump, getattr(candidate.model, "num_hidden_layers", None))
 
 
 def _version(candidate: Candidate) -> Iterator[str]:
@@ -272,6 +275,8 @@ def _policies(candidate: Candidate) -> Iterator[str]:
         candidate.config.check(index_heads=candidate.model.index_n_heads, topk=candidate.model.index_topk)
     except ConfigError as error:
         yield from error.problems
+    if candidate.config.layers is not None:
+        yield from candidate.config.layers.model_problems(candidate.model)
 
 
 CHECKS: tuple[Callable[[Candidate], Iterator[str]], ...] = (
@@ -286,7 +291,7 @@ CHECKS: tuple[Callable[[Candidate], Iterator[str]], ...] = (
     _device,
     _arguments,
     _decode_steps,
-    _audit,
+    _dump,
     _policies,
 )
 

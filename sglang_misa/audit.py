@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,13 +11,11 @@ from torch import Tensor
 
 from sglang_misa import decode_gate, reference
 from sglang_misa.call import DecodeCall, ExtendCall, Output, Run
-from sglang_misa.config import Audit, Phase
+from sglang_misa.config import Audit, Phase, SelectionPolicy
+from sglang_misa.engines import Engine
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+from sglang_misa.ladder import Ladders
 from sglang_misa.metrics import recorder
-
-logger = logging.getLogger(__name__)
-
-WINDOW = 64  # audited rows that are judged together: one bad row is no trend
 
 
 def overlap(dense: Tensor, chosen: Tensor, topk: int) -> tuple[float, float, float]:
@@ -40,13 +37,17 @@ Result = tuple[float, float, float]  # recall, IoU, score mass of one row
 
 @dataclass
 class Auditor:
-    """Decides which calls of one pool's layers are audited, and which layers have sunk below the floor for good."""
+    """Decides which calls of one pool's layers are audited, and tells the ladders what their rows kept.
+
+    Where a layer has sunk, the policy that it came from selects for the same rows once more, into an output of its own:
+    the engine itself runs, so what is broken in it stays seen, and nobody is served by it.
+    """
 
     settings: Audit
     topk: int
-    dense_layers: set[int] = field(default_factory=set)
+    engine: Engine
+    ladders: Ladders
     _calls: Counter[tuple[Phase, int]] = field(default_factory=Counter)
-    _window: dict[tuple[Phase, int], list[float]] = field(default_factory=dict)
 
     def look_at_extend(self, call: ExtendCall, runs: Sequence[Run]) -> None:
         """Audit sampled rows of `runs`, those that the policy selected, if this call of the layer is due."""
@@ -61,6 +62,23 @@ class Auditor:
                 seen = keys[: span.seen_by(row)]
                 results.append(self._row(call.index_q[row], call.head_gates[row], seen, output))
         self.record("prefill", call.layer, results)
+        probe = self.ladders.probe("prefill", call.layer)
+        if probe is not None:
+            self.probe_extend(call, probe, runs)
+
+    def probe_extend(self, call: ExtendCall, policy: SelectionPolicy, runs: Sequence[Run]) -> None:
+        """Tell the ladder what `policy` would keep of sampled rows of `runs`."""
+        recalls = [
+            self._probe_row(call.alone(part.spans[0], row), policy)
+            for run in runs
+            for part in run.alone()
+            for row in self.rows(part.first, part.last)
+        ]
+        self.ladders.observe("prefill", call.layer, recalls, probed=True)
+
+    def _probe_row(self, one: ExtendCall, policy: SelectionPolicy) -> float:
+        self.engine.extend(one, [(policy, Run(one.spans, 0, 1))])
+        return self._row(one.index_q[0], one.head_gates[0], one.keys(one.spans[0]), one.output)[0]
 
     def look_at_decode(self, call: DecodeCall) -> None:
         """Audit the first rows of a call that is due; while a CUDA graph is captured, leave a tap for its replays."""
@@ -70,10 +88,36 @@ class Auditor:
         if capture is None:
             if self.due("decode", call.layer):
                 self.record("decode", call.layer, self.decode_rows(call))
-        elif torch.cuda.is_current_stream_capturing() and call.layer % self.settings.decode_layers == 0:
+        elif self._taps(call):
             rows = slice(0, self.settings.rows)
-            copies = call.index_q[rows].clone(), call.head_gates[rows].clone(), call.ids[rows].clone()
-            capture.taps.append(Tap(self, call, *copies))
+            copies = {name: getattr(call, name)[rows].clone() for name in ("index_q", "head_gates", "ids")}
+            capture.taps.append(Tap(self, replace(call, **copies)))
+
+    def look_past_decode(self, call: DecodeCall) -> None:
+        """The same for a call that stock DSA selects for, whose policy may select again."""
+        if self.settings.rows == 0 or self.settings.floor == 0:
+            return
+        capture = decode_gate.capture()
+        if capture is None:
+            if self.ladders.probe("decode", call.layer) is not None and self.due("decode", call.layer):
+                self.probe_decode(call.first(self.settings.rows))
+        elif self._taps(call):
+            first = call.first(self.settings.rows)
+            copies = {name: getattr(first, name).clone() for name in ("index_q", "head_gates")}
+            capture.taps.append(ProbeTap(self, replace(first, **copies)))
+
+    def _taps(self, call: DecodeCall) -> bool:
+        return torch.cuda.is_current_stream_capturing() and call.layer % self.settings.decode_layers == 0
+
+    def probe_decode(self, call: DecodeCall) -> None:
+        """Tell the ladder what the layer's policy would keep for the rows of `call`, whose output is written."""
+        probe = self.ladders.probe("decode", call.layer)
+        if probe is not None:
+            behind = self.engine.behind
+            self.engine.decode(call, probe)
+            self.engine.behind = behind  # this was no step
+            recalls = [recall for recall, _, _ in self.decode_rows(call)]
+            self.ladders.observe("decode", call.layer, recalls, probed=True)
 
     def due(self, phase: Phase, layer: int) -> bool:
         """Whether this call of `layer` is one to audit: one in `every`, not the same one in neighbouring layers."""
@@ -109,27 +153,10 @@ class Auditor:
         return overlap(dense, chosen, self.topk)
 
     def record(self, phase: Phase, layer: int, results: Sequence[Result]) -> None:
-        """Add the rows' results; act when the mean of the layer's last WINDOW rows is under the floor."""
+        """Count the rows' results, and tell the ladder."""
         for recall, iou, mass in results:
             recorder.audited(phase, layer, recall, iou, mass)
-        window = self._window.setdefault((phase, layer), [])
-        window += [recall for recall, _, _ in results]
-        if len(window) < WINDOW:
-            return
-        mean = sum(window) / len(window)
-        window.clear()
-        if mean >= self.settings.floor or layer in self.dense_layers:
-            return
-        sinking = (
-            f"layer {layer}: mean recall {mean:.3f} of {phase} over the last {WINDOW} audited rows is under "
-            f"{self.settings.floor}"
-        )
-        if self.settings.action == "dense":
-            self.dense_layers.add(layer)
-            recorder.layer_dense(layer)
-            logger.warning("%s; stock DSA selects its prefill until restart", sinking)
-        else:
-            logger.warning("%s; choose the preset faithful, or raise --misa-%s-candidates", sinking, phase)
+        self.ladders.observe(phase, layer, [recall for recall, _, _ in results], probed=False)
 
 
 @dataclass(frozen=True)
@@ -140,21 +167,28 @@ class Tap:
     """
 
     auditor: Auditor
-    call: DecodeCall
-    index_q: Tensor
-    head_gates: Tensor
-    ids: Tensor
+    call: DecodeCall  # of the copies
 
     def audit(self) -> None:
-        call = replace(self.call, index_q=self.index_q, head_gates=self.head_gates, ids=self.ids)
-        self.auditor.record("decode", call.layer, self.auditor.decode_rows(call))
+        self.auditor.record("decode", self.call.layer, self.auditor.decode_rows(self.call))
+
+
+@dataclass(frozen=True)
+class ProbeTap:
+    """The same of a graph of stock DSA: what its first rows selected with, for the policy that may select again."""
+
+    auditor: Auditor
+    call: DecodeCall  # of the copies
+
+    def audit(self) -> None:
+        self.auditor.probe_decode(self.call)
 
 
 @dataclass
 class Taps:
     """The taps of one captured graph; they take turns, one at a replay in `every`."""
 
-    taps: Sequence[Tap]
+    taps: Sequence[Tap | ProbeTap]
     _replays: int = 0
 
     def replayed(self) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class Span:
     rows: int
     first_key: int  # column of its first key among the gathered keys of all requests
     length: int  # keys its last row sees
+    ends: bool = False  # whether its last row is the prompt's last
 
     @property
     def last_row(self) -> int:
@@ -35,11 +36,14 @@ class Span:
         return self.length - (self.last_row - 1 - row)
 
 
-def spans(extend_lens: Sequence[int], seq_lens: Sequence[int]) -> tuple[Span, ...]:
-    """The spans of a batch: `extend_lens` rows and `seq_lens` keys a request, both in batch order."""
+def spans(extend_lens: Sequence[int], seq_lens: Sequence[int], ends: Collection[int] = ()) -> tuple[Span, ...]:
+    """The spans of a batch: `extend_lens` rows and `seq_lens` keys a request, both in batch order.
+
+    ends: the requests whose prompt ends in this call.
+    """
     result, row, key = [], 0, 0
     for request, (rows, length) in enumerate(zip(extend_lens, seq_lens, strict=True)):
-        result.append(Span(request, row, rows, key, length))
+        result.append(Span(request, row, rows, key, length, request in ends))
         row, key = row + rows, key + length
     return tuple(result)
 
@@ -137,6 +141,25 @@ class ExtendCall:
         part = slice(span.first_key, span.first_key + span.length)
         return self.index_k[part].float() * self.k_scale[part].unsqueeze(-1)
 
+    def alone(self, span: Span, row: int) -> ExtendCall:
+        """The call of one row of `span` alone, which writes positions into an output of its own."""
+        seen, rows, request = span.seen_by(row), slice(row, row + 1), slice(span.request, span.request + 1)
+        keys = slice(span.first_key, span.first_key + seen)
+        return ExtendCall(
+            layer=self.layer,
+            spans=(Span(0, 0, 1, 0, seen),),
+            index_q=self.index_q[rows],
+            head_gates=self.head_gates[rows],
+            index_k=self.index_k[keys],
+            k_scale=self.k_scale[keys],
+            seq_lens=self.seq_lens[rows],
+            ks=torch.zeros_like(self.ks[rows]),
+            row_batch=torch.zeros_like(self.row_batch[rows]),
+            page_table=self.page_table[request],
+            request_lens=self.seq_lens[rows],
+            output=Output(torch.empty_like(self.output.ids[rows])),
+        )
+
 
 @dataclass(frozen=True)
 class DecodeCall:
@@ -154,6 +177,19 @@ class DecodeCall:
     seq_lens: Tensor
     ids: Tensor
     positions: bool  # write positions, not slots
+
+    def first(self, rows: int) -> DecodeCall:
+        """The call of its first `rows` rows, which writes positions into an output of its own."""
+        part = slice(0, rows)
+        return replace(
+            self,
+            index_q=self.index_q[part],
+            head_gates=self.head_gates[part],
+            page_table=self.page_table[part],
+            seq_lens=self.seq_lens[part],
+            ids=torch.empty_like(self.ids[part]),
+            positions=True,
+        )
 
     @property
     def output(self) -> Output:

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang_misa import admission, versions
-from sglang_misa.config import PHASES, MisaConfig, SelectionPolicy, preset_name
+from sglang_misa.config import PHASES, MisaConfig, Phase, SelectionPolicy, preset_name
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, sketch_bytes
-from sglang_misa.text import table
+from sglang_misa.text import ranges, table
 
 # Taken for granted where no folder tells: DeepSeek-V3.2's.
 UNKNOWN_MODEL = {"index_n_heads": 64, "index_topk": 2048, "index_head_dim": HEAD_DIM, "architectures": ["unknown"]}
@@ -40,7 +40,7 @@ def report(
         return "sglang-misa is off: stock DSA selects in both phases (no --misa-* flag, no SGLANG_MISA_CONFIG)", []
     found = candidate(config, model, device, words, _capability())
     paragraphs = [
-        f"preset: {preset_name(config) or 'none by name'}; SGLang {found.sglang}; device {found.device}",
+        f"{_source(config)}; SGLang {found.sglang}; device {found.device}",
         table([("phase", "length", "selected by"), *_rows(config, found.model)]),
         _memory(config, found.model),
         "\n".join(["Not known here:", *(f"  - {each}" for each in _unknown(found, model))]),
@@ -70,6 +70,14 @@ def candidate(
         device="cuda" if device is None else device,
         capability=(capability or admission.VERIFIED_CAPABILITY) if on_cuda else None,
     )
+
+
+def _source(config: MisaConfig) -> str:
+    """Where the policies come from."""
+    if config.layers is None:
+        return f"preset: {preset_name(config) or 'none by name'}"
+    file = config.layers
+    return f"policy file by {file.created_by} for a recall of {file.target_recall:g} at {file.length} keys"
 
 
 def _unknown(found: admission.Candidate, model: Mapping[str, Any] | None) -> Iterator[str]:
@@ -122,12 +130,24 @@ def _arguments(words: Sequence[str]) -> SimpleNamespace:
 
 def _rows(config: MisaConfig, model: Any) -> Iterator[tuple[str, str, str]]:
     for phase in PHASES:
-        policy = config.policy(phase)
+        heads = getattr(model, "index_n_heads", None)
+        gate = config.gate(phase)
         what = "a query that sees" if phase == "prefill" else "a step whose longest request has"
-        if policy.active and policy.min_len > 0:
-            yield phase, f"{what} up to {policy.min_len} tokens", "stock DSA"
-        over = f"more than {policy.min_len} tokens" if policy.active and policy.min_len > 0 else "any number of tokens"
-        yield phase, f"{what} {over}", _described(policy, getattr(model, "index_n_heads", None))
+        if gate:
+            yield phase, f"{what} up to {gate} tokens", "stock DSA"
+        over = f"{what} more than {gate} tokens" if gate else f"{what} any number of tokens"
+        if config.layers is None:
+            yield phase, over, _described(config.policy(phase), heads)
+        for policy, layers in _layers(config, phase):
+            yield phase, f"{over}, layers {layers}", _described(policy, heads)
+
+
+def _layers(config: MisaConfig, phase: Phase) -> Iterator[tuple[SelectionPolicy, str]]:
+    """Each policy of a policy file, and its layers; nothing without such a file."""
+    if config.layers is not None:
+        every = config.layers.policies(phase)
+        for policy in dict.fromkeys(every):
+            yield policy, ranges([layer for layer, one in enumerate(every) if one == policy])
 
 
 def _described(policy: SelectionPolicy, heads: int | None) -> str:
@@ -148,7 +168,7 @@ def _described(policy: SelectionPolicy, heads: int | None) -> str:
 
 def stats_bytes(config: MisaConfig) -> int:
     """Bytes of one page's statistics in one layer: a bf16 mean and, where decode reads them, sketches."""
-    bits = config.decode.sketch
+    bits = config.sketch
     return 2 * HEAD_DIM + (0 if bits is None else sketch_bytes(bits))
 
 

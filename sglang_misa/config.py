@@ -6,184 +6,31 @@ serve` read that), as a JSON file, or as `--misa-*` flags of the launcher (`flag
 
 from __future__ import annotations
 
-import difflib
-import json
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sglang_misa.kernels.layout import PAGE
-from sglang_misa.refusal import Refusal
+from sglang_misa.policy import PHASES, Phase, Router, SelectionPolicy, renamed
+from sglang_misa.policy_file import PolicyFile
+from sglang_misa.validation import ConfigError, parsed, validated
 
-logger = logging.getLogger(__name__)
+__all__ = [  # the names of its parts too
+    "PHASES",
+    "Audit",
+    "ConfigError",
+    "Dump",
+    "MisaConfig",
+    "Phase",
+    "Router",
+    "SelectionPolicy",
+]
 
 ENV = "SGLANG_MISA_CONFIG"
 
-Router = Literal["mean", "peak", "signed", "weight"]
 Backend = Literal["auto", "kernels", "torch"]
-ALIASES = {"router": {"abs": "mean"}, "backend": {"triton": "kernels"}}  # words of earlier releases
-Phase = Literal["prefill", "decode"]
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
-
-
-class ConfigError(Refusal, ValueError):
-    """A setting that cannot be used."""
-
-    opening = "sglang-misa cannot use this configuration"
-
-
-def _renamed(field: str, word: object) -> object:
-    """`word`, or the one that replaced it since an earlier release, which the log then says."""
-    new = ALIASES[field].get(word) if isinstance(word, str) else None
-    if new is None:
-        return word
-    logger.warning("%s: %r is called %r now; both are understood", field, word, new)
-    return new
-
-
-class SelectionPolicy(BaseModel):
-    """How the top-k tokens of one phase are found: which tokens, heads and keys, and which finish."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    heads: int | None = Field(
-        None, ge=1, description="index heads h routed per query on the block means; 'all' scores with every head"
-    )
-    router: Router = Field(
-        "mean",
-        description="router statistic over blocks: mean of |w·ReLU(q·k̃)| (the MISA paper), peak = its maximum, "
-        "signed = mean of w·ReLU(q·k̃), weight = |w| alone",
-    )
-    residual: bool = Field(
-        False, description="score the heads that are not routed too, fused to one linear column: one more than heads"
-    )
-    blocks: int | None = Field(
-        None, ge=2, description="token blocks kept per query, first and newest included; 'all' prunes none"
-    )
-    sketch: Literal[1, 2] | None = Field(
-        None, description="decode: score sketches of b bits a coordinate around the page means instead of the keys"
-    )
-    candidates: int | None = Field(
-        None,
-        ge=1,
-        description="tokens C kept by the cheap score and scored again with all heads; 'none' takes top-k at once",
-    )
-    exact: bool = Field(
-        False, description="prefill: all heads and tokens, selected exactly by kernels of ours, without a score matrix"
-    )
-    block_size: int = Field(
-        256, ge=PAGE, multiple_of=PAGE, description="tokens in a block of the router or of HISA, a multiple of 64"
-    )
-    min_len: int = Field(
-        8192,
-        ge=0,
-        description="a prefill query that sees at most so many tokens, and a decode step whose longest request has at "
-        "most so many, get stock DSA",
-    )
-
-    @field_validator("router", mode="before")
-    @classmethod
-    def _renamed_router(cls, word: object) -> object:
-        return _renamed("router", word)
-
-    @property
-    def name(self) -> str:
-        """The method's name in the literature, and the axes in use that it has no name for."""
-        if not self.active:
-            return "dsa"
-        if self.exact:
-            return "exact"
-        base = "+".join(name for name, axis in (("misa", self.heads), ("hisa", self.blocks)) if axis is not None)
-        parts = [
-            base,
-            self.router if self.heads is not None and self.router != "mean" else "",
-            "residual" if self.residual else "",
-            f"sketch{self.sketch}" if self.sketch else "",
-            "hier" if self.candidates is not None and not self.sketch else "",
-        ]
-        return "-".join(filter(None, parts))
-
-    @property
-    def active(self) -> bool:
-        """Whether this policy differs from stock DSA at all (a re-ranking of all-head scores changes nothing)."""
-        return self.exact or self.heads is not None or self.blocks is not None or self.sketch is not None
-
-    @property
-    def columns(self) -> int | None:
-        """Scored columns a key: the routed heads and the residual; None for all heads."""
-        return None if self.heads is None else self.heads + self.residual
-
-    @property
-    def pooled(self) -> bool:
-        """Whether this policy reads pooled keys: to route heads or to keep blocks."""
-        return self.heads is not None or self.blocks is not None
-
-    def problems(self, phase: Phase, *, index_heads: int | None = None, topk: int | None = None) -> Iterator[str]:
-        """Sentences for what is impossible in this policy, alone or with a model's `index_heads` H and `topk` k."""
-        flag = f"--misa-{phase}"
-        yield from self._alone(phase, flag)
-        kept = None if self.blocks is None else self.blocks * self.block_size
-        if kept is not None and self.candidates is not None and kept < self.candidates:
-            yield (
-                f"{phase}.candidates: expected at most blocks × block_size = {kept} tokens, got {self.candidates}; "
-                f"raise {flag}-blocks or lower {flag}-candidates"
-            )
-        if index_heads is not None and self.heads is not None and self.residual and self.heads == index_heads:
-            yield (
-                f"{phase}.residual: expected fewer routed heads than the model's {index_heads}, as none is left over, "
-                f"got {self.heads}; lower {flag}-heads, or drop {flag}-residual"
-            )
-        if index_heads is not None and self.heads is not None and self.heads > index_heads:
-            yield (
-                f"{phase}.heads: expected at most the model's {index_heads} index heads, got {self.heads}; "
-                f"lower {flag}-heads (8 is the paper's choice)"
-            )
-        if topk is not None and self.candidates is not None and self.candidates < topk:
-            yield (
-                f"{phase}.candidates: expected at least the model's index_topk = {topk}, got {self.candidates}; "
-                f"raise {flag}-candidates (the released MISA uses 8192)"
-            )
-        if topk is not None and kept is not None and kept < topk:
-            yield (
-                f"{phase}.blocks: expected blocks × block_size of at least the model's index_topk = {topk} tokens, got "
-                f"{self.blocks} × {self.block_size} = {kept}; raise {flag}-blocks (HISA uses 64 blocks of 128)"
-            )
-
-    def _alone(self, phase: Phase, flag: str) -> Iterator[str]:
-        """Sentences for axes that contradict each other whatever the model is."""
-        if self.exact:
-            axes = ("heads", "residual", "blocks", "sketch", "candidates")
-            others = [name for name in axes if getattr(self, name) not in (None, False)]
-            if others:
-                yield (
-                    f"{phase}.exact: expected all heads, tokens and keys with it, got {', '.join(others)} too; drop "
-                    f"{flag}-exact or the others"
-                )
-            if phase == "decode":
-                yield f"decode.exact: expected prefill, where there is a score matrix to save; drop {flag}-exact"
-        if self.residual and self.heads is None:
-            yield (
-                f"{phase}.residual: expected routed heads with it, as all heads leave none over, got heads=all; set "
-                f"{flag}-heads, or drop {flag}-residual"
-            )
-        if self.sketch is not None and phase == "prefill":
-            yield (
-                f"prefill.sketch: expected none, as prefill reads a key once for many rows, got {self.sketch}; drop "
-                f"{flag}-sketch"
-            )
-        if self.sketch is not None and self.candidates is None:
-            yield (
-                f"{phase}.sketch: expected candidates to score on the stored keys, got none; set {flag}-candidates "
-                "(8192 keeps 0.96 of DSA's tokens with 1 bit and 0.998 with 2 on a trained indexer at 128K)"
-            )
-        if self.candidates is not None and not self.active:
-            yield (
-                f"{phase}.candidates: expected a policy that leaves heads, tokens or bits out, got candidates="
-                f"{self.candidates} with all of them; set {flag}-heads, {flag}-blocks or {flag}-sketch, or drop it"
-            )
 
 
 class Audit(BaseModel):
@@ -194,10 +41,33 @@ class Audit(BaseModel):
     rows: int = Field(0, ge=0, description="query rows checked against all heads in each audited call; 0 = off")
     every: int = Field(64, ge=1, description="audit one call of a layer, and one replay of decode graphs, in this many")
     decode_layers: int = Field(8, ge=1, description="in decode graphs, watch one layer in this many")
-    floor: float = Field(0.0, ge=0.0, le=1.0, description="mean recall of a layer under which `action` is taken")
-    action: Literal["log", "dense"] = Field(
-        "log", description="under the floor: log = warn, dense = give that layer back to stock DSA until restart"
+    floor: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="mean recall under which a layer's prefill, or every decode step, takes the next policy of its "
+        "ladder: its own, faithful (prefill), stock DSA; 0 = off",
     )
+
+
+class Dump(BaseModel):
+    """Index tensors of long prompts, written for `bench.selection` and `calibrate`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    folder: str | None = Field(
+        None, min_length=1, description="write index keys, sampled queries and head gates of long prompts there"
+    )
+    rows: int = Field(64, ge=1, description="query rows of a prompt in each layer, from its last chunk")
+    layers: tuple[int, ...] | None = Field(None, description="layers to dump, as in 0,30,60; 'all' dumps every one")
+    gib: float = Field(
+        4.0, gt=0, description="GiB that files in the folder may have; a prompt that would not fit is left"
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _list(cls, layers: object) -> object:
+        return tuple(layers) if isinstance(layers, list) else layers  # JSON has no tuples
 
 
 class MisaConfig(BaseModel):
@@ -208,6 +78,10 @@ class MisaConfig(BaseModel):
     prefill: SelectionPolicy = SelectionPolicy()
     decode: SelectionPolicy = SelectionPolicy()
     audit: Audit = Audit()
+    dump: Dump = Dump()
+    layers: PolicyFile | None = Field(
+        None, description="a policy for each layer (python -m sglang_misa.calibrate), in the place of the two above"
+    )
     backend: Backend = Field(
         "auto",
         description="auto = kernels (CUDA and Triton) on a GPU and PyTorch elsewhere; torch = the reference",
@@ -220,27 +94,53 @@ class MisaConfig(BaseModel):
     @field_validator("backend", mode="before")
     @classmethod
     def _renamed_backend(cls, word: object) -> object:
-        return _renamed("backend", word)
+        return renamed("backend", word)
 
-    def policy(self, phase: Phase) -> SelectionPolicy:
+    def policy(self, phase: Phase, layer: int | None = None) -> SelectionPolicy:
+        """The policy of a phase; with `layers` the one of that layer (None: a draft model's, which is not in it)."""
+        if self.layers is not None and layer is not None:
+            return self.layers.policies(phase)[layer]
         return self.prefill if phase == "prefill" else self.decode
+
+    def policies(self, phase: Phase) -> tuple[SelectionPolicy, ...]:
+        """The different policies of a phase, stock DSA's among them, in the order of the layers."""
+        every = (self.policy(phase),) if self.layers is None else self.layers.policies(phase)
+        return tuple(dict.fromkeys(every))
+
+    def name(self, phase: Phase) -> str:
+        """The name of the phase's policy, or of its policies."""
+        return "|".join(dict.fromkeys(policy.name for policy in self.policies(phase)))
+
+    def gate(self, phase: Phase) -> int | None:
+        """Tokens up to which stock DSA selects in every layer; None where it always does."""
+        return min((policy.min_len for policy in self.policies(phase) if policy.active), default=None)
+
+    @property
+    def sketch(self) -> int | None:
+        """Bits of the page sketches that decode reads, in any layer."""
+        return max((policy.sketch for policy in self.policies("decode") if policy.sketch), default=None)
 
     @property
     def active(self) -> bool:
         """Whether any phase differs from stock DSA."""
-        return self.prefill.active or self.decode.active
+        return any(self.gate(phase) is not None for phase in PHASES)
 
     def check(self, *, index_heads: int | None = None, topk: int | None = None) -> None:
         """Raise ConfigError naming every impossible combination, with the model's H and k where they are known."""
-        problems = [
-            p for phase in PHASES for p in self.policy(phase).problems(phase, index_heads=index_heads, topk=topk)
-        ]
+        ConfigError.raise_if(self._problems(index_heads, topk))
+
+    def _problems(self, index_heads: int | None, topk: int | None) -> Iterator[str]:
+        for phase in PHASES:
+            yield from self.policy(phase).problems(phase, index_heads=index_heads, topk=topk)
+        if self.layers is not None:
+            yield from self.layers.problems()
+            if self.prefill.active or self.decode.active:
+                yield "layers: expected no policy of a phase beside the policies of layers, got both; drop one"
         if self.audit.floor > 0 and self.audit.rows == 0:
-            problems.append(
+            yield (
                 f"audit.floor: expected audited rows with a floor, got rows=0 and floor={self.audit.floor}; "
-                "set --misa-audit-rows, or drop --misa-audit-floor"
+                "set --misa-audit-rows, or drop --misa-recall-floor"
             )
-        ConfigError.raise_if(problems)
 
     def to_json(self) -> str:
         return self.model_dump_json()
@@ -248,10 +148,7 @@ class MisaConfig(BaseModel):
     @classmethod
     def from_mapping(cls, data: Any, source: str) -> MisaConfig:
         """Validate `data` (parsed JSON); `source` is named in every problem. Raises ConfigError."""
-        try:
-            config = cls.model_validate(data)
-        except ValidationError as error:
-            raise ConfigError([f"{source}: {_sentence(e)}" for e in error.errors()]) from None
+        config = validated(cls, data, source)
         config.check()
         return config
 
@@ -260,13 +157,7 @@ class MisaConfig(BaseModel):
         """Parse one JSON object. A lone preset name is accepted too. Raises ConfigError."""
         if text.strip() in PRESETS:
             return PRESETS[text.strip()]
-        try:
-            data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(
-                [f"{source}: expected one JSON object or one of {', '.join(PRESETS)}, got {_short(text)} ({error})"]
-            ) from None
-        return cls.from_mapping(data, source)
+        return cls.from_mapping(parsed(text, source, f"one JSON object or one of {', '.join(PRESETS)}"), source)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> MisaConfig | None:
@@ -304,27 +195,5 @@ DEFAULT_PRESET = "fast"  # of ours the one that no input has made slower than st
 
 def preset_name(config: MisaConfig) -> str | None:
     """The name of the preset whose policies `config` has, whatever its audit is; None without one."""
-    policies = config.prefill, config.decode
+    policies = None if config.layers else (config.prefill, config.decode)
     return next((name for name, preset in PRESETS.items() if (preset.prefill, preset.decode) == policies), None)
-
-
-def _sentence(error: Any) -> str:
-    """One pydantic error as: field, expected, got, and the closest known name where the name is the mistake."""
-    where = ".".join(str(part) for part in error["loc"]) or "the object"
-    if error["type"] == "extra_forbidden":
-        parents: dict[str, type[BaseModel]] = {"prefill": SelectionPolicy, "decode": SelectionPolicy, "audit": Audit}
-        model = parents.get(str(error["loc"][0]), MisaConfig) if len(error["loc"]) > 1 else MisaConfig
-        known = list(model.model_fields)
-        return f"{where}: unknown name{suggest(str(error['loc'][-1]), known)}; known are {', '.join(known)}"
-    return f"{where}: {error['msg'].replace('Input should be', 'expected')}, got {_short(error.get('input'))}"
-
-
-def suggest(name: str, known: Sequence[str]) -> str:
-    """ ", did you mean …?" with the closest of `known`, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]}?" if close else ""
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

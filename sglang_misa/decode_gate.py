@@ -1,7 +1,8 @@
 """Which selection a decode step gets: stock DSA while its longest request is short, the decode policy from there on.
 
 The choice is one for all rows of a step, made on the host: a CUDA graph cannot choose by length. So each decode shape
-is captured twice, once with each selection, and `patches/cuda_graph.py` replays the one that this gate names.
+is captured twice, once with each selection, and `patches/cuda_graph.py` replays the one that this gate names. A recall
+under the floor closes the gate too (`ladder`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-
-from sglang_misa.config import SelectionPolicy
 
 
 @dataclass
@@ -43,12 +42,28 @@ def capture() -> Capture | None:
     return _capture
 
 
-def is_stock(policy: SelectionPolicy, longest: int | None) -> bool:
-    """Whether stock DSA selects in a step whose longest request has `longest` tokens; unknown (None), the policy does.
+_suspended = False
 
-    Drafted tokens of the step itself may be counted or not, as SGLang counts them.
+
+def suspend(suspended: bool) -> None:
+    """Leave every decode step to stock DSA, or no longer: `ladder` calls this, in all ranks in the same step."""
+    global _suspended
+    _suspended = suspended
+
+
+def is_suspended() -> bool:
+    return _suspended
+
+
+def why_stock(gate: int, longest: int | None) -> str | None:
+    """The reason for which stock DSA selects in a step, or None.
+
+    gate: tokens of the longest request up to which it does; longest: the tokens that it has, and where they are unknown
+    (None), the policy selects. Drafted tokens of the step itself may be counted or not, as SGLang counts them.
     """
     if _capture is not None:
         _capture.asked = True
-        return _capture.stock
-    return longest is not None and longest <= policy.min_len
+        return "captured" if _capture.stock else None
+    if _suspended:
+        return "recall-floor"
+    return "under-min-len" if longest is not None and longest <= gate else None

@@ -1,26 +1,50 @@
-"""`--misa-*` flags of the launcher: one for each field of `MisaConfig`, and two that name a starting point."""
+"""`--misa-*` flags of the launcher: one for each field of `MisaConfig`, and three that name a starting point."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
 from sglang_misa.config import (
-    ALIASES,
     DEFAULT_PRESET,
     PHASES,
     PRESETS,
     Audit,
     ConfigError,
+    Dump,
     MisaConfig,
     SelectionPolicy,
-    suggest,
 )
+from sglang_misa.policy import ALIASES
+from sglang_misa.policy_file import PolicyFile
+from sglang_misa.validation import read_text, suggest
 
 SWITCH = {"on": True, "off": False}
+NONE_WORDS = {"heads": "all", "blocks": "all", "sketch": "none", "candidates": "none", "layers": "all"}
+NAMES: dict[tuple[str, ...], str] = {("audit", "floor"): "--misa-recall-floor", ("dump", "folder"): "--misa-dump"}
+
+
+def _numbers(word: str) -> list[int]:
+    return [int(number) for number in word.split(",")]
+
+
+class _Kind(NamedTuple):
+    """How a word becomes a value, and what the help and the mistakes call it."""
+
+    parse: Callable[[str], Any]
+    metavar: str
+    expected: str
+
+
+KINDS = {
+    int: _Kind(int, "N", "a whole number"),
+    float: _Kind(float, "X", "a number"),
+    str: _Kind(str, "DIR", "a folder"),
+    tuple: _Kind(_numbers, "N,N", "whole numbers with commas"),
+}
 
 
 class _Flag(NamedTuple):
@@ -30,32 +54,36 @@ class _Flag(NamedTuple):
     path: tuple[str, ...]
     none_word: str | None
     choices: tuple[str, ...] | None
-    kind: type
+    kind: _Kind
     help: str
 
 
 def _flags() -> list[_Flag]:
-    none_words = {"heads": "all", "blocks": "all", "sketch": "none", "candidates": "none"}
     groups: list[tuple[tuple[str, ...], type[BaseModel]]] = [((p,), SelectionPolicy) for p in PHASES]
-    groups += [(("audit",), Audit), ((), MisaConfig)]
+    groups += [(("audit",), Audit), (("dump",), Dump), ((), MisaConfig)]
     flags = []
     for prefix, model in groups:
         for field, info in model.model_fields.items():
-            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            kinds = {getattr(kind, "__origin__", kind) for kind in (info.annotation, *get_args(info.annotation))}
+            if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
                 continue
             choices = getattr(info.annotation, "__args__", None)
             words = tuple(choices) if choices and all(isinstance(c, str) for c in choices) else None
             if info.annotation is bool:
                 words = tuple(SWITCH)
-            kind = str if words else float if info.annotation is float else int
+            kind = (
+                KINDS[str]
+                if words
+                else next((KINDS[kind] for kind in (float, str, tuple) if kind in kinds), KINDS[int])
+            )
             path = (*prefix, field)
-            name = "--misa-" + "-".join(path).replace("_", "-")
-            flags.append(_Flag(name, path, none_words.get(field), words, kind, info.description or ""))
+            name = NAMES.get(path) or "--misa-" + "-".join(path).replace("_", "-")
+            flags.append(_Flag(name, path, NONE_WORDS.get(field), words, kind, info.description or ""))
     return flags
 
 
 def add_cli_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `--misa-preset`, `--misa-config` and one flag for each field of MisaConfig to `parser`."""
+    """Add `--misa-preset`, `--misa-config`, `--misa-policy` and one flag for each field of MisaConfig to `parser`."""
     group = parser.add_argument_group("token selection (sglang-misa)")
     group.add_argument(
         "--misa-preset",
@@ -63,12 +91,11 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
         help=f"start from a named method; further flags change it (default: {DEFAULT_PRESET})",
     )
     group.add_argument("--misa-config", metavar="FILE", help="start from a JSON file shaped like SGLANG_MISA_CONFIG")
+    group.add_argument(
+        "--misa-policy", metavar="FILE", help="a policy for each layer, as python -m sglang_misa.calibrate writes it"
+    )
     for flag in _flags():
-        metavar = (
-            None
-            if flag.choices
-            else ("N" if flag.kind is int else "X") + (f"|{flag.none_word}" if flag.none_word else "")
-        )
+        metavar = flag.kind.metavar + (f"|{flag.none_word}" if flag.none_word else "")
         old = ALIASES.get(flag.path[-1], {})
         group.add_argument(
             flag.name,
@@ -76,14 +103,14 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
             nargs="?" if flag.choices == tuple(SWITCH) else None,
             const="on" if flag.choices == tuple(SWITCH) else None,
             choices=flag.choices and [*flag.choices, *old],
-            metavar=metavar or (flag.choices and "{" + ",".join(flag.choices) + "}"),
+            metavar="{" + ",".join(flag.choices) + "}" if flag.choices else metavar,
             help=flag.help,
         )
 
 
 def flag_names() -> list[str]:
     """Every flag this package owns."""
-    return ["--misa-preset", "--misa-config", *(f.name for f in _flags())]
+    return ["--misa-preset", "--misa-config", "--misa-policy", *(f.name for f in _flags())]
 
 
 def from_flags(arguments: argparse.Namespace) -> MisaConfig | None:
@@ -93,25 +120,28 @@ def from_flags(arguments: argparse.Namespace) -> MisaConfig | None:
     """
     given = vars(arguments)
     chosen = [(flag, given[flag.name]) for flag in _flags() if given.get(flag.name) is not None]
-    if not chosen and given.get("misa_preset") is None and given.get("misa_config") is None:
+    starts = [name for name in ("misa_preset", "misa_config", "misa_policy") if given.get(name) is not None]
+    if not chosen and not starts:
         return None
-    if given.get("misa_preset") is not None and given.get("misa_config") is not None:
-        raise ConfigError(["expected one starting point, got both --misa-preset and --misa-config; drop one"])
+    if len(starts) > 1:
+        names = " and ".join("--" + name.replace("_", "-") for name in starts)
+        raise ConfigError([f"expected one starting point, got {names}; drop one"])
     if given.get("misa_config") is not None:
-        base = _read_file(given["misa_config"])
+        path = given["misa_config"]
+        base = MisaConfig.from_json(read_text("--misa-config", path), path)
+    elif given.get("misa_policy") is not None:
+        base = MisaConfig(layers=PolicyFile.read(given["misa_policy"]))
     else:
         base = PRESETS[given.get("misa_preset") or DEFAULT_PRESET]
     data = base.model_dump()
     problems = []
     for flag, word in chosen:
         try:
-            value = None if word == flag.none_word else flag.kind(word)
+            value = None if word == flag.none_word else flag.kind.parse(word)
             if flag.choices == tuple(SWITCH):
                 value = SWITCH[word]
         except ValueError:
-            expected = ("a whole number" if flag.kind is int else "a number") + (
-                f" or '{flag.none_word}'" if flag.none_word else ""
-            )
+            expected = flag.kind.expected + (f" or '{flag.none_word}'" if flag.none_word else "")
             problems.append(f"{flag.name}: expected {expected}, got {word!r}")
             continue
         target = data
@@ -130,11 +160,3 @@ def reject_unknown_flags(words: Sequence[str]) -> None:
         if name.startswith("--misa") and name not in flag_names():
             problems.append(f"unknown flag {name}{suggest(name, flag_names())}; see --help")
     ConfigError.raise_if(problems)
-
-
-def _read_file(path: str) -> MisaConfig:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return MisaConfig.from_json(file.read(), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--misa-config: expected a readable JSON file, got {path} ({error})"]) from None

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_misa import __version__
-from sglang_misa.config import PHASES, MisaConfig, Phase, preset_name
+from sglang_misa.config import PHASES, MisaConfig, Phase, SelectionPolicy, preset_name
+from sglang_misa.text import ranges
 
 RECALL_BINS = 1000  # a layer's recalls are kept as a histogram of this resolution
 RECALL_BUCKETS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999, 1.0)
@@ -72,7 +73,9 @@ class Recorder:
         self._over_gate: Counter[Phase] = Counter()
         self._unrouted: set[Phase] = set()
         self._recall: dict[tuple[Phase, int], _LayerRecall] = {}
-        self._dense_layers: set[int] = set()
+        self._rungs: dict[tuple[Phase, str], tuple[int, SelectionPolicy]] = {}
+        self._moves: Counter[tuple[Phase, str]] = Counter()
+        self.dump: Counter[str] = Counter()  # prompts that were written, and left_out for the limit
         self._exporter: _Exporter | None = None
 
     def armed(self, config: MisaConfig, rank: int, ranks: int, *, sglang: str, verified: bool) -> None:
@@ -80,13 +83,13 @@ class Recorder:
 
         verified: whether this package has served with that version on such a device before.
         """
-        policies = {phase: config.policy(phase).name for phase in PHASES}
-        self._gates = {phase: config.policy(phase).min_len for phase in PHASES if config.policy(phase).active}
+        self._gates = {phase: gate for phase in PHASES if (gate := config.gate(phase)) is not None}
         self._armed = {
             "preset": preset_name(config),
             "sglang": sglang,
             "verified": verified,
-            "policy": policies,
+            "policy": {phase: config.name(phase) for phase in PHASES},
+            "layers": {phase: by_policy(config, phase) for phase in PHASES},
             "min_len": self._gates,
             "rank": rank,
             "ranks": ranks,
@@ -129,11 +132,11 @@ class Recorder:
         self._over_gate[phase] += 1
 
     def _routed(self, phase: Phase) -> int:
-        """Selections of `phase` by its policy; a captured one counts where no graph has a variant to count replays."""
-        name, calls = self._armed["policy"][phase], self._calls[phase]
+        """Selections of `phase` by a policy; a captured one counts where no graph has a variant to count replays."""
+        counts = [*self._calls[phase].items()]
         if phase == "decode" and self._replays:
-            return calls[name] + sum(n for path, n in self._replays.items() if path != "dsa")
-        return calls[name] + calls[f"captured:{name}"]
+            counts = [(path, n) for path, n in counts if not path.startswith("captured:")] + [*self._replays.items()]
+        return sum(n for path, n in counts if not path.endswith("dsa"))
 
     def declined(self, phase: Phase, reason: str) -> None:
         """One call was left to stock DSA because of `reason`, a short word with dashes."""
@@ -147,11 +150,19 @@ class Recorder:
         if self._exporter:
             self._exporter.recall.labels(*self._exporter.place, phase, str(layer)).observe(recall)
 
-    def layer_dense(self, layer: int) -> None:
-        """`layer` was given back to stock DSA for good."""
-        self._dense_layers.add(layer)
+    def moved(self, phase: Phase, layer: str, rung: int, policy: SelectionPolicy) -> None:
+        """A ladder of `phase` came to `rung`, where `policy` selects: of one layer, or of "all" in decode."""
+        self._rungs[phase, layer] = rung, policy
+        self._moves[phase, layer] += 1
         if self._exporter:
-            self._exporter.dense_layers.labels(*self._exporter.place).set(len(self._dense_layers))
+            self._exporter.rung.labels(*self._exporter.place, phase, layer).set(rung)
+            self._exporter.moves.labels(*self._exporter.place, phase, layer, policy.name).inc()
+            self._exporter.dense_layers.labels(*self._exporter.place).set(len(self._dense_layers()))
+
+    def _dense_layers(self) -> list[int]:
+        """Layers whose prefill stock DSA selects for low recall."""
+        moved = [(layer, policy) for (phase, layer), (_, policy) in self._rungs.items() if phase == "prefill"]
+        return sorted(int(layer) for layer, policy in moved if not policy.active)
 
     def status(self) -> dict[str, Any]:
         """Everything counted, in plain types; {"enabled": False, …} before `armed`."""
@@ -168,7 +179,16 @@ class Recorder:
                 phase: {str(layer): rows.status() for (p, layer), rows in sorted(self._recall.items()) if p == phase}
                 for phase in PHASES
             },
-            "dense_layers": sorted(self._dense_layers),
+            "ladder": {
+                phase: {
+                    layer: {"rung": rung, "policy": policy.label, "moves": self._moves[phase, layer]}
+                    for (p, layer), (rung, policy) in sorted(self._rungs.items())
+                    if p == phase
+                }
+                for phase in PHASES
+            },
+            "dense_layers": self._dense_layers(),
+            "dump": dict(self.dump),
             "page_stats_bytes": self.page_stats_bytes,
         }
 
@@ -185,6 +205,16 @@ class Recorder:
         """Export the bytes of page means, once the pools stand."""
         if self._exporter:
             self._exporter.page_stats_bytes.labels(*self._exporter.place).set(self.page_stats_bytes)
+
+
+def by_policy(config: MisaConfig, phase: Phase) -> dict[str, str]:
+    """The layers that each policy of a policy file has, as in 0-3,7; nothing without such a file."""
+    found: dict[str, list[int]] = {}
+    if config.layers is None:
+        return {}
+    for layer, policy in enumerate(config.layers.policies(phase)):
+        found.setdefault(policy.label, []).append(layer)
+    return {label: ranges(layers) for label, layers in found.items()}
 
 
 class _Exporter:
@@ -204,9 +234,12 @@ class _Exporter:
         self.enabled = gauge("enabled", "1 where the hooks are live.")
         self.build_info = gauge("build_info", "1, labelled with the versions.", "version", "sglang")
         self.policy_info = gauge("policy_info", "1, labelled with the policy of the phase.", "phase", "policy")
-        self.routed_heads = gauge("routed_heads", "Index heads routed per query, 0 for all.", "phase")
+        self.routed_heads = gauge("routed_heads", "Index heads routed per query, at most; 0 for all.", "phase")
         self.page_stats_bytes = gauge("page_stats_bytes", "Bytes of page means beside the index-K pages.")
-        self.dense_layers = gauge("dense_layers", "Layers given back to stock DSA for low recall.")
+        self.dense_layers = gauge("dense_layers", "Layers whose prefill is by stock DSA for low recall.")
+        self.rung = gauge("rung", "Rung of the recall ladder in use, 0 for the layer's own policy.", "phase", "layer")
+        labels = ("phase", "layer", "policy")
+        self.moves = count("ladder_moves", "Moves on the recall ladder, by what selects since.", *labels)
         self.unrouted = gauge("unrouted", "1 where steps over the gate are not selected by the policy.", "phase")
         self.calls = count("calls", "Indexer calls of a layer by path taken.", "phase", "path")
         self.declined = count("declined", "Calls left to stock DSA.", "phase", "reason")
@@ -223,10 +256,10 @@ class _Exporter:
         self.build_info.labels(*self.place, __version__, sglang).set(1)
         self.dense_layers.labels(*self.place).set(0)
         for phase in PHASES:
-            policy = config.policy(phase)
-            self.policy_info.labels(*self.place, phase, policy.name).set(1)
+            self.policy_info.labels(*self.place, phase, config.name(phase)).set(1)
             self.unrouted.labels(*self.place, phase).set(0)
-            self.routed_heads.labels(*self.place, phase).set(policy.heads or 0)
+            heads = max((policy.heads or 0 for policy in config.policies(phase)), default=0)
+            self.routed_heads.labels(*self.place, phase).set(heads)
 
 
 recorder = Recorder()

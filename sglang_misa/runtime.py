@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from torch import distributed
 
 from sglang_misa.admission import AdmissionError
 from sglang_misa.config import MisaConfig
+from sglang_misa.policy_file import ModelIdentity
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,17 @@ class Runtime:
     device: str
     rank: int
     ranks: int
+    model: ModelIdentity | None = None  # the target's; None where nothing asks for it
+    peers: Any = None  # process group of the ranks that select for the same requests, of more than one
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of the ranks that select for the same requests."""
+        return self.peers is None or distributed.get_rank(self.peers) == 0
+
+    def is_target(self, layers: int) -> bool:
+        """Whether a KV pool of so many layers is the target model's, not a draft's."""
+        return self.model is None or layers == self.model.layers
 
     @property
     def kernels(self) -> bool:

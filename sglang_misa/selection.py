@@ -1,18 +1,20 @@
-"""One layer's selection: the gate splits rows between the policy and DSA, an engine selects, the audit looks.
+"""One layer's selection: the gate splits rows between the policy and DSA, an engine selects, audit and dump look.
 
 Knows neither SGLang nor a kernel: `patches/indexer.py` brings the calls, `engines` does the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from sglang_misa import audit
 from sglang_misa.call import DecodeCall, ExtendCall, Run, Span
-from sglang_misa.config import SelectionPolicy
+from sglang_misa.dump import dumper
 from sglang_misa.engines import engine_for
+from sglang_misa.ladder import Ladders
+from sglang_misa.policy import Phase, SelectionPolicy
 from sglang_misa.runtime import Runtime
 
 # All heads and tokens, selected by the engine itself: DSA for the rows of a call that a policy does not take.
@@ -36,33 +38,57 @@ def runs(policy: SelectionPolicy, spans: Sequence[Span]) -> list[tuple[Selection
 
 
 class Selector:
-    """What selects for the layers of one KV pool: its engine, its auditor and the policies."""
+    """What selects for the layers of one KV pool: its engine, the policy of each layer, its auditor and its dump."""
 
     def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor]):
         """`index_k_pages`: the pool's index-K, uint8 [num_pages, 8448] a layer (0 rows without an indexer)."""
-        self.config = runtime.config
+        config, layers = runtime.config, len(index_k_pages)
         self.engine = engine_for(runtime, index_k_pages)
-        self.auditor = audit.Auditor(runtime.config.audit, runtime.topk)
+        self.ladders = Ladders(
+            config,
+            [layer if runtime.is_target(layers) else None for layer in range(layers)],
+            index_heads=runtime.index_heads,
+            topk=runtime.topk,
+            peers=runtime.peers,
+        )
+        self.auditor = audit.Auditor(config.audit, runtime.topk, self.engine, self.ladders)
+        self.dump = dumper(runtime, index_k_pages)
+
+    def policy(self, phase: Phase, layer: int) -> SelectionPolicy:
+        """What selects in `layer` now, past the length gate."""
+        return self.ladders.policy(phase, layer)
 
     def why_stock(self, layer: int, spans: Sequence[Span]) -> str | None:
         """The reason for which SGLang's own indexer takes a whole extend call, or None."""
-        policy = self.config.prefill
+        policy = self.policy("prefill", layer)
         if not policy.active:
-            return "policy-is-dsa"
-        if layer in self.auditor.dense_layers:
-            return "recall-floor"
+            return "recall-floor" if self.ladders.sunk(layer) else "policy-is-dsa"
         if all(span.length <= policy.min_len for span in spans):
             return "under-min-len"
         return None
 
     def extend(self, call: ExtendCall) -> None:
         """Select for all rows of `call` into its output. For a call that `why_stock` has no reason against."""
-        policy = self.config.prefill
+        policy = self.policy("prefill", call.layer)
         chosen = runs(policy, call.spans)
         self.engine.extend(call, chosen)
         self.auditor.look_at_extend(call, [run for by, run in chosen if by is policy])
+        self.dump.take(call)
+
+    def left_to_stock(self, layer: int, spans: Sequence[Span], call: Callable[[], ExtendCall]) -> None:
+        """Look at an extend call that stock DSA selected for; `call` makes it, if there is anything to see."""
+        probe = self.ladders.probe("prefill", layer)
+        if probe is not None and self.auditor.due("prefill", layer):
+            self.auditor.probe_extend(call(), probe, [run for by, run in runs(probe, spans) if by is probe])
+        if self.dump.wants(layer, spans):
+            self.dump.take(call())
+
+    def decode_left_to_stock(self, call: Callable[[], DecodeCall]) -> None:
+        """Look at a decode call that stock DSA selected for, past the gate or not; `call` makes it."""
+        if self.ladders.floor > 0:
+            self.auditor.look_past_decode(call())
 
     def decode(self, call: DecodeCall) -> None:
         """Select for all rows of `call` into its `ids`."""
-        self.engine.decode(call, self.config.decode)
+        self.engine.decode(call, self.policy("decode", call.layer))
         self.auditor.look_at_decode(call)

@@ -86,6 +86,9 @@ def _paragraphs(status: Mapping[str, Any]) -> Iterator[str]:
     )
     titles = ("phase", "policy", "DSA up to", "steps over that", "indexer calls", "graph replays")
     yield table([titles, *(_phase(status, phase) for phase in PHASES)])
+    layers = [(phase, policy, layers) for phase in PHASES for policy, layers in status["layers"].get(phase, {}).items()]
+    if layers:
+        yield table([("phase", "policy file", "layers"), *layers])
     if status["declined"]:
         yield table([("left to DSA because", "calls"), *sorted(status["declined"].items())])
     rows = [
@@ -96,8 +99,15 @@ def _paragraphs(status: Mapping[str, Any]) -> Iterator[str]:
     if rows:
         yield table([("audited", "layer", "recall", "its p10", "score mass", "rows"), *rows])
     yield f"{status['page_stats_bytes'] / 2**20:.1f} MiB of page statistics"
-    if status["dense_layers"]:
-        yield f"given back to DSA for low recall: layers {', '.join(map(str, status['dense_layers']))}"
+    moved = [
+        (phase, layer, state["policy"], state["moves"])
+        for phase in PHASES
+        for layer, state in status["ladder"][phase].items()
+    ]
+    if moved:
+        yield table([("recall ladder", "layer", "selected by", "moves"), *moved])
+    if dump := status["dump"]:
+        yield f"dumped: {dump.get('prompts', 0)} prompts, {dump.get('left_out', 0)} left out for the limit"
     for phase in status["unrouted"]:
         yield (
             f"WARNING: {phase} is not selected by {status['policy'][phase]}: SGLang does not ask the indexer; see the "

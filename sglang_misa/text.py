@@ -1,4 +1,4 @@
-"""Plain-text tables, for terminals without any library."""
+"""Tables and ranges in plain text, for terminals without any library."""
 
 from __future__ import annotations
 
@@ -11,3 +11,14 @@ def table(rows: Sequence[Sequence[object]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     ruled = [cells[0], ["-" * width for width in widths], *cells[1:]]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in ruled)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers with neighbours as one range: 0-3,7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

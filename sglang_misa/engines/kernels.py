@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sglang_misa import ladder
 from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, Span
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels import page_means
@@ -28,7 +29,7 @@ class KernelEngine:
     def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor]):
         self.runtime = runtime
         self.index_k_pages = tuple(index_k_pages)
-        self.stats = PageStats.allocate(index_k_pages, runtime.config.decode.sketch)
+        self.stats = PageStats.allocate(index_k_pages, runtime.config.sketch)
         self.behind = False
         self._layers = page_means.Layers.of(index_k_pages, self.stats.means, self.stats.sketches)
 
@@ -147,11 +148,11 @@ def warm_up(runtime: Runtime) -> None:
     index_k_pages = torch.zeros(pages, PAGE_BYTES, dtype=torch.uint8, device=device)
     engine = KernelEngine(runtime, [index_k_pages])
     table = torch.arange(pages, dtype=torch.int32, device=device).unsqueeze(0)
-    for policy in (runtime.config.prefill, SelectionPolicy(exact=True)) if runtime.config.prefill.active else ():
-        # Few rows and many have launches of their own, and Triton builds apart for sizes that 16 does not divide.
-        for number, rows in enumerate((64, 65, runtime.topk, runtime.topk - 1)):
+    for policy in _prefill_policies(runtime):
+        # Few rows and many have launches of their own, and Triton builds apart for 1 and sizes that 16 does not divide.
+        for number, rows in enumerate((64, 65, runtime.topk, runtime.topk - 1, 1)):
             engine.extend(*_made_up_extend(runtime, policy, table, rows, number % 2 == 0, device))
-    if runtime.config.decode.active:
+    for policy in filter(_is_active, runtime.config.policies("decode")):
         for rows in (1, 4, 32):  # each with its own launch sizes
             lens = torch.full((rows,), pages * PAGE, dtype=torch.int32, device=device)
             call = DecodeCall(
@@ -164,9 +165,21 @@ def warm_up(runtime: Runtime) -> None:
                 ids=torch.empty(rows, runtime.topk, dtype=torch.int32, device=device),
                 positions=False,
             )
-            engine.decode(call, runtime.config.decode)
+            engine.decode(call, policy)
             engine.end_step(call.page_table, lens)
     torch.cuda.synchronize(device)
+
+
+def _is_active(policy: SelectionPolicy) -> bool:
+    return policy.active
+
+
+def _prefill_policies(runtime: Runtime) -> list[SelectionPolicy]:
+    """What may select in prefill: policies, what comes after them on their ladders, and DSA for rows under a gate."""
+    floor, model = runtime.config.audit.floor, {"index_heads": runtime.index_heads, "topk": runtime.topk}
+    every = [rung for each in runtime.config.policies("prefill") for rung in ladder.rungs(each, floor, **model)]
+    active = list(dict.fromkeys(filter(_is_active, every)))
+    return [*active, SelectionPolicy(exact=True)] if active else []
 
 
 def _made_up_extend(

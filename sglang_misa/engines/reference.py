@@ -21,7 +21,6 @@ class ReferenceEngine:
     """See `engines.Engine`. Extend calls sync with the host; decode can be captured in a CUDA graph."""
 
     def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor]):
-        self.config = runtime.config
         self.index_k_pages = tuple(index_k_pages)
         self.stats = PageStats.allocate(index_k_pages)
         self.behind = False

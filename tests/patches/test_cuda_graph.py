@@ -61,7 +61,7 @@ def arm(monkeypatch, decode):
 
 def step():
     """A decode forward: what its selection is made by."""
-    return "stock" if decode_gate.is_stock(POLICY, 1) else "policy"
+    return "policy" if decode_gate.why_stock(MIN_LEN, 1) is None else "stock"
 
 
 def batch(*lengths):
@@ -92,9 +92,10 @@ def test_without_lengths_on_the_host_the_tokens_of_its_requests_count(backend, r
     for token, expected in ((1, "stock"), (2, "policy")):
         request.output_ids.append(token)
         forward = forward_batch.init_new(
-            lambda cls, schedule: SimpleNamespace(seq_lens_cpu=None, forward_mode=ForwardMode.DECODE),
+            lambda cls, schedule, runner: SimpleNamespace(seq_lens_cpu=None, forward_mode=ForwardMode.DECODE),
             None,
             SimpleNamespace(reqs=[request]),
+            SimpleNamespace(token_to_kv_pool=None),
         )
         assert backend.replay(KEYS[0], forward) == expected
 
@@ -120,5 +121,5 @@ def test_a_failed_capture_leaves_the_gate_open(backend):
 
     with pytest.raises(RuntimeError):
         backend.capture_one(KEYS[0], broken)
-    assert decode_gate.is_stock(POLICY, MIN_LEN)
-    assert not decode_gate.is_stock(POLICY, MIN_LEN + 1)
+    assert decode_gate.why_stock(MIN_LEN, MIN_LEN) == "under-min-len"
+    assert decode_gate.why_stock(MIN_LEN, MIN_LEN + 1) is None

@@ -13,6 +13,7 @@ from transformers import DeepseekV3Config, LlamaConfig
 from sglang_misa import admission, versions
 from sglang_misa.config import PRESETS, MisaConfig, SelectionPolicy
 from sglang_misa.kernels.prefill.topk_blocks import topk_blocks
+from sglang_misa.policy_file import LayerPolicy, ModelIdentity, PolicyFile
 
 
 def model(**changes):
@@ -45,10 +46,18 @@ def policy(**phases):
     return MisaConfig.model_validate(phases)
 
 
+def layers_of(hf, **prefill):
+    """A policy file of a model, with one prefill policy in its first layer."""
+    layers = {str(layer): LayerPolicy() for layer in range(hf.num_hidden_layers)}
+    layers["0"] = LayerPolicy(prefill=SelectionPolicy(**{"heads": 8, **prefill}))
+    return PolicyFile(model=ModelIdentity.of(hf), created_by="a test", target_recall=0.9, length=8192, layers=layers)
+
+
 TORCH = MisaConfig(prefill=PRESETS["misa"].prefill, backend="torch")
 
 ADMITTED = {
     "V3.2 on Hopper": candidate(),
+    "a policy file of this model": candidate(config=MisaConfig(layers=layers_of(model()))),
     "GLM-5's 32 heads": candidate(model(index_n_heads=32)),
     "PyTorch on another GPU, any head count": candidate(model(index_n_heads=16), config=TORCH, capability=(8, 9)),
     "CPU": candidate(model(index_n_heads=8), device="cpu", capability=None),
@@ -137,12 +146,25 @@ REFUSED = {
         candidate(config=policy(allow_unverified=True), sglang="0.5.18"),
         "got 0.5.18; install sglang==0.5.23",
     ),
-    "ranks that could part": (
-        candidate(
-            config=policy(prefill={"heads": 8}, audit={"rows": 4, "floor": 0.9, "action": "dense"}),
-            arguments=arguments(tp_size=8),
-        ),
-        "audit.action: expected log with tensor parallelism",
+    "a policy file of another model": (
+        candidate(model(hidden_size=512), config=MisaConfig(layers=layers_of(model()))),
+        "--misa-policy: expected a file of a model with config_sha256=",
+    ),
+    "a policy file of fewer layers": (
+        candidate(config=MisaConfig(layers=layers_of(model(num_hidden_layers=2)))),
+        "--misa-policy: expected a file of a model with layers=61, got 2",
+    ),
+    "a policy of a layer without a kernel": (
+        candidate(config=MisaConfig(layers=layers_of(model(), heads=9))),
+        "on GPU kernels, a residual counted as one, got 9",
+    ),
+    "a dump that others could read": (
+        candidate(config=policy(dump={"folder": "/"})),
+        "--misa-dump: expected a folder of this user alone, mode 0700",
+    ),
+    "a dump of a layer that is not there": (
+        candidate(model(num_hidden_layers=4), config=policy(dump={"folder": "/nowhere/d", "layers": [0, 4]})),
+        "--misa-dump-layers: expected layers under the model's 4, got 4",
     ),
     "forced tokens": (candidate(model(index_local_tokens=8)), "got index_local_tokens"),
     **{

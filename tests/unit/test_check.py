@@ -62,7 +62,7 @@ def test_every_reason_comes_with_exit_status_2(checked, model, monkeypatch):
     status, out = checked(
         *("--misa-preset", "misa", "--misa-prefill-heads", "65", "--model-path", model, "--tp", "8", "--pp-size=2"),
         *("--enable-mixed-chunk", "--attention-backend", "fa3", "--misa-allow-unverified"),
-        *("--misa-audit-rows", "4", "--misa-audit-floor", "0.9", "--misa-audit-action", "dense"),
+        *("--misa-dump", "/"),
     )
     assert status == launch_server.REFUSED
     for words in (
@@ -70,7 +70,7 @@ def test_every_reason_comes_with_exit_status_2(checked, model, monkeypatch):
         "--enable-mixed-chunk",
         "--pp-size: expected 1, got 2",
         "prefill.heads: expected at most the model's 64",
-        "with --tp 8",
+        "--misa-dump: expected a folder of this user alone",
         "SGLANG_PLUGINS",
     ):
         assert words in out

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_misa import config, flags
-from sglang_misa.config import PHASES, PRESETS, Audit, ConfigError, MisaConfig, SelectionPolicy
+from sglang_misa.config import PHASES, PRESETS, Audit, ConfigError, Dump, MisaConfig, SelectionPolicy
 from sglang_misa.kernels.layout import PAGE
 
 sizes = st.integers(1, 64).map(lambda pages: pages * PAGE)
@@ -44,10 +44,17 @@ audits = st.builds(
     rows=st.integers(0, 1000),
     every=st.integers(1, 1000),
     floor=st.floats(0, 1),
-    action=st.sampled_from(["log", "dense"]),
 ).filter(lambda audit: audit.rows > 0 or audit.floor == 0)  # a floor without rows is refused, see MISTAKES
+dumps = st.builds(
+    Dump,
+    folder=st.none() | st.text("abc/", min_size=1),
+    rows=st.integers(1, 1000),
+    layers=st.none() | st.lists(st.integers(0, 60), min_size=1).map(tuple),
+    gib=st.floats(0.1, 100),
+)
 configs = st.builds(
     MisaConfig,
+    dump=dumps,
     prefill=policies("prefill"),
     decode=policies("decode"),
     audit=audits,
@@ -64,20 +71,21 @@ def from_flags(*words):
 def flags_of(wanted):
     """The words that say `wanted` in full."""
     words = ["--misa-preset", "dsa"]
-    none_words = {"heads": "all", "blocks": "all", "sketch": "none", "candidates": "none"}
-    spelled = {True: "on", False: "off"}
-    for prefix, values in wanted.model_dump().items():
+    for prefix, values in wanted.model_dump(exclude={"layers"}).items():
         for name, value in values.items() if isinstance(values, dict) else [("", values)]:
             path = "-".join(filter(None, ("misa", prefix, name))).replace("_", "-")
-            words += [
-                f"--{path}",
-                none_words[name]
-                if value is None
-                else spelled.get(value, str(value))
-                if isinstance(value, bool)
-                else str(value),
-            ]
+            path = {"misa-audit-floor": "misa-recall-floor", "misa-dump-folder": "misa-dump"}.get(path, path)
+            if (prefix, name, value) != ("dump", "folder", None):
+                words += [f"--{path}", spelled(name, value)]
     return words
+
+
+def spelled(name, value):
+    if value is None:
+        return "all" if name in ("heads", "blocks", "layers") else "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @given(configs)
@@ -89,7 +97,7 @@ def test_flags_and_json_say_the_same(wanted):
 @given(configs)
 def test_every_field_has_a_flag(wanted):
     words = {word for word in flags_of(wanted) if word.startswith("--")}
-    assert words | {"--misa-config"} == set(flags.flag_names())
+    assert words | {"--misa-config", "--misa-policy", "--misa-dump"} == set(flags.flag_names())
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -166,6 +174,67 @@ def test_a_mistake_is_named(name):
     assert words in problem
 
 
+IDENTITY = {
+    "architecture": "DeepseekV32ForCausalLM",
+    "layers": 3,
+    "index_heads": 64,
+    "index_topk": 2048,
+    "config_sha256": "0" * 64,
+}
+LAYERS = {str(layer): {"prefill": {"heads": 8}} for layer in range(3)}
+
+
+def policy_file(layers=LAYERS, **changes):
+    return {"model": IDENTITY, "created_by": "a test", "target_recall": 0.9, "length": 8192, "layers": layers} | changes
+
+
+WRONG_FILES = {
+    "an unknown name": (policy_file({"0": {"prefil": {}}}), "layers.0.prefil: unknown name, did you mean prefill?"),
+    "a name in a policy": (
+        policy_file(LAYERS | {"1": {"decode": {"head": 8}}}),
+        "layers.1.decode.head: unknown name, did you mean heads?",
+    ),
+    "missing layers": (policy_file({"1": {}}), "expected policies for layers 0 to 2, got none for 0, 2"),
+    "a layer too many": (policy_file(LAYERS | {"3": {}}), "expected policies for layers 0 to 2, got others, 3"),
+    "no model": ({"layers": LAYERS}, "model: Field required"),
+    "a policy that cannot be": (
+        policy_file(LAYERS | {"2": {"prefill": {"heads": 65}}}),
+        "layer 2: prefill.heads: expected at most the model's 64 index heads, got 65",
+    ),
+    "gates that differ": (
+        policy_file({str(n): {"decode": {"blocks": 64, "min_len": 4096 * n}} for n in range(3)}),
+        "decode.min_len: expected one value in every layer",
+    ),
+    "sketches that differ": (
+        policy_file({str(n): {"decode": {"sketch": max(n, 1), "candidates": 8192}} for n in range(3)}),
+        "decode.sketch: expected one value in every layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_a_mistake_in_a_policy_file_is_named(name, tmp_path):
+    content, words = WRONG_FILES[name]
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError) as caught:
+        from_flags("--misa-policy", str(path))
+    assert words in "\n".join(caught.value.problems)
+
+
+def test_a_policy_file_travels_and_gives_each_layer_its_own(tmp_path):
+    layers = {"0": {}, "1": {"prefill": {"heads": 8}}, "2": {"prefill": {"heads": 16, "min_len": 100}}}
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(policy_file(layers)))
+    chosen = from_flags("--misa-policy", str(path), "--misa-audit-rows", "4")
+    assert MisaConfig.from_env({config.ENV: chosen.to_json()}) == chosen
+    assert [chosen.policy("prefill", layer).heads for layer in (0, 1, 2, None)] == [None, 8, 16, None]
+    assert (chosen.gate("prefill"), chosen.gate("decode"), chosen.name("prefill")) == (100, None, "dsa|misa")
+    assert config.preset_name(chosen) is None
+    with pytest.raises(ConfigError, match="beside the policies of layers"):
+        from_flags("--misa-policy", str(path), "--misa-prefill-heads", "8")
+
+
 IMPOSSIBLE = {
     "more heads than the model": ({"heads": 65}, "heads: expected at most the model's 64 index heads, got 65"),
     "a residual of all heads": (
@@ -200,8 +269,11 @@ def test_all_mistakes_come_together():
     ("words", "message"),
     [
         (["--misa-prefill-heads", "eight"], "--misa-prefill-heads: expected a whole number or 'all', got 'eight'"),
-        (["--misa-audit-floor", "high"], "--misa-audit-floor: expected a number, got 'high'"),
+        (["--misa-recall-floor", "high"], "--misa-recall-floor: expected a number, got 'high'"),
+        (["--misa-dump-layers", "0;1"], "--misa-dump-layers: expected whole numbers with commas or 'all', got '0;1'"),
         (["--misa-preset", "misa", "--misa-config", "x.json"], "drop one"),
+        (["--misa-preset", "misa", "--misa-policy", "x.json"], "drop one"),
+        (["--misa-policy", "missing.json"], "--misa-policy: expected a readable JSON file, got missing.json"),
         (["--misa-config", "missing.json"], "expected a readable JSON file, got missing.json"),
         (["--misa-prefill-blocks", "2", "--misa-prefill-candidates", "4096"], "expected at most blocks × block_size"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_misa.config import PRESETS
+from sglang_misa.config import PRESETS, SelectionPolicy
 from sglang_misa.metrics import PLACE, UNROUTED_STEPS, Recorder
 
 phases = st.sampled_from(["prefill", "decode"])
@@ -59,13 +59,14 @@ def test_status_travels_as_msgpack():
     recorder.ran("prefill", "hisa")
     recorder.declined("prefill", "under-min-len")
     recorder.audited("prefill", 0, 1.0, 1.0, 1.0)
-    recorder.layer_dense(0)
+    recorder.moved("prefill", "0", 1, SelectionPolicy())
     recorder.replayed("hisa")
     recorder.page_stats_bytes = 256
     status = recorder.status()
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(status)) == status
     assert status["declined"] == {"under-min-len": 1}
     assert status["dense_layers"] == [0]
+    assert status["ladder"] == {"prefill": {"0": {"rung": 1, "policy": "dsa", "moves": 1}}, "decode": {}}
     assert status["replays"] == {"hisa": 1}
     assert status["min_len"] == {"prefill": 24576, "decode": 32768}
 
@@ -115,7 +116,7 @@ def test_a_phase_that_is_stock_is_not_waited_for():
 SCHEDULER = """
 import json, sys
 from prometheus_client import CollectorRegistry, multiprocess
-from sglang_misa.config import PRESETS
+from sglang_misa.config import PRESETS, SelectionPolicy
 from sglang_misa.metrics import recorder
 
 recorder.armed(PRESETS["misa-hisa"], rank=2, ranks=4, sglang="0.5.17", verified=True)
@@ -127,7 +128,7 @@ for _ in range(3):
 recorder.declined("prefill", "under-min-len")
 recorder.replayed("dsa")
 recorder.audited("prefill", 0, 0.97, 0.9, 1.0)
-recorder.layer_dense(0)
+recorder.moved("prefill", "0", 2, SelectionPolicy())
 for phase in ("prefill", "decode") * 9:
     recorder.stepped(phase, 131072)
 recorder.page_stats_bytes = 512
@@ -162,6 +163,8 @@ def test_prometheus_gets_what_was_counted_since_export(tmp_path):
     assert samples["sglang_misa:policy_info", "decode", "hisa"] == 1
     assert samples["sglang_misa:page_stats_bytes",] == 512
     assert samples["sglang_misa:dense_layers",] == 1
+    assert samples["sglang_misa:rung", "0", "prefill"] == 2
+    assert samples["sglang_misa:ladder_moves_total", "0", "prefill", "dsa"] == 1
     assert samples["sglang_misa:recall_sampled_count", "0", "prefill"] == 1
     assert samples["sglang_misa:recall_sampled_bucket", "0", "0.95", "prefill"] == 0
     assert samples["sglang_misa:recall_sampled_bucket", "0", "0.97", "prefill"] == 1

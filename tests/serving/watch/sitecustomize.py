@@ -2,6 +2,8 @@
 
 WATCH_SELECTIONS names a folder for <pid>, a line a call: the hook, and a digest of the selected sets. WATCH_MEANS names
 one for <pid> with two numbers: how many page means decode has read, and how many were not those of the stored keys.
+WATCH_POOL names one for <layer>-<rows>.pt: the index-K pages of an extend call's first request, its queries and gates.
+SABOTAGE names a file: while it is there, the worst heads are routed and the worst blocks are kept.
 Python imports this module by its name at start-up, before anything of SGLang.
 """
 
@@ -75,6 +77,33 @@ def means(decode):
     return wrapper
 
 
+def pool(hook):
+    def wrapper(original, self, dual, forward_batch, layer_id, q_fp8, weights, metadata, *rest):
+        import torch
+        from sglang.srt.layers.attention.dsa import dsa_indexer
+
+        selected = hook(original, self, dual, forward_batch, layer_id, q_fp8, weights, metadata, *rest)
+        length = int(metadata.get_indexer_seq_len_cpu()[0])
+        pages = metadata.get_page_table_64()[0, : -(-length // 64)].long()
+        held = dsa_indexer.get_token_to_kv_pool().index_k_with_scale_buffer[layer_id][pages].clone()
+        name = Path(os.environ["WATCH_POOL"]) / f"{layer_id}-{len(q_fp8)}.pt"
+        torch.save({"pages": held, "q": q_fp8.clone(), "gates": weights.clone()}, name)
+        return selected
+
+    return wrapper
+
+
+def worst(best):
+    def wrapper(statistic, *arguments):
+        return best(-statistic if os.path.exists(os.environ["SABOTAGE"]) else statistic, *arguments)
+
+    return wrapper
+
+
+if "WATCH_POOL" in os.environ:
+    sys.meta_path.insert(0, AfterImport("sglang_misa.patches.indexer", pool, ("get_topk_ragged",)))
+if "SABOTAGE" in os.environ:
+    sys.meta_path.insert(0, AfterImport("sglang_misa.reference", worst, ("top_heads", "best_blocks")))
 if "WATCH_SELECTIONS" in os.environ:
     sys.meta_path.insert(
         0, AfterImport("sglang_misa.patches.indexer", selections, ("get_topk_ragged", "get_topk_paged"))

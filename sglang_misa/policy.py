@@ -1,0 +1,176 @@
+"""How the tokens of one phase are found: a `SelectionPolicy`, and what is impossible in one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from sglang_misa.kernels.layout import PAGE
+
+logger = logging.getLogger(__name__)
+
+Router = Literal["mean", "peak", "signed", "weight"]
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+ALIASES = {"router": {"abs": "mean"}, "backend": {"triton": "kernels"}}  # words of earlier releases
+
+
+def renamed(field: str, word: object) -> object:
+    """`word`, or the one that replaced it since an earlier release, which the log then says."""
+    new = ALIASES[field].get(word) if isinstance(word, str) else None
+    if new is None:
+        return word
+    logger.warning("%s: %r is called %r now; both are understood", field, word, new)
+    return new
+
+
+class SelectionPolicy(BaseModel):
+    """How the top-k tokens of one phase are found: which tokens, heads and keys, and which finish."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    heads: int | None = Field(
+        None, ge=1, description="index heads h routed per query on the block means; 'all' scores with every head"
+    )
+    router: Router = Field(
+        "mean",
+        description="router statistic over blocks: mean of |w·ReLU(q·k̃)| (the MISA paper), peak = its maximum, "
+        "signed = mean of w·ReLU(q·k̃), weight = |w| alone",
+    )
+    residual: bool = Field(
+        False, description="score the heads that are not routed too, fused to one linear column: one more than heads"
+    )
+    blocks: int | None = Field(
+        None, ge=2, description="token blocks kept per query, first and newest included; 'all' prunes none"
+    )
+    sketch: Literal[1, 2] | None = Field(
+        None, description="decode: score sketches of b bits a coordinate around the page means instead of the keys"
+    )
+    candidates: int | None = Field(
+        None,
+        ge=1,
+        description="tokens C kept by the cheap score and scored again with all heads; 'none' takes top-k at once",
+    )
+    exact: bool = Field(
+        False, description="prefill: all heads and tokens, selected exactly by kernels of ours, without a score matrix"
+    )
+    block_size: int = Field(
+        256, ge=PAGE, multiple_of=PAGE, description="tokens in a block of the router or of HISA, a multiple of 64"
+    )
+    min_len: int = Field(
+        8192,
+        ge=0,
+        description="a prefill query that sees at most so many tokens, and a decode step whose longest request has at "
+        "most so many, get stock DSA",
+    )
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _renamed_router(cls, word: object) -> object:
+        return renamed("router", word)
+
+    @property
+    def name(self) -> str:
+        """The method's name in the literature, and the axes in use that it has no name for."""
+        if not self.active:
+            return "dsa"
+        if self.exact:
+            return "exact"
+        base = "+".join(name for name, axis in (("misa", self.heads), ("hisa", self.blocks)) if axis is not None)
+        parts = [
+            base,
+            self.router if self.heads is not None and self.router != "mean" else "",
+            "residual" if self.residual else "",
+            f"sketch{self.sketch}" if self.sketch else "",
+            "hier" if self.candidates is not None and not self.sketch else "",
+        ]
+        return "-".join(filter(None, parts))
+
+    @property
+    def label(self) -> str:
+        """The name, and the sizes that tell policies of one name apart."""
+        sizes = {"h": self.heads, "blocks": self.blocks, "C": self.candidates}
+        told = [f"{size}={value}" for size, value in sizes.items() if value is not None]
+        return f"{self.name} ({', '.join([*told, f'block={self.block_size}'])})" if self.pooled else self.name
+
+    @property
+    def active(self) -> bool:
+        """Whether this policy differs from stock DSA at all (a re-ranking of all-head scores changes nothing)."""
+        return self.exact or self.heads is not None or self.blocks is not None or self.sketch is not None
+
+    @property
+    def columns(self) -> int | None:
+        """Scored columns a key: the routed heads and the residual; None for all heads."""
+        return None if self.heads is None else self.heads + self.residual
+
+    @property
+    def pooled(self) -> bool:
+        """Whether this policy reads pooled keys: to route heads or to keep blocks."""
+        return self.heads is not None or self.blocks is not None
+
+    def problems(self, phase: Phase, *, index_heads: int | None = None, topk: int | None = None) -> Iterator[str]:
+        """Sentences for what is impossible in this policy, alone or with a model's `index_heads` H and `topk` k."""
+        flag = f"--misa-{phase}"
+        yield from self._alone(phase, flag)
+        kept = None if self.blocks is None else self.blocks * self.block_size
+        if kept is not None and self.candidates is not None and kept < self.candidates:
+            yield (
+                f"{phase}.candidates: expected at most blocks × block_size = {kept} tokens, got {self.candidates}; "
+                f"raise {flag}-blocks or lower {flag}-candidates"
+            )
+        if index_heads is not None and self.heads is not None and self.residual and self.heads == index_heads:
+            yield (
+                f"{phase}.residual: expected fewer routed heads than the model's {index_heads}, as none is left over, "
+                f"got {self.heads}; lower {flag}-heads, or drop {flag}-residual"
+            )
+        if index_heads is not None and self.heads is not None and self.heads > index_heads:
+            yield (
+                f"{phase}.heads: expected at most the model's {index_heads} index heads, got {self.heads}; "
+                f"lower {flag}-heads (8 is the paper's choice)"
+            )
+        if topk is not None and self.candidates is not None and self.candidates < topk:
+            yield (
+                f"{phase}.candidates: expected at least the model's index_topk = {topk}, got {self.candidates}; "
+                f"raise {flag}-candidates (the released MISA uses 8192)"
+            )
+        if topk is not None and kept is not None and kept < topk:
+            yield (
+                f"{phase}.blocks: expected blocks × block_size of at least the model's index_topk = {topk} tokens, got "
+                f"{self.blocks} × {self.block_size} = {kept}; raise {flag}-blocks (HISA uses 64 blocks of 128)"
+            )
+
+    def _alone(self, phase: Phase, flag: str) -> Iterator[str]:
+        """Sentences for axes that contradict each other whatever the model is."""
+        if self.exact:
+            axes = ("heads", "residual", "blocks", "sketch", "candidates")
+            others = [name for name in axes if getattr(self, name) not in (None, False)]
+            if others:
+                yield (
+                    f"{phase}.exact: expected all heads, tokens and keys with it, got {', '.join(others)} too; drop "
+                    f"{flag}-exact or the others"
+                )
+            if phase == "decode":
+                yield f"decode.exact: expected prefill, where there is a score matrix to save; drop {flag}-exact"
+        if self.residual and self.heads is None:
+            yield (
+                f"{phase}.residual: expected routed heads with it, as all heads leave none over, got heads=all; set "
+                f"{flag}-heads, or drop {flag}-residual"
+            )
+        if self.sketch is not None and phase == "prefill":
+            yield (
+                f"prefill.sketch: expected none, as prefill reads a key once for many rows, got {self.sketch}; drop "
+                f"{flag}-sketch"
+            )
+        if self.sketch is not None and self.candidates is None:
+            yield (
+                f"{phase}.sketch: expected candidates to score on the stored keys, got none; set {flag}-candidates "
+                "(8192 keeps 0.96 of DSA's tokens with 1 bit and 0.998 with 2 on a trained indexer at 128K)"
+            )
+        if self.candidates is not None and not self.active:
+            yield (
+                f"{phase}.candidates: expected a policy that leaves heads, tokens or bits out, got candidates="
+                f"{self.candidates} with all of them; set {flag}-heads, {flag}-blocks or {flag}-sketch, or drop it"
+            )

@@ -1,0 +1,78 @@
+"""From parsed JSON to a model of ours: every mistake as a sentence with its field, what was expected and what came."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from sglang_misa.refusal import Refusal
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class ConfigError(Refusal, ValueError):
+    """A setting that cannot be used."""
+
+    opening = "sglang-misa cannot use this configuration"
+
+
+def validated(model: type[Model], data: Any, source: str) -> Model:
+    """`data` (parsed JSON) as a `model`; `source` is named in every problem. Raises ConfigError."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError([f"{source}: {_sentence(e, model)}" for e in error.errors()]) from None
+
+
+def parsed(text: str, source: str, expected: str = "one JSON object") -> Any:
+    """The JSON value in `text`. Raises ConfigError."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError([f"{source}: expected {expected}, got {short(text)} ({error})"]) from None
+
+
+def read_text(flag: str, path: str | Path) -> str:
+    """The text of a JSON file that `flag` named. Raises ConfigError where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{flag}: expected a readable JSON file, got {path} ({error})"]) from None
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """ ", did you mean …?" with the closest of `known`, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def short(value: Any) -> str:
+    """`value` as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _sentence(error: Any, model: type[BaseModel]) -> str:
+    """One pydantic error as: field, expected, got, and the closest known name where the name is the mistake."""
+    where = ".".join(str(part) for part in error["loc"]) or "the object"
+    if error["type"] == "extra_forbidden":
+        known = list(_model_at(model, error["loc"][:-1]).model_fields)
+        return f"{where}: unknown name{suggest(str(error['loc'][-1]), known)}; known are {', '.join(known)}"
+    if error["type"] == "value_error":  # a sentence of ours
+        return f"{where}: {error['ctx']['error']}"
+    return f"{where}: {error['msg'].replace('Input should be', 'expected')}, got {short(error.get('input'))}"
+
+
+def _model_at(model: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
+    """The model that `path` leads to: a field of models, or a mapping or an option of them."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is not None:  # else: the key of a mapping, whose model was found with its field
+            kinds = (field.annotation, *get_args(field.annotation))
+            model = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return model

@@ -1,0 +1,179 @@
+"""When a layer leaves its policy and comes back, and that ranks with different audits decide alike."""
+
+import datetime
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import distributed
+
+from sglang_misa import decode_gate, ladder
+from sglang_misa.config import PRESETS, Audit, MisaConfig, SelectionPolicy
+from sglang_misa.ladder import CALM, DSA, MARGIN, WINDOW, Ladders, rungs
+from sglang_misa.metrics import Recorder
+
+FLOOR = 0.9
+MISA = SelectionPolicy(heads=8, min_len=100)
+HISA = SelectionPolicy(blocks=64, block_size=128, min_len=100)
+FAITHFUL = PRESETS["faithful"].prefill.model_copy(update={"min_len": 100})
+MODEL = {"index_heads": 64, "topk": 2048}
+
+
+@pytest.fixture(autouse=True)
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    fresh = Recorder()
+    monkeypatch.setattr(ladder, "recorder", fresh)
+    yield fresh
+    decode_gate.suspend(False)
+
+
+def ladders(peers: Any = None, layers: int = 3, **config: Any) -> Ladders:
+    settings = {"prefill": MISA, "decode": HISA, "audit": Audit(rows=4, every=2, floor=FLOOR), **config}
+    return Ladders(MisaConfig(**settings), range(layers), **MODEL, peers=peers)
+
+
+def see(one: Ladders, phase: str, layer: int, recall: float, rows: int = WINDOW, *, probed: bool = False) -> None:
+    one.observe(phase, layer, [recall] * rows, probed=probed)
+    one.meet()
+
+
+def test_a_layer_sinks_rung_by_rung_and_comes_back_the_same_way(recorder: Recorder) -> None:
+    one = ladders()
+    assert (one.policy("prefill", 1), one.probe("prefill", 1)) == (MISA, None)
+    see(one, "prefill", 1, FLOOR - 0.01)
+    assert (one.policy("prefill", 1), one.probe("prefill", 1)) == (FAITHFUL, MISA)
+    see(one, "prefill", 1, FLOOR - 0.01)
+    assert (one.policy("prefill", 1), one.probe("prefill", 1)) == (DSA, FAITHFUL)
+    assert recorder.status()["dense_layers"] == [1]
+    for back in (FAITHFUL, MISA):
+        see(one, "prefill", 1, 1.0, CALM * WINDOW, probed=True)
+        assert one.policy("prefill", 1) == back
+    assert [one.policy("prefill", layer) for layer in (0, 2)] == [MISA, MISA], "a layer sinks alone"
+    state = {"1": {"rung": 0, "policy": MISA.label, "moves": 4}}
+    assert recorder.status()["ladder"]["prefill"] == state
+    assert recorder.status()["dense_layers"] == []
+
+
+def test_a_layer_falls_by_a_window_of_rows_not_by_one() -> None:
+    one = ladders()
+    see(one, "prefill", 0, 0.0, rows=1)
+    see(one, "prefill", 0, 1.0, rows=WINDOW - 1)
+    assert one.policy("prefill", 0) == MISA
+    see(one, "prefill", 0, FLOOR - 0.01)  # however good the past was
+    assert one.policy("prefill", 0) == FAITHFUL
+
+
+@pytest.mark.parametrize("recall", [FLOOR - 0.1, FLOOR, FLOOR + MARGIN / 2])
+def test_what_is_not_well_over_the_floor_does_not_come_back(recall: float) -> None:
+    one = ladders()
+    see(one, "prefill", 0, FLOOR - 0.01)
+    for _ in range(5):
+        see(one, "prefill", 0, recall, CALM * WINDOW, probed=True)
+        assert one.policy("prefill", 0) == FAITHFUL
+
+
+def test_half_a_probe_brings_nothing_back() -> None:
+    one = ladders()
+    see(one, "prefill", 0, 0.5)
+    see(one, "prefill", 0, 1.0, CALM * WINDOW - 1, probed=True)
+    assert one.policy("prefill", 0) == FAITHFUL
+    see(one, "prefill", 0, 1.0, 1, probed=True)
+    assert one.policy("prefill", 0) == MISA
+
+
+def test_decode_sinks_as_a_step_by_its_worst_layer_and_waits_for_all_to_come_back(recorder: Recorder) -> None:
+    one = ladders()
+    see(one, "decode", 0, 1.0)
+    assert decode_gate.why_stock(100, 5000) is None
+    see(one, "decode", 2, FLOOR - 0.01)
+    assert decode_gate.why_stock(100, 5000) == "recall-floor"
+    assert one.probe("decode", 0) == HISA
+    assert one.policy("prefill", 2) == MISA, "prefill has ladders of its own"
+    one.observe("decode", 2, [FLOOR] * CALM * WINDOW, probed=True)
+    see(one, "decode", 0, 1.0, CALM * WINDOW, probed=True)
+    assert decode_gate.why_stock(100, 5000) == "recall-floor"
+    one.observe("decode", 2, [1.0] * CALM * WINDOW, probed=True)
+    see(one, "decode", 0, 1.0, CALM * WINDOW, probed=True)
+    assert decode_gate.why_stock(100, 5000) is None
+    assert recorder.status()["ladder"]["decode"] == {"all": {"rung": 0, "policy": HISA.label, "moves": 2}}
+
+
+def test_the_ranks_meet_once_in_every_steps() -> None:
+    one = ladders()
+    one.observe("prefill", 0, [0.0] * WINDOW, probed=False)
+    one.stepped()
+    assert one.policy("prefill", 0) == MISA
+    one.stepped()
+    assert one.policy("prefill", 0) == FAITHFUL
+
+
+def test_without_a_floor_and_in_a_draft_model_nothing_moves() -> None:
+    config = MisaConfig(prefill=MISA, decode=HISA, audit=Audit(rows=4, floor=FLOOR))
+    for one in (ladders(audit=Audit(rows=4)), Ladders(config, [None], **MODEL, peers=None)):
+        one.observe("prefill", 0, [0.0] * WINDOW, probed=False)
+        one.observe("decode", 0, [0.0] * WINDOW, probed=False)
+        for _ in range(200):
+            one.stepped()
+        assert one.policy("prefill", 0) == MISA
+        assert decode_gate.why_stock(100, 5000) is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (MISA, (MISA, FAITHFUL, DSA)),
+        (HISA, (HISA, FAITHFUL, DSA)),
+        (FAITHFUL, (FAITHFUL, DSA)),
+        (PRESETS["misa-hier"].prefill, (PRESETS["misa-hier"].prefill, DSA)),
+        (SelectionPolicy(exact=True), (SelectionPolicy(exact=True), DSA)),
+        (DSA, (DSA,)),
+    ],
+    ids=lambda each: each.label if isinstance(each, SelectionPolicy) else "",
+)
+def test_a_rung_keeps_more_than_the_one_before(policy: SelectionPolicy, expected: tuple[SelectionPolicy, ...]) -> None:
+    assert rungs(policy, FLOOR, **MODEL) == expected
+    assert rungs(policy, 0.0, **MODEL) == (policy,)
+
+
+def test_faithful_is_left_out_where_the_model_cannot_have_it() -> None:
+    few = SelectionPolicy(heads=2)
+    assert rungs(few, FLOOR, index_heads=4, topk=2048) == (few, DSA)
+
+
+RANKS, MEETINGS = 2, 12
+
+
+def one_rank(rank: int, store: str, results: Any) -> None:
+    """Audits of layer 0 differ by rank and cross the floor only in the mean; layer 1 is judged by one rank alone."""
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60)
+    )
+    one = ladders(peers=distributed.new_group(range(RANKS), backend="gloo"), layers=2)
+    told = []
+    for meeting in range(MEETINGS):
+        recall = (0.95, 0.83)[rank] if meeting < 6 else 1.0  # 0.89 in the mean
+        one.observe("prefill", 0, [recall] * WINDOW, probed=meeting >= 6)
+        if rank == 1:
+            one.observe("prefill", 1, [0.1] * WINDOW, probed=False)
+            one.observe("decode", 0, [0.2] * WINDOW, probed=False)
+        one.meet()
+        told.append([ladder_.at for ladder_ in (*one._prefill, one._step)])
+    results.put((rank, told))
+    distributed.destroy_process_group()
+
+
+def test_ranks_whose_audits_differ_decide_alike(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [context.Process(target=one_rank, args=(rank, str(tmp_path / "store"), results)) for rank in range(RANKS)]
+    for rank in ranks:
+        rank.start()
+    told = dict(results.get(timeout=120) for _ in ranks)
+    for rank in ranks:
+        rank.join(60)
+        assert rank.exitcode == 0
+    assert told[0] == told[1]
+    assert [rungs_[0] for rungs_ in told[0]] == [1, 2, 2, 2, 2, 2, 2, 1, 1, 0, 0, 0]
+    assert told[0][-1][1:] == [2, 1], "the rank that saw nothing low sank too"
