@@ -24,6 +24,7 @@ ENV = "SGLANG_MISA_CONFIG"
 
 Router = Literal["mean", "peak", "signed", "weight"]
 Backend = Literal["auto", "kernels", "torch"]
+VerifyStats = Literal["off", "log", "raise"]
 ALIASES = {"router": {"abs": "mean"}, "backend": {"triton": "kernels"}}  # words of earlier releases
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -213,6 +214,11 @@ class MisaConfig(BaseModel):
         description="auto = kernels (CUDA and Triton) on a GPU and PyTorch elsewhere; torch = the reference",
     )
 
+    verify_stats: VerifyStats = Field(
+        "off",
+        description="compute a sample of page statistics anew at each step and compare them by bits: log = tell of a "
+        "mismatch, raise = stop the server",
+    )
     allow_unverified: bool = Field(
         False, description="serve on a GPU with a version of SGLang that this package was verified with on a CPU only"
     )
@@ -239,6 +245,11 @@ class MisaConfig(BaseModel):
             problems.append(
                 f"audit.floor: expected audited rows with a floor, got rows=0 and floor={self.audit.floor}; "
                 "set --misa-audit-rows, or drop --misa-audit-floor"
+            )
+        if self.verify_stats != "off" and not self.decode.active:
+            problems.append(
+                "verify_stats: expected a decode policy with it, as only decode keeps statistics from step to step, "
+                f"got decode=dsa and verify_stats={self.verify_stats}; choose one, or drop --misa-verify-stats"
             )
         ConfigError.raise_if(problems)
 

@@ -73,6 +73,7 @@ class Recorder:
         self._unrouted: set[Phase] = set()
         self._recall: dict[tuple[Phase, int], _LayerRecall] = {}
         self._dense_layers: set[int] = set()
+        self._verified: Counter[str] = Counter(pages=0, mismatches=0)
         self._exporter: _Exporter | None = None
 
     def armed(self, config: MisaConfig, rank: int, ranks: int, *, sglang: str, verified: bool) -> None:
@@ -153,6 +154,13 @@ class Recorder:
         if self._exporter:
             self._exporter.dense_layers.labels(*self._exporter.place).set(len(self._dense_layers))
 
+    def verified(self, pages: int, mismatches: int) -> None:
+        """The statistics of so many pages were computed anew in one step, and so many were not those stored."""
+        self._verified.update(pages=pages, mismatches=mismatches)
+        if self._exporter:
+            self._exporter.verified.labels(*self._exporter.place).inc(pages)
+            self._exporter.mismatches.labels(*self._exporter.place).inc(mismatches)
+
     def status(self) -> dict[str, Any]:
         """Everything counted, in plain types; {"enabled": False, …} before `armed`."""
         return {
@@ -170,6 +178,7 @@ class Recorder:
             },
             "dense_layers": sorted(self._dense_layers),
             "page_stats_bytes": self.page_stats_bytes,
+            "page_stats_verified": dict(self._verified),
         }
 
     def export(self, config: MisaConfig, sglang: str, rank: int, dp_rank: int) -> None:
@@ -211,6 +220,8 @@ class _Exporter:
         self.calls = count("calls", "Indexer calls of a layer by path taken.", "phase", "path")
         self.declined = count("declined", "Calls left to stock DSA.", "phase", "reason")
         self.replays = count("replays", "Decode graphs replayed by side of the gate.", "path")
+        self.verified = count("page_stats_verified", "Pages whose statistics were computed anew and compared.")
+        self.mismatches = count("page_stats_mismatches", "Pages whose stored statistics were not those computed anew.")
         self.recall = Histogram(
             "sglang_misa:recall_sampled",
             "Recall of audited rows.",
@@ -222,6 +233,7 @@ class _Exporter:
         self.enabled.labels(*self.place).set(1)
         self.build_info.labels(*self.place, __version__, sglang).set(1)
         self.dense_layers.labels(*self.place).set(0)
+        self.mismatches.labels(*self.place).inc(0)
         for phase in PHASES:
             policy = config.policy(phase)
             self.policy_info.labels(*self.place, phase, policy.name).set(1)
