@@ -146,7 +146,8 @@ class Layer:
             pack_pages(tensors["index_k"][:whole], tensors["k_scale"][:whole]),
             tensors["positions"][picked],
         )
-        return cls(*(part.to(device) for part in parts), model=model_of(path))
+        index_q, gates, keys, pages, positions = (part.to(device) for part in parts)
+        return cls(index_q, gates, keys, pages, positions, model=model_of(path))
 
     @property
     def topk(self) -> int:

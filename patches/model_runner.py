@@ -13,7 +13,7 @@ from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.runtime_context import get_parallel
 from torch import distributed, nn
 
-from sglang_misa import admission, runtime, versions
+from sglang_misa import admission, canary, runtime, versions
 from sglang_misa.admission import AdmissionError
 from sglang_misa.config import ENV, ConfigError, MisaConfig
 from sglang_misa.metrics import recorder
@@ -36,12 +36,25 @@ def load_model(original: Callable[..., None], self: Any) -> None:
     original(self)
     if not self.is_draft_worker or is_deepseek_dsa(self.model_config.hf_config):
         AdmissionError.raise_if([*_indexer_problems(self.model), *register.problems()])
-        _mark_last(self.model)
+        self.misa_layers = _mark_last(self.model)
     armed = runtime.current()
     if armed.kernels and not self.is_draft_worker:
         from sglang_misa.engines import kernels
 
         kernels.warm_up(armed)
+
+
+def forward(original: Callable[..., Any], self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """ModelRunner.forward: one step, eager or a graph's replay. After it, the canary looks at page statistics."""
+    result = original(self, forward_batch, *args, **kwargs)
+    if (watching := canary.of_runner(self)) is not None:
+        watching.step(
+            self.req_to_token_pool.req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            forward_batch.rids or (),
+        )
+    return result
 
 
 def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -156,10 +169,10 @@ def _indexer_problems(model: nn.Module) -> Iterator[str]:
                 yield f"{name}.{weight}: expected finite weights, got NaN or infinity; check the checkpoint's files"
 
 
-def _mark_last(model: nn.Module) -> None:
+def _mark_last(model: nn.Module) -> list[int]:
     """Set `misa_last` on every indexer: True on the one that a step runs last, in whose hook the step's upkeep is done.
 
-    Layers that share another's selection (`skip_topk`) run none, but for a NextN layer.
+    Layers that share another's selection (`skip_topk`) run none, but for a NextN layer. Returns the ids of the others.
     """
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 
@@ -171,6 +184,7 @@ def _mark_last(model: nn.Module) -> None:
             if not getattr(attention, "skip_topk", False) or getattr(attention, "is_nextn", False):
                 running.append(module)
     max(running, key=lambda module: module.layer_id).misa_last = True
+    return sorted(module.layer_id for module in running)
 
 
 def _meet(store: distributed.Store, armed: runtime.Runtime, timeout: timedelta) -> None:

@@ -116,6 +116,18 @@ PATCHES = (
         signatures={"0.5.17": "self, kvc, num_layers"},
     ),
     Patch(
+        target="sglang.srt.model_executor.model_runner:ModelRunner.forward",
+        wrapper="sglang_misa.patches.model_runner:forward",
+        why="page statistics that are stale make answers worse and nothing else, and graphs run no Python inside",
+        how="after: with --misa-verify-stats, computes a sample of the step's page statistics anew and compares",
+        upstream="none: SGLang's own KV canary knows SGLang's buffers alone",
+        remove_when="an index-K page may carry plugin bytes",
+        signatures={
+            "0.5.17": "self, forward_batch, skip_attn_backend_init=, pp_proxy_tensors=, reinit_attn_backend=, "
+            "split_forward_count="
+        },
+    ),
+    Patch(
         target="sglang.srt.model_executor.model_runner:ModelRunner.init_cuda_graphs",
         wrapper="sglang_misa.patches.model_runner:init_cuda_graphs",
         why="the last step before serving, on CPU too: another plugin may have unseated a hook since load_model",

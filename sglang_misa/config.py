@@ -31,6 +31,7 @@ __all__ = [  # the names of its parts too
 ENV = "SGLANG_MISA_CONFIG"
 
 Backend = Literal["auto", "kernels", "torch"]
+VerifyStats = Literal["off", "log", "raise"]
 
 
 class Audit(BaseModel):
@@ -87,6 +88,11 @@ class MisaConfig(BaseModel):
         description="auto = kernels (CUDA and Triton) on a GPU and PyTorch elsewhere; torch = the reference",
     )
 
+    verify_stats: VerifyStats = Field(
+        "off",
+        description="compute a sample of page statistics anew at each step and compare them by bits: log = tell of a "
+        "mismatch, raise = stop the server",
+    )
     allow_unverified: bool = Field(
         False, description="serve on a GPU with a version of SGLang that this package was verified with on a CPU only"
     )
@@ -140,6 +146,11 @@ class MisaConfig(BaseModel):
             yield (
                 f"audit.floor: expected audited rows with a floor, got rows=0 and floor={self.audit.floor}; "
                 "set --misa-audit-rows, or drop --misa-recall-floor"
+            )
+        if self.verify_stats != "off" and not any(policy.active for policy in self.policies("decode")):
+            yield (
+                "verify_stats: expected a decode policy with it, as only decode keeps statistics from step to step, "
+                f"got decode=dsa and verify_stats={self.verify_stats}; choose one, or drop --misa-verify-stats"
             )
 
     def to_json(self) -> str:

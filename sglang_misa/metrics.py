@@ -76,6 +76,7 @@ class Recorder:
         self._rungs: dict[tuple[Phase, str], tuple[int, SelectionPolicy]] = {}
         self._moves: Counter[tuple[Phase, str]] = Counter()
         self.dump: Counter[str] = Counter()  # prompts that were written, and left_out for the limit
+        self._verified: Counter[str] = Counter(pages=0, mismatches=0)
         self._exporter: _Exporter | None = None
 
     def armed(self, config: MisaConfig, rank: int, ranks: int, *, sglang: str, verified: bool) -> None:
@@ -164,6 +165,13 @@ class Recorder:
         moved = [(layer, policy) for (phase, layer), (_, policy) in self._rungs.items() if phase == "prefill"]
         return sorted(int(layer) for layer, policy in moved if not policy.active)
 
+    def verified(self, pages: int, mismatches: int) -> None:
+        """The statistics of so many pages were computed anew in one step, and so many were not those stored."""
+        self._verified.update(pages=pages, mismatches=mismatches)
+        if self._exporter:
+            self._exporter.verified.labels(*self._exporter.place).inc(pages)
+            self._exporter.mismatches.labels(*self._exporter.place).inc(mismatches)
+
     def status(self) -> dict[str, Any]:
         """Everything counted, in plain types; {"enabled": False, …} before `armed`."""
         return {
@@ -190,6 +198,7 @@ class Recorder:
             "dense_layers": self._dense_layers(),
             "dump": dict(self.dump),
             "page_stats_bytes": self.page_stats_bytes,
+            "page_stats_verified": dict(self._verified),
         }
 
     def export(self, config: MisaConfig, sglang: str, rank: int, dp_rank: int) -> None:
@@ -244,6 +253,8 @@ class _Exporter:
         self.calls = count("calls", "Indexer calls of a layer by path taken.", "phase", "path")
         self.declined = count("declined", "Calls left to stock DSA.", "phase", "reason")
         self.replays = count("replays", "Decode graphs replayed by side of the gate.", "path")
+        self.verified = count("page_stats_verified", "Pages whose statistics were computed anew and compared.")
+        self.mismatches = count("page_stats_mismatches", "Pages whose stored statistics were not those computed anew.")
         self.recall = Histogram(
             "sglang_misa:recall_sampled",
             "Recall of audited rows.",
@@ -255,6 +266,7 @@ class _Exporter:
         self.enabled.labels(*self.place).set(1)
         self.build_info.labels(*self.place, __version__, sglang).set(1)
         self.dense_layers.labels(*self.place).set(0)
+        self.mismatches.labels(*self.place).inc(0)
         for phase in PHASES:
             self.policy_info.labels(*self.place, phase, config.name(phase)).set(1)
             self.unrouted.labels(*self.place, phase).set(0)

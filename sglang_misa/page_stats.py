@@ -47,6 +47,11 @@ class PageStats:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.means, *(self.sketches or ())))
 
+    def of(self, layer: int, pages: Tensor) -> tuple[Tensor, ...]:
+        """Copies of what `pages` [n] of a layer have: means [n, 128], and sketches [n, bytes] where there are any."""
+        kinds = (self.means, *((self.sketches,) if self.sketches is not None else ()))
+        return tuple(kind[layer][pages] for kind in kinds)
+
     def sketch(self, layer: int) -> Tensor | None:
         """The sketches of one layer, or None without any."""
         return None if self.sketches is None else self.sketches[layer]

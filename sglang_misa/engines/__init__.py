@@ -28,6 +28,9 @@ class Engine(Protocol):
     def pages_written(self, layer: int, slots: Tensor) -> None:
         """Update the pages whose last token is among `slots` [n] int64, just written in `layer` by stock's path."""
 
+    def recomputed(self, layer: int, pages: Tensor) -> tuple[Tensor, ...]:
+        """What `stats.of` should be of `pages` [n] int64: computed anew from the pool's bytes, stored nowhere."""
+
     def end_step(self, page_table: Tensor, seq_lens: Tensor) -> None:
         """Update, in every layer, the page that each row's newest token completed. Capturable in a CUDA graph."""
 

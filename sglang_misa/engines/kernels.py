@@ -113,6 +113,13 @@ class KernelEngine:
     def pages_written(self, layer: int, slots: Tensor) -> None:
         page_means.update_slots(self.index_k_pages[layer], self.stats.means[layer], slots, self.stats.sketch(layer))
 
+    def recomputed(self, layer: int, pages: Tensor) -> tuple[Tensor, ...]:
+        copies = self.index_k_pages[layer][pages]
+        stats = PageStats.allocate([copies], self.runtime.config.decode.sketch)
+        every = torch.arange(len(pages), device=pages.device)
+        page_means.update_slots(copies, stats.means[0], every * PAGE + PAGE - 1, stats.sketch(0))
+        return stats.of(0, every)
+
     def end_step(self, page_table: Tensor, seq_lens: Tensor) -> None:
         self.behind = False
         page_means.update_last_page_means(self._layers, page_table, seq_lens)

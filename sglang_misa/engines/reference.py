@@ -66,6 +66,9 @@ class ReferenceEngine:
     def pages_written(self, layer: int, slots: Tensor) -> None:
         self._update(layer, slots[slots % PAGE == PAGE - 1] // PAGE)
 
+    def recomputed(self, layer: int, pages: Tensor) -> tuple[Tensor, ...]:
+        return (reference.page_means(self.index_k_pages[layer][pages]).bfloat16(),)
+
     def end_step(self, page_table: Tensor, seq_lens: Tensor) -> None:
         self.behind = False
         for layer, pages in enumerate(self.index_k_pages):

@@ -1,0 +1,128 @@
+"""A canary over page statistics: each step a random sample of them is computed anew from the pool and compared by bits.
+
+Only complete pages of the step's own requests are looked at: freed pages may hold anything. What is compared stays on
+the device until the comparison is done there, so that no step waits: a mismatch is told at a later step.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sglang_misa import runtime
+from sglang_misa.config import VerifyStats
+from sglang_misa.engines import Engine
+from sglang_misa.kernels.layout import PAGE
+from sglang_misa.metrics import recorder
+
+logger = logging.getLogger(__name__)
+
+SAMPLE = 16  # pages of one layer that a step looks at
+
+
+class StaleStatistics(RuntimeError):
+    """A page's stored statistics are not those of its bytes."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One step's sample of `layer`: row n of a tensor is one page; wrong bool [n] on the device."""
+
+    layer: int
+    requests: Sequence[str]  # of the step
+    rows: list[int]  # request of each page
+    pages: Tensor
+    stored: tuple[Tensor, ...]
+    expected: tuple[Tensor, ...]
+    wrong: Tensor
+    counts: Tensor  # int64 [2] on the host: complete pages, wrong ones
+    done: torch.cuda.Event | None  # behind the copy of `counts`
+
+    def problems(self) -> list[str]:
+        """One sentence for each wrong page, with the values that differ. Waits for the device."""
+        found = []
+        for i in self.wrong.nonzero().flatten().tolist():
+            stored = torch.cat([_bits(each[i]) for each in self.stored])
+            expected = torch.cat([_bits(each[i]) for each in self.expected])
+            (first, *more) = (stored != expected).nonzero().flatten().tolist()
+            found.append(
+                f"page {int(self.pages[i])} of layer {self.layer}, request {self.requests[self.rows[i]]}: expected "
+                f"byte {first} of its statistics to be {int(expected[first])} as computed from the pool, got "
+                f"{int(stored[first])} (and {len(more)} more bytes differ)"
+            )
+        return found
+
+
+class Canary:
+    """Looks at the statistics of one pool's pages, once a step."""
+
+    def __init__(self, engine: Engine, layers: Sequence[int], action: VerifyStats, seed: int = 0):
+        """`layers`: those of the pool whose indexer runs; `action`: what a mismatch does, see `MisaConfig`."""
+        self.engine, self.layers, self.action = engine, tuple(layers), action
+        self._random = random.Random(seed)
+        self._looks: deque[_Look] = deque()
+
+    def step(self, req_to_token: Tensor, req_ids: Tensor, seq_lens: Tensor, requests: Sequence[str]) -> None:
+        """Look at SAMPLE pages of a step that is over, on its stream.
+
+        req_to_token [R, L] integer: SGLang's slots of each request's tokens; req_ids [B], seq_lens [B]: rows of it and
+        tokens stored, of the step's requests; requests: their names. Raises StaleStatistics for an earlier step's
+        mismatch where the action says so, and on a CPU for this one's.
+        """
+        if len(requests):
+            self._looks.append(self._look(req_to_token, req_ids, seq_lens, requests))
+        while self._looks and (self._looks[0].done is None or self._looks[0].done.query()):
+            self._tell(self._looks.popleft())
+
+    def _look(self, req_to_token: Tensor, req_ids: Tensor, seq_lens: Tensor, requests: Sequence[str]) -> _Look:
+        layer, device = self._random.choice(self.layers), req_to_token.device
+        rows = [self._random.randrange(len(requests)) for _ in range(SAMPLE)]
+        places = [self._random.random() for _ in range(SAMPLE)]
+        row = torch.tensor(rows, device=device)
+        complete = seq_lens[row] // PAGE
+        position = (torch.tensor(places, dtype=torch.float64, device=device) * complete).long() * PAGE
+        pages = torch.where(complete > 0, req_to_token[req_ids[row].long(), position].long() // PAGE, 0)
+        stored, expected = self.engine.stats.of(layer, pages), self.engine.recomputed(layer, pages)
+        differ = torch.stack([(_bits(s) != _bits(e)).any(1) for s, e in zip(stored, expected, strict=True)])
+        wrong = differ.any(0) & (complete > 0)
+        counts = torch.stack(((complete > 0).sum(), wrong.sum()))
+        done = None
+        if counts.is_cuda:
+            counts = torch.empty_like(counts, device="cpu", pin_memory=True).copy_(counts, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        return _Look(layer, requests, rows, pages, stored, expected, wrong, counts, done)
+
+    def _tell(self, look: _Look) -> None:
+        seen, wrong = look.counts.tolist()
+        recorder.verified(seen, wrong)
+        if wrong == 0:
+            return
+        problems = look.problems()
+        for problem in problems:
+            logger.error("%s", problem)
+        if self.action == "raise":
+            raise StaleStatistics("; ".join(problems))
+
+
+def _bits(values: Tensor) -> Tensor:
+    """The bytes of `values`, last dimension last: NaN equals itself."""
+    return values.contiguous().view(torch.uint8)
+
+
+def of_runner(runner: Any) -> Canary | None:
+    """The canary of a loaded ModelRunner's pool, made at its first step; None where it is off or for a draft model."""
+    if not hasattr(runner, "misa_canary"):
+        action, pool = runtime.current().config.verify_stats, runner.token_to_kv_pool
+        on = action != "off" and not runner.is_draft_worker
+        layers = [layer - pool.start_layer for layer in runner.misa_layers] if on else ()
+        runner.misa_canary = Canary(pool.misa_selector.engine, layers, action) if on else None
+    canary: Canary | None = runner.misa_canary
+    return canary
