@@ -40,7 +40,8 @@ def cache_problems(environ: Mapping[str, str], needed: int = NEEDED) -> Iterator
         folder = Path(environ.get(variable) or default).expanduser()
         there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
         mode = there.stat()
-        if mode.st_mode & stat.S_IWOTH and not mode.st_mode & stat.S_ISVTX:
+        # What we make ourselves is private. A fresh volume's root may be open to all, and not ours to close.
+        if there == folder and mode.st_mode & stat.S_IWOTH and not mode.st_mode & stat.S_ISVTX:
             yield (
                 f"{variable}: expected a folder that others cannot write, as code is loaded from it, got {there} with "
                 f"mode {stat.S_IMODE(mode.st_mode):o}; chmod o-w it, or set {variable}"

@@ -57,7 +57,3 @@ def current() -> Runtime:
     if _runtime is None:
         raise AdmissionError(["expected an armed process, got a hook called before ModelRunner.load_model"])
     return _runtime
-
-
-def is_armed() -> bool:
-    return _runtime is not None

@@ -15,11 +15,6 @@ FULL = 4096  # warps that keep the GPU's memory busy
 KEY_EXPONENT, KEY_SHIFT = 95, 14  # a score's key: exponents above 2⁻³², and nine of their fraction's bits
 
 
-def sketched_pages(seq_lens: torch.Tensor) -> torch.Tensor:
-    """Pages [R] whose sketches a row reads: the complete ones but the newest, which its step may have completed."""
-    return (seq_lens // PAGE - 1).clamp_min(0)
-
-
 def scan_sketches(
     queries: torch.Tensor,
     gates: torch.Tensor,

@@ -39,8 +39,9 @@ def test_code_that_anybody_can_write_is_not_loaded(caches, tmp_path):
     assert "mode 777" in problem
 
 
-def test_a_folder_under_a_sticky_one_is_fine(caches, tmp_path):
-    tmp_path.chmod(0o1777)
+@pytest.mark.parametrize("mode", [0o1777, 0o777])
+def test_a_folder_that_is_not_there_yet_is_fine_on_a_volume_open_to_all(caches, tmp_path, mode):
+    tmp_path.chmod(mode)
     assert list(preflight.cache_problems(caches)) == []
 
 
