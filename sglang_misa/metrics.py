@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,8 @@ class Recorder:
         self._recall: dict[tuple[Phase, int], _LayerRecall] = {}
         self._rungs: dict[tuple[Phase, str], tuple[int, SelectionPolicy]] = {}
         self._moves: Counter[tuple[Phase, str]] = Counter()
+        self._selected_rows = 0
+        self.slow_rows: Callable[[], int] = int  # rows of them that the kernels selected the slow way so far
         self.dump: Counter[str] = Counter()  # prompts that were written, and left_out for the limit
         self._verified: Counter[str] = Counter(pages=0, mismatches=0)
         self._exporter: _Exporter | None = None
@@ -165,6 +168,10 @@ class Recorder:
         moved = [(layer, policy) for (phase, layer), (_, policy) in self._rungs.items() if phase == "prefill"]
         return sorted(int(layer) for layer, policy in moved if not policy.active)
 
+    def selected(self, rows: int) -> None:
+        """An extend call of so many rows was selected by this package, in one layer."""
+        self._selected_rows += rows
+
     def verified(self, pages: int, mismatches: int) -> None:
         """The statistics of so many pages were computed anew in one step, and so many were not those stored."""
         self._verified.update(pages=pages, mismatches=mismatches)
@@ -196,6 +203,7 @@ class Recorder:
                 for phase in PHASES
             },
             "dense_layers": self._dense_layers(),
+            "prefill_rows": {"selected": self._selected_rows, "slow": self.slow_rows()},
             "dump": dict(self.dump),
             "page_stats_bytes": self.page_stats_bytes,
             "page_stats_verified": dict(self._verified),

@@ -14,6 +14,7 @@ from sglang_misa.call import DecodeCall, ExtendCall, Run, Span
 from sglang_misa.dump import dumper
 from sglang_misa.engines import engine_for
 from sglang_misa.ladder import Ladders
+from sglang_misa.metrics import recorder
 from sglang_misa.policy import Phase, SelectionPolicy
 from sglang_misa.runtime import Runtime
 
@@ -72,6 +73,7 @@ class Selector:
         policy = self.policy("prefill", call.layer)
         chosen = runs(policy, call.spans)
         self.engine.extend(call, chosen)
+        recorder.selected(len(call.output.ids))
         self.auditor.look_at_extend(call, [run for by, run in chosen if by is policy])
         self.dump.take(call)
 

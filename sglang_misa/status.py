@@ -99,6 +99,8 @@ def _paragraphs(status: Mapping[str, Any]) -> Iterator[str]:
     if rows:
         yield table([("audited", "layer", "recall", "its p10", "score mass", "rows"), *rows])
     yield f"{status['page_stats_bytes'] / 2**20:.1f} MiB of page statistics"
+    if (selected := status["prefill_rows"])["selected"]:
+        yield f"{selected['slow']} of {selected['selected']} prefill rows, counted a layer, were selected the slow way"
     moved = [
         (phase, layer, state["policy"], state["moves"])
         for phase in PHASES

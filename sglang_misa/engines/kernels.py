@@ -19,6 +19,8 @@ from sglang_misa.kernels.prefill.route import block_scores, route
 from sglang_misa.kernels.prefill.topk_blocks import topk_blocks
 from sglang_misa.kernels.prefill.topk_reranked import topk_reranked
 from sglang_misa.kernels.prefill.topk_routed import topk_routed
+from sglang_misa.kernels.prefill.workspace import slow_rows
+from sglang_misa.metrics import recorder
 from sglang_misa.page_stats import PageStats
 from sglang_misa.runtime import Runtime
 
@@ -174,6 +176,8 @@ def warm_up(runtime: Runtime) -> None:
             )
             engine.decode(call, policy)
             engine.end_step(call.page_table, lens)
+    counted = slow_rows(device).zero_()  # what was made up is no row of a user's
+    recorder.slow_rows = lambda: int(counted.item())
     torch.cuda.synchronize(device)
 
 
