@@ -136,11 +136,15 @@ class Recorder:
         self._over_gate[phase] += 1
 
     def _routed(self, phase: Phase) -> int:
-        """Selections of `phase` by a policy; a captured one counts where no graph has a variant to count replays."""
+        """Selections of `phase` by a policy, or left to DSA for having few rows.
+
+        A captured one counts where no graph has a variant to count replays.
+        """
         counts = [*self._calls[phase].items()]
         if phase == "decode" and self._replays:
             counts = [(path, n) for path, n in counts if not path.startswith("captured:")] + [*self._replays.items()]
-        return sum(n for path, n in counts if not path.endswith("dsa"))
+        asked = self._declined["few-rows"] if phase == "prefill" else 0
+        return asked + sum(n for path, n in counts if not path.endswith("dsa"))
 
     def declined(self, phase: Phase, reason: str) -> None:
         """One call was left to stock DSA because of `reason`, a short word with dashes."""

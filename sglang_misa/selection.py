@@ -64,8 +64,11 @@ class Selector:
         policy = self.policy("prefill", layer)
         if not policy.active:
             return "recall-floor" if self.ladders.sunk(layer) else "policy-is-dsa"
-        if all(span.length <= policy.min_len for span in spans):
+        over = [span.rows for span in spans if span.length > policy.min_len]
+        if not over:
             return "under-min-len"
+        if sum(over) < self.engine.least_rows * len(over):
+            return "few-rows"
         return None
 
     def extend(self, call: ExtendCall) -> None:

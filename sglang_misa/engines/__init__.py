@@ -17,6 +17,7 @@ class Engine(Protocol):
     """What selects for the layers of one KV pool, and keeps the statistics of its pages."""
 
     stats: PageStats
+    least_rows: int  # of a request in an extend call, on average, from which selecting pays
     behind: bool  # whether a decode step has begun whose pages `end_step` has not seen
 
     def extend(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> None:

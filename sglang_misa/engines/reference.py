@@ -20,6 +20,8 @@ _PAGES_AT_ONCE = 4096  # 128 MiB of fp32 keys
 class ReferenceEngine:
     """See `engines.Engine`. Extend calls sync with the host; decode can be captured in a CUDA graph."""
 
+    least_rows = 1
+
     def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor]):
         self.index_k_pages = tuple(index_k_pages)
         self.stats = PageStats.allocate(index_k_pages)

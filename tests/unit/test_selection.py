@@ -117,6 +117,24 @@ def selector(batch: Batch, **settings_: object) -> Selector:
     return Selector(reference_runtime(MisaConfig(**settings_), TOPK), [batch.index_k_pages])
 
 
+@pytest.mark.parametrize(
+    ("extend_lens", "seq_lens", "reason"),
+    [
+        ([300], [300], None),
+        ([1], [300], "few-rows"),
+        ([5, 7], [300, 300], None),  # six on average
+        ([5, 6], [300, 300], "few-rows"),
+        ([5, 100], [300, 128], "few-rows"),  # the rows under the gate do not count
+        ([100, 1], [128, 128], "under-min-len"),
+    ],
+)
+def test_stock_takes_calls_that_are_short_or_have_few_rows_a_request(extend_lens, seq_lens, reason, monkeypatch):
+    one = selector(Batch(1, [300], 5), prefill=SelectionPolicy(heads=2, min_len=128))
+    assert one.why_stock(0, spans([1], [300])) is None, "the reference has no scan to share"
+    monkeypatch.setattr(one.engine, "least_rows", 6)
+    assert one.why_stock(0, spans(extend_lens, seq_lens)) == reason
+
+
 def sets(ids: torch.Tensor) -> list[set[int]]:
     return [set(row.tolist()) - {-1} for row in ids]
 
