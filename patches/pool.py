@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sglang_misa import runtime
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.metrics import recorder
@@ -24,3 +27,27 @@ def compute_cell_size(original: Callable[..., int], self: Any, runner: Any, num_
     """DefaultPoolConfigurator._compute_cell_size: bytes of a token over all layers, its share of statistics too."""
     page = PageStats.bytes_per_page(runtime.current().config.sketch)
     return original(self, runner, num_layers) + math.ceil(page / PAGE) * num_layers
+
+
+def load_to_device_per_layer(
+    original: Callable[..., None],
+    self: Any,
+    device_pool: Any,
+    host_indices: Tensor,
+    device_indices: Tensor,
+    layer_id: int,
+    *args: Any,
+    is_draft: bool = False,
+    **kwargs: Any,
+) -> None:
+    """DSAIndexerPoolHost.load_to_device_per_layer: pages from the host cache, and their statistics behind them.
+
+    Both on the stream of the load, whose event the layer waits for.
+    """
+    draft = {"is_draft": True} if is_draft else {}  # not a parameter before 0.5.18
+    original(self, device_pool, host_indices, device_indices, layer_id, *args, **draft, **kwargs)
+    layer = 0 if is_draft else layer_id
+    pages = device_pool.index_k_with_scale_buffer[layer]
+    if len(pages) and runtime.current().config.decode.active:
+        last_slots = device_indices[PAGE - 1 :: PAGE].to(pages.device, torch.int64)
+        device_pool.misa_selector.engine.pages_written(layer, last_slots)

@@ -3,6 +3,8 @@
 A wrapper is called as wrapper(original, *args, **kwargs) and decides itself whether to call the original. Nothing is
 hooked that SGLang reaches only in ways admission refuses: DSATokenToKVPool.move_kv_cache (tree drafts) and
 .load_cpu_copy (the decode side of PD) rewrite index-K too.
+
+A target is named by its place in the newest supported version; `moved` has its earlier places.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_misa import admission, versions
@@ -30,11 +32,21 @@ class Patch:
     upstream: str  # the related pull request, or why there is none
     remove_when: str
     signatures: Mapping[str, str]  # `fingerprint` of the target, by the first version that has it
+    moved: Mapping[str, str] = field(default_factory=dict)  # its places, by the first version that has it there
 
     def signature(self, version: str) -> str:
         """The target's fingerprint in a supported SGLang `version`."""
-        known = versions.SUPPORTED[: versions.SUPPORTED.index(version) + 1]
-        return [self.signatures[first] for first in known if first in self.signatures][-1]
+        return _as_of(self.signatures, version)
+
+    def place(self, version: str) -> str:
+        """Where a supported SGLang `version` has the target."""
+        return _as_of(self.moved, version) if self.moved else self.target
+
+
+def _as_of(first: Mapping[str, str], version: str) -> str:
+    """The value for a supported `version` of those that `first` holds by the first version each is true for."""
+    known = versions.SUPPORTED[: versions.SUPPORTED.index(version) + 1]
+    return [first[since] for since in known if since in first][-1]
 
 
 _NO_EXTENSION_POINT = "none: SGLang has no extension point for choosing an indexer"
@@ -53,6 +65,8 @@ _POOL_SINCE_22 = (
 )
 _BATCH = "cls, batch, model_runner, *, capture_hidden_mode=, return_hidden_states_before_norm"
 _BATCH_SINCE_22 = "extend_position_info=, spec_mrope_positions=, kv_loc_plan=, write_cols="
+
+_LOAD = "DSAIndexerPoolHost.load_to_device_per_layer"
 
 LOAD_MODEL = Patch(
     target="sglang.srt.model_executor.model_runner:ModelRunner.load_model",
@@ -105,6 +119,22 @@ PATCHES = (
         upstream="none: the JIT store kernels fix the byte width of a page, so the means cannot ride in it",
         remove_when="an index-K page may carry plugin bytes",
         signatures={"0.5.17": _POOL, "0.5.22": f"{_POOL}, {_POOL_SINCE_22}"},
+    ),
+    Patch(
+        target=f"sglang.srt.mem_cache.pool_host.dsa:{_LOAD}",
+        moved={
+            "0.5.17": f"sglang.srt.mem_cache.memory_pool_host:{_LOAD}",
+            "0.5.22": f"sglang.srt.mem_cache.pool_host.dsa:{_LOAD}",
+        },
+        wrapper="sglang_misa.patches.pool:load_to_device_per_layer",
+        why="a host cache restores index-K pages at other places than they were saved from, without statistics",
+        how="after: the statistics of the restored pages, on the stream of the load, before the layer's event",
+        upstream="none: a host cache carries SGLang's own buffers",
+        remove_when="a pool may declare buffers that follow its pages to the host and back",
+        signatures={
+            "0.5.17": "self, device_pool, host_indices, device_indices, layer_id, io_backend",
+            "0.5.22": "self, device_pool, host_indices, device_indices, layer_id, io_backend, *, is_draft=",
+        },
     ),
     Patch(
         target="sglang.srt.model_executor.pool_configurator:DefaultPoolConfigurator._compute_cell_size",
@@ -215,7 +245,7 @@ def apply(version: str, patches: Sequence[Patch] = PATCHES) -> None:
     AdmissionError.raise_if(problem for patch in todo for problem in _obstacles(patch, version))
     wrappers = [pkgutil.resolve_name(patch.wrapper) for patch in todo]
     for patch, wrapper in zip(todo, wrappers, strict=True):
-        owner, name = _locate(patch.target)
+        owner, name = _locate(patch.place(version))
         original = vars(owner)[name]
         wrapped = _wrap(wrapper, original)
         _applied[patch.target] = _Applied(owner, name, original, wrapped)
@@ -248,20 +278,21 @@ def _not_live(target: str) -> str | None:
 
 
 def _obstacles(patch: Patch, version: str) -> Iterator[str]:
+    place = patch.place(version)
     try:
-        owner, name = _locate(patch.target)
+        owner, name = _locate(place)
         found = vars(owner)[name]
     except (ImportError, AttributeError, KeyError) as error:
-        yield f"{patch.target}: expected this function in SGLang {version}, got {error!r}; reinstall sglang=={version}"
+        yield f"{place}: expected this function in SGLang {version}, got {error!r}; reinstall sglang=={version}"
         return
     function = _function(found)
     home = f"{function.__module__}:{function.__qualname__}"
-    if home != patch.target or hasattr(function, "__wrapped__"):
-        yield f"{patch.target}: expected SGLang's own function, got {_describe(patch.target, found)}; {_WAY_OUT}"
+    if home != place or hasattr(function, "__wrapped__"):
+        yield f"{place}: expected SGLang's own function, got {_describe(place, found)}; {_WAY_OUT}"
         return
     expected, got = patch.signature(version), fingerprint(function)
     if got != expected:
-        yield f"{patch.target}: expected the signature ({expected}), got ({got}); reinstall sglang=={version}"
+        yield f"{place}: expected the signature ({expected}), got ({got}); reinstall sglang=={version}"
 
 
 def _locate(target: str) -> tuple[type, str]:

@@ -91,12 +91,14 @@ ARGUMENTS = (
     _Argument("enable_deterministic_inference", (False,), "the order of the selected tokens varies from run to run"),
     _Argument("enable_torch_compile", (False,), "Dynamo would trace through the hooks, untested"),
 )
-_BYPASS = (
-    "restored pages carry no means, and decode selects on the means as stored (prefill recomputes them, so it may stay)"
+_TRANSFERRED = (
+    "pages that come from another server carry no statistics, and decode selects on those stored (prefill computes "
+    "its own, so it may stay)"
 )
 DECODE_ARGUMENTS = (
-    _Argument("enable_hierarchical_cache", (False,), _BYPASS),
-    _Argument("disaggregation_mode", ("null",), _BYPASS),
+    _Argument("disaggregation_mode", ("null",), _TRANSFERRED),
+    _Argument("hicache_storage_backend", (None,), "decode on pages from a host cache's storage is untested"),
+    _Argument("hicache_host_memory_mode", ("cache",), "decode on pages that the host only buffers is untested"),
 )
 
 

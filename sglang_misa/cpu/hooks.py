@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_misa import versions
-from sglang_misa.cpu import capture, deep_gemm, kernels
+from sglang_misa.cpu import capture, deep_gemm, host_cache, kernels
 
 MQA_LOGITS_BUDGET = 1 << 29  # bytes of fp32 scores that Indexer holds before it chunks over query rows
 
@@ -99,6 +99,7 @@ def install_for_models() -> None:
     from sglang.srt.layers.rotary_embedding.rope_variant import DeepseekScalingRotaryEmbedding
 
     _install({**ARGUMENT_HOOKS, **MODEL_HOOKS})
+    host_cache.install()
     # Indexer.forward_cuda is the only full path; these are what it reads from its module and its class.
     dsa_indexer._is_cuda = True
     dsa_indexer.deep_gemm = sys.modules["deep_gemm"] = deep_gemm  # from 0.5.22 on it is imported at each call

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 def found(patch):
     """What lies in the class now."""
-    owner, name = register._locate(patch.target)
+    owner, name = register._locate(patch.place(VERSION))
     return vars(owner)[name]
 
 

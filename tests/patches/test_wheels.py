@@ -69,7 +69,7 @@ def fingerprint_of(function: ast.FunctionDef) -> str:
 @pytest.mark.parametrize("version", versions.SUPPORTED)
 @pytest.mark.parametrize("patch", ENTRIES, ids=lambda patch: patch.target.split(":")[1])
 def test_the_target_is_there_with_the_registered_signature(wheel, patch, version):
-    function = function_in(wheel(version), patch.target)
+    function = function_in(wheel(version), patch.place(version))
     assert fingerprint_of(function) == patch.signature(version)
     decorators = {ast.unparse(decorator) for decorator in function.decorator_list}
     assert decorators <= {"classmethod", "staticmethod"}, "another decorator would look like a foreign hook"
@@ -81,4 +81,4 @@ def test_the_check_sees_a_change(wheel):
     changed = [patch for patch in ENTRIES if len(patch.signatures) > 1]
     assert {patch.target.split(":")[1] for patch in changed} == {"DSATokenToKVPool.__init__", "ForwardBatch.init_new"}
     for patch in changed:
-        assert fingerprint_of(function_in(wheel("0.5.17"), patch.target)) != patch.signature("0.5.22")
+        assert fingerprint_of(function_in(wheel("0.5.17"), patch.place("0.5.17"))) != patch.signature("0.5.22")

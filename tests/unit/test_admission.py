@@ -66,8 +66,15 @@ ADMITTED = {
         arguments=arguments(cuda_graph_config=CudaGraphConfig(decode=PhaseConfig(backend="disabled")))
     ),
     "any decode gate": candidate(config=policy(decode={"blocks": 64, "block_size": 128, "min_len": 1 << 20})),
-    "HiCache while decode is stock": candidate(
-        config=PRESETS["misa"], arguments=arguments(enable_hierarchical_cache=True)
+    **{
+        f"HiCache, {policy}, {layout}": candidate(
+            arguments=arguments(enable_hierarchical_cache=True, hicache_write_policy=policy, hicache_mem_layout=layout)
+        )
+        for policy in ("write_through", "write_through_selective", "write_back")
+        for layout in ("layer_first", "page_first", "page_first_direct")
+    },
+    "HiCache's storage while decode is stock": candidate(
+        config=PRESETS["misa"], arguments=arguments(hicache_storage_backend="file")
     ),
     "a version verified on the CPU, with the user's word": candidate(
         config=PRESETS["misa"].model_copy(update={"allow_unverified": True}), sglang="0.5.23"
@@ -194,7 +201,8 @@ REFUSED = {
             "enable_torch_compile": True,
             "pp_size": 2,
             "enable_pdmux": True,
-            "enable_hierarchical_cache": True,
+            "hicache_storage_backend": "file",
+            "hicache_host_memory_mode": "buffer_only",
             "disaggregation_mode": "decode",
         }.items()
     },
