@@ -146,7 +146,7 @@ class Layer:
             pack_pages(tensors["index_k"][:whole], tensors["k_scale"][:whole]),
             tensors["positions"][picked],
         )
-        return cls(*(part.to(device) for part in parts), model=model_of(path))
+        return cls(*(part.to(device) for part in parts), model_of(path))  # type: ignore[call-arg]
 
     @property
     def topk(self) -> int:
