@@ -48,6 +48,6 @@ def load_to_device_per_layer(
     original(self, device_pool, host_indices, device_indices, layer_id, *args, **draft, **kwargs)
     layer = 0 if is_draft else layer_id
     pages = device_pool.index_k_with_scale_buffer[layer]
-    if len(pages) and runtime.current().config.decode.active:
+    if len(pages) and device_pool.misa_selector.ladders.decodes:
         last_slots = device_indices[PAGE - 1 :: PAGE].to(pages.device, torch.int64)
         device_pool.misa_selector.engine.pages_written(layer, last_slots)

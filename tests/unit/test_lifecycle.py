@@ -8,7 +8,7 @@
 | 6 move after a tree of drafts | refused | test_admission.py |
 | 7 rejected drafts | the length goes back, what is over it is written again | `TestLifecycle` |
 | 8 retract and prefill again, 9 abort in a chunk | pages freed, see 4 | `TestLifecycle`, test_soak.py |
-| 10 offload and load-back | computed on the stream of the load, before its event | `TestLifecycle`, `test_load_back_*` |
+| 10 offload and load-back | computed on the load's stream, before its event | `TestLifecycle`, `test_load_back_*` |
 | 11 transfer commit (PD) | refused with a decode policy | test_admission.py |
 | 12 CP, DCP, layer split | refused | test_admission.py |
 | 13 memory release and resume, 14 flush, 16 weight update | every page is free, see 4 | `TestLifecycle` |
