@@ -1,3 +1,3 @@
 """sglang-misa: cheaper token selection for DeepSeek Sparse Attention, as a fork-free SGLang plugin."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

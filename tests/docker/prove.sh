@@ -79,13 +79,13 @@ build_all() { # docker/Dockerfile; a wrong base fails the build, not the start
     [ -d "$found" ] && site+=(-v "$W/empty:/opt/site/$(basename "$found"):ro")
   done
   refuses "No package metadata was found for sglang" "$W/wrong.log" build server --build-arg SGLANG_IMAGE=localhost/python
-  build server "${site[@]}" --build-arg SGLANG_IMAGE=localhost/sglang -t sglang-misa:0.1.0 > "$W/build.log" 2>&1
-  build demo --build-context packages=container-image://localhost/python -t sglang-misa-demo:0.1.0 > "$W/build-demo.log" 2>&1
-  build load -t sglang-misa-load:0.1.0 > "$W/build-load.log" 2>&1
+  build server "${site[@]}" --build-arg SGLANG_IMAGE=localhost/sglang -t sglang-misa:0.2.0 > "$W/build.log" 2>&1
+  build demo --build-context packages=container-image://localhost/python -t sglang-misa-demo:0.2.0 > "$W/build-demo.log" 2>&1
+  build load -t sglang-misa-load:0.2.0 > "$W/build-load.log" 2>&1
 }
 
 images() { # from buildah's store into the engine's
-  for name in sglang-misa:0.1.0 sglang-misa-demo:0.1.0 sglang-misa-load:0.1.0 standin-prometheus:latest; do
+  for name in sglang-misa:0.2.0 sglang-misa-demo:0.2.0 sglang-misa-load:0.2.0 standin-prometheus:latest; do
     rm -f "$W/image.tar"
     image push -q "localhost/$name" "docker-archive:$W/image.tar:$name"
     docker load -q -i "$W/image.tar" > /dev/null
@@ -134,7 +134,7 @@ monitoring() {
 load() {
   LOAD_INPUT_LEN=512 LOAD_OUTPUT_LEN=4 LOAD_CONCURRENCY=2 LOAD_REQUESTS=4 compose --profile load run --rm --no-deps load > "$W/load.log" 2>&1 \
     || [ $? = 3 ] || { tail -n 20 "$W/load.log"; fail "the load test"; } # 3: figures invalid, as on a busy machine
-  docker run --rm --entrypoint ls -v sglang-misa_reports:/reports sglang-misa-load:0.1.0 -R /reports | grep -q report.html || fail "no report in the volume"
+  docker run --rm --entrypoint ls -v sglang-misa_reports:/reports sglang-misa-load:0.2.0 -R /reports | grep -q report.html || fail "no report in the volume"
   say "the load test reported"
 }
 
