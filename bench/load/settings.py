@@ -293,7 +293,11 @@ class Serving(Settings):
 
 
 class Bounds(Settings):
-    """What a request may take, and how busy the client may be."""
+    """What a request may take, how many processes send, and how busy each may be."""
+
+    workers: Annotated[
+        int, Field(ge=1, description="client processes that send together; at most one for each client is used")
+    ] = 1
 
     request_timeout_s: Annotated[
         float | None,
