@@ -119,12 +119,12 @@ def judge(plan: Plan, units: Sequence[Unit]) -> Outcome:
 
 
 def pool(units: Sequence[Unit], plan: Plan) -> ArmCell:
-    records = [r for u in units for r in u.records]
+    answered = sum(r.good for u in units for r in u.records)
     figures = pooled(units, plan.slo)
     out = figures.get("output_throughput", 0.0)
     costs = {"output_tokens": out, "tokens": out and out + figures["input_throughput"]}
     figures |= {f"cost_million_{n}": c for n, rate in costs.items() if (c := plan.price.of_a_million(rate)) is not None}
-    if len(records) < ENOUGH_FOR_P99:
+    if answered < ENOUGH_FOR_P99:
         kept = {*units[0].client, plan.primary, *gates.compared(gates.gates_of(plan.fail_if))}
         figures = {name: value for name, value in figures.items() if not name.endswith("_p99") or name in kept}
     intervals = {}
@@ -189,7 +189,7 @@ def compare(a: Sequence[Unit], b: Sequence[Unit], metrics: Sequence[str], confid
 def _compare(a: Sequence[Unit], b: Sequence[Unit], plan: Plan) -> tuple[Ratio, ...]:
     """The figures that a report shows, and those that the user asks for; no p99 of few requests unless it is asked."""
     asked = [plan.primary, *gates.compared(gates.gates_of(plan.fail_if))]
-    enough = min(sum(len(u.records) for u in side) for side in (a, b)) >= ENOUGH_FOR_P99
+    enough = min(sum(r.good for u in side for r in u.records) for side in (a, b)) >= ENOUGH_FOR_P99
     shown = [metric for metric in COMPARED if enough or not metric.endswith("_p99")]
     return compare(a, b, list(dict.fromkeys([*shown, *RATES, *asked])), plan.confidence)
 

@@ -64,6 +64,7 @@ def test_each_worker_is_checked(mocks, tmp_path):
     words = [*SHORT, "--max-lag-s", "1e-9", "--concurrency", "2", "--requests", "4", "--workers", "2"]
     assert main(["run", mocks[0].url, *words, "--out", str(tmp_path)]) == INVALID
     (unit,) = units(tmp_path)
+    assert any("4 requests for 2 clients: under 5 for each" in note for note in unit["notes"])
     for number in (1, 2):
         assert any(p.startswith(f"worker {number} of 2 was saturated") for p in unit["problems"])
 
