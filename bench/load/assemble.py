@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from sglang_misa.bench.load import selection
@@ -86,7 +87,7 @@ class Assembler:
         answered = sum(r.output_tokens or 0 for r in good)
         if measured.gpu.get("gpu_energy_j") and answered:
             figures["tokens_per_joule"] = answered / measured.gpu["gpu_energy_j"]
-        health = ledger.watch.figures()
+        health = {name: max(worker[name] for worker in ledger.health) for name in ledger.health[0]}
         calls = {
             path: float(count - measured.before.calls.get(path, 0) * ("captured:" not in path))
             for path, count in measured.after.calls.items()
@@ -103,22 +104,25 @@ class Assembler:
             gpu=measured.gpu,
             metrics=metrics,
             misa=calls,
-            problems=tuple(self._problems(records, health, measured)),
+            problems=tuple(self._problems(records, measured)),
             notes=(*measured.notes, *self._remarks(records, figures, measured)),
             timeline=_timeline(measured),
             server=facts(measured.after.info),
             records=tuple(r.model_copy(update={"detail": self.keys.erase(r.detail)}) for r in records),
         )
 
-    def _problems(self, records: list[Record], health: dict[str, float], measured: Measured) -> Iterator[str]:
-        for name in ("loop_lag_p99", "dispatch_delay_p99"):
-            if health[name] > self.bounds.max_lag_s:
-                yield (
-                    f"the client was saturated: {name} was {1e3 * health[name]:.0f} ms, at most "
-                    f"{1e3 * self.bounds.max_lag_s:.0f} ms may be (--max-lag-s)"
-                )
-        if health["client_cpu_share"] > self.bounds.max_cpu_share:
-            yield f"the client was saturated: it used {health['client_cpu_share']:.0%} of one CPU (--max-cpu-share)"
+    def _problems(self, records: list[Record], measured: Measured) -> Iterator[str]:
+        for number, health in enumerate(measured.ledger.health, 1):
+            of = len(measured.ledger.health)
+            who = f"worker {number} of {of}" if of > 1 else "the client"
+            for name in ("loop_lag_p99", "dispatch_delay_p99"):
+                if health[name] > self.bounds.max_lag_s:
+                    yield (
+                        f"{who} was saturated: {name} was {1e3 * health[name]:.0f} ms, at most "
+                        f"{1e3 * self.bounds.max_lag_s:.0f} ms may be (--max-lag-s)"
+                    )
+            if health["client_cpu_share"] > self.bounds.max_cpu_share:
+                yield f"{who} was saturated: it used {health['client_cpu_share']:.0%} of one CPU (--max-cpu-share)"
         if not any(r.good for r in records):
             first = next((r for r in records if r.error), None)
             why = f" ({first.error}: {self.keys.erase(first.detail)})" if first else ""
@@ -168,14 +172,16 @@ class Assembler:
 def _timeline(measured: Measured) -> dict[str, tuple[tuple[float, float], ...]]:
     """Requests in flight and tokens a second by the client, beside what the server and the GPUs said."""
     ledger, series = measured.ledger, dict(measured.series)
-    end = max((at for at, _ in [*ledger.tokens, *ledger.running]), default=0.0)
+    end = max((at for at, _ in [*ledger.tokens, *ledger.steps]), default=0.0)
     width = max(1.0, end / MAX_POINTS)
     bins = [0.0] * (int(end / width) + 1)
     for at, count in ledger.tokens:
         bins[int(at / width)] += count / width
     series["tokens_s"] = [((i + 0.5) * width, rate) for i, rate in enumerate(bins)]
-    every = len(ledger.running) // MAX_POINTS + 1
-    series["in_flight"] = [(at, float(n)) for at, n in ledger.running[::every]]
+    steps = sorted(ledger.steps)
+    in_flight = [(at, float(n)) for (at, _), n in zip(steps, accumulate(change for _, change in steps), strict=True)]
+    every = len(steps) // MAX_POINTS + 1
+    series["in_flight"] = [*in_flight[:-1:every], *in_flight[-1:]]
     return {name: tuple((round(t, 3), round(v, 3)) for t, v in points) for name, points in series.items()}
 
 

@@ -30,6 +30,7 @@ from sglang_misa.bench.load.settings import (
     Bounds,
     Load,
     LoadError,
+    Price,
     Protocol,
     Serving,
     Workload,
@@ -53,6 +54,7 @@ class Common:
     access: tyro.conf.OmitArgPrefixes[Access] = field(default_factory=Access)
     serving: tyro.conf.OmitArgPrefixes[Serving] = field(default_factory=Serving)
     bounds: tyro.conf.OmitArgPrefixes[Bounds] = field(default_factory=Bounds)
+    price: tyro.conf.OmitArgPrefixes[Price] = field(default_factory=Price)
     out: Path | None = None
     """folder of the artefacts; units found there are not measured again; default: load-DATE-TIME"""
     slo: Path | None = None
@@ -258,6 +260,7 @@ def plan_of(command: Run | Sweep | Ab | Max) -> Plan:
         access=command.access,
         serving=command.serving,
         bounds=command.bounds,
+        price=command.price,
         slo=None if command.slo is None else Slo.read(command.slo),
         fail_if=command.fail_if,
         primary=command.primary,

@@ -7,23 +7,24 @@ import contextlib
 import ssl
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
 import requests
 
-from sglang_misa.bench.load import client, schedule
+from sglang_misa.bench.load import client
 from sglang_misa.bench.load.dialogue import Dialogue
 from sglang_misa.bench.load.records import Record
 from sglang_misa.bench.load.replies import Reply
-from sglang_misa.bench.load.settings import Api, Bounds, Load, LoadError
+from sglang_misa.bench.load.settings import Api, Bounds, LoadError
 from sglang_misa.bench.load.watch import LoopWatch
 from sglang_misa.bench.load.workload import Turn, found
 
 Work = tuple[Dialogue, bytes]  # a conversation and the body of its first request
 Notice = Callable[[str, int, int | None, Record | None], None]  # (phase, done, total, the record that came)
+Others = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,30 @@ class Route:
     headers: Mapping[str, str]
     ca_file: str | None
     page: int  # tokens in the unit of prefix-cache hits
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When conversations are sent: by clients that wait for each answer, or each when it is due. Seconds."""
+
+    starts: tuple[float, ...]  # of each client of a closed loop
+    dues: tuple[float, ...]  # of each conversation of an open loop
+    seconds: float  # after which no client asks for more
+    hard_stop: float | None  # after which whatever is in flight hangs
+
+    @property
+    def steady(self) -> float:
+        """When the whole load is on."""
+        return max(self.starts, default=0.0)
+
+    @property
+    def at_once(self) -> int:
+        """Conversations that must be ready before the start."""
+        return len(self.starts or self.dues)
+
+    def share(self, number: int, of: int) -> Timing:
+        """That of process `number` of so many."""
+        return replace(self, starts=self.starts[number::of], dues=self.dues[number::of])
 
 
 @dataclass
@@ -98,7 +123,8 @@ class Ledger:
     steady: float = 0.0  # seconds after the start at which the whole load is on
     records: list[Record] = field(default_factory=list)
     tokens: list[tuple[float, int]] = field(default_factory=list)  # (time, tokens that came), kept load included
-    running: list[tuple[float, int]] = field(default_factory=list)  # (time, requests in flight)
+    steps: list[tuple[float, int]] = field(default_factory=list)  # (time, 1 where a request left, -1 where it ended)
+    health: list[dict[str, float]] = field(default_factory=list)  # of each process that sent
 
     def clock(self) -> float:
         """Seconds since the phase started."""
@@ -106,7 +132,7 @@ class Ledger:
 
     def step(self, change: int) -> None:
         """One request more or fewer is in flight."""
-        self.running.append((self.clock(), (self.running[-1][1] if self.running else 0) + change))
+        self.steps.append((self.clock(), change))
 
     def settle(self, sent: InFlight, *, kept: bool) -> None:
         """Take in one request, cut off or not; a `kept` one counts for its tokens only."""
@@ -209,30 +235,28 @@ class Driver:
 
         await asyncio.gather(*(one(*pair) for pair in work))
 
-    async def closed(self, load: Load, supply: Supply, spare: list[Work], spread_s: float) -> None:
+    async def closed(self, timing: Timing, supply: Supply, spare: list[Work], others: Others) -> None:
         """Clients that wait for each answer; with spare work they go on, unmeasured, until the last one is done.
 
-        They start spread over `spread_s`: clients that start together stay in step, and then each request meets the
-        others in the same phase.
+        `others` returns when the clients of the other processes are done too. What a client waits for its next
+        conversation is the harness's fault, and counts as a delay of its dispatch.
         """
-        measuring, finished = 0, asyncio.Event()
+        measuring, finished = len(timing.starts), asyncio.Event()
         extra = iter(spare)
-        starts = schedule.client_starts(load, spread_s)
-        self._ledger.steady = starts[-1]
 
         async def one_client(start: float) -> None:
             nonlocal measuring
             await asyncio.sleep(start)
-            while self._ledger.clock() < load.seconds and (item := await supply.take()) is not None:
-                measuring += 1
-                await self.converse(*item, self._ledger.clock())
-                measuring -= 1
+            while (free := self._ledger.clock()) < timing.seconds and (item := await supply.take()) is not None:
+                await self.converse(*item, free)
+            measuring -= 1
             if measuring == 0:
+                await others()
                 finished.set()
             while not finished.is_set() and (item := next(extra, None)) is not None:
                 await self.converse(*item, self._ledger.clock(), kept=True)
 
-        clients = asyncio.gather(*(one_client(s) for s in starts))
+        clients = asyncio.gather(*(one_client(s) for s in timing.starts))
         last = asyncio.create_task(finished.wait())
         try:
             both: list[asyncio.Future[Any]] = [clients, last]
@@ -244,7 +268,7 @@ class Driver:
             last.cancel()
             await asyncio.gather(clients, last, return_exceptions=True)
 
-    async def open(self, dues: list[float], supply: Supply) -> None:
+    async def open(self, dues: Sequence[float], supply: Supply) -> None:
         """Requests sent when they are due, whatever became of the earlier ones."""
         async with asyncio.TaskGroup() as group:
             for due in dues:
@@ -255,17 +279,50 @@ class Driver:
                 group.create_task(self.converse(*item, due))
 
 
+async def alone() -> None:
+    """There are no other processes to wait for."""
+
+
 def drive(
-    route: Route, ledger: Ledger, send: Callable[[Driver], Awaitable[None]], seconds: float | None = None
+    route: Route,
+    ledger: Ledger,
+    send: Callable[[Driver], Awaitable[None]],
+    hard_stop: float | None = None,
+    start: float | None = None,
 ) -> None:
-    """Run `send` on an event loop of its own; what is in flight after `seconds` is cut off and kept as that."""
+    """Run `send` on an event loop of its own, from `start` on (a time of perf_counter; None: from now).
+
+    What is in flight `hard_stop` seconds later is cut off and kept as that.
+    """
 
     async def run() -> None:
         tls = ssl.create_default_context(cafile=route.ca_file) if route.ca_file else None
         async with client.session(dict(route.headers), tls) as http, ledger.watch:
-            ledger.start = time.perf_counter()
+            ledger.start = time.perf_counter() if start is None else start
+            await asyncio.sleep(-ledger.clock())
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
+                async with asyncio.timeout(hard_stop):
                     await send(Driver(http, route, ledger))
+        ledger.health.append(ledger.watch.figures())
 
     asyncio.run(run())
+
+
+def drive_block(
+    route: Route,
+    ledger: Ledger,
+    timing: Timing,
+    supply: Supply,
+    spare: list[Work],
+    others: Others = alone,
+    start: float | None = None,
+) -> None:
+    """Send one block, or one process's share of it."""
+
+    async def send(driver: Driver) -> None:
+        if timing.dues:
+            await driver.open(timing.dues, supply)
+        else:
+            await driver.closed(timing, supply, spare, others)
+
+    drive(route, ledger, send, timing.hard_stop, start)

@@ -14,6 +14,7 @@ from sglang_misa.bench.load.settings import (
     Lengths,
     Load,
     LoadError,
+    Price,
     Protocol,
     Serving,
     Settings,
@@ -122,6 +123,7 @@ class Plan(Settings):
     access: Access = Access()
     serving: Serving = Serving()
     bounds: Bounds = Bounds()
+    price: Price = Price()
     slo: Slo | None = None
     search: Search | None = None
     fail_if: tuple[str, ...] = ()

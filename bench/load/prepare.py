@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from sglang_misa.bench.load import schedule, trace
 from sglang_misa.bench.load.dataset import DatasetBuilder
 from sglang_misa.bench.load.dialogue import Dialogue, Encoder
-from sglang_misa.bench.load.drive import Ledger, Notice, Route, Supply, Work, drive
+from sglang_misa.bench.load.drive import Ledger, Notice, Route, Work, drive
 from sglang_misa.bench.load.plan import Cell
 from sglang_misa.bench.load.prompts import Source
 from sglang_misa.bench.load.records import Record
@@ -44,8 +45,8 @@ def builder_of(workload: Workload, source: Source) -> ConversationBuilder:
 class Prepared:
     """What is ready to be sent."""
 
-    supply: Supply
-    dues: list[float]  # of an open loop
+    batches: Iterator[list[Work]]
+    dues: tuple[float, ...]  # of an open loop
     spare: list[Work]
     total: int | None  # requests that will be measured, None where the duration decides
     notes: list[str]
@@ -74,22 +75,22 @@ class Preparation:
         ]
         if prefixes:
             self._unmeasured(prefixes, "priming", notice)
-        dues: list[float] = []
+        dues: tuple[float, ...] = ()
         if load.arrival == "closed":
             count = load.asked
         elif load.arrival == "trace":
-            dues = [due for due in trace.dues(self._cell.workload)[: load.asked] if due < load.seconds]
+            dues = tuple(due for due in trace.dues(self._cell.workload)[: load.asked] if due < load.seconds)
             count = len(dues)
         else:
             rng = np.random.default_rng([self._cell.workload.seed, block, ARRIVAL_STREAM])
-            dues = schedule.arrivals(load, rng).tolist()
+            dues = tuple(schedule.arrivals(load, rng).tolist())
             count = len(dues)
         spares = SPARES * load.concurrency if load.cooldown == "keep" else 0
         spare = self._ready(builder.conversations(block, spares, KEEP_STREAM)) if spares else []
         if count is None:
             size = max(AHEAD * load.concurrency, 8)
             batches = (self._ready(builder.conversations(block, size, batch=i)) for i in itertools.count())
-            return Prepared(Supply(batches, load.concurrency), dues, spare, None, notes)
+            return Prepared(batches, dues, spare, None, notes)
         conversations = builder.conversations(block, count)
         size = BYTES_PER_TOKEN * sum(len(c.turns[0].ids) for c in conversations)
         if size > MAX_PREPARED:
@@ -97,7 +98,7 @@ class Preparation:
                 f"requests: expected at most {MAX_PREPARED >> 30} GiB of prompts in a block, got {size >> 30}; lower it"
             )
         total = sum(len(c.turns) for c in conversations)
-        return Prepared(Supply(iter([self._ready(conversations)]), 0), dues, spare, total, notes)
+        return Prepared(iter([self._ready(conversations)]), dues, spare, total, notes)
 
     def _emptied(self) -> bool:
         if self._flush == "never":

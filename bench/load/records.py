@@ -23,6 +23,7 @@ PLAIN = (  # figures that an arm has of its own, without a ratio
         "short_outputs",
     ),
     *("queue_s_mean", "prefill_s_mean", "gpu_memory_gib_max", "gpu_power_w_mean", "tokens_per_joule"),
+    *("cost_million_tokens", "cost_million_output_tokens"),
 )
 PERCENTILES = (50, 90, 95, 99)
 ENOUGH_FOR_P99 = 100  # requests under which the 99th percentile is hardly more than the maximum

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from sglang_misa.bench.load import selection
+from sglang_misa.bench.load import schedule, selection
 from sglang_misa.bench.load.assemble import Assembler, Measured, Snapshot
 from sglang_misa.bench.load.control import Control
 from sglang_misa.bench.load.dialogue import Encoder
-from sglang_misa.bench.load.drive import Driver, Ledger, Notice, Route, drive
+from sglang_misa.bench.load.drive import Ledger, Notice, Route, Timing
 from sglang_misa.bench.load.plan import Arm, Cell, Plan
 from sglang_misa.bench.load.prepare import Preparation, Prepared
 from sglang_misa.bench.load.prompts import Source
@@ -16,6 +14,7 @@ from sglang_misa.bench.load.records import Unit
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import Lengths, LoadError
 from sglang_misa.bench.load.watch import GpuWatch, ServerWatch
+from sglang_misa.bench.load.workers import Crew, WorkerError
 
 ENOUGH_WAVES = 2  # requests for each client from which on the clients start apart
 
@@ -48,10 +47,18 @@ class Runner:
         except LoadError as error:
             raise LoadError(f"arm {self._arm.name}: {self._keys.erase(str(error))}") from None
         before = Snapshot.of(control)
-        ledger = Ledger("measure", prepared.total, notice)
+        timing = self._timing(prepared)
+        ledger = Ledger("measure", prepared.total, notice, steady=timing.steady)
+        crew = Crew(plan.bounds.workers, route, ledger, timing)
         gauges = Control(control.url, plan.access, self._keys).gauges  # a session of its own, for another thread
         with GpuWatch(local=control.local) as gpu, ServerWatch(gauges, plan.bounds.sample_s) as server:
-            drive(route, ledger, partial(self._send, prepared), self._hard_stop())
+            try:
+                crew.drive(prepared.batches, prepared.spare)
+            except WorkerError as error:
+                raise LoadError(
+                    f"arm {self._arm.name}: expected client processes that stay, got {error} in block {block + 1}; "
+                    "what was measured before is kept: `resume`"
+                ) from None
         if control.healthy():
             control.wait_idle()
         series = {**server.series(ledger.start), **gpu.series(ledger.start)}
@@ -60,14 +67,15 @@ class Runner:
             raise ServerGoneError
         return Assembler(self._arm, self._cell, plan.bounds, plan.slo, control.page_size, self._keys).unit(measured)
 
-    async def _send(self, prepared: Prepared, driver: Driver) -> None:
-        load = self._cell.load
-        if load.arrival != "closed":
-            await driver.open(prepared.dues, prepared.supply)
-            return
-        waves = (load.asked or ENOUGH_WAVES * load.concurrency) / load.concurrency
-        apart = (self._request_s or 0.0) if waves >= ENOUGH_WAVES else 0.0
-        await driver.closed(load, prepared.supply, prepared.spare, apart)
+    def _timing(self, prepared: Prepared) -> Timing:
+        """Clients start spread over one request's time: together they would stay in step, and each request would meet
+        the others in the same phase."""
+        load, starts = self._cell.load, []
+        if load.arrival == "closed":
+            waves = (load.asked or ENOUGH_WAVES * load.concurrency) / load.concurrency
+            apart = (self._request_s or 0.0) if waves >= ENOUGH_WAVES else 0.0
+            starts = schedule.client_starts(load, apart)
+        return Timing(tuple(starts), prepared.dues, load.seconds, self._hard_stop())
 
     def _hard_stop(self) -> float | None:
         """Seconds after which whatever is in flight hangs; None where no duration bounds the load."""

@@ -292,8 +292,27 @@ class Serving(Settings):
     stop_grace_s: Annotated[float, Field(gt=0, description="seconds between SIGTERM and SIGKILL")] = 30.0
 
 
+class Price(Settings):
+    """What the servers' GPUs cost, in any currency."""
+
+    price_per_gpu_hour: Annotated[
+        float | None, Field(gt=0, description="price of one GPU for an hour, for the cost of a million tokens")
+    ] = None
+    gpus: Annotated[int, Field(ge=1, description="GPUs that each server runs on")] = 1
+
+    def of_a_million(self, tokens_s: float) -> float | None:
+        """Cost of a million tokens at so many in a second; None without a price or tokens."""
+        if self.price_per_gpu_hour is None or tokens_s <= 0:
+            return None
+        return self.price_per_gpu_hour * self.gpus / 3600 / tokens_s * 1e6
+
+
 class Bounds(Settings):
-    """What a request may take, and how busy the client may be."""
+    """What a request may take, how many processes send, and how busy each may be."""
+
+    workers: Annotated[
+        int, Field(ge=1, description="client processes that send together; at most one for each client is used")
+    ] = 1
 
     request_timeout_s: Annotated[
         float | None,

@@ -36,6 +36,8 @@ FIGURES = {
     "gpu_memory_gib_max": ("GPU memory, GiB", 1.0, 1),
     "gpu_power_w_mean": ("GPU power, W", 1.0, 0),
     "tokens_per_joule": ("output tokens per joule", 1.0, 3),
+    "cost_million_output_tokens": ("cost of a million output tokens", 1.0, 4),
+    "cost_million_tokens": ("cost of a million tokens, prompts included", 1.0, 4),
     "loop_lag_p99": ("client: loop lag p99, ms", 1e3, 1),
     "dispatch_delay_p99": ("client: dispatch delay p99, ms", 1e3, 2),
     "client_cpu_share": ("client: CPU, %", 100.0, 0),

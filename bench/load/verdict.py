@@ -119,9 +119,12 @@ def judge(plan: Plan, units: Sequence[Unit]) -> Outcome:
 
 
 def pool(units: Sequence[Unit], plan: Plan) -> ArmCell:
-    records = [r for u in units for r in u.records]
+    answered = sum(r.good for u in units for r in u.records)
     figures = pooled(units, plan.slo)
-    if len(records) < ENOUGH_FOR_P99:
+    out = figures.get("output_throughput", 0.0)
+    costs = {"output_tokens": out, "tokens": out and out + figures["input_throughput"]}
+    figures |= {f"cost_million_{n}": c for n, rate in costs.items() if (c := plan.price.of_a_million(rate)) is not None}
+    if answered < ENOUGH_FOR_P99:
         kept = {*units[0].client, plan.primary, *gates.compared(gates.gates_of(plan.fail_if))}
         figures = {name: value for name, value in figures.items() if not name.endswith("_p99") or name in kept}
     intervals = {}
@@ -157,6 +160,9 @@ def pooled(units: Sequence[Unit], slo: Slo | None) -> dict[str, float]:
         figures.pop(rate, None)
         if all(rate in u.figures for u in units):
             figures[rate] = sum(u.figures[rate] * u.figures["window_s"] for u in units) / seconds
+    joules = sum(u.gpu.get("gpu_energy_j", math.nan) for u in units)
+    if joules > 0:
+        figures["tokens_per_joule"] = sum(r.output_tokens or 0 for u in units for r in u.records if r.good) / joules
     for name in sorted({n for u in units for n in (*u.figures, *u.client, *u.gpu)} - set(figures) - set(RATES)):
         seen = [v for u in units for v in [{**u.figures, **u.client, **u.gpu}.get(name)] if v is not None]
         figures[name] = max(seen) if name.endswith(("_max", "_p99", "_share")) else sum(seen) / len(seen)
@@ -183,7 +189,7 @@ def compare(a: Sequence[Unit], b: Sequence[Unit], metrics: Sequence[str], confid
 def _compare(a: Sequence[Unit], b: Sequence[Unit], plan: Plan) -> tuple[Ratio, ...]:
     """The figures that a report shows, and those that the user asks for; no p99 of few requests unless it is asked."""
     asked = [plan.primary, *gates.compared(gates.gates_of(plan.fail_if))]
-    enough = min(sum(len(u.records) for u in side) for side in (a, b)) >= ENOUGH_FOR_P99
+    enough = min(sum(r.good for u in side for r in u.records) for side in (a, b)) >= ENOUGH_FOR_P99
     shown = [metric for metric in COMPARED if enough or not metric.endswith("_p99")]
     return compare(a, b, list(dict.fromkeys([*shown, *RATES, *asked])), plan.confidence)
 

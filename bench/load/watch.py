@@ -126,8 +126,11 @@ class GpuWatch:
 
     def _sample(self) -> None:
         while not self._stop.wait(GPU_PERIOD_S):
-            used = sum(self._nvml.nvmlDeviceGetMemoryInfo(h).used for h in self._handles)
-            watts = sum(self._nvml.nvmlDeviceGetPowerUsage(h) for h in self._handles) / 1000
+            try:
+                used = sum(self._nvml.nvmlDeviceGetMemoryInfo(h).used for h in self._handles)
+                watts = sum(self._nvml.nvmlDeviceGetPowerUsage(h) for h in self._handles) / 1000
+            except self._nvml.NVMLError:  # a GPU that does not tell, such as a part of one
+                return
             self._samples.append((time.perf_counter(), used / 2**30, watts))
 
     def figures(self) -> dict[str, float]:

@@ -24,18 +24,22 @@ SMALL = [*PATIENT, "--input-len", "1k", "--output-len", "8", "--requests", "4", 
 
 
 class MockProcess:
-    """One mock server in a process of its own, on `port` or a free one."""
+    """One mock server in a process of its own, on `port` or a free one; over TLS where it has a certificate."""
 
-    def __init__(self, *flags: str, port: int | None = None):
+    def __init__(self, *flags: str, port: int | None = None, host: str = "127.0.0.1", certificate: Path | None = None):
         port = port or free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        where = f"[{host}]" if ":" in host else host
+        self.url = f"{'https' if certificate else 'http'}://{where}:{port}"
+        self._certificate = certificate
+        flags = (*flags, "--host", host, *(("--certificate", str(certificate)) if certificate else ()))
         log = Path(tempfile.mkstemp(prefix="mock-", suffix=".log")[1])
         self._process = ServerProcess([sys.executable, str(MOCK), "--port", str(port), *flags], log)
         self._process.wait_ready(self._answers, START_S)
 
     def _answers(self) -> bool:
         try:
-            return requests.get(self.url + "/health", timeout=5).status_code == 200
+            trusted = str(self._certificate) if self._certificate else True
+            return requests.get(self.url + "/health", timeout=5, verify=trusted).status_code == 200
         except requests.ConnectionError:
             return False
 

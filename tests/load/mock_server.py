@@ -12,6 +12,7 @@ import asyncio
 import json
 import re
 import signal
+import ssl
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -335,6 +336,8 @@ async def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--startup", type=float, default=0.0)
     parser.add_argument("--api-key", default="")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--certificate", default="")  # a PEM file with its key
     for field in fields(Script):
         kind = type(field.default)
         parser.add_argument(
@@ -346,7 +349,11 @@ async def main() -> None:
     script = Script(**{f.name: arguments[f.name] for f in fields(Script)})
     runner = web.AppRunner(Mock(script).app(), handler_cancellation=True)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", arguments["port"], backlog=1024).start()
+    tls = None
+    if arguments["certificate"]:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(arguments["certificate"])
+    await web.TCPSite(runner, arguments["host"], arguments["port"], backlog=1024, ssl_context=tls).start()
     print("ready", flush=True)
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)

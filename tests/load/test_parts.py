@@ -22,7 +22,7 @@ from sglang_misa.bench.load.simulate import Scene, shares
 from sglang_misa.bench.load.sse import SseParser
 from sglang_misa.bench.load.stats import block_ratio, geometric_mean, holm, percentile, wilson
 from sglang_misa.bench.load.store import Store
-from sglang_misa.bench.load.verdict import compare
+from sglang_misa.bench.load.verdict import compare, pool
 from sglang_misa.bench.load.workload import KEEP_STREAM, WARMUP_STREAM, Builder, Needle, found
 
 
@@ -214,6 +214,18 @@ def test_pairs_need_both_answers():
     assert ratio.value == pytest.approx(2.0)
     assert ratio.low is None
     assert not ratio.certain
+
+
+@pytest.mark.parametrize(("answered", "failed", "shown"), [(99, 5, False), (100, 0, True), (60, 60, False)])
+def test_a_tail_needs_a_hundred_answers(answered, failed, shown):
+    plan = Plan(arms=(Arm(name="a", server="http://127.0.0.1:1"),), cells=())
+    records = [record(i, 0.1, error="stall" if i < failed else None) for i in range(answered + failed)]
+    halves = [unit("a", i, records[i::2], float(i)) for i in range(2)]
+    figures = pool(halves, plan).figures
+    assert ("ttft_p99" in figures) == shown
+    assert "ttft_p90" in figures
+    asked = pool(halves, plan.model_copy(update={"primary": "ttft_p99"})).figures
+    assert "ttft_p99" in asked
 
 
 def test_throughput_of_a_ratio_is_that_of_the_figures():

@@ -313,3 +313,16 @@ def test_gaps_are_per_token_and_add_up(mocks, tmp_path):
         spent = sum(gap * tokens for gap, tokens in zip(r["gaps"], r["gap_tokens"], strict=True))
         assert spent == pytest.approx(r["last"] - r["first"], rel=1e-9)
     assert 0.008 < figures(tmp_path)["itl_p50"] < 0.02
+
+
+def test_what_a_million_tokens_cost(mocks, tmp_path):
+    """Two GPUs at 3.6 an hour cost 0.002 a second."""
+    mocks[0].script(ttft=0.02)
+    words = [*SMALL, "--price-per-gpu-hour", "3.6", "--gpus", "2", "--blocks", "2"]
+    assert main(["run", mocks[0].url, *words, "--out", str(tmp_path)]) == OK
+    seen = figures(tmp_path)
+    out, both = seen["output_throughput"], seen["output_throughput"] + seen["input_throughput"]
+    assert seen["cost_million_output_tokens"] == pytest.approx(2000 / out)
+    assert seen["cost_million_tokens"] == pytest.approx(2000 / both)
+    assert "cost of a million output tokens" in (tmp_path / "report.html").read_text()
+    assert "tokens_per_joule" not in seen or seen["tokens_per_joule"] > 0
