@@ -1,0 +1,1 @@
+"""From index tensors of a model to a policy file: python -m sglang_misa.calibrate."""

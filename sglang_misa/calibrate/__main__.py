@@ -1,0 +1,190 @@
+"""A policy for each layer that keeps a target recall at the least cost, from index tensors of your own prompts.
+
+    python -m sglang_misa.calibrate FILE… --target 0.98 --out policy.json [--plot policy.png]
+    python -m sglang_misa.calibrate --server URL --dump DIR [--prompts FILE…] --target 0.98 --out policy.json
+
+FILE: what a server wrote with --misa-dump. With --server, prompts (yours, or built-in texts) go through a server that
+was started with --misa-dump DIR on this machine, and the files that it writes are read. Half of the prompts, or of one
+prompt's rows, is held out: the choice does not see it, and its recall is in the policy file beside the target. A layer
+without a file stays with stock DSA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from sglang_misa import __version__, key_mask
+from sglang_misa.calibrate import choice, picture, prompts
+from sglang_misa.calibrate.choice import DSA, Point
+from sglang_misa.calibrate.costs import SHIPPED, Costs, Measured, Modelled
+from sglang_misa.config import PHASES, PRESETS, ConfigError, Phase
+from sglang_misa.policy_file import LayerPolicy, ModelIdentity, PolicyFile
+from sglang_misa.refusal import Refusal
+from sglang_misa.text import ranges, table
+
+REFUSED = 2
+GATES: dict[Phase, int] = {"prefill": PRESETS["fast"].prefill.min_len, "decode": PRESETS["sketch-2bit"].decode.min_len}
+Chosen = dict[int, dict[Phase, Point]]
+
+
+@dataclass(frozen=True)
+class Dumps:
+    """Dumped files of one model, by layer."""
+
+    model: ModelIdentity
+    layers: Mapping[int, Sequence[Path]]
+
+    @classmethod
+    def read(cls, files: Sequence[Path]) -> Dumps:
+        """Sort `files`. Raises ConfigError for a file that is no dump, and for files of several models."""
+        models: dict[ModelIdentity, Path] = {}
+        layers: dict[int, list[Path]] = {}
+        for path in sorted(files):
+            try:
+                with safe_open(path, "pt") as file:
+                    facts = file.metadata() or {}
+                models.setdefault(ModelIdentity.model_validate_json(facts["model"]), path)
+                layers.setdefault(int(facts["layer"]), []).append(path)
+            except (OSError, KeyError, ValueError, ValidationError, SafetensorError) as error:
+                raise ConfigError(
+                    [f"FILE: expected what --misa-dump writes, got {path} ({error!r}); dump it again"]
+                ) from None
+        if len(models) != 1:
+            listed = ", ".join(map(str, models.values())) or "no file"
+            raise ConfigError([f"FILE: expected dumps of one model, got {listed}; give those of one"])
+        return cls(next(iter(models)), layers)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Calibrate, write the policy file and tell; returns the exit status."""
+    given = _parser().parse_args(words)
+    try:
+        if given.out.exists():
+            raise ConfigError([f"--out: expected a new file, got {given.out}; remove it, or name another"])
+        dumps = Dumps.read(_files(given))
+        costs = _costs(given, dumps.model)
+        found = {}
+        for layer, files in sorted(dumps.layers.items()):
+            settings = {"length": given.length, "rows": given.rows, "device": given.device}
+            found[layer] = choice.points(files, dumps.model, costs, **settings)
+            print(f"layer {layer}: {len(files)} prompts", file=sys.stderr, flush=True)
+        chosen = _chosen(found, given.target)
+        file = _policy_file(dumps.model, chosen, given)
+        ConfigError.raise_if(file.problems())
+        with given.out.open("x") as stream:
+            stream.write(file.model_dump_json(indent=1, exclude_defaults=True) + "\n")
+    except Refusal as error:
+        print(error, file=sys.stderr)
+        return REFUSED
+    print("\n".join(_told(dumps.model, chosen, costs, given)))
+    if given.plot is not None:
+        picture.draw(found, chosen, given.target, costs.source, given.plot)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_misa.calibrate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
+    parser.add_argument("--server", metavar="URL", help="send prompts to this server, which dumps to --dump")
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="the server's --misa-dump")
+    parser.add_argument("--prompts", nargs="+", type=Path, metavar="FILE", help="texts, or .jsonl; default: built in")
+    parser.add_argument("--count", type=int, default=4, help="built-in prompts to send (default: 4)")
+    parser.add_argument("--key-file", metavar="FILE", help="a file with the server's API key")
+    parser.add_argument("--target", type=float, required=True, help="recall of DSA's tokens to keep in every layer")
+    parser.add_argument("--length", type=int, default=131072, help="keys that a row sees, at most (default: 131072)")
+    parser.add_argument("--rows", type=int, default=64, help="rows of each file (default: 64)")
+    parser.add_argument(
+        "--costs", default=str(SHIPPED), metavar="FILE|model", help="a CSV of bench.kernels (default: ours), or a model"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="requests of a decode step, for its cost (default: 64)")
+    parser.add_argument("--device", default="cpu", help="where to compute: cpu or cuda")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the policy file to write")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw recall against cost there")
+    return parser
+
+
+def _files(given: argparse.Namespace) -> list[Path]:
+    """The files to read: those named, or those that the server writes for the prompts."""
+    if not 0 < given.target <= 1:
+        raise ConfigError([f"--target: expected more than 0 and at most 1, got {given.target}"])
+    if (given.server is None) != (given.dump is None) or (given.server is None) != bool(given.files):
+        raise ConfigError(["expected files, or --server with its --dump, got neither or both; choose one"])
+    if given.server is None:
+        return list(given.files)
+    texts = prompts.read(given.prompts) if given.prompts else [*prompts.built_in(given.count, given.length)]
+    before = set(given.dump.glob("*.safetensors"))
+    key = None if given.key_file is None else key_mask.read("--key-file", given.key_file)
+    prompts.send(given.server, texts, key)
+    new = sorted(set(given.dump.glob("*.safetensors")) - before)
+    if not new:
+        raise ConfigError(
+            [
+                f"--dump: expected new files in {given.dump}, got none; start the server with it as its --misa-dump, "
+                "raise --misa-dump-gib there, or send prompts longer than the model's top-k"
+            ]
+        )
+    return new
+
+
+def _costs(given: argparse.Namespace, model: ModelIdentity) -> Costs:
+    if given.length <= model.index_topk:
+        raise ConfigError([f"--length: expected more than the model's top-k of {model.index_topk}, got {given.length}"])
+    if given.costs == "model":
+        return Modelled(model.index_heads, given.length)
+    return Measured.read(Path(given.costs), model.index_heads, given.length, given.batch)
+
+
+def _chosen(found: Mapping[int, Mapping[Phase, Sequence[Point]]], target: float) -> Chosen:
+    """The choice of each layer. Pages have sketches of one width: where layers differ, all choose among the widest."""
+    chosen = {layer: {phase: choice.choose(each[phase], target) for phase in PHASES} for layer, each in found.items()}
+    widths = choice.sketch_widths(chosen)
+    if len(widths) > 1:
+        for layer, each in found.items():
+            allowed = [point for point in each["decode"] if point.policy.sketch in (None, widths[-1])]
+            chosen[layer]["decode"] = choice.choose(allowed, target)
+    return chosen
+
+
+def _policy_file(model: ModelIdentity, chosen: Chosen, given: argparse.Namespace) -> PolicyFile:
+    layers = {str(layer): LayerPolicy() for layer in range(model.layers)}
+    for layer, points in chosen.items():
+        gated = {
+            phase: point.policy.model_copy(update={"min_len": GATES[phase]}) if point.policy.active else DSA
+            for phase, point in points.items()
+        }
+        layers[str(layer)] = LayerPolicy(**gated, recall={phase: point.told() for phase, point in points.items()})
+    return PolicyFile(
+        model=model,
+        created_by=f"sglang_misa.calibrate {__version__}",
+        target_recall=given.target,
+        length=given.length,
+        layers=layers,
+    )
+
+
+def _told(model: ModelIdentity, chosen: Chosen, costs: Costs, given: argparse.Namespace) -> Iterator[str]:
+    rows = [
+        (layer, phase, point.policy.label, f"{point.cost:.3f}", f"{point.recall:.4f}", f"{point.told().held_out:.4f}")
+        for layer, points in chosen.items()
+        for phase, point in points.items()
+    ]
+    yield table([("layer", "phase", "policy", "cost", "recall", "held out"), *rows])
+    yield f"\nCost over stock's: {costs.source}. Target {given.target:g} at {given.length} keys: {given.out}"
+    without = [layer for layer in range(model.layers) if layer not in chosen]
+    if without:
+        yield f"Stock DSA, as there is no dump of them: layers {ranges(without)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""What a policy's indexer costs over stock DSA's: measured, from a table of `bench.kernels`, or by a model of its work.
+
+The two are never mixed: a table knows few shapes exactly, the model all of them roughly. A table tells columns,
+candidates, blocks and bits apart, and neither routers nor block sizes, which cost next to nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from sglang_misa.bench.report import Record, newest, read
+from sglang_misa.bench.work import count
+from sglang_misa.config import ConfigError, Phase, SelectionPolicy
+
+SHIPPED = Path(str(resources.files("sglang_misa"))) / "bench" / "results" / "kernels.csv"
+PREFILL_ROWS = 8192  # of a whole chunk
+
+
+class Costs(Protocol):
+    """What policies cost, over stock's."""
+
+    @property
+    def source(self) -> str:
+        """Where they come from, for the report."""
+
+    def of(self, phase: Phase, policy: SelectionPolicy) -> float | None:
+        """The cost of a policy; 1 for stock DSA, None where it is not known."""
+
+
+@dataclass(frozen=True)
+class Modelled:
+    """Arithmetic in prefill and bytes in decode over stock's (`bench.work`): a floor, not a measurement."""
+
+    heads: int
+    length: int
+
+    @property
+    def source(self) -> str:
+        return "a model: arithmetic in prefill, bytes in decode (not measured)"
+
+    def of(self, phase: Phase, policy: SelectionPolicy) -> float | None:
+        if policy.exact:
+            return None
+        lens = torch.tensor([self.length])
+        ours, stock = (count(each, phase, self.heads, lens) for each in (policy, SelectionPolicy()))
+        if phase == "decode":
+            return ours.bytes / stock.bytes
+        return (ours.fp8 + 2 * ours.bf16) / stock.fp8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The slowest measured ratio of each shape at the length nearest to the one asked for."""
+
+    rows: Sequence[Record]
+    heads: int
+    length: int
+    decode_rows: int
+
+    @classmethod
+    def read(cls, path: Path, heads: int, length: int, decode_rows: int) -> Measured:
+        """A table of `bench.kernels`. Raises ConfigError where it has nothing of `heads` index heads."""
+        rows = [
+            row
+            for row in newest(read(path))
+            if int(row["index_heads"]) == heads and not row["inputs"].startswith("hostile")
+        ]
+        if not rows:
+            raise ConfigError(
+                [
+                    f"--costs: expected measurements with {heads} index heads in {path}, got none; measure them with "
+                    "python -m sglang_misa.bench.kernels, or ask for --costs model"
+                ]
+            )
+        return cls(rows, heads, length, decode_rows)
+
+    @property
+    def source(self) -> str:
+        gpus = ", ".join(sorted({row["gpu"] for row in self.rows}))
+        lengths = ", ".join(f"{n}" for n in sorted({int(row["length"]) for row in self.rows}))
+        return f"measured on {gpus} at {lengths} keys; the nearest counts"
+
+    def of(self, phase: Phase, policy: SelectionPolicy) -> float | None:
+        if not policy.active:
+            return 1.0
+        batch = PREFILL_ROWS if phase == "prefill" else self.decode_rows
+        same = [
+            row
+            for row in self.rows
+            if row["phase"] == phase and int(row["rows"]) == batch and _shape(row) == _shape_of(policy)
+        ]
+        if not same:
+            return None
+        nearest = min((int(row["length"]) for row in same), key=lambda n: abs(math.log(n / self.length)))
+        return max(1 / float(row["ratio"]) for row in same if int(row["length"]) == nearest)
+
+
+Shape = tuple[bool, int | None, int | None, int | None, int | None]
+
+
+def _shape_of(policy: SelectionPolicy) -> Shape:
+    return policy.exact, policy.columns, policy.candidates, policy.blocks, policy.sketch
+
+
+def _shape(row: Record) -> Shape:
+    columns = int(row["routed_heads"]) + int(row["residual"]) if row["routed_heads"] else None
+    rest = (int(row[name]) if row[name] else None for name in ("candidates", "blocks", "sketch"))
+    return (row["policy"] == "exact", columns, *rest)  # type: ignore[return-value]

@@ -1,0 +1,73 @@
+"""Long prompts for a server that dumps: the user's, or text of this package itself."""
+
+from __future__ import annotations
+
+import json
+import random
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+
+from sglang_misa.config import ConfigError
+
+CHARACTERS = 3  # of a token of source text, roughly and rather too few: a prompt must fit the server's context
+TIMEOUT = 1800.0  # seconds for one prompt
+
+
+def built_in(count: int, tokens: int) -> Iterator[str]:
+    """`count` texts of about `tokens` tokens: the package's own source files, each time in another order."""
+    root = Path(str(resources.files("sglang_misa")))
+    files = sorted(path for path in root.rglob("*.py") if path.is_file())
+    for seed in range(count):
+        order = random.Random(seed).sample(files, len(files))
+        text = ""
+        for number in range(1 << 30):
+            if len(text) >= CHARACTERS * tokens:
+                break
+            text += order[number % len(order)].read_text(encoding="utf-8")
+        yield text[: CHARACTERS * tokens]
+
+
+def read(paths: Sequence[Path]) -> list[str]:
+    """A prompt a file, or a line of a .jsonl file with "prompt" or "text". Raises ConfigError."""
+    prompts: list[str] = []
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+            if path.suffix != ".jsonl":
+                prompts.append(text)
+                continue
+            for line in filter(str.strip, text.splitlines()):
+                record = json.loads(line)
+                prompts.append(record["prompt"] if "prompt" in record else record["text"])
+        except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                [f'--prompts: expected text, or JSON lines with "prompt" or "text", got {path} ({error!r}); correct it']
+            ) from None
+    empty = [number for number, prompt in enumerate(prompts) if not isinstance(prompt, str) or not prompt.strip()]
+    if empty or not prompts:
+        raise ConfigError([f"--prompts: expected texts, got nothing in {empty or 'any file'}; leave them out"])
+    return prompts
+
+
+def send(url: str, prompts: Sequence[str], key: str | None) -> None:
+    """Let a server read each prompt, and write one token. Raises ConfigError where it does not."""
+    for number, prompt in enumerate(prompts):
+        body = {"text": prompt, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+        headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+        request = urllib.request.Request(f"{url.rstrip('/')}/generate", json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                answer.read()
+        except urllib.error.HTTPError as error:
+            told = error.read(300).decode("utf-8", "replace")
+            raise ConfigError(
+                [
+                    f"--server: expected an answer to prompt {number}, got {error.code}: {told}; shorten it, or lower "
+                    "--length"
+                ]
+            ) from None
+        except OSError as error:
+            raise ConfigError([f"--server: expected SGLang at {url}, got {error}; check the address"]) from None

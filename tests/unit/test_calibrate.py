@@ -1,0 +1,147 @@
+"""A calibrated policy keeps its target on rows that did not choose it, and a server accepts the file."""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sglang_misa import dump, flags
+from sglang_misa.bench import inputs
+from sglang_misa.calibrate import __main__ as calibrate
+from sglang_misa.calibrate import choice, prompts
+from sglang_misa.calibrate.costs import SHIPPED, Measured, Modelled
+from sglang_misa.config import PRESETS, ConfigError, MisaConfig, SelectionPolicy
+from sglang_misa.policy_file import ModelIdentity
+
+TRAINED = Path(__file__).parents[3] / "shared/trained"
+TARGET, LENGTH = 0.97, 8192
+IDENTITY = ModelIdentity(
+    architecture="DeepseekV32ForCausalLM", layers=4, index_heads=64, index_topk=2048, config_sha256="0" * 64
+)
+
+
+def dumped(path: Path, tensors: dict[str, torch.Tensor], layer: int, model: ModelIdentity = IDENTITY) -> Path:
+    """The same tensors as a server would have written them for a layer of `model`."""
+    dump.write_new(path, tensors, {"model": model.model_dump_json(), "layer": str(layer), "prompt": "0"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Dumps of two trained layers, as layers 0 and 2 of four, over their first 32K keys."""
+    folder, found = tmp_path_factory.mktemp("dump"), []
+    for layer in (0, 2):
+        source = TRAINED / f"layer{layer}.safetensors"
+        if not source.exists():
+            pytest.skip(f"needs {TRAINED}")
+        found.append(dumped(folder / f"{layer}.safetensors", load_file(source), layer))
+    return found
+
+
+def calibrated(*words: Any) -> int:
+    return calibrate.main([str(word) for word in words])
+
+
+def test_the_target_is_kept_on_rows_that_were_held_out(trained: list[Path], tmp_path: Path, capsys) -> None:
+    out, plot = tmp_path / "policy.json", tmp_path / "policy.png"
+    words = ("--target", TARGET, "--length", LENGTH, "--rows", 32, "--out", out, "--plot", plot)
+    assert calibrated(*trained, *words) == 0
+    assert "layers 1,3" in capsys.readouterr().out, "layers without a dump are told"
+    assert plot.stat().st_size > 1000
+    parser = argparse.ArgumentParser()
+    flags.add_cli_flags(parser)
+    config = flags.from_flags(parser.parse_args(["--misa-policy", str(out)]))
+    assert config is not None
+    assert not config.policy("prefill", 1).active
+    for layer in (0, 2):
+        for phase, recall in config.layers.layers[str(layer)].recall.items():
+            assert recall.held_out >= TARGET - 0.01, (layer, phase)
+            assert recall.cost <= 1
+        assert config.layers.layers[str(layer)].recall["prefill"].cost < 0.5, "something cheaper than DSA was found"
+
+
+def test_a_server_command_without_dumps_of_one_model_is_refused(tmp_path: Path, capsys) -> None:
+    x = vars(inputs.make("topics", 4, 4096, 64, device="cpu")) | {"positions": torch.arange(4092, 4096).int()}
+    ours = dumped(tmp_path / "a.safetensors", x, 0)
+    other = dumped(tmp_path / "b.safetensors", x, 0, IDENTITY.model_copy(update={"layers": 5}))
+    (tmp_path / "c.safetensors").write_bytes(b"no tensors")
+    out = tmp_path / "out.json"
+    cases = {
+        "expected dumps of one model": (ours, other),
+        "expected what --misa-dump writes": (tmp_path / "c.safetensors",),
+        "expected files, or --server with its --dump": (),
+        "--length: expected more than the model's top-k": (ours, "--length", 2048),
+        "--costs: expected measurements with 64 index heads": (ours, "--costs", tmp_path / "none.csv"),
+        "--server: expected SGLang at": ("--server", "http://127.0.0.1:1", "--dump", tmp_path, "--count", 1),
+        "--target: expected more than 0": (ours, "--target", 2),
+    }
+    for said, words in cases.items():
+        assert calibrated("--target", 0.9, "--out", out, *words) == calibrate.REFUSED
+        assert said in capsys.readouterr().err
+    out.write_text("{}")
+    assert calibrated(ours, "--target", 0.9, "--out", out) == calibrate.REFUSED
+    assert out.read_text() == "{}"
+
+
+def point(cost: float, *recalls: float, **policy: Any) -> choice.Point:
+    return choice.Point(SelectionPolicy(**policy), cost, torch.tensor(recalls), torch.tensor(recalls))
+
+
+def test_the_cheapest_that_surely_keeps_it_is_chosen() -> None:
+    sure, better = point(0.2, 0.95, 0.95, 0.95), point(0.2, 0.96, 0.96, 0.96)
+    lucky = point(0.1, 0.82, 1.0, 1.0)  # 0.94 in the mean, and 0.06 of error
+    assert choice.choose([point(1.0, 1.0), sure, better, lucky], 0.93) is better
+    assert choice.choose([point(1.0, 1.0), sure, better, lucky], 0.97).cost == 1.0
+
+
+def test_all_layers_sketch_alike() -> None:
+    one, two = point(0.1, 0.96, 0.96, sketch=1, candidates=8192), point(0.2, 0.99, 0.99, sketch=2, candidates=8192)
+    weak = point(0.1, 0.9, 0.9, sketch=1, candidates=8192)
+    dsa = point(1.0, 1.0)
+    found = {0: {"prefill": [dsa], "decode": [one, two, dsa]}, 1: {"prefill": [dsa], "decode": [weak, two, dsa]}}
+    chosen = calibrate._chosen(found, 0.95)
+    assert [each["decode"] for each in chosen.values()] == [two, two]
+
+
+def test_a_measured_cost_is_that_of_the_table() -> None:
+    costs = Measured.read(SHIPPED, 64, 131072, 64)
+    with SHIPPED.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["preset"] == "fast" and row["index_heads"] == "64"]
+    ratios = [
+        float(row["ratio"])
+        for row in rows
+        if (row["rows"], row["length"]) == ("8192", "131072") and not row["inputs"].startswith("hostile")
+    ]
+    assert costs.of("prefill", PRESETS["fast"].prefill) == pytest.approx(1 / min(ratios))
+    assert costs.of("prefill", SelectionPolicy()) == 1.0
+    assert costs.of("prefill", SelectionPolicy(heads=4)) is None, "never measured"
+    assert "model" in Modelled(64, LENGTH).source
+    assert Modelled(64, LENGTH).of("prefill", SelectionPolicy(heads=8)) < Modelled(64, LENGTH).of(
+        "prefill", SelectionPolicy(heads=16)
+    )
+
+
+def test_every_candidate_can_be_served() -> None:
+    for costs in (Modelled(64, LENGTH), Measured.read(SHIPPED, 64, LENGTH, 64)):
+        for phase, policy in choice.candidates(costs, IDENTITY):
+            candidates = 8192 if policy.sketch else None
+            MisaConfig.from_mapping({phase: policy.model_copy(update={"candidates": candidates}).model_dump()}, "here")
+
+
+def test_prompts_are_texts_of_different_order_or_the_users(tmp_path: Path) -> None:
+    texts = [*prompts.built_in(2, 5000)]
+    assert [len(text) for text in texts] == [prompts.CHARACTERS * 5000] * 2
+    assert texts[0] != texts[1]
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({name: name}) for name in ("prompt", "text")))
+    assert prompts.read([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == ["one", "prompt", "text"]
+    (tmp_path / "c.jsonl").write_text('{"question": 1}')
+    (tmp_path / "d.txt").write_text(" ")
+    for name in ("c.jsonl", "d.txt", "none.txt"):
+        with pytest.raises(ConfigError, match="--prompts: expected text"):
+            prompts.read([tmp_path / name])
