@@ -62,7 +62,7 @@ class Dump(BaseModel):
     rows: int = Field(64, ge=1, description="query rows of a prompt in each layer, from its last chunk")
     layers: tuple[int, ...] | None = Field(None, description="layers to dump, as in 0,30,60; 'all' dumps every one")
     gib: float = Field(
-        4.0, gt=0, description="GiB that files in the folder may have; a prompt that would not fit is left"
+        4.0, gt=0, description="GiB that a rank's files in the folder may have; a prompt that would not fit is left"
     )
 
     @field_validator("layers", mode="before")
