@@ -25,8 +25,9 @@ def test_status_names_the_policies_and_counts(server):
         assert after["calls"][phase][path] > before["calls"][phase].get(path, 0)
         assert after["steps_over_gate"][phase] > before["steps_over_gate"][phase]
     assert after["unrouted"] == []
-    assert set(after["recall"]["prefill"]) == {"0", "1"}
-    assert all(0 < layer["recall"] <= 1 for layer in after["recall"]["prefill"].values())
+    for phase in ("prefill", "decode"):
+        assert set(after["recall"][phase]) == {"0", "1"}
+        assert all(0 < layer["recall"] <= 1 for layer in after["recall"][phase].values())
 
 
 def test_short_prompts_are_stock(server):
