@@ -1,6 +1,7 @@
 # Needs Python 3.11 or 3.12 with pip on Linux x86_64, and nothing else. Each target makes the environment that it needs.
 PYTHON ?= python3
 DEMO_FLAGS ?=
+MINUTES ?= 30
 
 # An environment's stamp is named after what was installed, so that another lock makes it anew.
 stamp = $(1)/installed-$(shell cat $(2) pyproject.toml | sha256sum | cut -c1-16)
@@ -8,7 +9,7 @@ MAIN := $(call stamp,.venv,requirements.lock)
 OLD := $(call stamp,.venv-0.5.17,requirements-0.5.17.lock)
 LINT := $(call stamp,.venv-lint,requirements.lock)
 
-.PHONY: help demo test test-0.5.17 lint gpu-test install docker-test
+.PHONY: help demo test test-0.5.17 lint soak gpu-test install docker-test
 .DEFAULT_GOAL := help
 
 help: ## print this
@@ -27,6 +28,9 @@ lint: $(LINT) ## ruff and mypy; needs neither SGLang nor torch
 	.venv-lint/bin/ruff check .
 	.venv-lint/bin/ruff format --check .
 	.venv-lint/bin/mypy
+
+soak: $(MAIN) ## a mixed load with faults for MINUTES=30 on the CPU, page statistics watched; the report is soak.json
+	.venv/bin/python -m sglang_misa.bench.soak --minutes $(MINUTES)
 
 gpu-test: $(MAIN) ## kernels and servers on a machine with one Hopper GPU
 	.venv/bin/python -m pytest -m gpu tests/gpu

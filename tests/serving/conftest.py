@@ -114,6 +114,12 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def environ() -> dict[str, str]:
+    """The environment of a server."""
+    return environment()
+
+
+@pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo_model.ensure(tmp_path_factory.mktemp("model"), demo_model.CPU)
 

@@ -1,7 +1,6 @@
 """For every Python process that has this folder on PYTHONPATH: watches the indexer hooks of a server from inside.
 
-WATCH_SELECTIONS names a folder for <pid>, a line a call: the hook, and a digest of the selected sets. WATCH_MEANS names
-one for <pid> with two numbers: how many page means decode has read, and how many were not those of the stored keys.
+WATCH_SELECTIONS names a folder for <pid>, a line a call: the hook, and a digest of the selected sets.
 WATCH_POOL names one for <layer>-<rows>.pt: the index-K pages of an extend call's first request, its queries and gates.
 SABOTAGE names a file: while it is there, the worst heads are routed and the worst blocks are kept.
 Python imports this module by its name at start-up, before anything of SGLang.
@@ -55,28 +54,6 @@ def selections(hook):
     return wrapper
 
 
-def means(decode):
-    read = wrong = 0
-
-    def wrapper(self, call, policy):
-        nonlocal read, wrong
-        import torch
-
-        from sglang_misa import reference
-        from sglang_misa.kernels.layout import PAGE
-
-        decode(self, call, policy)
-        for pages, length in zip(call.page_table, call.seq_lens.tolist(), strict=True):
-            complete = pages[: length // PAGE].long()
-            expected = reference.page_means(call.index_k_pages[complete])
-            found = self.stats.means[call.layer][complete].float()
-            same = torch.isclose(found, expected, rtol=2**-7, atol=1e-6).all(1)
-            read, wrong = read + len(complete), wrong + int((~same).sum())
-        own_file("WATCH_MEANS").write_text(f"{read} {wrong}")
-
-    return wrapper
-
-
 def pool(hook):
     def wrapper(original, self, dual, forward_batch, layer_id, q_fp8, weights, metadata, *rest):
         import torch
@@ -108,5 +85,3 @@ if "WATCH_SELECTIONS" in os.environ:
     sys.meta_path.insert(
         0, AfterImport("sglang_misa.patches.indexer", selections, ("get_topk_ragged", "get_topk_paged"))
     )
-if "WATCH_MEANS" in os.environ:
-    sys.meta_path.insert(0, AfterImport("sglang_misa.engines.reference", means, ("ReferenceEngine.decode",)))
