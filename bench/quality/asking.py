@@ -39,7 +39,9 @@ def ask(control: Control, protocol: Protocol, question: Question, bound_s: float
     try:
         status, content = control.call("POST", PATHS[protocol.api], body=body, read_s=bound_s)
     except requests.RequestException as error:
-        raise LoadError(f"{control.url}: expected an answer, got {error}; what was answered is kept: run again") from None
+        raise LoadError(
+            f"{control.url}: expected an answer, got {error}; what was answered is kept: run again"
+        ) from None
     if status != 200:
         said = content[:300].decode("utf-8", "replace")
         raise LoadError(f"{control.url}: expected an answer to {question.name}, got HTTP {status}: {said}; mend it")
@@ -75,10 +77,18 @@ def read(raw: dict[str, Any], protocol: Protocol, arm: str, question: Question, 
             ]
             top = tuple(row for row in rows if row)
         return Answer(
-            arm=arm, question=question.digest(), text=text or "", ids=ids, top=top, seconds=seconds, prompt_tokens=tokens
+            arm=arm,
+            question=question.digest(),
+            text=text or "",
+            ids=ids,
+            top=top,
+            seconds=seconds,
+            prompt_tokens=tokens,
         )
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise LoadError(f"arm {arm}: expected an answer by --api {protocol.api}, got {str(raw)[:200]} ({error})") from None
+        raise LoadError(
+            f"arm {arm}: expected an answer by --api {protocol.api}, got {str(raw)[:200]} ({error})"
+        ) from None
 
 
 def wants_logprobs(protocol: Protocol) -> dict[str, Any]:

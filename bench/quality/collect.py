@@ -30,7 +30,9 @@ Keep = Callable[[Arm, Question, dict[str, Any]], None]
 class Collector:
     """Asks, and keeps each answer in the run's folder: what is there is not asked again."""
 
-    def __init__(self, plan: Plan, store: Store, keys: Keys, live: Live, extra: dict[str, Any], keep: Keep | None = None):
+    def __init__(
+        self, plan: Plan, store: Store, keys: Keys, live: Live, extra: dict[str, Any], keep: Keep | None = None
+    ):
         self._plan, self._store, self._keys, self._live = plan, store, keys, live
         self._extra, self._keep = extra, keep
         self.servers: dict[str, dict[str, str]] = {}
@@ -38,7 +40,7 @@ class Collector:
         self.questions: list[Question] = []
 
     def run(self, make: Make) -> list[Answer]:
-        """Answers of all arms to the questions that `make` writes with the first server's tokenizer. Raises LoadError."""
+        """Answers of all arms to what `make` writes with the first server's tokenizer. Raises LoadError."""
         arms, found = self._plan.arms, []
         if self._plan.mode == "together":
             with ExitStack() as stack:
@@ -56,7 +58,12 @@ class Collector:
     def _prepare(self, make: Make, control: Control) -> None:
         if not self.questions:
             self.questions = list(make(control.tokenize))
-        
+
+    def information(self) -> dict[str, Any]:
+        """The first arm's /server_info."""
+        with self._server(self._plan.arms[0]) as server:
+            return server.control.info
+
     def _server(self, arm: Arm) -> ArmServer:
         return _Checked(arm, self._plan, self._keys, self._store, self._live, self)
 
@@ -99,7 +106,9 @@ class _Checked(ArmServer):
         return self
 
 
-def by_question(answers: Sequence[Answer], arms: Sequence[Arm], questions: Sequence[Question]) -> Iterator[tuple[Question, list[Answer]]]:
+def by_question(
+    answers: Sequence[Answer], arms: Sequence[Arm], questions: Sequence[Question]
+) -> Iterator[tuple[Question, list[Answer]]]:
     """(question, its answer in each arm)."""
     known = {(answer.arm, answer.question): answer for answer in answers}
     for question in questions:

@@ -28,7 +28,9 @@ class Template:
 
 
 TEMPLATES = {
-    "pass": Template(" The pass word of {name} is {value}.", " What is the pass word of {name}? The pass word of {name} is"),
+    "pass": Template(
+        " The pass word of {name} is {value}.", " What is the pass word of {name}? The pass word of {name} is"
+    ),
     "note": Template(" Remember: {name} keeps a {value}.", " Question: what does {name} keep? Answer: {name} keeps a"),
     "pairs": Template(" set {name} {value}.", " get {name}"),
 }

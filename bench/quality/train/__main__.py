@@ -25,9 +25,9 @@ from sglang_misa.demo_model import LATENT_DIM, Shape
 WARMUP = 20  # steps
 CHARACTERS = 400_000_000
 ANSWER_WEIGHT = 0.5  # of the loss on asked values, beside the mean over all tokens
-PREDICTED = """predicted for --size large on one H200, not measured yet: 28 M parameters, a checkpoint of 57 MB; about 40 GiB
-at 131,072 tokens; a step takes about 0.3 s at 16 x 8192, 0.8 s at 4 x 32768 and 2.5 s at 1 x 131072 tokens. Two
-commands: the first with --stop backbone and the second with the same --out, which goes on from backbone.pt."""
+PREDICTED = """predicted for --size large on one H200, not measured: 28 M parameters, a checkpoint of 57 MB; about 40
+GiB at 131072 tokens; about 0.3 s a step at 16 x 8192, 0.8 s at 4 x 32768, 2.5 s at 1 x 131072 tokens. Two commands:
+the first with --stop backbone, the second with the same --out, which goes on from backbone.pt."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ SIZES = {"small": SMALL, "large": LARGE}
 
 
 class Muon:
-    """Momentum whose step is made orthogonal by five Newton-Schulz rounds, for hidden matrices (Jordan et al., 2024)."""
+    """Momentum whose step is made orthogonal by five Newton-Schulz rounds, for matrices (Jordan et al., 2024)."""
 
     def __init__(self, matrices: list[nn.Parameter]):
         self._all = [(matrix, torch.zeros_like(matrix)) for matrix in matrices]
