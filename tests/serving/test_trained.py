@@ -25,7 +25,7 @@ pytestmark = pytest.mark.serving
 
 MODEL = Path(questions.__file__).with_name("model")
 TOPK, LAYERS = SMALL.shape.index_topk, SMALL.shape.layers
-LENGTH = 1024
+LENGTH = 640
 START_LIMIT = 300
 
 
