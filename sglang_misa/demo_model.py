@@ -27,6 +27,7 @@ INDEX_DIM, LATENT_DIM, ROPE_DIM, NOPE_DIM, V_DIM = 128, 512, 64, 128, 128  # fix
 GATE_SPREAD = 1.5  # standard deviation of the log size of an index head's gate
 DIGESTS = "digests.json"  # of the checkpoint's other files
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+SPECIALS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
 
@@ -46,6 +47,8 @@ class Shape:
     context: int = 163840
     vocab: int = 320  # the tokenizer's 259 and some never used
     draft_layers: int = 0  # 1 for multi-token prediction; always a mixture of experts
+    rope_theta: float = 10000.0
+    yarn_factor: float = 40.0  # 1: plain rotary embedding
 
 
 CPU = Shape()
@@ -143,10 +146,10 @@ def config(shape: Shape) -> dict[str, Any]:
         "routed_scaling_factor": 2.5,
         "num_nextn_predict_layers": shape.draft_layers,
         "max_position_embeddings": shape.context,
-        "rope_theta": 10000,
+        "rope_theta": shape.rope_theta,
         "rope_scaling": {
             "type": "yarn",
-            "factor": 40,
+            "factor": shape.yarn_factor,
             "beta_fast": 32,
             "beta_slow": 1,
             "mscale": 1.0,
@@ -230,6 +233,11 @@ def _write_tokenizer(folder: Path, context: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in (BOS, EOS, PAD)])
     tokenizer.save(str(folder / "tokenizer.json"))
+    write_tokenizer_config(folder, context)
+
+
+def write_tokenizer_config(folder: Path, context: int) -> None:
+    """What SGLang reads beside tokenizer.json."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,

@@ -39,9 +39,9 @@ class Environment(BaseModel):
     gpus: dict[str, str]
 
     @classmethod
-    def now(cls, arguments: Sequence[str], keys: Keys) -> Environment:
+    def now(cls, arguments: Sequence[str], keys: Keys, module: str = "sglang_misa.bench.load") -> Environment:
         """As it is at this moment; keys are erased from the command."""
-        words = ["python", "-m", "sglang_misa.bench.load", *arguments]
+        words = ["python", "-m", module, *arguments]
         return cls(
             command=keys.erase(shlex.join(words)),
             started=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}",

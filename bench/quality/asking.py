@@ -1,0 +1,117 @@
+"""One greedy answer of one server, with log-probabilities and selected positions where they are asked for."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import requests
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import from_json
+
+from sglang_misa.bench.load.client import PATHS
+from sglang_misa.bench.load.control import Control
+from sglang_misa.bench.load.settings import LoadError, Protocol
+from sglang_misa.bench.quality.questions import Question
+
+TOP = 20  # log-probabilities of a token
+
+
+class Answer(BaseModel):
+    """What a server said. top: for each new token, token → log-probability; empty where the server gives none."""
+
+    model_config = ConfigDict(frozen=True)
+
+    arm: str
+    question: str  # its digest
+    text: str
+    ids: tuple[int, ...] = ()
+    top: tuple[dict[str, float], ...] = ()
+    seconds: float = 0.0
+    prompt_tokens: int = 0
+
+
+def ask(control: Control, protocol: Protocol, question: Question, bound_s: float, **extra: Any) -> dict[str, Any]:
+    """The server's JSON answer to `question`, greedy. Raises LoadError."""
+    body = _body(control, protocol, question) | extra
+    try:
+        status, content = control.call("POST", PATHS[protocol.api], body=body, read_s=bound_s)
+    except requests.RequestException as error:
+        raise LoadError(
+            f"{control.url}: expected an answer, got {error}; what was answered is kept: run again"
+        ) from None
+    if status != 200:
+        said = content[:300].decode("utf-8", "replace")
+        raise LoadError(f"{control.url}: expected an answer to {question.name}, got HTTP {status}: {said}; mend it")
+    return from_json(content)  # type: ignore[no-any-return]
+
+
+def _body(control: Control, protocol: Protocol, question: Question) -> dict[str, Any]:
+    if protocol.api == "generate":
+        sampling = {"max_new_tokens": question.new_tokens, "temperature": 0}
+        return {"input_ids": question.ids, "sampling_params": sampling}
+    common = {"model": control.model, "max_tokens": question.new_tokens, "temperature": 0}
+    if protocol.api == "completions":
+        return {**common, "prompt": question.ids}
+    return {**common, "messages": [{"role": "user", "content": control.detokenize(question.ids)}]}
+
+
+def read(raw: dict[str, Any], protocol: Protocol, arm: str, question: Question, seconds: float) -> Answer:
+    """What of an answer is kept. Raises LoadError for a body of another kind."""
+    try:
+        if protocol.api == "generate":
+            meta = raw["meta_info"]
+            ids, tokens = tuple(raw.get("output_ids") or ()), meta.get("prompt_tokens") or 0
+            rows = meta.get("output_top_logprobs") or []
+            top = tuple({str(token): value for value, token, *_ in row} for row in rows if row)
+            text = raw["text"]
+        else:
+            choice = raw["choices"][0]
+            tokens, ids = (raw.get("usage") or {}).get("prompt_tokens", 0), ()
+            text = choice["message"]["content"] if protocol.api == "chat" else choice["text"]
+            told = choice.get("logprobs") or {}
+            rows = told.get("top_logprobs") or [
+                {entry["token"]: entry["logprob"] for entry in one["top_logprobs"]} for one in told.get("content") or ()
+            ]
+            top = tuple(row for row in rows if row)
+        return Answer(
+            arm=arm,
+            question=question.digest(),
+            text=text or "",
+            ids=ids,
+            top=top,
+            seconds=seconds,
+            prompt_tokens=tokens,
+        )
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise LoadError(
+            f"arm {arm}: expected an answer by --api {protocol.api}, got {str(raw)[:200]} ({error})"
+        ) from None
+
+
+def wants_logprobs(protocol: Protocol) -> dict[str, Any]:
+    """Fields that ask for log-probabilities."""
+    if protocol.api == "generate":
+        return {"return_logprob": True, "top_logprobs_num": TOP}
+    return {"logprobs": True, "top_logprobs": TOP} if protocol.api == "chat" else {"logprobs": TOP}
+
+
+def selected(raw: dict[str, Any], topk: int, arm: str) -> NDArray[np.int32]:
+    """Positions [rows, layers, topk] int32 that the server attended to, -1 for none. Raises LoadError."""
+    meta = raw.get("meta_info") or {}
+    coded = meta.get("indexer_topk")
+    if not coded:
+        raise LoadError(
+            f"arm {arm}: expected selected positions, got an answer without indexer_topk; start SGLang with "
+            "--enable-return-indexer-topk, or read the audit: --audit"
+        )
+    flat = np.frombuffer(base64.b64decode(coded), dtype=np.int32)
+    rows = meta["prompt_tokens"] + meta["completion_tokens"] - 1
+    if rows <= 0 or flat.size % (rows * topk):
+        raise LoadError(
+            f"arm {arm}: expected {rows} rows of a multiple of {topk} positions, got {flat.size} in all; "
+            "set --index-topk to the model's index_topk"
+        )
+    return flat.reshape(rows, -1, topk)

@@ -1,0 +1,181 @@
+"""What is asked: prompts as token ids, the same ones for every arm, and what a right answer holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sglang_misa.bench.load.prompts import Source
+from sglang_misa.bench.load.settings import LoadError
+from sglang_misa.bench.quality.words import NAMES, VALUES
+
+Tokenize = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a fact is told and asked for."""
+
+    fact: str
+    question: str
+
+
+TEMPLATES = {
+    "pass": Template(
+        " The pass word of {name} is {value}.", " What is the pass word of {name}? The pass word of {name} is"
+    ),
+    "note": Template(" Remember: {name} keeps a {value}.", " Question: what does {name} keep? Answer: {name} keeps a"),
+    "pairs": Template(" set {name} {value}.", " get {name}"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt. answers: strings that a right answer holds. length: tokens asked for; depth: 0 = start, 1 = end."""
+
+    name: str
+    ids: tuple[int, ...]
+    new_tokens: int
+    answers: tuple[str, ...] = ()
+    measure: str = "found"  # or f1
+    length: int = 0
+    depth: float = 0.0
+
+    def digest(self) -> str:
+        text = f"{self.ids}{self.new_tokens}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def score(self, text: str) -> float:
+        """0 to 1: the share of the answers that `text` holds, or its best F1 over words with one of them."""
+        if self.measure == "f1":
+            return max(_f1(text, answer) for answer in self.answers)
+        words = f" {' '.join(_words(text))} "
+        return sum(f" {' '.join(_words(answer))} " in words for answer in self.answers) / len(self.answers)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _f1(text: str, answer: str) -> float:
+    got, wanted = Counter(_words(text)), Counter(_words(answer))
+    shared = (got & wanted).total()
+    return 2 * shared / (got.total() + wanted.total()) if shared else 0.0
+
+
+def needles(
+    source: Source,
+    template: Template,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    repeats: int,
+    others: int,
+    new_tokens: int,
+    seed: int,
+) -> Iterator[Question]:
+    """`repeats` questions at each length and depth, every one over other text, among `others` facts that are not asked.
+
+    Raises LoadError where facts and question do not fit.
+    """
+    for length in lengths:
+        for at, depth in enumerate(depths):
+            for turn in range(repeats):
+                rng = np.random.default_rng([seed, length, at, turn])
+                names = rng.choice(NAMES, others + 1, replace=False)
+                values = rng.choice(VALUES, others + 1, replace=False)
+                pairs = zip(names, values, strict=True)
+                facts = [source.encode(template.fact.format(name=n, value=v)) for n, v in pairs]
+                question = source.encode(template.question.format(name=names[0]))
+                room = length - len(question) - sum(map(len, facts))
+                if room < 0:
+                    raise LoadError(
+                        f"lengths: expected room for {others + 1} facts and a question, got {length} tokens; "
+                        "ask for longer prompts or fewer --others"
+                    )
+                text = source.draw(rng, room)
+                places = [round(depth * room), *(int(place) for place in rng.integers(0, room + 1, others))]
+                pieces, last = [], 0
+                for place, fact in sorted(zip(places, facts, strict=True), key=lambda pair: pair[0]):
+                    pieces += [text[last:place], fact]
+                    last = place
+                ids = np.concatenate([*pieces, text[last:], question]).tolist()
+                name = f"{length} · {depth:.2f} · {turn + 1}"
+                yield Question(name, tuple(ids), new_tokens, (str(values[0]),), length=length, depth=depth)
+
+
+def prompts(path: Path, tokenize: Tokenize, new_tokens: int, least: int) -> list[Question]:
+    """The user's prompts: JSON Lines with `prompt` or `text`, or a text file that is one prompt. Raises LoadError.
+
+    least: tokens under which a prompt is too short, as stock DSA would run in both arms.
+    """
+    texts = [_text_of(row, path) for row in rows(path)] if path.suffix == ".jsonl" else [_read(path)]
+    found = []
+    for number, text in enumerate(texts, 1):
+        ids = tuple(tokenize(text)) if text.strip() else ()
+        if len(ids) < least:
+            raise LoadError(
+                f"{path}, prompt {number}: expected at least {least} tokens, under which nothing is selected, "
+                f"got {len(ids)}; give longer prompts, or lower --least"
+            )
+        found.append(Question(f"prompt {number}", ids, new_tokens, length=len(ids)))
+    if not found:
+        raise LoadError(f"{path}: expected prompts, got an empty file; write one JSON object a line")
+    return found
+
+
+def tasks(folder: Path, tokenize: Tokenize, new_tokens: int) -> list[Question]:
+    """Questions of a folder of JSON Lines, RULER's (input, outputs) or LongBench's (context, input, answers).
+
+    Of RULER's each output must be found; of LongBench's the best F1 counts. Raises LoadError.
+    """
+    files = sorted(folder.glob("*.jsonl"))
+    found = []
+    for file in files:
+        for number, row in enumerate(rows(file), 1):
+            measure, answers = ("found", row["outputs"]) if "outputs" in row else ("f1", row.get("answers"))
+            if not isinstance(answers, list) or not answers:
+                raise LoadError(f"{file}:{number}: expected outputs or answers, got {sorted(row)}; see --help")
+            text = "\n\n".join(str(row[part]) for part in ("context", "input", "prompt") if row.get(part))
+            ids = tuple(tokenize(text))
+            if not ids:
+                raise LoadError(f"{file}:{number}: expected a prompt in input or prompt, got none; add it")
+            told = tuple(str(answer) for answer in answers)
+            found.append(Question(f"{file.stem} · {number}", ids, new_tokens, told, measure, length=len(ids)))
+    if not found:
+        raise LoadError(f"{folder}: expected *.jsonl files with questions, got none; name another folder")
+    return found
+
+
+def rows(path: Path) -> Iterator[dict[str, object]]:
+    """Objects of a JSON Lines file. Raises LoadError."""
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise LoadError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}; mend the line")
+        yield row
+
+
+def _text_of(row: dict[str, object], path: Path) -> str:
+    text = row.get("prompt", row.get("text"))
+    if not isinstance(text, str):
+        raise LoadError(f"{path}: expected prompt or text in each line, got {sorted(row)}; rename the field")
+    return text
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoadError(f"{path}: expected a readable UTF-8 file, got {error}; name another") from None

@@ -1,0 +1,280 @@
+"""Train a small DeepSeek-V3.2-architecture model that answers needles, and write it as SGLang serves it.
+
+First the backbone under dense attention, over growing contexts; then, with it frozen, each layer's indexer by the
+divergence of its softmax from the attention, on sampled rows (the first stage of DSA's training).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sglang_misa.bench.quality.train import checkpoint, task
+from sglang_misa.bench.quality.train.induction import begin_as_induction
+from sglang_misa.bench.quality.train.model import DsaModel, index_scores
+from sglang_misa.bench.quality.train.task import Corpus
+from sglang_misa.demo_model import LATENT_DIM, Shape
+
+WARMUP = 20  # steps
+CHARACTERS = 400_000_000
+ANSWER_WEIGHT = 0.5  # of the loss on asked values, beside the mean over all tokens
+PREDICTED = """predicted for --size large on one H200, not measured: 28 M parameters, a checkpoint of 57 MB; about 40
+GiB at 131072 tokens; about 0.3 s a step at 16 x 8192, 0.8 s at 4 x 32768, 2.5 s at 1 x 131072 tokens. Two commands:
+the first with --stop backbone, the second with the same --out, which goes on from backbone.pt."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps at one length. share: of the time; pairs: facts and questions a row."""
+
+    tokens: int
+    rows: int
+    pairs: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and how it is trained. latent: trained rank of keys and values; seconds: default limits."""
+
+    shape: Shape
+    latent: int
+    lr: float
+    backbone: tuple[Stage, ...]
+    indexer: tuple[Stage, ...]  # rows: sampled query rows of one sequence
+    seconds: tuple[float, float]
+
+
+SMALL = Size(
+    shape=Shape(
+        hidden=128,
+        layers=2,
+        heads=2,
+        q_rank=64,
+        intermediate=64,
+        dense_layers=2,
+        index_heads=32,
+        index_topk=256,
+        vocab=1152,
+        yarn_factor=1.0,
+        context=8192,
+    ),
+    latent=64,
+    lr=1e-3,
+    backbone=(Stage(256, 8, 14, 0.4), Stage(1024, 2, 40, 0.3), Stage(4096, 1, 48, 0.3)),
+    indexer=(Stage(1024, 128, 40, 0.5), Stage(4096, 128, 48, 0.5)),
+    seconds=(180.0, 180.0),
+)
+LARGE = Size(
+    shape=Shape(
+        hidden=512,
+        layers=4,
+        heads=8,
+        q_rank=256,
+        intermediate=1024,
+        dense_layers=4,
+        index_heads=64,
+        index_topk=2048,
+        vocab=4096,
+        yarn_factor=1.0,
+        rope_theta=1e6,
+    ),
+    latent=LATENT_DIM,
+    lr=2e-3,
+    backbone=(Stage(8192, 16, 256, 0.4), Stage(32768, 4, 1024, 0.3), Stage(131072, 1, 4096, 0.3)),
+    indexer=(Stage(32768, 256, 1024, 0.5), Stage(131072, 96, 4096, 0.5)),
+    seconds=(480.0, 360.0),
+)
+SIZES = {"small": SMALL, "large": LARGE}
+
+
+class Muon:
+    """Momentum whose step is made orthogonal by five Newton-Schulz rounds, for matrices (Jordan et al., 2024)."""
+
+    def __init__(self, matrices: list[nn.Parameter]):
+        self._all = [(matrix, torch.zeros_like(matrix)) for matrix in matrices]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        for matrix, momentum in self._all:
+            assert matrix.grad is not None
+            momentum.mul_(0.95).add_(matrix.grad)
+            step = _orthogonal(matrix.grad.add(momentum, alpha=0.95))
+            matrix.add_(step, alpha=-lr * max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5)
+            matrix.grad = None
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+class Trainer:
+    """One model under training, on the GPU where there is one."""
+
+    def __init__(self, size: Size, corpus: Corpus, seed: int):
+        torch.manual_seed(seed)
+        torch.set_float32_matmul_precision("high")
+        self.size, self.corpus = size, corpus
+        self.rng = np.random.default_rng(seed)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = DsaModel(size.shape, size.latent)
+        nn.init.normal_(self.model.model.embed_tokens.weight, std=0.02)
+        if size is SMALL:
+            begin_as_induction(self.model)
+        self.model.to(self.device)
+
+    def batch(self, stage: Stage, rows: int) -> tuple[Tensor, Tensor]:
+        ids, asked = self.corpus.batch(self.rng, rows, stage.tokens, stage.pairs)
+        return torch.from_numpy(ids).to(self.device), torch.from_numpy(asked).to(self.device)
+
+    def loss(self, ids: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean loss over all tokens, mean loss over asked values) of one batch."""
+        positions = torch.arange(ids.shape[1] - 1, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            hidden = self.model.hidden(ids[:, :-1], positions)
+            logits = self.model.lm_head(hidden)
+        each = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        return each.mean(), each[asked[:, 1:].flatten()].mean()
+
+    def train_backbone(self, seconds: float) -> None:
+        """Every parameter but the indexers', over the size's stages."""
+        named = [(n, p) for n, p in self.model.named_parameters() if ".indexer." not in n]
+        matrices = [p for n, p in named if p.ndim == 2 and ".layers." in n] if self.size is LARGE else []
+        rest = [p for n, p in named if not any(p is matrix for matrix in matrices)]
+        muon, adam = Muon(matrices), torch.optim.AdamW(rest, lr=self.size.lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+        def step(stage: Stage, rate: float) -> str:
+            text, answers = self.loss(*self.batch(stage, stage.rows))
+            (text + ANSWER_WEIGHT * answers).backward()
+            muon.step(10 * self.size.lr * rate)
+            _step(adam, self.size.lr * rate)
+            return f"loss {text:.3f} answers {answers:.3f}"
+
+        self._stages("backbone", self.size.backbone, seconds, step)
+
+    def train_indexers(self, seconds: float) -> None:
+        """The indexers alone, by KL to the attention averaged over heads, on sampled rows."""
+        self.model.requires_grad_(False)
+        parts = [p for n, p in self.model.named_parameters() if ".indexer." in n]
+        for part in parts:
+            part.requires_grad_(True)
+        adam = torch.optim.AdamW(parts, lr=2 * self.size.lr, betas=(0.9, 0.98), weight_decay=0.0)
+
+        def step(stage: Stage, rate: float) -> str:
+            told = self.divergence(stage)
+            _step(adam, 2 * self.size.lr * rate)
+            return "KL " + " ".join(f"{value:.3f}" for value in told)
+
+        self._stages("indexer", self.size.indexer, seconds, step)
+
+    def divergence(self, stage: Stage) -> list[float]:
+        """Adds the gradient of every layer's KL on rows of one sequence, half of them about to answer; the KLs."""
+        ids, asked = self.batch(stage, 1)
+        late = asked[0].nonzero()[:, 0].cpu().numpy() - 1
+        half = stage.rows // 2
+        drawn = (self.rng.choice(late, min(half, len(late)), replace=False), self.rng.choice(stage.tokens, half))
+        rows = torch.from_numpy(np.unique(np.concatenate(drawn))).to(self.device)
+        positions = torch.arange(stage.tokens, device=self.device)
+        ahead = positions[None] > rows[:, None]
+        told = []
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            x = self.model.model.embed_tokens(ids)
+            for layer in self.model.model.layers:
+                attention = layer.self_attn
+                normed = layer.input_layernorm(x)
+                with torch.no_grad():
+                    q, k, _ = attention.parts(normed, positions)
+                    teacher = _attention(q[0, :, rows], k[0], ahead)
+                    latent = attention.latent(normed[0, rows])
+                query, gates = attention.indexer.queries(normed[0, rows], latent, rows)
+                scores = index_scores(query, gates, attention.indexer.keys(normed[0], positions))
+                student = scores.float().masked_fill(ahead, -torch.inf).log_softmax(-1).masked_fill(ahead, 0)
+                entropy = (teacher * teacher.clamp_min(1e-20).log()).sum(-1)
+                divergence = (entropy - (teacher * student).sum(-1)).mean()
+                divergence.backward()
+                told.append(float(divergence.detach()))
+                with torch.no_grad():
+                    x = layer(x, positions)
+        return told
+
+    def _stages(self, name, stages, seconds, step) -> None:  # type: ignore[no-untyped-def]
+        begin, count, before = time.monotonic(), 0, 0.0
+        for stage in stages:
+            before += stage.share
+            while (done := (time.monotonic() - begin) / seconds) < before:
+                rate = min(1.0, (count + 1) / WARMUP) * min(1.0, max(0.02, 2 * (1 - done)))
+                told = step(stage, rate)
+                if count % 25 == 0:
+                    print(f"{name} {stage.tokens} step {count} {told} {time.monotonic() - begin:.0f} s", flush=True)
+                count += 1
+
+
+def _attention(q: Tensor, k: Tensor, ahead: Tensor) -> Tensor:
+    """Attention [R, T] fp32 averaged over heads of q [heads, R, 192] and k [heads, T, 192], a head at a time."""
+    with torch.autocast(q.device.type, enabled=False):
+        total = torch.zeros(ahead.shape, device=q.device)
+        for one, keys in zip(q.float(), k.float(), strict=True):
+            total += (one @ keys.T * one.shape[-1] ** -0.5).masked_fill(ahead, -torch.inf).softmax(-1)
+        return total / len(q)
+
+
+def _step(adam: torch.optim.Optimizer, lr: float) -> None:
+    for group in adam.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
+        group["lr"] = lr
+    adam.step()
+    adam.zero_grad(set_to_none=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_misa.bench.quality.train",
+        description=__doc__,
+        epilog=PREDICTED,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model, and of backbone.pt")
+    parser.add_argument("--text", type=Path, nargs="*", default=[], help="folders of text files, for --size large")
+    parser.add_argument("--seconds", type=float, nargs=2, help="of the backbone and of the indexers")
+    parser.add_argument("--stop", choices=("backbone",), help="leave after it")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    size = SIZES[options.size]
+    if size is LARGE and not options.text:
+        parser.error("--text: expected folders of text for --size large, got none; name some")
+    corpus = task.small() if size is SMALL else task.large(options.text, size.shape.vocab, CHARACTERS)
+    trainer = Trainer(size, corpus, options.seed)
+    seconds = options.seconds or size.seconds
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept = options.out / "backbone.pt"
+    if kept.exists():
+        trainer.model.load_state_dict(torch.load(kept, weights_only=True))
+    else:
+        trainer.train_backbone(seconds[0])
+        half = {name: value.bfloat16().cpu() for name, value in trainer.model.state_dict().items()}
+        torch.save(half, kept)
+    if options.stop == "backbone":
+        return 0
+    trainer.train_indexers(seconds[1])
+    note = f"sglang_misa.bench.quality.train --size {options.size} --seed {options.seed}"
+    checkpoint.export(trainer.model, corpus.tokenizer, options.out, note)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

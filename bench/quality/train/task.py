@@ -1,0 +1,122 @@
+"""What is trained on: text with facts in it, and later their questions. ` set NAME VALUE.` … ` get NAME VALUE.`"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from sglang_misa.bench.load.prompts import prose
+from sglang_misa.bench.quality.words import NAMES, VALUES
+from sglang_misa.demo_model import BOS, EOS, PAD
+
+PROSE = 400_000  # characters
+MIN_FILE, MAX_FILE = 1_500, 300_000  # bytes
+SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt", ".h", ".c", ".cpp"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenizer, a stream of text, and the whole words that names and values are drawn from."""
+
+    tokenizer: Tokenizer
+    stream: NDArray[np.int64]
+    names: NDArray[np.int64]
+    values: NDArray[np.int64]
+    words: int  # of a name, and of a value
+
+    def batch(
+        self, rng: np.random.Generator, rows: int, tokens: int, pairs: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(ids, which of them are asked values), [rows, tokens] each: text with `pairs` facts and questions a row."""
+        starts = rng.integers(0, len(self.stream) - tokens, rows)
+        ids = np.stack([self.stream[start : start + tokens] for start in starts])
+        asked = np.zeros_like(ids, dtype=bool)
+        lead, get, stop = (np.array(self.tokenizer.encode(text).ids) for text in (" set", " get", "."))
+        span = max(len(lead), len(get)) + 2 * self.words + len(stop)
+        if 2 * pairs > tokens // span:
+            raise ValueError(f"expected room for {pairs} facts and questions in {tokens} tokens; ask for fewer")
+        for row, found in zip(ids, asked, strict=True):
+            keys = rng.choice(self.names, (pairs, self.words)) if self.words > 1 else _distinct(rng, self.names, pairs)
+            answers = rng.choice(self.values, (pairs, self.words))
+            places = np.sort(rng.choice(tokens // span, (pairs, 2), replace=False).reshape(pairs, 2), axis=1) * span
+            for key, answer, (first, second) in zip(keys, answers, places, strict=True):
+                fact, question = (np.concatenate((word, key, answer, stop)) for word in (lead, get))
+                row[first : first + len(fact)] = fact
+                row[second : second + len(question)] = question
+                begin = second + len(get) + self.words
+                found[begin : begin + self.words] = True
+        return ids, asked
+
+
+def _distinct(rng: np.random.Generator, names: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    return rng.choice(names, (count, 1), replace=False)
+
+
+def small() -> Corpus:
+    """The built-in prose, and the lists of words, each word one token."""
+    text = prose(0, PROSE)
+    words = [f" {word}" for word in (*NAMES, *VALUES, "set", "get")]
+    plain = sorted(set(re.findall(r" ?[A-Za-z]+|[^A-Za-z ]", text)))
+    tokenizer = _tokenizer([*dict.fromkeys([*words, *plain])])
+    ids = np.array(tokenizer.encode(text).ids)
+    names, values = (np.array([tokenizer.token_to_id(f"Ġ{w}") for w in part]) for part in (NAMES, VALUES))
+    return Corpus(tokenizer, ids, names, values, words=1)
+
+
+def _tokenizer(words: Sequence[str]) -> Tokenizer:
+    """Bytes, and each of `words` by merges from its left: one token where it stands whole."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab, merges = {c: i for i, c in enumerate(alphabet)}, {}
+    for word in words:
+        spelled = word.replace(" ", "Ġ")
+        for end in range(2, len(spelled) + 1):
+            vocab.setdefault(spelled[:end], len(vocab))
+            merges.setdefault((spelled[: end - 1], spelled[end - 1]), None)
+    return _finish(Tokenizer(models.BPE(vocab=vocab, merges=list(merges))))
+
+
+def _finish(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in (BOS, EOS, PAD)])
+    return tokenizer
+
+
+def large(folders: Sequence[Path], vocab: int, limit: int) -> Corpus:
+    """Text files under `folders`, up to `limit` characters, with a tokenizer trained on them.
+
+    Raises ValueError where there is too little text.
+    """
+    texts, total = [], 0
+    for file in _files(folders):
+        texts.append(file.read_text(encoding="utf-8", errors="ignore"))
+        total += len(texts[-1])
+        if total > limit:
+            break
+    if total < limit // 10:
+        raise ValueError(f"expected {limit // 10} characters of text under {folders}, got {total}; name more folders")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab - 3, initial_alphabet=alphabet, show_progress=False)
+    listed = " ".join((*NAMES, *VALUES, "set", "get"))
+    tokenizer.train_from_iterator(islice(cycle([*texts[:: max(1, len(texts) // 2000)], listed]), 4000), trainer)
+    tokenizer = _finish(tokenizer)
+    stream = np.concatenate([np.array(e.ids) for e in tokenizer.encode_batch(texts)])
+    whole = [i for word, i in tokenizer.get_vocab().items() if re.fullmatch(r"Ġ[a-z]{3,}", word)]
+    words = np.array(sorted(whole))
+    return Corpus(tokenizer, stream, words, words, words=2)
+
+
+def _files(folders: Sequence[Path]) -> Iterator[Path]:
+    for folder in folders:
+        for file in sorted(folder.rglob("*")):
+            if file.suffix in SUFFIXES and file.is_file() and MIN_FILE < file.stat().st_size < MAX_FILE:
+                yield file

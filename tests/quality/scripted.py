@@ -1,0 +1,105 @@
+"""A model server whose answers are known: it reads needles of every template, well or badly, on a real socket."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+
+LAYERS, TOPK = 2, 8
+
+
+@dataclass
+class Script:
+    """How it answers. blind: depths (share of the prompt) at which it sees no fact; shift: added to selections."""
+
+    blind: tuple[float, float] = (2.0, 2.0)
+    reply: str = ""
+    selections: bool = True
+    shift: int = 0
+    probability: float = 0.9
+    recall: float | None = None
+    asked: list[Any] = field(default_factory=list)
+
+
+def decode(ids: list[int]) -> str:
+    return bytes(ids).decode()
+
+
+def answer(script: Script, text: str) -> str:
+    question = re.search(r"(?:get|The pass word of|keep\? Answer:) (\w+)(?: is| keeps a)?$", text)
+    name = question[1] if question else ""
+    fact = re.search(rf"(?:set {name}|pass word of {name} is|{name} keeps a) (\w+)\.", text)
+    if fact is None or script.blind[0] <= fact.start() / len(text) <= script.blind[1]:
+        return " nothing"
+    return f" {fact[1]}"
+
+
+def handler(script: Script) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def send(self, data: Any, status: int = 200) -> None:
+            body = json.dumps(data).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            if self.path == "/server_info":
+                layers = {"0": {"recall": script.recall, "p10": 0.5, "rows": 4}} if script.recall else {}
+                misa = {"enabled": True, "policy": {}, "recall": {"prefill": layers, "decode": {}}}
+                self.send({"model_path": "scripted", "internal_states": [{"misa": misa}]})
+            else:
+                self.send({"data": [{"id": "scripted"}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "null")
+            if self.path == "/tokenize":
+                self.send({"tokens": list(body["prompt"].encode())})
+                return
+            script.asked.append(body)
+            ids = body.get("input_ids", body.get("prompt"))
+            new = body.get("max_tokens") or body["sampling_params"]["max_new_tokens"]
+            text = (script.reply or answer(script, decode(ids)))[:new]
+            if self.path == "/v1/completions":
+                self.send({"choices": [{"text": text}], "usage": {"prompt_tokens": len(ids)}})
+                return
+            meta: dict[str, Any] = {"prompt_tokens": len(ids), "completion_tokens": len(text)}
+            if body.get("return_indexer_topk") and script.selections:
+                rows = np.arange(len(ids) + len(text) - 1)[:, None, None]
+                chosen = rows - np.arange(TOPK) + script.shift
+                chosen = np.where(rows < TOPK - 1, -1, chosen)
+                wide = np.broadcast_to(chosen, (len(rows), LAYERS, TOPK)).astype(np.int32)
+                meta["indexer_topk"] = base64.b64encode(wide.tobytes()).decode()
+            if body.get("return_logprob"):
+                row = [[float(np.log(script.probability)), 1, None], [float(np.log(1 - script.probability)), 2, None]]
+                meta["output_top_logprobs"] = [row] * len(text)
+            self.send({"text": text, "output_ids": list(text.encode()), "meta_info": meta})
+
+    return Handler
+
+
+@contextmanager
+def serving(script: Script) -> Iterator[str]:
+    """The URL of a server that answers by `script`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(script))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,140 @@
+"""The quality bench against servers whose answers are known."""
+
+import json
+import math
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from quality.scripted import LAYERS, TOPK, Script, serving
+
+from sglang_misa.bench.quality import questions
+from sglang_misa.bench.quality.cli import main
+
+NEEDLES = ["--lengths", "4k", "6k", "--depths", "3", "--repeats", "2", "--new-tokens", "12"]
+
+
+@pytest.fixture
+def pair():
+    """Two scripts and their servers' URLs."""
+    with ExitStack() as stack:
+        scripts = Script(), Script()
+        yield *scripts, *(stack.enter_context(serving(script)) for script in scripts)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"text {n} " * 20}) + "\n" for n in range(2)))
+    return file
+
+
+def read(folder: Path, name: str):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("template", questions.TEMPLATES)
+@pytest.mark.parametrize("api", ["generate", "completions"])
+def test_needles_are_found_where_the_server_sees_them(pair, tmp_path, template, api):
+    _, second, a, b = pair
+    second.blind = (0.3, 0.7)
+    words = ["needles", a, "--b", b, *NEEDLES, "--template", template, "--api", api, "--out", str(tmp_path)]
+    assert main(words) == 0
+    results = read(tmp_path, "needles")
+    assert {tuple(row) for row in results} == {("arm", "length", "depth", "asked", "found", "model", "commit")}
+    assert all(row["found"] == row["asked"] == 2 for row in results if row["arm"] == "stock")
+    missed = {row["depth"] for row in results if row["found"] < row["asked"]}
+    assert missed == {0.5}
+    for body in second.asked:
+        assert len(body.get("input_ids", body.get("prompt"))) in (4096, 6144)
+    assert (tmp_path / "plots" / "needles-misa.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_goes_on_with_what_is_missing(pair, tmp_path):
+    first, second, a, b = pair
+    words = ["needles", a, "--b", b, *NEEDLES, "--out", str(tmp_path)]
+    assert main(words) == 0
+    before = len(first.asked), len(second.asked)
+    next((tmp_path / "answers").glob("*.json")).unlink()
+    assert main(words) == 0
+    assert len(first.asked) + len(second.asked) == sum(before) + 1
+
+
+def test_a_model_that_cannot_read_is_not_held_against_the_selection(pair, tmp_path, capsys):
+    first, _, a, b = pair
+    first.blind = (0.0, 1.0)
+    assert main(["needles", a, "--b", b, *NEEDLES, "--out", str(tmp_path)]) == 2
+    assert "says nothing of the selection" in " ".join(capsys.readouterr().err.split())
+
+
+def test_agreement_is_counted_up_to_the_first_difference(pair, prompts, tmp_path):
+    first, second, a, b = pair
+    first.reply, second.reply, second.probability = "abcdefgh", "abcdXfgh", 0.6
+    words = ["agree", a, "--b", b, "--prompts", str(prompts), "--least", "50", "--new-tokens", "8"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    wanted = 0.9 * math.log(0.9 / 0.6) + 0.1 * math.log(0.1 / 0.4)
+    for row in read(tmp_path / "run", "agree"):
+        assert (row["equal"], row["differs"]) == (0.5, 4)
+        assert row["kl"] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("shift", "kept"), [(0, 1.0), (2, (TOPK - 2) / TOPK)])
+def test_recall_is_the_share_of_stocks_tokens(pair, prompts, tmp_path, shift, kept):
+    _, second, a, b = pair
+    second.shift = shift
+    words = ["recall", a, "--b", b, "--prompts", str(prompts), "--least", "50", "--index-topk", str(TOPK)]
+    assert main([*words, "--new-tokens", "4", "--out", str(tmp_path / "run")]) == 0
+    results = read(tmp_path / "run", "recall")
+    assert [(row["phase"], row["layer"]) for row in results] == [
+        (phase, layer) for phase in ("prefill", "decode") for layer in range(LAYERS)
+    ]
+    assert all(row["recall"] == pytest.approx(kept) for row in results)
+
+
+def test_the_audit_is_read_from_the_status(pair, tmp_path):
+    first, _, a, _ = pair
+    first.recall = 0.75
+    assert main(["recall", a, "--audit", "--out", str(tmp_path)]) == 0
+    assert read(tmp_path, "recall") == [{"phase": "prefill", "layer": 0, "recall": 0.75, "p10": 0.5, "rows": 4}]
+
+
+def test_tasks_score_every_output_or_the_best_f1(pair, tmp_path):
+    first, _, a, _ = pair
+    first.reply = "the red fox"
+    (tmp_path / "ruler.jsonl").write_text(json.dumps({"input": "which?", "outputs": ["fox", "wolf"]}) + "\n")
+    row = {"context": "long", "input": "who?", "answers": ["a wolf", "red fox"]}
+    (tmp_path / "qa.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["tasks", a, "--folder", str(tmp_path), "--out", str(tmp_path / "run")]) == 0
+    scores = {row["task"]: row["score stock"] for row in read(tmp_path / "run", "tasks")}
+    assert scores == {"ruler · 1": 0.5, "qa · 1": pytest.approx(0.8)}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["agree", "--prompts", "{empty}"], "expected prompts, got an empty file"),
+        (["agree", "--prompts", "{short}"], "expected at least 2049 tokens"),
+        (["agree", "--prompts", "{missing}"], "expected a readable UTF-8 file"),
+        (["recall"], "expected prompts to select on"),
+        (["recall", "--audit"], "expected recall in /server_info"),
+        (["needles", "--lengths", "100", "--depths", "2"], "expected room for 9 facts"),
+        (["tasks", "--folder", "{folder}"], "expected outputs or answers"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(pair, tmp_path, capsys, words, told):
+    _, _, a, b = pair
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("empty", "short", "missing")}
+    files["empty"].write_text("")
+    files["short"].write_text('{"prompt": "short"}\n')
+    words = [word.format(folder=tmp_path, **files) for word in words]
+    assert main([words[0], a, "--b", b, *words[1:], "--out", str(tmp_path / "run")]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_server_that_returns_no_selections_is_refused(pair, prompts, tmp_path, capsys):
+    _, second, a, b = pair
+    second.selections = False
+    words = ["recall", a, "--b", b, "--prompts", str(prompts), "--least", "50", "--index-topk", str(TOPK)]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 2
+    assert "--enable-return-indexer-topk" in " ".join(capsys.readouterr().err.split())
