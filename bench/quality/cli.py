@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ from sglang_misa.bench.quality import measures, page, questions
 from sglang_misa.bench.quality.asking import Answer, selected, wants_logprobs
 from sglang_misa.bench.quality.collect import Collector, by_question
 from sglang_misa.bench.quality.questions import TEMPLATES, Question, Tokenize
+from sglang_misa.bench.quality.words import NAMES
 
 OK, USAGE, INTERRUPTED = 0, 2, 130
 CAN_READ = 0.5  # share of needles that the first arm must find before anything is said of the second
@@ -179,8 +180,7 @@ def _run(command: Command, arguments: Sequence[str], console: Console) -> int:
     environment = Environment.now(arguments, keys, module="sglang_misa.bench.quality")
     store.save_environment(environment)
     with Live(console, 0) as live:
-        act = {Needles: _needles, Agree: _agree, Recall: _recall, Tasks: _tasks}[type(command)]
-        found, servers = act(command, plan, store, keys, live, environment)
+        found, servers = _ACTS[type(command)](command, plan, store, keys, live, environment)
     store.write(f"{type(command).__name__.lower()}.json", json.dumps(found.results, indent=1) + "\n")
     rows = [[_shown(row[column]) for column in found.columns] for row in found.results]
     path = page.write(
@@ -207,7 +207,7 @@ def _needles(
     command: Needles, plan: Plan, store: Store, keys: Keys, live: Live, environment: Environment
 ) -> tuple[Found, dict[str, Any]]:
     lengths = [Lengths.parse(text).longest for text in command.lengths]
-    if command.depths < 2 or command.repeats < 1 or not lengths or not 0 <= command.others < len(questions.NAMES):
+    if command.depths < 2 or command.repeats < 1 or not lengths or not 0 <= command.others < len(NAMES):
         raise LoadError(
             "needles: expected lengths, at least 2 depths, 1 repeat and 0 to 49 others; change what is less"
         )
@@ -367,3 +367,11 @@ def _means(results: Sequence[dict[str, Any]]) -> str:
     phases = dict.fromkeys(row["phase"] for row in results)
     told = [f"{phase} {np.mean([row['recall'] for row in results if row['phase'] == phase]):.4f}" for phase in phases]
     return f"Mean recall over layers: {' · '.join(told)}."
+
+
+_ACTS: dict[type[Command], Callable[..., tuple[Found, dict[str, Any]]]] = {
+    Needles: _needles,
+    Agree: _agree,
+    Recall: _recall,
+    Tasks: _tasks,
+}

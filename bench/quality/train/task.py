@@ -73,7 +73,8 @@ def small() -> Corpus:
 def _tokenizer(words: Sequence[str]) -> Tokenizer:
     """Bytes, and each of `words` by merges from its left: one token where it stands whole."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab, merges = {c: i for i, c in enumerate(alphabet)}, {}
+    vocab = {c: i for i, c in enumerate(alphabet)}
+    merges: dict[tuple[str, str], None] = {}
     for word in words:
         spelled = word.replace(" ", "Ġ")
         for end in range(2, len(spelled) + 1):
