@@ -30,6 +30,7 @@ from sglang_misa.bench.quality import measures, page, questions
 from sglang_misa.bench.quality.asking import Answer, selected, wants_logprobs
 from sglang_misa.bench.quality.collect import Collector, by_question
 from sglang_misa.bench.quality.questions import TEMPLATES, Question, Tokenize
+from sglang_misa.bench.quality.words import NAMES
 
 OK, USAGE, INTERRUPTED = 0, 2, 130
 CAN_READ = 0.5  # share of needles that the first arm must find before anything is said of the second
@@ -179,8 +180,14 @@ def _run(command: Command, arguments: Sequence[str], console: Console) -> int:
     environment = Environment.now(arguments, keys, module="sglang_misa.bench.quality")
     store.save_environment(environment)
     with Live(console, 0) as live:
-        act = {Needles: _needles, Agree: _agree, Recall: _recall, Tasks: _tasks}[type(command)]
-        found, servers = act(command, plan, store, keys, live, environment)
+        if isinstance(command, Needles):
+            found, servers = _needles(command, plan, store, keys, live, environment)
+        elif isinstance(command, Agree):
+            found, servers = _agree(command, plan, store, keys, live)
+        elif isinstance(command, Recall):
+            found, servers = _recall(command, plan, store, keys, live)
+        else:
+            found, servers = _tasks(command, plan, store, keys, live)
     store.write(f"{type(command).__name__.lower()}.json", json.dumps(found.results, indent=1) + "\n")
     rows = [[_shown(row[column]) for column in found.columns] for row in found.results]
     path = page.write(
@@ -207,7 +214,7 @@ def _needles(
     command: Needles, plan: Plan, store: Store, keys: Keys, live: Live, environment: Environment
 ) -> tuple[Found, dict[str, Any]]:
     lengths = [Lengths.parse(text).longest for text in command.lengths]
-    if command.depths < 2 or command.repeats < 1 or not lengths or not 0 <= command.others < len(questions.NAMES):
+    if command.depths < 2 or command.repeats < 1 or not lengths or not 0 <= command.others < len(NAMES):
         raise LoadError(
             "needles: expected lengths, at least 2 depths, 1 repeat and 0 to 49 others; change what is less"
         )
@@ -263,9 +270,7 @@ def _both(command: Common, plan: Plan) -> None:
         raise LoadError(f"b: expected a second server to compare {command.a} with, got none; add --b")
 
 
-def _agree(
-    command: Agree, plan: Plan, store: Store, keys: Keys, live: Live, environment: Environment
-) -> tuple[Found, dict[str, Any]]:
+def _agree(command: Agree, plan: Plan, store: Store, keys: Keys, live: Live) -> tuple[Found, dict[str, Any]]:
     _both(command, plan)
     collector = Collector(plan, store, keys, live, wants_logprobs(plan.protocol))
     answers = collector.run(lambda tok: questions.prompts(command.prompts, tok, command.new_tokens, command.least))
@@ -281,9 +286,7 @@ def _agree(
     return Found("Agreement", verdict, results, tuple(results[0])), collector.servers
 
 
-def _tasks(
-    command: Tasks, plan: Plan, store: Store, keys: Keys, live: Live, environment: Environment
-) -> tuple[Found, dict[str, Any]]:
+def _tasks(command: Tasks, plan: Plan, store: Store, keys: Keys, live: Live) -> tuple[Found, dict[str, Any]]:
     collector = Collector(plan, store, keys, live, {})
     answers = collector.run(lambda tok: questions.tasks(command.folder, tok, command.new_tokens))
     results = [
@@ -295,9 +298,7 @@ def _tasks(
     return Found("Tasks", f"Mean score: {' · '.join(means)}.", results, tuple(results[0])), collector.servers
 
 
-def _recall(
-    command: Recall, plan: Plan, store: Store, keys: Keys, live: Live, environment: Environment
-) -> tuple[Found, dict[str, Any]]:
+def _recall(command: Recall, plan: Plan, store: Store, keys: Keys, live: Live) -> tuple[Found, dict[str, Any]]:
     if command.audit:
         collector = Collector(plan.model_copy(update={"arms": plan.arms[:1]}), store, keys, live, {})
         return Found("Recall by the live audit", *_audited(collector)), collector.servers
