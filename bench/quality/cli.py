@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -180,7 +180,14 @@ def _run(command: Command, arguments: Sequence[str], console: Console) -> int:
     environment = Environment.now(arguments, keys, module="sglang_misa.bench.quality")
     store.save_environment(environment)
     with Live(console, 0) as live:
-        found, servers = _ACTS[type(command)](command, plan, store, keys, live, environment)
+        if isinstance(command, Needles):
+            found, servers = _needles(command, plan, store, keys, live, environment)
+        elif isinstance(command, Agree):
+            found, servers = _agree(command, plan, store, keys, live)
+        elif isinstance(command, Recall):
+            found, servers = _recall(command, plan, store, keys, live)
+        else:
+            found, servers = _tasks(command, plan, store, keys, live)
     store.write(f"{type(command).__name__.lower()}.json", json.dumps(found.results, indent=1) + "\n")
     rows = [[_shown(row[column]) for column in found.columns] for row in found.results]
     path = page.write(
@@ -263,9 +270,7 @@ def _both(command: Common, plan: Plan) -> None:
         raise LoadError(f"b: expected a second server to compare {command.a} with, got none; add --b")
 
 
-def _agree(
-    command: Agree, plan: Plan, store: Store, keys: Keys, live: Live, environment: Environment
-) -> tuple[Found, dict[str, Any]]:
+def _agree(command: Agree, plan: Plan, store: Store, keys: Keys, live: Live) -> tuple[Found, dict[str, Any]]:
     _both(command, plan)
     collector = Collector(plan, store, keys, live, wants_logprobs(plan.protocol))
     answers = collector.run(lambda tok: questions.prompts(command.prompts, tok, command.new_tokens, command.least))
@@ -281,9 +286,7 @@ def _agree(
     return Found("Agreement", verdict, results, tuple(results[0])), collector.servers
 
 
-def _tasks(
-    command: Tasks, plan: Plan, store: Store, keys: Keys, live: Live, environment: Environment
-) -> tuple[Found, dict[str, Any]]:
+def _tasks(command: Tasks, plan: Plan, store: Store, keys: Keys, live: Live) -> tuple[Found, dict[str, Any]]:
     collector = Collector(plan, store, keys, live, {})
     answers = collector.run(lambda tok: questions.tasks(command.folder, tok, command.new_tokens))
     results = [
@@ -295,9 +298,7 @@ def _tasks(
     return Found("Tasks", f"Mean score: {' · '.join(means)}.", results, tuple(results[0])), collector.servers
 
 
-def _recall(
-    command: Recall, plan: Plan, store: Store, keys: Keys, live: Live, environment: Environment
-) -> tuple[Found, dict[str, Any]]:
+def _recall(command: Recall, plan: Plan, store: Store, keys: Keys, live: Live) -> tuple[Found, dict[str, Any]]:
     if command.audit:
         collector = Collector(plan.model_copy(update={"arms": plan.arms[:1]}), store, keys, live, {})
         return Found("Recall by the live audit", *_audited(collector)), collector.servers
@@ -367,11 +368,3 @@ def _means(results: Sequence[dict[str, Any]]) -> str:
     phases = dict.fromkeys(row["phase"] for row in results)
     told = [f"{phase} {np.mean([row['recall'] for row in results if row['phase'] == phase]):.4f}" for phase in phases]
     return f"Mean recall over layers: {' · '.join(told)}."
-
-
-_ACTS: dict[type[Command], Callable[..., tuple[Found, dict[str, Any]]]] = {
-    Needles: _needles,
-    Agree: _agree,
-    Recall: _recall,
-    Tasks: _tasks,
-}

@@ -129,7 +129,7 @@ class Attention(nn.Module):
         q_pe = rope(q[..., NOPE_DIM:], positions, self.theta, halves=False)
         k_pe = rope(k_pe[..., None, :], positions, self.theta, halves=False).expand(*k.shape[:-1], -1)
         whole = (torch.cat((q[..., :NOPE_DIM], q_pe), -1), torch.cat((k, k_pe), -1), v)
-        return tuple(part.transpose(1, 2) for part in whole)  # type: ignore[return-value]
+        return tuple(part.transpose(1, 2) for part in whole)
 
     def forward(self, x: Tensor, positions: Tensor, seen: Tensor | None) -> Tensor:
         q, k, v = self.parts(x, positions)

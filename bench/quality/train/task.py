@@ -74,7 +74,7 @@ def _tokenizer(words: Sequence[str]) -> Tokenizer:
     """Bytes, and each of `words` by merges from its left: one token where it stands whole."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {c: i for i, c in enumerate(alphabet)}
-    merges: dict[tuple[str, str], None] = {}
+    merges: dict[tuple[str, str], None] = {}  # in order
     for word in words:
         spelled = word.replace(" ", "Ġ")
         for end in range(2, len(spelled) + 1):
@@ -106,7 +106,7 @@ def large(folders: Sequence[Path], vocab: int, limit: int) -> Corpus:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab - 3, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab - 3, initial_alphabet=alphabet, show_progress=False)  # type: ignore[no-untyped-call]
     listed = " ".join((*NAMES, *VALUES, "set", "get"))
     tokenizer.train_from_iterator(islice(cycle([*texts[:: max(1, len(texts) // 2000)], listed]), 4000), trainer)
     tokenizer = _finish(tokenizer)
