@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import random
@@ -39,10 +40,8 @@ PAUSE_S = 1.0  # between SIGSTOP and SIGCONT
 TIMEOUT_S, START_S = 120.0, 300.0
 GROWTH = 1.1  # of memory, after the first tenth of the time
 FOUND_WITHIN = 64  # steps: 20 times the pages of all layers of the request, a sample's size of them at each step
-KINDS = (
-    "short", "long", "shared prefix", "next turn", "left mid-stream", "too long", "flushed", "stopped and continued",
-    "retracted", "evicted", "restored from the host",
-)  # fmt: skip
+TURNS = ("short", "long", "shared prefix", "next turn", "left mid-stream", "too long")
+KINDS = (*TURNS, "flushed", "stopped and continued", "retracted", "evicted", "restored from the host")
 SERVER = (
     "--misa-preset dsa --misa-decode-blocks 4 --misa-decode-block-size 64 --misa-decode-min-len 100 "
     "--misa-verify-stats raise --device cpu --enable-metrics --enable-cache-report --schedule-conservativeness 0 "
@@ -89,15 +88,18 @@ class Soak:
         self._lock = threading.Lock()
         self.prefixes = [prompt(random.Random(seed), PREFIX) for seed in range(3)]
 
-    def saw(self, *kinds: str) -> None:
+    def saw(self, kind: str) -> None:
         with self._lock:
-            self.report.requests += 1
-            for kind in kinds:
-                self.report.events[kind] += 1
+            self.report.events[kind] += 1
+
+    def _requested(self, path: str) -> None:
+        with self._lock:
+            self.report.requests += path == "/generate"
 
     def ask(self, path: str, body: Any = None) -> tuple[int, Any]:
         """(status, body) of a GET, or of a POST of JSON."""
         with contextlib.closing(http.client.HTTPConnection(HOST, self.port, timeout=TIMEOUT_S)) as connection:
+            self._requested(path)
             connection.request(
                 "GET" if body is None else "POST",
                 path,
@@ -121,45 +123,42 @@ class Soak:
         """Ask for a stream and go after its first bytes."""
         connection = http.client.HTTPConnection(HOST, self.port, timeout=TIMEOUT_S)
         with contextlib.closing(connection):
+            self._requested("/generate")
             connection.request("POST", "/generate", json.dumps(body(tokens, LONG[0]) | {"stream": True}))
             connection.getresponse().read1(64)
 
     def client(self, seed: int, until: float) -> None:
-        """One client's requests, until the time is over."""
-        numbers, chat = random.Random(seed), list[int]()
-        while time.monotonic() < until:
+        """One client's requests, until the time is over: a turn of each kind, and again; each begins with another."""
+        numbers = random.Random(seed)
+        for turn in itertools.count(seed):
+            if time.monotonic() > until:
+                return
             try:
-                chat = self._turn(numbers, chat)
+                self._turn(numbers, TURNS[turn % len(TURNS)])
             except (OSError, RuntimeError, http.client.HTTPException) as error:
                 with self._lock:
                     self.report.errors.append(f"client {seed}: {error!r}")
                 return
 
-    def _turn(self, numbers: random.Random, chat: list[int]) -> list[int]:
-        """One request, after which the client's conversation is what this returns."""
-        kind, new = numbers.random(), numbers.randrange(10, 120)
-        if kind < 0.1:
+    def _turn(self, numbers: random.Random, kind: str) -> None:
+        new, tail = numbers.randrange(10, 120), prompt(numbers, numbers.randrange(*SHORT))
+        if kind == "left mid-stream":
             self.leave(prompt(numbers, numbers.randrange(*LONG)))
-            self.saw("left mid-stream")
-        elif kind < 0.15:
+        elif kind == "too long":
             status, answer = self.ask("/generate", body(prompt(numbers, CONTEXT + 1), new))
             if status != 400:
                 raise RuntimeError(f"expected 400 for a prompt over the context, got {status} {str(answer)[:200]}")
-            self.saw("too long")
-        elif kind < 0.4 and chat and len(chat) < LONG[1]:
-            turn = [*chat, *prompt(numbers, SHORT[0])]
-            ids, _ = self.generate(turn, new)
-            self.saw("next turn")
-            return [*turn, *ids]
+        elif kind == "next turn":
+            first, _ = self.generate(tail, new)
+            self.generate([*tail, *first, *prompt(numbers, SHORT[0])], new)
+        elif kind == "shared prefix":
+            prefix = numbers.choice(self.prefixes)[: numbers.randrange(65, PREFIX)]
+            self.generate([*prefix, *tail], new)
+            if not self.generate([*prefix, *tail[::-1]], new)[1]:
+                return  # somebody else's pages took its place
         else:
-            size = "long" if kind < 0.6 else "short"
-            turn = prompt(numbers, numbers.randrange(*(LONG if size == "long" else SHORT)))
-            if kind > 0.8:
-                turn = numbers.choice(self.prefixes)[: numbers.randrange(65, PREFIX)] + turn
-            ids, cached = self.generate(turn, new)
-            self.saw(size, *(["shared prefix"] if kind > 0.8 and cached else []))
-            return [*turn, *ids]
-        return []
+            self.generate(prompt(numbers, numbers.randrange(*LONG)) if kind == "long" else tail, new)
+        self.saw(kind)
 
     def metrics(self) -> dict[str, float]:
         """SGLang's counters by name, summed over labels."""
