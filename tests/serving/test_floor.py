@@ -22,7 +22,7 @@ from sglang_misa.ladder import CALM, WINDOW
 pytestmark = pytest.mark.serving
 
 ROWS, DUMPED, LIMIT = 16, 8, 2 << 20  # audited rows a call, dumped rows a prompt, bytes of all dumps
-FLOOR = 0.5  # the router keeps about 0.75 here, and a broken one 0.2
+FLOOR = 0.6  # the router keeps about 0.75 here, and a broken one 0.2 to 0.5
 LONG, CLIENTS = 300, 8
 
 
@@ -106,25 +106,25 @@ def test_the_study_runs_on_a_dump(guarded, folder: Path, monkeypatch, capsys) ->
 def test_a_broken_router_is_left_and_a_repaired_one_comes_back(guarded, folder: Path, together) -> None:
     broken, seeds = folder / "broken", iter(range(100, 1000))
 
-    def serve() -> dict[str, Any]:
-        """Prompts at once whose rows, in prefill and in decode, are enough to be judged once, and to come back."""
-        steps = CALM * WINDOW // CLIENTS + 4  # they do not all begin together
+    def serve(rows: int) -> dict[str, Any]:
+        """Prompts at once whose decode has so many audited rows in a layer; their prefill has CALM * WINDOW."""
+        steps = rows // CLIENTS + 4  # they do not all begin together
         together(lambda ids: guarded.generate(ids, new=steps), [prompt(next(seeds), LONG) for _ in range(CLIENTS)])
         return guarded.misa()
 
     layers = {str(layer) for layer in range(demo_model.CPU.layers)}
     assert guarded.misa()["ladder"] == {"prefill": {}, "decode": {}}, "nothing has moved while all was well"
     broken.touch()
-    sunk = serve()
+    sunk = serve(WINDOW)
     assert {layer: state["rung"] for layer, state in sunk["ladder"]["prefill"].items()} == dict.fromkeys(layers, 1)
     assert sunk["ladder"]["decode"]["all"]["rung"] == 1
     assert sunk["declined"]["recall-floor"] > 0
     broken.unlink()
-    back = serve()["ladder"]
+    back = serve(2 * CALM * WINDOW)["ladder"]  # the window that has begun holds probes of what was broken
     assert {layer: state["rung"] for layer, state in back["prefill"].items()} == dict.fromkeys(layers, 0)
     assert back["decode"]["all"]["rung"] == 0
     log = (folder / "log").read_text()
-    assert "is under 0.5; misa-peak-residual-hier selects instead of misa" in log
+    assert f"is under {FLOOR}; misa-peak-residual-hier selects instead of misa" in log
     assert "prefill by misa keeps" in log
 
 
