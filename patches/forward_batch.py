@@ -26,7 +26,8 @@ def init_new(original: Callable[..., Any], cls: type, batch: Any, model_runner: 
         pairs = zip(batch.reqs, result.seq_lens_cpu.tolist(), strict=False)  # a padded batch has more lengths
         _ends = {number for number, (request, seen) in enumerate(pairs) if seen >= request.seqlen}
     if result.seq_lens_cpu is None:
-        result.misa_longest = max((request.seqlen for request in batch.reqs), default=0)
+        global _longest
+        result.misa_longest = _longest = max((request.seqlen for request in batch.reqs), default=0)
     tokens, mode = longest(result), result.forward_mode
     if tokens is not None and tokens > runtime.current().topk:
         if mode.is_extend():
@@ -36,6 +37,7 @@ def init_new(original: Callable[..., Any], cls: type, batch: Any, model_runner: 
     return result
 
 
+_longest: int | None = None  # of the batch made last: SGLang's runners may run a copy, which has no `misa_longest`
 _ends: Collection[int] = ()  # no attribute of the batch, of which SGLang's runners may make copies
 
 
@@ -47,4 +49,4 @@ def ends() -> Collection[int]:
 def longest(batch: Any) -> int | None:
     """Tokens of the longest request of a step, as the host knows them; None where it does not."""
     lengths = getattr(batch, "seq_lens_cpu", None)
-    return getattr(batch, "misa_longest", None) if lengths is None else max(lengths.tolist(), default=0)
+    return getattr(batch, "misa_longest", _longest) if lengths is None else max(lengths.tolist(), default=0)

@@ -23,6 +23,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in ROO
 MADE = {"docker/.env", "docker/secrets"}  # by whoever deploys
 # Flags of the launcher and of SGLang that begin alike, but are no field of the configuration.
 OTHERS = {"--misa-preset", "--misa-config"}
+COMMANDED = {"sglang_misa.bench.load", "sglang_misa.bench.quality"}  # modules of several commands
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -95,7 +96,7 @@ def test_commands_name_modules_and_flags_that_exist(page: Path, monkeypatch: pyt
     for module, words in commands(page):
         assert importlib.util.find_spec(module) is not None, module
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
-        text = usage(module, words[0] if module == "sglang_misa.bench.load" else None)
+        text = usage(module, words[0] if module in COMMANDED else None)
         unknown = given - set(re.findall(r"--[a-z][a-z-]*", text))
         if module in ("sglang_misa.launch_server", "sglang_misa.bench.one_rank"):  # SGLang takes what begins alike
             unknown = {flag for flag in unknown if not any(name.startswith(flag) for name in sglang_flags())}
