@@ -106,7 +106,7 @@ def large(folders: Sequence[Path], vocab: int, limit: int) -> Corpus:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab - 3, initial_alphabet=alphabet, show_progress=False)  # type: ignore[no-untyped-call]
+    trainer = trainers.BpeTrainer(vocab_size=vocab - 3, initial_alphabet=alphabet, show_progress=False)
     listed = " ".join((*NAMES, *VALUES, "set", "get"))
     tokenizer.train_from_iterator(islice(cycle([*texts[:: max(1, len(texts) // 2000)], listed]), 4000), trainer)
     tokenizer = _finish(tokenizer)
