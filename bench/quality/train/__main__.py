@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,12 +124,12 @@ def _orthogonal(matrix: Tensor) -> Tensor:
 
 
 class Trainer:
-    """One model under training, on the GPU where there is one."""
+    """One model under training, on the GPU where there is one. clock: tells the seconds that a limit is in."""
 
-    def __init__(self, size: Size, corpus: Corpus, seed: int):
+    def __init__(self, size: Size, corpus: Corpus, seed: int, clock: Callable[[], float] = time.monotonic):
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")
-        self.size, self.corpus = size, corpus
+        self.size, self.corpus, self.clock = size, corpus, clock
         self.rng = np.random.default_rng(seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = DsaModel(size.shape, size.latent)
@@ -212,14 +213,14 @@ class Trainer:
         return told
 
     def _stages(self, name, stages, seconds, step) -> None:  # type: ignore[no-untyped-def]
-        begin, count, before = time.monotonic(), 0, 0.0
+        begin, count, before = self.clock(), 0, 0.0
         for stage in stages:
             before += stage.share
-            while (done := (time.monotonic() - begin) / seconds) < before:
+            while (done := (self.clock() - begin) / seconds) < before:
                 rate = min(1.0, (count + 1) / WARMUP) * min(1.0, max(0.02, 2 * (1 - done)))
                 told = step(stage, rate)
                 if count % 25 == 0:
-                    print(f"{name} {stage.tokens} step {count} {told} {time.monotonic() - begin:.0f} s", flush=True)
+                    print(f"{name} {stage.tokens} step {count} {told} {done * seconds:.0f} s", flush=True)
                 count += 1
 
 
