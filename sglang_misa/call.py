@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,15 @@ class Output:
             None if self.row_batch is None else self.row_batch[rows],
             None if self.offsets is None else self.offsets[rows],
         )
+
+    def target(self) -> dict[str, Any]:
+        """The output as arguments of the kernels that select in prefill."""
+        return {
+            "out": self.ids,
+            "page_table": self.page_table,
+            "row_batch": self.row_batch,
+            "offsets": self.offsets,
+        }
 
     def of(self, positions: Tensor) -> Tensor:
         """What stands for positions [T, n] int64 of the rows; -1 stays."""

@@ -145,8 +145,7 @@ def topk_routed(
     tensors = (index_q, head_gates, head_ids, index_k, k_scale, ks, ke)
     output = _output(ks, k, page_table, row_batch)
     if _on_kernels(backend, index_q):
-        place = {"out": output.ids, "page_table": page_table, "row_batch": row_batch}
-        return prefill_routed.topk_routed(*tensors, k, residual=residual, **place)
+        return prefill_routed.topk_routed(*tensors, k, residual=residual, **output.target())
     twins.topk_routed(*tensors, residual, output)
     return output.ids
 
@@ -174,8 +173,7 @@ def topk_reranked(
     tensors = (index_q, head_gates, head_ids, index_k, k_scale, ks, ke)
     output = _output(ks, k, page_table, row_batch)
     if _on_kernels(backend, index_q):
-        place = {"out": output.ids, "page_table": page_table, "row_batch": row_batch}
-        return prefill_reranked.topk_reranked(*tensors, candidates, k, residual=residual, **place)
+        return prefill_reranked.topk_reranked(*tensors, candidates, k, residual=residual, **output.target())
     twins.topk_reranked(*tensors, candidates, residual, output)
     return output.ids
 
@@ -203,8 +201,7 @@ def topk_blocks(
     tensors = (index_q, head_gates, index_k, k_scale, block_scores, ks, ke)
     output = _output(ks, k, page_table, row_batch)
     if _on_kernels(backend, index_q):
-        place = {"out": output.ids, "page_table": page_table, "row_batch": row_batch}
-        return prefill_blocks.topk_blocks(*tensors, blocks, block_size, k, **place)
+        return prefill_blocks.topk_blocks(*tensors, blocks, block_size, k, **output.target())
     twins.topk_blocks(*tensors, blocks, block_size, output)
     return output.ids
 

@@ -68,12 +68,7 @@ class KernelEngine:
         ks = call.ks[rows] - keys.start if keys.start else call.ks[rows]
         found = (index_q, gates, block_means, row_batch, seq_lens)
         scored = (call.index_k[keys], call.k_scale[keys])
-        target = {
-            "out": output.ids,
-            "page_table": output.page_table,
-            "row_batch": output.row_batch,
-            "offsets": output.offsets,
-        }
+        target = output.target()
         if policy.blocks is not None:
             scores = block_scores(*found, policy.block_size)
             windows = (ks, ks + seq_lens)
@@ -120,7 +115,7 @@ class KernelEngine:
 
     def recomputed(self, layer: int, pages: Tensor) -> tuple[Tensor, ...]:
         copies = self.index_k_pages[layer][pages]
-        stats = PageStats.allocate([copies], self.runtime.config.decode.sketch)
+        stats = PageStats.allocate([copies], self.runtime.config.sketch)
         every = torch.arange(len(pages), device=pages.device)
         page_means.update_slots(copies, stats.means[0], every * PAGE + PAGE - 1, stats.sketch(0))
         return stats.of(0, every)
