@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_misa import demo_model
-from sglang_misa.procs import HOST, ServerProcess, free_port
+from sglang_misa.procs import HOST, ServerProcess, free_port, is_healthy
 
 CLIENTS, POOL = 6, 1280  # requests at once, and tokens for all of them
 CONTEXT = 2048
@@ -250,16 +250,8 @@ def served(model: Path, folder: Path, flags: Sequence[str], environ: dict[str, s
     command += ["--model-path", str(model), "--host", HOST, "--port", str(port)]
     environ = {**environ, **RETRACT, "PYTHONPATH": path, "SOAK_SABOTAGE": str(folder)}
     with ServerProcess(command, folder / "log", environ=environ) as process:
-        soak = Soak(port, process)
-
-        def ready() -> bool:
-            try:
-                return soak.ask("/health")[0] == 200
-            except OSError:
-                return False
-
-        process.wait_ready(ready, START_S)
-        yield soak
+        process.wait_ready(lambda: is_healthy(port), START_S)
+        yield Soak(port, process)
 
 
 def run(model: Path, folder: Path, minutes: float, flags: Sequence[str], environ: dict[str, str]) -> Report:

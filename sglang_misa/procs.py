@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import http.client
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from pathlib import Path
 HOST = "127.0.0.1"
 GRACE_S = 20.0  # between SIGTERM and SIGKILL
 POLL_S = 0.25
+HEALTH_S = 20.0  # what SGLang's /health may take: it generates a token
 TAIL_LINES = 15
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -37,6 +39,16 @@ def free_port(host: str = HOST) -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def is_healthy(port: int) -> bool:
+    """Whether a server on this machine answers /health with 200."""
+    with contextlib.closing(http.client.HTTPConnection(HOST, port, timeout=HEALTH_S)) as connection:
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
 
 
 class ServerProcess:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Column, Table
 
-from sglang_misa.bench.load import dataset, report, trace
+from sglang_misa.bench.load import dataset, report, shell, trace
 from sglang_misa.bench.load.capacity import CapacitySearch, conclude
 from sglang_misa.bench.load.engine import execute
 from sglang_misa.bench.load.environment import Environment
@@ -35,13 +33,9 @@ from sglang_misa.bench.load.settings import (
     Serving,
     Workload,
     changed,
-    problem_of,
 )
 from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.load.verdict import Outcome, judge
-
-PLAIN_WIDTH = 140  # columns where there is no terminal
-OK, GATE_FAILED, USAGE, INVALID, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 @dataclass(frozen=True)
@@ -207,23 +201,11 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 a gate failed, 2 cannot be done as asked, 3 the figures are invalid, 130 interrupted."""
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
-    try:
-        command = tyro.cli(Command, args=arguments, prog="python -m sglang_misa.bench.load")
+
+    def act(command: Any, console: Console) -> int:
         return _compare(command, console) if isinstance(command, Compare) else _measure(command, arguments, console)
-    except (LoadError, ValidationError) as error:
-        told = problem_of(error) if isinstance(error, ValidationError) else error
-        Console(stderr=True).print(f"error: {told}", style="red", markup=False, highlight=False)
-        return USAGE
-    except KeyboardInterrupt:
-        console.print("interrupted: `resume` goes on with what is missing")
-        return INTERRUPTED
 
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    return shell.run(Command, act, "sglang_misa.bench.load", arguments, "`resume` goes on with what is missing")
 
 
 def plan_of(command: Run | Sweep | Ab | Max) -> Plan:
@@ -313,7 +295,9 @@ def _conclude(plan: Plan, units: list[Unit], outcome: Outcome, store: Store, key
     path = report.write(plan, units, outcome, store, keys, store.environment())
     _show(outcome, console)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
-    return INVALID if not outcome.valid else GATE_FAILED if any(g.failed for g in outcome.gates) else OK
+    return (
+        shell.INVALID if not outcome.valid else shell.GATE_FAILED if any(g.failed for g in outcome.gates) else shell.OK
+    )
 
 
 def _show(outcome: Outcome, console: Console) -> None:

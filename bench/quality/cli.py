@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,16 +13,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from pydantic import ValidationError
 from rich.console import Console
 
+from sglang_misa.bench.load import shell
 from sglang_misa.bench.load.environment import Environment
 from sglang_misa.bench.load.plan import Arm, Plan
 from sglang_misa.bench.load.progress import Live
 from sglang_misa.bench.load.prompts import source_of
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.selection import ranks_of
-from sglang_misa.bench.load.settings import Access, Bounds, Lengths, LoadError, Protocol, Serving, Workload, problem_of
+from sglang_misa.bench.load.settings import Access, Bounds, Lengths, LoadError, Protocol, Serving, Workload
 from sglang_misa.bench.load.stats import wilson
 from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.quality import measures, page, questions
@@ -32,7 +31,6 @@ from sglang_misa.bench.quality.collect import Collector, by_question
 from sglang_misa.bench.quality.questions import TEMPLATES, Question, Tokenize
 from sglang_misa.bench.quality.words import NAMES
 
-OK, USAGE, INTERRUPTED = 0, 2, 130
 CAN_READ = 0.5  # share of needles that the first arm must find before anything is said of the second
 NEVER = 0.05  # level of the sign test
 
@@ -154,23 +152,12 @@ class Found:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 cannot be done as asked or says nothing, 130 interrupted."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
-    try:
-        command = tyro.cli(Command, args=arguments, prog="python -m sglang_misa.bench.quality")
+
+    def act(command: Command, console: Console) -> int:
         return _run(command, sys.argv[1:] if arguments is None else arguments, console)
-    except (LoadError, ValidationError) as error:
-        told = problem_of(error) if isinstance(error, ValidationError) else error
-        Console(stderr=True).print(f"error: {told}", style="red", markup=False, highlight=False)
-        return USAGE
-    except KeyboardInterrupt:
-        console.print("interrupted: the same command with --out goes on with what is missing")
-        return INTERRUPTED
 
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    kept = "the same command with --out goes on with what is missing"
+    return shell.run(Command, act, "sglang_misa.bench.quality", arguments, kept)
 
 
 def _run(command: Command, arguments: Sequence[str], console: Console) -> int:
@@ -203,7 +190,7 @@ def _run(command: Command, arguments: Sequence[str], console: Console) -> int:
     )
     console.print(found.verdict, style="bold", markup=False, highlight=False)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
-    return OK
+    return shell.OK
 
 
 def _shown(value: object) -> str:

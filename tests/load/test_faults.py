@@ -12,8 +12,9 @@ import pytest
 from load.helpers import PATIENT, SMALL, MockProcess, ask, figures, results, units
 
 from sglang_misa.bench.load import drive, replies, selection, servers
-from sglang_misa.bench.load.cli import GATE_FAILED, INVALID, OK, USAGE, main
+from sglang_misa.bench.load.cli import main
 from sglang_misa.bench.load.records import Record
+from sglang_misa.bench.load.shell import GATE_FAILED, INVALID, OK, USAGE
 from sglang_misa.config import PHASES, PRESETS
 from sglang_misa.procs import free_port
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from load.helpers import SMALL, MockProcess, figures, units
 
-from sglang_misa.bench.load.cli import OK, USAGE, main
+from sglang_misa.bench.load.cli import main
+from sglang_misa.bench.load.shell import OK, USAGE
 
 PROGRAM = [sys.executable, "-m", "sglang_misa.bench.load"]
 LIMIT_S = 60.0

@@ -14,10 +14,11 @@ import pytest
 from load.helpers import SMALL, MockProcess, results, units
 
 from sglang_misa.bench.load import results as results_module
-from sglang_misa.bench.load.cli import GATE_FAILED, OK, main
+from sglang_misa.bench.load.cli import main
 from sglang_misa.bench.load.control import Control
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import Access
+from sglang_misa.bench.load.shell import GATE_FAILED, OK
 from sglang_misa.bench.load.watch import GpuWatch
 
 CHROMIUM = next(

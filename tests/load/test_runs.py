@@ -15,7 +15,8 @@ import pytest
 from load.helpers import MOCK, PATIENT, SMALL, figures, results, units
 
 from sglang_misa.bench.load import cli
-from sglang_misa.bench.load.cli import GATE_FAILED, INVALID, OK, USAGE, main
+from sglang_misa.bench.load.cli import main
+from sglang_misa.bench.load.shell import GATE_FAILED, INVALID, OK, USAGE
 
 
 def test_ab_finds_an_injected_delay_and_its_size(mocks, tmp_path, capsys):

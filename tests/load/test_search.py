@@ -7,8 +7,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from load.helpers import PATIENT, results, units
 
-from sglang_misa.bench.load.cli import OK, USAGE, main
+from sglang_misa.bench.load.cli import main
 from sglang_misa.bench.load.search import Capacity, Step, capacity_ratio, find
+from sglang_misa.bench.load.shell import OK, USAGE
 
 SLO = "ttft = 0.3"
 SHORT = [

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_misa.bench.load.cli import OK, main
+from sglang_misa.bench.load.cli import main
+from sglang_misa.bench.load.shell import OK
 
 LAUNCHER = "sglang_misa.launch_server"
 

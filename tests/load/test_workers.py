@@ -9,8 +9,9 @@ import time
 import pytest
 from load.helpers import PATIENT, figures, units
 
-from sglang_misa.bench.load.cli import INVALID, OK, USAGE, main
+from sglang_misa.bench.load.cli import main
 from sglang_misa.bench.load.drive import Timing
+from sglang_misa.bench.load.shell import INVALID, OK, USAGE
 
 SHORT = [*PATIENT, "--text", "ids", "--id-range", "100", "350", "--input-len", "uniform:200:900", "--output-len", "6"]
 LOADS = {

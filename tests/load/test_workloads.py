@@ -10,9 +10,10 @@ import pytest
 from load.helpers import PATIENT, figures, results, units
 
 from sglang_misa.bench.load import trace
-from sglang_misa.bench.load.cli import OK, USAGE, main
+from sglang_misa.bench.load.cli import main
 from sglang_misa.bench.load.prompts import RandomIds
 from sglang_misa.bench.load.settings import Load, LoadError, Workload
+from sglang_misa.bench.load.shell import OK, USAGE
 from sglang_misa.bench.load.trace import HASHED, TraceBuilder
 from sglang_misa.bench.load.workload import WARMUP_STREAM, Builder
 

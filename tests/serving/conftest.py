@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from sglang_misa import demo_model
-from sglang_misa.procs import ServerProcess, free_port
+from sglang_misa.procs import ServerProcess, free_port, is_healthy
 
 API_KEY = "serving-test-key"
 CONTEXT = 8192
@@ -140,16 +140,8 @@ def started(words: str, model: Path, log: Path, **changes: str) -> Iterator[Serv
         f"--host 127.0.0.1 --port {port} --context-length {CONTEXT} --sleep-on-idle"
     ).split()
     with ServerProcess(command, log, environ=environment(**changes)) as process:
-        server = Server(process, port, model)
-
-        def ready() -> bool:
-            try:
-                return server.request("/health")[0] == 200
-            except OSError:
-                return False
-
-        process.wait_ready(ready, START_LIMIT)
-        yield server
+        process.wait_ready(lambda: is_healthy(port), START_LIMIT)
+        yield Server(process, port, model)
 
 
 @pytest.fixture(scope="session")

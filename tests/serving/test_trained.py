@@ -19,7 +19,7 @@ from sglang_misa.bench.quality import questions
 from sglang_misa.bench.quality.train.__main__ import SMALL
 from sglang_misa.bench.quality.train.model import DsaModel
 from sglang_misa.demo_model import LATENT_DIM
-from sglang_misa.procs import ServerProcess, free_port
+from sglang_misa.procs import ServerProcess, free_port, is_healthy
 
 pytestmark = pytest.mark.serving
 
@@ -38,16 +38,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     ).split()
     log = tmp_path_factory.mktemp("trained") / "log"
     with ServerProcess(command, log, environ=environment()) as process:
-        running = Server(process, port, MODEL)
-
-        def ready() -> bool:
-            try:
-                return running.request("/health")[0] == 200
-            except OSError:
-                return False
-
-        process.wait_ready(ready, START_LIMIT)
-        yield running
+        process.wait_ready(lambda: is_healthy(port), START_LIMIT)
+        yield Server(process, port, MODEL)
 
 
 @pytest.fixture(scope="module")
