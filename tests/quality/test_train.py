@@ -27,7 +27,12 @@ def corpus():
 @pytest.fixture
 def trainer(corpus):
     stage = Stage(64, 4, 3, 1.0)
-    return Trainer(replace(SMALL, shape=TOY, latent=32, backbone=(stage,), indexer=(stage,)), corpus, seed=3, clock=itertools.count().__next__)
+    return Trainer(
+        replace(SMALL, shape=TOY, latent=32, backbone=(stage,), indexer=(stage,)),
+        corpus,
+        seed=3,
+        clock=itertools.count().__next__,
+    )
 
 
 def test_names_and_values_are_one_token_each(corpus):
