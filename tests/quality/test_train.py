@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_misa.bench.load.prompts import prose
 from sglang_misa.bench.quality.train import checkpoint, task
 from sglang_misa.bench.quality.train.__main__ import SMALL, Stage, Trainer
 from sglang_misa.bench.quality.train.model import DsaModel
@@ -40,12 +41,20 @@ def test_names_and_values_are_one_token_each(corpus):
     assert len({*NAMES, *VALUES}) == len(NAMES) + len(VALUES)
 
 
-def test_each_question_of_a_batch_has_its_fact_before_it(corpus):
-    ids, asked = corpus.batch(np.random.default_rng(0), 3, 256, 8)
+@pytest.mark.parametrize("words", [1, 2])
+def test_each_question_of_a_batch_has_its_fact_before_it(corpus, words):
+    ids, asked = replace(corpus, words=words).batch(np.random.default_rng(0), 5, 256, 8)
+    assert {8, 8 * words} == {int(at.sum()) for at in asked}
     for row, at in zip(ids, asked, strict=True):
         for value in np.flatnonzero(at):
             pair = row[value - 1 : value + 1]
             assert any((row[i : i + 2] == pair).all() for i in range(value - 2))
+
+
+def test_a_tokenizer_trained_on_text_keeps_listed_words_whole(tmp_path):
+    (tmp_path / "text.md").write_text(prose(3, 100_000))
+    large = task.large([tmp_path], 1152, 100_000)
+    assert all(len(large.tokenizer.encode(f" {word}").ids) == 1 for word in (*NAMES, *VALUES, "set", "get"))
 
 
 def test_steps_lower_the_loss_of_backbone_and_indexers(trainer):
@@ -55,7 +64,7 @@ def test_steps_lower_the_loss_of_backbone_and_indexers(trainer):
 
     def divergence():
         trainer.rng = np.random.default_rng(9)
-        total = sum(trainer.divergence(trainer.size.indexer[0]))
+        total = sum(value for value, _ in trainer.divergence(trainer.size.indexer[0]))
         trainer.model.zero_grad()
         return total
 

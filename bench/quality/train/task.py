@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from sglang_misa.bench.quality.words import NAMES, VALUES
 from sglang_misa.demo_model import BOS, EOS, PAD
 
 PROSE = 400_000  # characters
+SAMPLE, LISTED = 1000, 2000  # texts that a tokenizer is trained on; the listed words as often, to be a token each
 MIN_FILE, MAX_FILE = 1_500, 300_000  # bytes
 SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt", ".h", ".c", ".cpp"}
 
@@ -29,34 +29,38 @@ class Corpus:
     stream: NDArray[np.int64]
     names: NDArray[np.int64]
     values: NDArray[np.int64]
-    words: int  # of a name, and of a value
+    words: int  # of a name, and of a value, at most
 
     def batch(
         self, rng: np.random.Generator, rows: int, tokens: int, pairs: int
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(ids, which of them are asked values), [rows, tokens] each: text with `pairs` facts and questions a row."""
+        """(ids, which of them are asked values), [rows, tokens] each: text with `pairs` facts and questions a row.
+
+        A row's names and values have 1 to `words` words; names of one word are not asked twice, so there may be fewer.
+        """
         starts = rng.integers(0, len(self.stream) - tokens, rows)
         ids = np.stack([self.stream[start : start + tokens] for start in starts])
         asked = np.zeros_like(ids, dtype=bool)
-        lead, get, stop = (np.array(self.tokenizer.encode(text).ids) for text in (" set", " get", "."))
-        span = max(len(lead), len(get)) + 2 * self.words + len(stop)
-        if 2 * pairs > tokens // span:
-            raise ValueError(f"expected room for {pairs} facts and questions in {tokens} tokens; ask for fewer")
         for row, found in zip(ids, asked, strict=True):
-            keys = rng.choice(self.names, (pairs, self.words)) if self.words > 1 else _distinct(rng, self.names, pairs)
-            answers = rng.choice(self.values, (pairs, self.words))
-            places = np.sort(rng.choice(tokens // span, (pairs, 2), replace=False).reshape(pairs, 2), axis=1) * span
-            for key, answer, (first, second) in zip(keys, answers, places, strict=True):
-                fact, question = (np.concatenate((word, key, answer, stop)) for word in (lead, get))
-                row[first : first + len(fact)] = fact
-                row[second : second + len(question)] = question
-                begin = second + len(get) + self.words
-                found[begin : begin + self.words] = True
+            words = int(rng.integers(1, self.words + 1))
+            self._ask(rng, row, found, words, min(pairs, len(self.names)) if words == 1 else pairs)
         return ids, asked
 
-
-def _distinct(rng: np.random.Generator, names: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    return rng.choice(names, (count, 1), replace=False)
+    def _ask(
+        self, rng: np.random.Generator, row: NDArray[np.int64], found: NDArray[np.bool_], words: int, pairs: int
+    ) -> None:
+        """Writes facts and questions over `row`, and marks the questions' values in `found`."""
+        lead, get, stop = (np.tile(self.tokenizer.encode(text).ids, (pairs, 1)) for text in (" set", " get", "."))
+        keys = rng.choice(self.names, (pairs, words), replace=words > 1)
+        answers = rng.choice(self.values, (pairs, words))
+        fact, question = (np.concatenate((word, keys, answers, stop), axis=1) for word in (lead, get))
+        span = max(fact.shape[1], question.shape[1])
+        if 2 * pairs > len(row) // span:
+            raise ValueError(f"expected room for {pairs} facts and questions in {len(row)} tokens; ask for fewer")
+        places = np.sort(rng.choice(len(row) // span, (pairs, 2), replace=False), axis=1) * span
+        row[places[:, :1] + np.arange(fact.shape[1])] = fact
+        row[places[:, 1:] + np.arange(question.shape[1])] = question
+        found[places[:, 1:] + get.shape[1] + words + np.arange(words)] = True
 
 
 def small() -> Corpus:
@@ -107,12 +111,12 @@ def large(folders: Sequence[Path], vocab: int, limit: int) -> Corpus:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab - 3, initial_alphabet=alphabet, show_progress=False)
-    listed = " ".join((*NAMES, *VALUES, "set", "get"))
-    tokenizer.train_from_iterator(islice(cycle([*texts[:: max(1, len(texts) // 2000)], listed]), 4000), trainer)
+    listed = "".join(f" {word}" for word in (*NAMES, *VALUES, "set", "get"))
+    tokenizer.train_from_iterator([*texts[:: max(1, len(texts) // SAMPLE)], *[listed] * LISTED], trainer)
     tokenizer = _finish(tokenizer)
-    stream = np.concatenate([np.array(e.ids) for e in tokenizer.encode_batch(texts)])
-    whole = [i for word, i in tokenizer.get_vocab().items() if re.fullmatch(r"Ġ[a-z]{3,}", word)]
-    words = np.array(sorted(whole))
+    encoded = (tokenizer.encode_batch_fast(texts[start : start + SAMPLE]) for start in range(0, len(texts), SAMPLE))
+    stream = np.concatenate([np.array(text.ids) for batch in encoded for text in batch])
+    words = np.array(sorted(i for word, i in tokenizer.get_vocab().items() if re.fullmatch(r"Ġ[a-z]{3,}", word)))
     return Corpus(tokenizer, stream, words, words, words=2)
 
 
