@@ -154,7 +154,7 @@ def config(shape: Shape) -> dict[str, Any]:
             "beta_slow": 1,
             "mscale": 1.0,
             "mscale_all_dim": 1.0,
-            "original_max_position_embeddings": 4096,
+            "original_max_position_embeddings": round(shape.context / shape.yarn_factor),
         },
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
