@@ -17,18 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sglang_misa.bench.quality.train import checkpoint, task
+from sglang_misa.bench.quality.train import checkpoint, fused, task
 from sglang_misa.bench.quality.train.induction import begin_as_induction
 from sglang_misa.bench.quality.train.model import DsaModel, index_scores
 from sglang_misa.bench.quality.train.task import Corpus
 from sglang_misa.demo_model import LATENT_DIM, Shape
 
 WARMUP = 20  # steps
-CHARACTERS = 400_000_000
+INDEXER_LR = 2e-3
+REPORT = 10.0  # seconds between lines of the log
+CHECKED, ASKED = 4, 64  # rows of a check, and their questions
+HELD_OUT = 1  # its seed, beside the training's
+CHARACTERS = 100_000_000
 ANSWER_WEIGHT = 0.5  # of the loss on asked values, beside the mean over all tokens
-PREDICTED = """predicted for --size large on one H200, not measured: 28 M parameters, a checkpoint of 57 MB; about 40
-GiB at 131072 tokens; about 0.3 s a step at 16 x 8192, 0.8 s at 4 x 32768, 2.5 s at 1 x 131072 tokens. Two commands:
-the first with --stop backbone, the second with the same --out, which goes on from backbone.pt."""
+PREDICTED = """predicted for --size large on one H200, not measured: 28 M parameters, a checkpoint of 58 MB; under 50
+GiB of memory; 0.15 s a step at 64 x 1024 tokens, 0.2 at 8 x 8192, 0.45 at 2 x 32768, 2.5 at 1 x 131072; about a
+minute for the tokens of the text. After --stop backbone, the same --out goes on from backbone.pt."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,14 @@ LARGE = Size(
     ),
     latent=LATENT_DIM,
     lr=2e-3,
-    backbone=(Stage(8192, 16, 256, 0.4), Stage(32768, 4, 1024, 0.3), Stage(131072, 1, 4096, 0.3)),
-    indexer=(Stage(32768, 256, 1024, 0.5), Stage(131072, 96, 4096, 0.5)),
-    seconds=(480.0, 360.0),
+    backbone=(
+        Stage(1024, 64, 32, 0.1),  # a look-up is found soonest among few tokens
+        Stage(8192, 8, 128, 0.25),
+        Stage(32768, 2, 512, 0.3),
+        Stage(131072, 1, 2048, 0.35),
+    ),
+    indexer=(Stage(32768, 256, 512, 0.5), Stage(131072, 96, 2048, 0.5)),
+    seconds=(460.0, 230.0),
 )
 SIZES = {"small": SMALL, "large": LARGE}
 
@@ -129,7 +138,7 @@ class Trainer:
     def __init__(self, size: Size, corpus: Corpus, seed: int, clock: Callable[[], float] = time.monotonic):
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")
-        self.size, self.corpus, self.clock = size, corpus, clock
+        self.size, self.corpus, self.seed, self.clock = size, corpus, seed, clock
         self.rng = np.random.default_rng(seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = DsaModel(size.shape, size.latent)
@@ -137,6 +146,8 @@ class Trainer:
         if size is SMALL:
             begin_as_induction(self.model)
         self.model.to(self.device)
+        if self.device.type == "cuda":
+            print(f"attention: {fused.choose(size.shape.heads)}", flush=True)
 
     def batch(self, stage: Stage, rows: int) -> tuple[Tensor, Tensor]:
         ids, asked = self.corpus.batch(self.rng, rows, stage.tokens, stage.pairs)
@@ -145,11 +156,30 @@ class Trainer:
     def loss(self, ids: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
         """(mean loss over all tokens, mean loss over asked values) of one batch."""
         positions = torch.arange(ids.shape[1] - 1, device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            hidden = self.model.hidden(ids[:, :-1], positions)
-            logits = self.model.lm_head(hidden)
+        with self.autocast():
+            logits = self.model.lm_head(self.model.hidden(ids[:, :-1], positions))
         each = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         return each.mean(), each[asked[:, 1:].flatten()].mean()
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Prints how many of new facts' words are right under dense attention, at the length of each stage."""
+        rng = np.random.default_rng([self.seed, HELD_OUT])
+        for tokens in (stage.tokens for stage in self.size.backbone):
+            positions = torch.arange(tokens - 1, device=self.device)
+            right = total = 0
+            for _ in range(CHECKED):
+                parts = self.corpus.batch(rng, 1, tokens, min(ASKED, tokens // 32))
+                ids, asked = (torch.from_numpy(part).to(self.device) for part in parts)
+                with self.autocast():
+                    hidden = self.model.hidden(ids[:, :-1], positions)
+                    told = self.model.lm_head(hidden[asked[:, 1:]]).argmax(-1)
+                right += int((told == ids[asked]).sum())
+                total += len(told)
+            print(f"dense attention, {tokens} tokens: {right} of {total} asked words right", flush=True)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def train_backbone(self, seconds: float) -> None:
         """Every parameter but the indexers', over the size's stages."""
@@ -173,17 +203,20 @@ class Trainer:
         parts = [p for n, p in self.model.named_parameters() if ".indexer." in n]
         for part in parts:
             part.requires_grad_(True)
-        adam = torch.optim.AdamW(parts, lr=2 * self.size.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        adam = torch.optim.AdamW(parts, lr=INDEXER_LR, betas=(0.9, 0.98), weight_decay=0.0)
 
         def step(stage: Stage, rate: float) -> str:
             told = self.divergence(stage)
-            _step(adam, 2 * self.size.lr * rate)
-            return "KL " + " ".join(f"{value:.3f}" for value in told)
+            _step(adam, INDEXER_LR * rate)
+            return "KL, attention kept: " + "  ".join(f"{value:.3f} {kept:.3f}" for value, kept in told)
 
         self._stages("indexer", self.size.indexer, seconds, step)
 
-    def divergence(self, stage: Stage) -> list[float]:
-        """Adds the gradient of every layer's KL on rows of one sequence, half of them about to answer; the KLs."""
+    def divergence(self, stage: Stage) -> list[tuple[float, float]]:
+        """Adds the gradient of every layer's KL on rows of one sequence, half of them about to answer.
+
+        Returns each layer's KL, and the attention to the `index_topk` best tokens of its indexer.
+        """
         ids, asked = self.batch(stage, 1)
         late = asked[0].nonzero()[:, 0].cpu().numpy() - 1
         half = stage.rows // 2
@@ -191,8 +224,8 @@ class Trainer:
         rows = torch.from_numpy(np.unique(np.concatenate(drawn))).to(self.device)
         positions = torch.arange(stage.tokens, device=self.device)
         ahead = positions[None] > rows[:, None]
-        told = []
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        topk, told = self.model.shape.index_topk, []
+        with self.autocast():
             x = self.model.model.embed_tokens(ids)
             for layer in self.model.model.layers:
                 attention = layer.self_attn
@@ -207,20 +240,22 @@ class Trainer:
                 entropy = (teacher * teacher.clamp_min(1e-20).log()).sum(-1)
                 divergence = (entropy - (teacher * student).sum(-1)).mean()
                 divergence.backward()
-                told.append(float(divergence.detach()))
                 with torch.no_grad():
+                    best = student.masked_fill(ahead, -torch.inf).topk(min(topk, stage.tokens), -1).indices
+                    told.append((float(divergence.detach()), float(teacher.gather(1, best).sum(-1).mean())))
                     x = layer(x, positions)
         return told
 
     def _stages(self, name, stages, seconds, step) -> None:  # type: ignore[no-untyped-def]
-        begin, count, before = self.clock(), 0, 0.0
+        begin, count, before, last = self.clock(), 0, 0.0, -REPORT
         for stage in stages:
             before += stage.share
             while (done := (self.clock() - begin) / seconds) < before:
                 rate = min(1.0, (count + 1) / WARMUP) * min(1.0, max(0.02, 2 * (1 - done)))
                 told = step(stage, rate)
-                if count % 25 == 0:
-                    print(f"{name} {stage.tokens} step {count} {told} {done * seconds:.0f} s", flush=True)
+                if done * seconds - last >= REPORT:
+                    last = done * seconds
+                    print(f"{name} {stage.tokens} step {count} {told} {last:.0f} s", flush=True)
                 count += 1
 
 
@@ -258,7 +293,9 @@ def main(arguments: list[str] | None = None) -> int:
     size = SIZES[options.size]
     if size is LARGE and not options.text:
         parser.error("--text: expected folders of text for --size large, got none; name some")
+    begin = time.monotonic()
     corpus = task.small() if size is SMALL else task.large(options.text, size.shape.vocab, CHARACTERS)
+    print(f"{len(corpus.stream)} tokens of text, {time.monotonic() - begin:.0f} s", flush=True)
     trainer = Trainer(size, corpus, options.seed)
     seconds = options.seconds or size.seconds
     options.out.mkdir(parents=True, exist_ok=True)
@@ -269,6 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
         trainer.train_backbone(seconds[0])
         half = {name: value.bfloat16().cpu() for name, value in trainer.model.state_dict().items()}
         torch.save(half, kept)
+    trainer.check()
     if options.stop == "backbone":
         return 0
     trainer.train_indexers(seconds[1])
