@@ -49,7 +49,8 @@ def _measure(inputs: Tensor) -> tuple[Tensor, float]:
     for turn in range(TRIED + 1):
         torch.cuda.synchronize()
         begin = time.monotonic()
-        out = F.scaled_dot_product_attention(*inputs, is_causal=True)[..., :V_DIM].transpose(1, 2).flatten(-2)
+        q, k, v = inputs
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)[..., :V_DIM].transpose(1, 2).flatten(-2)
         (gradients,) = torch.autograd.grad(out.float().square().sum(), inputs)
         torch.cuda.synchronize()
         seconds = min(seconds, time.monotonic() - begin) if turn else seconds
