@@ -9,7 +9,7 @@ import torch
 
 from sglang_misa.bench.load.prompts import prose
 from sglang_misa.bench.quality.train import checkpoint, task
-from sglang_misa.bench.quality.train.__main__ import SMALL, Stage, Trainer
+from sglang_misa.bench.quality.train.__main__ import LARGE, SMALL, Stage, Trainer
 from sglang_misa.bench.quality.train.model import DsaModel
 from sglang_misa.bench.quality.words import NAMES, VALUES
 from sglang_misa.demo_model import LATENT_DIM, Shape
@@ -29,7 +29,7 @@ def corpus():
 def trainer(corpus):
     stage = Stage(64, 4, 3, 1.0)
     return Trainer(
-        replace(SMALL, shape=TOY, latent=32, backbone=(stage,), indexer=(stage,)),
+        replace(SMALL, shape=TOY, latent=32, backbone=(stage,), indexer=(stage,), induction=False),
         corpus,
         seed=3,
         clock=itertools.count().__next__,
@@ -74,6 +74,14 @@ def test_steps_lower_the_loss_of_backbone_and_indexers(trainer):
     before = divergence()
     trainer.train_indexers(150.0)
     assert divergence() < before
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_training_begins_by_answering(corpus, size):
+    stage = Stage(256, 1, 8, 1.0)
+    trainer = Trainer(replace(size, backbone=(stage,)), corpus, seed=1)
+    right, asked = trainer.answers(stage.tokens)
+    assert right > 0.8 * asked
 
 
 def test_a_filled_latent_changes_no_logits():

@@ -47,7 +47,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Size:
-    """A model and how it is trained. latent: trained rank of keys and values; seconds: default limits."""
+    """A model and how it is trained.
+
+    latent: trained rank of keys and values; seconds: default limits; induction: whether it begins as that circuit.
+    """
 
     shape: Shape
     latent: int
@@ -55,6 +58,7 @@ class Size:
     backbone: tuple[Stage, ...]
     indexer: tuple[Stage, ...]  # rows: sampled query rows of one sequence
     seconds: tuple[float, float]
+    induction: bool = True
 
 
 SMALL = Size(
@@ -94,10 +98,10 @@ LARGE = Size(
     latent=LATENT_DIM,
     lr=2e-3,
     backbone=(
-        Stage(1024, 64, 32, 0.1),  # a look-up is found soonest among few tokens
+        Stage(1024, 64, 32, 0.05),
         Stage(8192, 8, 128, 0.25),
         Stage(32768, 2, 512, 0.3),
-        Stage(131072, 1, 2048, 0.35),
+        Stage(131072, 1, 2048, 0.4),
     ),
     indexer=(Stage(32768, 256, 512, 0.5), Stage(131072, 96, 2048, 0.5)),
     seconds=(460.0, 230.0),
@@ -142,9 +146,10 @@ class Trainer:
         self.rng = np.random.default_rng(seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = DsaModel(size.shape, size.latent)
-        nn.init.normal_(self.model.model.embed_tokens.weight, std=0.02)
-        if size is SMALL:
+        if size.induction:
             begin_as_induction(self.model)
+        else:
+            nn.init.normal_(self.model.model.embed_tokens.weight, std=0.02)
         self.model.to(self.device)
         if self.device.type == "cuda":
             print(f"attention: {fused.choose(size.shape.heads)}", flush=True)
@@ -161,22 +166,27 @@ class Trainer:
         each = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         return each.mean(), each[asked[:, 1:].flatten()].mean()
 
-    @torch.no_grad()
     def check(self) -> None:
-        """Prints how many of new facts' words are right under dense attention, at the length of each stage."""
-        rng = np.random.default_rng([self.seed, HELD_OUT])
-        for tokens in (stage.tokens for stage in self.size.backbone):
-            positions = torch.arange(tokens - 1, device=self.device)
-            right = total = 0
-            for _ in range(CHECKED):
-                parts = self.corpus.batch(rng, 1, tokens, min(ASKED, tokens // 32))
-                ids, asked = (torch.from_numpy(part).to(self.device) for part in parts)
-                with self.autocast():
-                    hidden = self.model.hidden(ids[:, :-1], positions)
-                    told = self.model.lm_head(hidden[asked[:, 1:]]).argmax(-1)
-                right += int((told == ids[asked]).sum())
-                total += len(told)
-            print(f"dense attention, {tokens} tokens: {right} of {total} asked words right", flush=True)
+        """Prints how many of new facts' words are right, at the length of each stage."""
+        for stage in self.size.backbone:
+            right, asked = self.answers(stage.tokens)
+            print(f"dense attention, {stage.tokens} tokens: {right} of {asked} asked words right", flush=True)
+
+    @torch.no_grad()
+    def answers(self, tokens: int) -> tuple[int, int]:
+        """(right, asked) words of new facts in some rows of `tokens`, under dense attention."""
+        rng = np.random.default_rng([self.seed, HELD_OUT, tokens])
+        positions = torch.arange(tokens - 1, device=self.device)
+        right = total = 0
+        for _ in range(CHECKED):
+            parts = self.corpus.batch(rng, 1, tokens, min(ASKED, tokens // 32))
+            ids, asked = (torch.from_numpy(part).to(self.device) for part in parts)
+            with self.autocast():
+                hidden = self.model.hidden(ids[:, :-1], positions)
+                told = self.model.lm_head(hidden[asked[:, 1:]]).argmax(-1)
+            right += int((told == ids[asked]).sum())
+            total += len(told)
+        return right, total
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
@@ -303,6 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
     if kept.exists():
         trainer.model.load_state_dict(torch.load(kept, weights_only=True))
     else:
+        trainer.check()
         trainer.train_backbone(seconds[0])
         half = {name: value.bfloat16().cpu() for name, value in trainer.model.state_dict().items()}
         torch.save(half, kept)
