@@ -69,7 +69,8 @@ def begin_as_induction(model: DsaModel) -> None:
     indexer.wk.weight[ROPE_DIM : ROPE_DIM + KEPT, PREVIOUS] += compared
     for rows in indexer.wq_b.weight.unflatten(0, (shape.index_heads, -1)):
         rows[ROPE_DIM : ROPE_DIM + KEPT, IDENTITY] += compared
-    indexer.weights_proj.weight[:, CONSTANT] += GATE
+    # Of a wider input the norm of the keys leaves more to the comparison, and scores would be too sharp to begin with.
+    indexer.weights_proj.weight[:, CONSTANT] += GATE * CIRCUIT / shape.hidden
 
 
 def _head(weight: torch.Tensor, heads: int) -> torch.Tensor:
