@@ -186,10 +186,16 @@ def _cheap(policy: SelectionPolicy, row: Row, heads: Tensor | None, positive: Te
     residual = None
     if heads is not None:
         if policy.residual:
-            rows = index_q[None, None], gates[None, None]
-            query, scale = reference.residual_query(*rows, heads[None, None], positive)
+            others = index_q[None, None], gates[None, None], heads[None, None], positive
+            on_keys = policy.sketch is None
+            query, scale = (
+                reference.residual_query(*others) if on_keys else reference.to_int8(reference.fused_query(*others))
+            )
             residual = query.flatten(), scale.flatten()
         index_q, gates = index_q.float()[heads], gates[heads]
+    if policy.sketch is not None:
+        index_q, units = reference.to_int8(index_q.float())
+        gates = gates * units
     scores = row_scores(index_q, gates, index_k, k_scale, residual)
     if policy.sketch is None:
         return scores

@@ -88,19 +88,23 @@ class Row:
         """
         scanned = self if sketched is None else sketched
         statistics = self.statistics(policy.block_size, policy.router) if policy.pooled else None
-        if policy.heads is None or statistics is None:
-            scores = self.head_gates @ scanned.products
-        else:
+        ids = None
+        if policy.heads is not None and statistics is not None:
             ids = reference.top_heads(statistics.heads, policy.heads)
-            routed = ids[0, 0]
+        routed = slice(None) if ids is None else ids[0, 0]
+        if sketched is None:
+            scores = self.head_gates[routed] @ self.products[routed]
+        else:
+            columns, units = reference.to_int8(self.index_q[routed])
+            scores = (self.head_gates[routed] * units) @ (columns @ sketched.keys.T).relu_()
+        if policy.residual and statistics is not None:
+            assert ids is not None
+            rows = self.index_q[None, None], self.head_gates[None, None], ids, statistics.positive
             if sketched is None:
-                scores = self.head_gates[routed] @ self.products[routed]
-            else:  # without the products of all heads, which nothing else needs
-                scores = self.head_gates[routed] @ (self.index_q[routed] @ sketched.keys.T).relu_()
-            if policy.residual:
-                rows = self.index_q[None, None], self.head_gates[None, None]
-                query, scale = reference.residual_query(*rows, ids, statistics.positive)
-                scores = scores + scale[0, 0] * (scanned.keys @ query[0, 0])
+                query, scale = reference.residual_query(*rows)
+            else:
+                query, scale = reference.to_int8(reference.fused_query(*rows))
+            scores = scores + scale[0, 0] * (scanned.keys @ query[0, 0])
         if policy.blocks is not None and statistics is not None:
             complete = torch.tensor([[len(self.keys) // policy.block_size]], device=scores.device)
             kept = reference.keep_blocks(statistics.blocks, complete, policy.blocks)[0, 0]

@@ -177,7 +177,6 @@ class Scan(Struct):
         ("candidates", Int),
         ("span", Int),
         ("blocks", Int),
-        ("leads", Int),
     )
 
 

@@ -19,6 +19,7 @@ from sglang_misa.kernels.layout import HEAD_DIM, PAGE, SKETCH_STEP
 
 LOWEST = torch.finfo(torch.float32).min
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+INT8_MAX = 127.0
 
 _CHUNK_ELEMENTS = 1 << 26  # fp32 [rows, heads, keys] held at once: 256 MiB
 
@@ -122,19 +123,37 @@ def _positive_share(dots: Tensor, count: Tensor, seen: Tensor) -> Tensor:
     return torch.where(torch.isfinite(mean) & torch.isfinite(variance), share, 0.0)
 
 
-def residual_query(index_q: Tensor, head_gates: Tensor, head_ids: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """The heads that are not routed as one linear query: q̄ = Σ_{j not routed} w[t, j] · φ[t, j] · q[t, j].
+def fused_query(index_q: Tensor, head_gates: Tensor, head_ids: Tensor, positive: Tensor) -> Tensor:
+    """The heads that are not routed as one linear query fp32 [N, T, 128]: Σ_{j not routed} w[t, j] · φ[t, j] · q[t, j].
 
-    index_q [N, T, H, 128], head_gates [N, T, H], head_ids [N, T, h], positive φ [N, T, H]. Returns q̄ / scale, rounded
-    to fp8 e4m3, as fp32 [N, T, 128] and scale [N, T], amax |q̄| / 448. A head of no finite weight adds nothing.
+    index_q [N, T, H, 128], head_gates [N, T, H], head_ids [N, T, h], positive φ [N, T, H]. A head of no finite weight
+    adds nothing.
     """
     weight = head_gates.float() * positive
     weight = torch.where(torch.isfinite(weight) & (positive > 0), weight, 0.0).scatter(2, head_ids, 0.0)
-    query = torch.matmul(weight.unsqueeze(2), torch.nan_to_num(index_q.float())).squeeze(2)
+    return torch.matmul(weight.unsqueeze(2), torch.nan_to_num(index_q.float())).squeeze(2)
+
+
+def residual_query(index_q: Tensor, head_gates: Tensor, head_ids: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """`fused_query` q̄ in fp8: q̄ / scale, rounded to e4m3, as fp32 [N, T, 128] and scale [N, T], amax |q̄| / 448."""
+    query = fused_query(index_q, head_gates, head_ids, positive)
     scale = query.abs().amax(-1) / FP8_MAX
     usable = torch.isfinite(scale) & (scale > 0)
     query = torch.where(usable.unsqueeze(-1), query / scale.unsqueeze(-1), 0.0)
     return query.to(torch.float8_e4m3fn).float(), torch.where(usable, scale, 1.0)
+
+
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x fp32 [..., D] in whole units, 127 of which are the largest: numbers fp32 [..., D] and units [...].
+
+    What sketches are multiplied with. NaN counts as 0; a row that is not finite otherwise, or 0, has a unit of 0.
+    """
+    x = torch.where(x.isnan(), 0.0, x)
+    most = x.abs().amax(-1)
+    usable = torch.isfinite(most) & (most > 0)
+    per_unit = torch.where(usable, torch.full_like(most, INT8_MAX) / most, 0.0)  # a scalar would be times a reciprocal
+    numbers = (torch.where(usable.unsqueeze(-1), x, 0.0) * per_unit.unsqueeze(-1)).round()
+    return numbers, torch.where(usable, most * (1 / INT8_MAX), 0.0)
 
 
 def top_heads(statistic: Tensor, heads: int) -> Tensor:
@@ -217,14 +236,24 @@ def policy_scores(
 def _cheap_scores(
     policy: SelectionPolicy, index_q: Tensor, head_gates: Tensor, keys: Tensor, statistics: BlockStatistics
 ) -> Tensor:
-    """Scores fp32 [N, T, L] by the policy's columns: all heads, or those it routes and the residual of the others."""
-    if policy.heads is None:
+    """Scores fp32 [N, T, L] by the policy's columns: all heads, or those it routes and the residual of the others.
+
+    Over sketches a column is int8, and its unit part of the gate.
+    """
+    if policy.heads is None and policy.sketch is None:
         return index_scores(index_q, head_gates, keys)
-    ids = top_heads(statistics.heads, policy.heads)
-    routed_q = index_q.float().gather(2, ids.unsqueeze(-1).expand(*ids.shape, index_q.shape[-1]))
-    scores = index_scores(routed_q, head_gates.float().gather(2, ids), keys)
+    columns, gates = index_q.float(), head_gates.float()
+    if policy.heads is not None:
+        ids = top_heads(statistics.heads, policy.heads)
+        columns = columns.gather(2, ids.unsqueeze(-1).expand(*ids.shape, index_q.shape[-1]))
+        gates = gates.gather(2, ids)
+    if policy.sketch is not None:
+        columns, units = to_int8(columns)
+        gates = gates * units
+    scores = index_scores(columns, gates, keys)
     if policy.residual:
-        query, scale = residual_query(index_q, head_gates, ids, statistics.positive)
+        others = (index_q, head_gates, ids, statistics.positive)
+        query, scale = residual_query(*others) if policy.sketch is None else to_int8(fused_query(*others))
         scores += scale.unsqueeze(-1) * torch.matmul(query, keys.float().transpose(1, 2))
     return scores
 

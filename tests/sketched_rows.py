@@ -40,12 +40,14 @@ def sketched(lens: tuple[int, ...], bits: int, device: str, *, heads: int = 32, 
 
 
 def cheap_scores(batch: Sketched, row: int, queries: Tensor, gates: Tensor, residual: bool) -> Tensor:
-    """fp64 scores of a row's sketched tokens by these columns, from the reference's sketched keys."""
+    """fp64 scores of a row's sketched tokens by these int8 columns: mean + scale · code, z's product rounded down."""
     bits = batch.stats.bits
     pages = batch.page_table[row, : int(batch.seq_lens[row]) // PAGE - 1].long()
     codes, scales = unpack(batch.sketches[pages].cpu(), bits)
-    keys = reference.sketched_keys(codes, scales, batch.page_means[pages].cpu(), bits).flatten(0, 1).double()
-    products = keys @ queries.cpu().double().T
+    q = queries.cpu().double()
+    levels = codes.double() @ q.T - ((2**bits - 1) / 2 * q.sum(1)).floor()
+    means = batch.page_means[pages].cpu().double() @ q.T
+    products = (means.unsqueeze(1) + scales.double().unsqueeze(-1) * levels).flatten(0, 1)
     columns = products.shape[1] - residual
     products[:, :columns].relu_()
     return products @ gates.cpu().double()

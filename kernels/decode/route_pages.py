@@ -1,8 +1,9 @@
 """The scored columns of decode rows: the routed heads of each row, and the residual of its other heads (Triton).
 
 One launch. The programs of a row multiply its heads with the means of its pages; the last one to finish ranks the
-heads, gathers the routed queries and gates, and fuses the other heads to one linear column. Bytes: 256 for every 64
-tokens of prefix, where the keys themselves are 8448.
+heads, gathers the routed queries and gates, and fuses the other heads to one linear column. Queries leave as signed
+bytes, which is what the scan of sketches multiplies. Bytes: 256 for every 64 tokens of prefix, where the keys
+themselves are 8448.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sglang_misa.kernels.decode.keep_blocks import last_of, launch_options
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
 ROUTERS = ("mean", "peak", "signed", "weight")
-FP8_MAX = tl.constexpr(torch.finfo(torch.float8_e4m3fn).max)
+INT8_MAX = tl.constexpr(127.0)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 CHUNK = 32
 MANY_ROWS = 16  # from so many on, programs take more pages: the queries are read less often
@@ -28,9 +29,9 @@ MANY_ROWS = 16  # from so many on, programs take more pages: the queries are rea
 class Columns:
     """What a row's keys are multiplied with, and the scratch of choosing it.
 
-    queries: float8_e4m3fn [R, columns, 128]  the routed heads in ascending order, then the residual; unwritten in rows
-             that do not choose
-    gates:   fp32 [R, columns]
+    queries: int8 [R, columns, 128]  the routed heads in ascending order, then the residual, each with 127 at its
+             largest number; unwritten in rows that do not choose
+    gates:   fp32 [R, columns]  times what a unit of the column's query stands for
     partial: fp32 [R, programs, 3, H]  scratch: sum of the products, of their squared distances from the program's own
              mean, and the router's statistic
     done:    int32 [R]  scratch: programs that have finished; zero between launches
@@ -47,7 +48,7 @@ class Columns:
         must be zero before the first launch, and one object must not serve two streams at once."""
         programs = triton.cdiv(table_width, tile_pages(1))
         return cls(
-            queries=torch.empty(rows, columns, HEAD_DIM, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn),
+            queries=torch.empty(rows, columns, HEAD_DIM, dtype=torch.int8, device=device),
             gates=torch.empty(rows, columns, dtype=torch.float32, device=device),
             partial=torch.empty(rows, programs, 3, heads, dtype=torch.float32, device=device),
             done=torch.zeros(rows, dtype=torch.int32, device=device),
@@ -70,7 +71,7 @@ def route_pages(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
-    heads: int,
+    heads: int | None,
     router: str,
     residual: bool,
     longer_than: int,
@@ -78,11 +79,11 @@ def route_pages(
 ) -> None:
     """Fill `out` with the columns of every row of more than `longer_than` tokens.
 
-    Heads rank by |w| · mean ReLU(q·k̃) (`mean`), |w| · max ReLU(q·k̃) (`peak`), w · mean ReLU(q·k̃) (`signed`) or |w|
+    `heads` None takes all of them. Fewer rank by |w| · mean ReLU(q·k̃) (`mean`), |w| · max ReLU(q·k̃) (`peak`), w · mean ReLU(q·k̃) (`signed`) or |w|
     (`weight`), over the means k̃ of the row's complete pages but the newest; ties fall to the lower head, NaN never
     wins.
-    The residual is Σ w · Φ(μ/σ) · q of the heads that are not routed, μ and σ of their products, as fp8 with amax / 448
-    as its gate; a head whose μ, σ or w is not finite adds nothing.
+    The residual is Σ w · Φ(μ/σ) · q of the heads that are not routed, μ and σ of their products; a head whose μ, σ or
+    w is not finite adds nothing. NaN in a query counts as 0.
 
     index_q:    float8_e4m3fn [R, H, 128], contiguous
     head_gates: fp32 [R, H], contiguous
@@ -93,7 +94,7 @@ def route_pages(
     rows, index_heads, _ = index_q.shape
     width = page_table.shape[1]
     tile = tile_pages(rows)
-    programs = triton.cdiv(width, tile)
+    programs = 1 if heads is None else triton.cdiv(width, tile)
     interpreted = index_q.device.type == "cpu"
     _route_kernel[(programs, rows)](
         index_q,
@@ -110,7 +111,7 @@ def route_pages(
         out.partial.stride(0),
         longer_than,
         HEADS=index_heads,
-        ROUTED=heads,
+        ROUTED=index_heads if heads is None else heads,
         ROUTER=ROUTERS.index(router),
         RESIDUAL=residual,
         DIM=HEAD_DIM,
@@ -143,12 +144,14 @@ def _positive_share(mean, variance):
 
 
 @triton.jit
-def _rounded_to_e4m3(x):
-    """x, |x| <= 448, at the nearest e4m3 number, ties to even: the interpreter's conversion drops the carry."""
-    bits = x.to(tl.uint32, bitcast=True)
-    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
-    WHOLE: tl.constexpr = 1.5 * 2**14  # a sum with it has the spacing of subnormals
-    return tl.where(tl.abs(x) < 2.0**-6, (x + WHOLE) - WHOLE, bits.to(tl.float32, bitcast=True))
+def _to_int8(x):
+    """`reference.to_int8` of x [N, DIM]: int8 and units [N]."""
+    WHOLE: tl.constexpr = 1.5 * 2**23  # a sum with it has no fraction
+    most = tl.max(tl.abs(x), 1)
+    usable = (most > 0) & (most < float("inf"))
+    per_unit = tl.where(usable, tl.div_rn(INT8_MAX, tl.where(usable, most, 1.0)), 0.0)
+    rounded = (tl.where(usable[:, None], x, 0.0) * per_unit[:, None] + WHOLE) - WHOLE
+    return rounded.to(tl.int8), tl.where(usable, most * (1 / INT8_MAX), 0.0)
 
 
 @triton.jit(do_not_specialize=["table_stride", "WIDTH", "partial_stride"])
@@ -192,10 +195,17 @@ def _route_kernel(
     if (length <= LONGER_THAN) | (i_t * TILE >= n_pages):
         return
 
-    m_p = o_p < n_pages
-    page = tl.where(m_p, page, 0).to(tl.int64)
     b_q = tl.load(q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :])  # [HEADS, DIM]
     b_w = tl.load(gates + i_r * HEADS + o_h)
+    if ROUTED == HEADS:
+        b_qf = b_q.to(tl.float32)
+        b_column, unit = _to_int8(tl.where(b_qf == b_qf, b_qf, 0.0))
+        tl.store(out_q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :], b_column)
+        tl.store(out_gates + i_r * HEADS + o_h, b_w * unit)
+        return
+
+    m_p = o_p < n_pages
+    page = tl.where(m_p, page, 0).to(tl.int64)
     b_k = tl.load(means + page[:, None] * DIM + o_d[None, :], mask=m_p[:, None], other=0.0)
     # fp8 fits bf16, so the products are exact; the interpreter multiplies bf16 as integers, hence fp32 there
     if EXACT:
@@ -238,9 +248,12 @@ def _route_kernel(
         if ROUTER != 3:
             statistic = tl.where(total != total, float("nan"), statistic)  # which maxima drop
         routed, place = _top_heads(statistic, HEADS, ROUTED)
+        b_qf = b_q.to(tl.float32)
+        b_qf = tl.where(b_qf == b_qf, b_qf, 0.0)
+        b_column, unit = _to_int8(b_qf)
         p_q = out_q + (i_r * COLUMNS + place[:, None]) * DIM + o_d[None, :]
-        tl.store(p_q, b_q, mask=routed[:, None])
-        tl.store(out_gates + i_r * COLUMNS + place, b_w, mask=routed)
+        tl.store(p_q, b_column, mask=routed[:, None])
+        tl.store(out_gates + i_r * COLUMNS + place, b_w * unit, mask=routed)
 
         if RESIDUAL:
             squares = tl.zeros([HEADS], tl.float32)
@@ -254,11 +267,7 @@ def _route_kernel(
                 squares += tl.sum(b_apart + tl.where(o_i < n_programs, n_part * off * off, 0.0), 0)
             weight = b_w * _positive_share(mean, squares / n)
             weight = tl.where(routed | ((tl.abs(weight) < float("inf")) == 0), 0.0, weight)
-            b_qf = b_q.to(tl.float32)
-            b_rest = tl.sum(tl.where(b_qf == b_qf, b_qf, 0.0) * weight[:, None], 0)  # [DIM]
-            scale = tl.max(tl.abs(b_rest), 0) / FP8_MAX
-            usable = (scale > 0) & (scale < float("inf"))
-            scale = tl.where(usable, scale, 1.0)
-            b_rest = _rounded_to_e4m3(tl.where(usable, b_rest / scale, 0.0)).to(tl.float8e4nv)
-            tl.store(out_q + (i_r * COLUMNS + ROUTED) * DIM + o_d, b_rest)
-            tl.store(out_gates + i_r * COLUMNS + ROUTED, scale)
+            b_rest = tl.sum(b_qf * weight[:, None], 0)[None, :]  # [1, DIM]
+            b_column, unit = _to_int8(b_rest)
+            tl.store(out_q + (i_r * COLUMNS + ROUTED) * DIM + o_d[None, :], b_column)
+            tl.store(out_gates + i_r * COLUMNS + ROUTED + tl.arange(0, 1), unit)

@@ -25,19 +25,20 @@ def scan_sketches(
     *,
     bits: int,
     residual: bool,
-    leads: bool,
     longer_than: int,
     scores: torch.Tensor,
 ) -> None:
     """Write `score_keys` of Σ_c gate · ReLU(q · k̂) of every sketched key k̂, in rows of more than `longer_than` tokens.
 
-    The last column has no ReLU where it is a `residual`. All scores are 2⁻⁹ of that sum, which changes no order.
+    The last column has no ReLU where it is a `residual`. Of a key mean + scale · (code - z) the product with z is
+    rounded down to a whole number.
 
-    queries:    float8_e4m3fn [R, columns, 128]; columns = 4, 8, 16, 32 or 64
+    queries:    int8 [R, columns, 128]; columns = 4, 8, 16, 32 or 64
     gates:      fp32 [R, columns]
     page_means: bf16 [P, 128]; sketches: uint8 [P, sketch_bytes(bits)]; page_table: int32 [R, W]; seq_lens: int32 [R]
     scores:     uint16 [R, room], room a multiple of 64 that holds the row
-    leads:      whether this is a step's first launch, which must wait for what it reads
+
+    On the GPU only the launch before it may still be writing what it reads: the columns.
     """
     rows, columns, _ = queries.shape
     if queries.device.type == "cpu":
@@ -63,7 +64,6 @@ def scan_sketches(
         candidates=longer_than,
         span=span,
         blocks=triton.cdiv(width, span * WARPS),
-        leads=int(leads),
     )
     module.scan(bytes(call), rows, torch.cuda.current_stream().cuda_stream)
 
@@ -126,10 +126,10 @@ def _scan_on_cpu(
         pages = page_table[row, : length // PAGE - 1].long()
         codes, scales = unpack(sketches[pages], bits)
         query, mean = queries[row].float(), page_means[pages].float() @ queries[row].float().T  # [pages, columns]
-        levels = codes.float() @ query.T - (2**bits - 1) / 2 * query.sum(1)
+        levels = codes.float() @ query.T - ((2**bits - 1) / 2 * query.sum(1)).floor()
         products = (mean.unsqueeze(1) + scales.float().unsqueeze(-1) * levels).flatten(0, 1)  # [tokens, columns]
         score = torch.maximum(products.T, floor).T @ gates[row]
-        scores[row, : len(score)] = score_keys(score * 2.0**-9).to(torch.uint16)
+        scores[row, : len(score)] = score_keys(score).to(torch.uint16)
 
 
 def _list_on_cpu(scores: torch.Tensor, seq_lens: torch.Tensor, positions: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """Decode over page sketches: the pipeline of a step, and all-head scores of the candidates.
 
 A step is five launches, each overlapping the end of the one before: `route_pages` chooses the columns of a row on
-page means (without routed heads it is left out), `scan_sketches` scores every sketched token by them, `list_candidates`
+page means, `scan_sketches` scores every sketched token by them, `list_candidates`
 takes the best C, `rescore` scores those with all heads on the stored keys, `topk_listed` selects.
 Bytes of a row: 4 a token of prefix for the router, 4 + 16 · bits + 2 for the scan, 132 a candidate.
 """
@@ -85,14 +85,14 @@ class SketchPolicy:
 class SketchScratch:
     """Everything a step writes besides its result, and its policy. All layers share one object.
 
-    columns:   see `Columns`; None where all heads score the sketches
+    columns:   see `Columns`
     keys:      uint16 [R, W · 64]  scores of the sketched tokens, as `score_keys`
     positions: int32 [R, C]  candidates, ascending
     logits:    fp32 [R, C]  their scores with all heads
     """
 
     policy: SketchPolicy
-    columns: Columns | None
+    columns: Columns
     keys: torch.Tensor
     positions: torch.Tensor
     logits: torch.Tensor
@@ -102,12 +102,10 @@ class SketchScratch:
         cls, rows: int, table_width: int, index_heads: int, policy: SketchPolicy, device: torch.device
     ) -> SketchScratch:
         """Room for `rows` rows of page tables of at most `table_width` pages. Allocate outside of graph capture."""
-        columns = None
-        if policy.heads is not None:
-            columns = Columns.allocate(rows, table_width, index_heads, policy.heads + policy.residual, device)
+        columns = index_heads if policy.heads is None else policy.heads + policy.residual
         return cls(
             policy=policy,
-            columns=columns,
+            columns=Columns.allocate(rows, table_width, index_heads, columns, device),
             keys=torch.empty(rows, table_width * PAGE, dtype=torch.uint16, device=device),
             positions=torch.empty(rows, policy.candidates, dtype=torch.int32, device=device),
             logits=torch.empty(rows, policy.candidates, dtype=torch.float32, device=device),
@@ -115,7 +113,7 @@ class SketchScratch:
 
     def first(self, rows: int) -> SketchScratch:
         """The same memory for the first `rows` rows."""
-        columns = None if self.columns is None else self.columns.first(rows)
+        columns = self.columns.first(rows)
         return SketchScratch(self.policy, columns, self.keys[:rows], self.positions[:rows], self.logits[:rows])
 
 
@@ -165,32 +163,28 @@ def sketch_topk(
         )
     if topk > policy.candidates:
         raise ValueError(f"candidates: expected at least k = {topk}, got {policy.candidates}; raise the candidates")
-    queries, gates = index_q, head_gates
-    if scratch.columns is not None:
-        assert policy.heads is not None
-        queries, gates = scratch.columns.queries, scratch.columns.gates
-        route_pages(
-            index_q,
-            head_gates,
-            stats.means,
-            page_table,
-            seq_lens,
-            heads=policy.heads,
-            router=policy.router,
-            residual=policy.residual,
-            longer_than=policy.candidates,
-            out=scratch.columns,
-        )
+    columns = scratch.columns
+    route_pages(
+        index_q,
+        head_gates,
+        stats.means,
+        page_table,
+        seq_lens,
+        heads=policy.heads,
+        router=policy.router,
+        residual=policy.residual,
+        longer_than=policy.candidates,
+        out=columns,
+    )
     scan_sketches(
-        queries,
-        gates,
+        columns.queries,
+        columns.gates,
         stats.means,
         stats.sketches,
         page_table,
         seq_lens,
         bits=stats.bits,
         residual=policy.residual,
-        leads=scratch.columns is None,
         longer_than=policy.candidates,
         scores=scratch.keys,
     )

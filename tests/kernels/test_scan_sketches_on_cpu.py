@@ -12,7 +12,7 @@ from on_cpu import COMPILER, aligned, call, compiled
 from sketched_rows import cheap_scores, sketched
 
 from sglang_misa.kernels.decode.scan_sketches import list_candidates, scan_sketches, score_keys
-from sglang_misa.kernels.layout import PAGE
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
 
 @COMPILER
@@ -26,7 +26,9 @@ def test_the_scan_scores_every_sketched_key(tmp_path: pathlib.Path, bits: int, c
         tmp_path, "sketch_scan", f"-DMISA_SKETCH_BITS={bits}", f"-DMISA_COLUMN_TILES={max(1, columns // 8)}"
     )
     library.scan_rows.restype = ctypes.c_bool
-    queries = aligned(batch.index_q[:, :columns].contiguous().view(torch.uint8).numpy(), np.uint8)
+    random = torch.Generator().manual_seed(0)
+    numbers = torch.randint(-127, 128, (len(lens), columns, HEAD_DIM), dtype=torch.int8, generator=random)
+    queries = aligned(numbers.numpy(), np.int8)
     gates = batch.head_gates[:, :columns].contiguous()
     longest, span, rows = 150, 4, len(lens)
     blocks, room = -(-44 // (span * 4)), 44 * PAGE
@@ -40,15 +42,15 @@ def test_the_scan_scores_every_sketched_key(tmp_path: pathlib.Path, bits: int, c
     )  # fmt: skip
     on_cpu = torch.full((rows, room), 0xABCD, dtype=torch.int32).to(torch.uint16)
     scan_sketches(
-        batch.index_q[:, :columns], gates, batch.page_means, batch.sketches, batch.page_table, batch.seq_lens,
-        bits=bits, residual=residual, leads=True, longer_than=longest, scores=on_cpu,
+        numbers, gates, batch.page_means, batch.sketches, batch.page_table, batch.seq_lens,
+        bits=bits, residual=residual, longer_than=longest, scores=on_cpu,
     )  # fmt: skip
     for row, length in enumerate(lens):
         scored = (length // PAGE - 1) * PAGE if length > longest else 0
         assert (got[row, scored:] == 0xABCD).all()
         if not scored:
             continue
-        truth = cheap_scores(batch, row, batch.index_q[row, :columns].float(), gates[row], residual) / 512
+        truth = cheap_scores(batch, row, numbers[row], gates[row], residual)
         for keys in (torch.from_numpy(got[row, :scored].astype(np.int32)), on_cpu[row, :scored].to(torch.int32)):
             slack = 4e-6 * truth.abs().max()
             low, high = (score_keys((truth + by).float()) for by in (-slack, slack))
@@ -63,7 +65,7 @@ def test_a_nan_page_scores_below_all_others(tmp_path: pathlib.Path) -> None:
     library.scan_rows.restype = ctypes.c_bool
     got = aligned(np.full((1, 6 * PAGE), 0xABCD), np.uint16)
     operands = [
-        batch.index_q[:, :8].contiguous().view(torch.uint8),
+        torch.ones(1, 8, HEAD_DIM, dtype=torch.int8),
         batch.head_gates[:, :8],
         batch.page_means.view(torch.uint8),
     ]
@@ -100,12 +102,11 @@ def test_candidates_are_the_best_keys_and_the_newest_tokens(tmp_path: pathlib.Pa
     cases = [
         random.integers(0, 0x10000, room),  # all of it
         np.full(room, 0x8000),  # all alike
-        random.integers(0x9000, 0x9010, room),  # one bin of the upper bits
         random.choice([0, 1, 0xFFFF], room),  # NaN, the lowest, the highest
         0x8000 + np.arange(room) // 3,
         (random.normal(0, 900, room) + 0x9000).clip(0, 0xFFFF),
     ]
-    lens = [0, 1, 255, 256, 257, 3 * PAGE, 319, 320, 59 * PAGE, 60 * PAGE - 1, 60 * PAGE]
+    lens = [0, 256, 257, 319, 320, 60 * PAGE - 1]
     for case in cases:
         keys = aligned(np.tile(case, (len(lens), 1)), np.uint16)
         seq_lens = np.asarray(lens, np.int32)

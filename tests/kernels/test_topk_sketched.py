@@ -53,8 +53,7 @@ def check(batch: Sketched, result: Result) -> None:
             newest = candidates[candidates >= scored]
             assert torch.equal(newest.cpu(), torch.arange(scored, length))
             columns = result.scratch.columns
-            queries, gates = (batch.index_q, batch.head_gates) if columns is None else (columns.queries, columns.gates)
-            cheap = cheap_scores(batch, row, queries[row].float(), gates[row], policy.residual)
+            cheap = cheap_scores(batch, row, columns.queries[row], columns.gates[row], policy.residual)
             in_list = torch.zeros(scored, dtype=torch.bool)
             in_list[candidates[candidates < scored].cpu()] = True
             # a key holds nine bits of fraction, so a score under the cut by less than 2⁻⁹ of it may be in
@@ -136,7 +135,8 @@ def test_a_nan_key_costs_its_own_page_only(device: str) -> None:
     result = run(batch, SketchPolicy(None, "peak", False, 512))
     candidates = result.scratch.positions[0].long()
     assert not torch.isin(candidates, torch.arange(4 * PAGE, 5 * PAGE, device=device)).any()
-    cheap = cheap_scores(batch, 0, batch.index_q[0].float(), batch.head_gates[0], False)
+    columns = result.scratch.columns
+    cheap = cheap_scores(batch, 0, columns.queries[0], columns.gates[0], False)
     ranked = torch.where(cheap.isnan(), -torch.inf, cheap).sort(descending=True).values
     cut = ranked[511 - PAGE]
     assert cheap[candidates[candidates < 19 * PAGE].cpu()].min() >= cut - 2**-8 * cut.abs()

@@ -1,18 +1,20 @@
-// The candidates of decode rows: the C tokens of the highest score keys, the newest tokens always among them. One thread block a row.
+// The candidates of decode rows: the C tokens of the highest score keys, the newest tokens always among them. One cluster a row.
 //
-// Two histograms find the key that the cut falls on, its upper 11 bits first. Then each warp counts what it has above the cut and on
-// it, and lists that in the order of positions, so that among equal keys the earlier tokens are in.
+// Two histograms, summed over the cluster, find the key that the cut falls on, its upper 11 bits first. Then each warp counts what it
+// has above the cut and on it, and lists that in the order of positions, so that among equal keys the earlier tokens are in.
+#include "cluster.cuh"
 #include "launch.cuh"
 #include "mma_sync.cuh"
-#include "select.cuh"
 #include "sketch.cuh"
+#include "warp.cuh"
 
 namespace misa {
 
-constexpr int THREADS = 1024, WARPS = THREADS / 32, PAGE = 64;
-constexpr int EACH = 8;  // keys that a lane loads at once
-constexpr int KEY_BITS = 16, FINE_BITS = KEY_BITS - 11;
-using Choice = Select<THREADS>;
+constexpr int BLOCKS = 8, THREADS = 512, WARPS = THREADS / 32, PAGE = 64;  // of a cluster, and of each of its blocks
+constexpr int EACH = 8;                                                   // keys that a lane loads at once
+constexpr int KEY_BITS = 16, COARSE_BITS = 11, FINE_BITS = KEY_BITS - COARSE_BITS;
+constexpr int BINS = 1 << COARSE_BITS, OWN_BINS = BINS / BLOCKS;
+static_assert(OWN_BINS <= THREADS && OWN_BINS % 32 == 0);
 
 struct Candidates {
   const uint16_t* scores;  // [R, room]
@@ -22,9 +24,21 @@ struct Candidates {
   int candidates;
 };
 
+struct Count {
+  uint32_t above, ties;
+};
+
 struct Smem {
-  Choice::Histogram histogram;
-  uint32_t above[WARPS], ties[WARPS];
+  uint32_t bins[BINS];      // of this block's keys
+  uint32_t scan[WARPS];
+  uint32_t totals[BLOCKS];  // keys in the part of the bins that each block sums up
+  uint32_t bin, above;      // where the cut is, and keys in higher bins
+  Count warps[WARPS], blocks[BLOCKS];
+};
+
+// Keys from `lo` on, `need` of which are wanted beside all above them.
+struct Cut {
+  uint32_t lo, need;
 };
 
 __device__ __forceinline__ uint32_t key_of(const uint4& eight, int i) {
@@ -32,51 +46,95 @@ __device__ __forceinline__ uint32_t key_of(const uint4& eight, int i) {
   return i % 2 ? pair >> 16 : pair & 0xFFFF;
 }
 
-__global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates in) {
-  __shared__ Smem s;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int length = __ldg(in.lens + blockIdx.x);
-  int32_t* positions = in.positions + int64_t(blockIdx.x) * in.candidates;
+// The bin of the cluster's histogram in which the `need`-th largest key lies. Each block sums up a part of the bins, the first one the
+// highest; whose part holds the cut tells the others.
+__device__ Cut narrow(Smem& s, Cut cut, int shift) {
+  const int rank = sm90::cluster_rank(), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int bin = BINS - 1 - rank * OWN_BINS - int(threadIdx.x);
+  sm90::cluster_sync();
+  uint32_t own = 0;
+  if (threadIdx.x < OWN_BINS) {
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) own += sm90::shared_of<Smem>(b).bins[bin];
+  }
+  const uint32_t in_warp = warp_sum_up(own, lane);
+  if (lane == 31) s.scan[warp] = in_warp;
+  __syncthreads();
+  const uint32_t upto = __reduce_add_sync(~0u, lane < warp ? s.scan[lane] : 0u) + in_warp;
+  if (threadIdx.x == OWN_BINS - 1) {
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) sm90::shared_of<Smem>(b).totals[rank] = upto;
+  }
+  sm90::cluster_sync();
+  uint32_t before = upto - own;
+  for (int b = 0; b < rank; ++b) before += s.totals[b];
+  if (threadIdx.x < OWN_BINS && before < cut.need && before + own >= cut.need) {
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      Smem& other = sm90::shared_of<Smem>(b);
+      other.bin = bin, other.above = before;
+    }
+  }
+  sm90::cluster_sync();
+  return {cut.lo + (s.bin << shift), cut.need - s.above};
+}
+
+__global__ void __launch_bounds__(THREADS) candidates_kernel(const Candidates in) {
+  Smem& s = sm90::shared<Smem>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = sm90::cluster_rank();
+  const int row = blockIdx.x / BLOCKS, thread = rank * THREADS + threadIdx.x;  // of the cluster
+  const int length = __ldg(in.lens + row);
+  int32_t* positions = in.positions + int64_t(row) * in.candidates;
   sm90::launch_wait();  // rows of this step may still be read by the launch before last
   sm90::launch_next();
   if (length <= in.candidates) {
-    for (int i = threadIdx.x; i < length; i += THREADS) positions[i] = i;
+    for (int i = thread; i < length; i += BLOCKS * THREADS) positions[i] = i;
     return;
   }
   const int scored = sketched_pages(length) * PAGE, wanted = in.candidates - (length - scored);
-  for (int i = threadIdx.x; i < length - scored; i += THREADS) positions[wanted + i] = scored + i;
+  for (int i = thread; i < length - scored; i += BLOCKS * THREADS) positions[wanted + i] = scored + i;
 
   // A warp has a run of whole pages, so of whole loads.
-  const uint16_t* scores = in.scores + blockIdx.x * in.room;
-  const int share = (scored / PAGE + WARPS - 1) / WARPS * PAGE, from = warp * share, to = min(from + share, scored);
+  const uint16_t* scores = in.scores + row * in.room;
+  const int share = (scored / PAGE + BLOCKS * WARPS - 1) / (BLOCKS * WARPS) * PAGE;
+  const int from = min((rank * WARPS + warp) * share, scored), to = min(from + share, scored);
   const auto each = [&](const auto& visit) {
-    for (int base = from + lane * EACH; base < to; base += 32 * EACH) visit(__ldcg(reinterpret_cast<const uint4*>(scores + base)), base);
+    for (int base = from + lane * EACH; base < to; base += 32 * EACH) visit(__ldcg(reinterpret_cast<const uint4*>(scores + base)));
   };
-  Choice::Range cut{0, (1 << KEY_BITS) - 1, uint32_t(wanted), uint32_t(scored)};
+  Cut cut{0, uint32_t(wanted)};
 #pragma unroll
   for (int shift = FINE_BITS; shift >= 0; shift -= FINE_BITS) {
-    Choice::clear(s.histogram);
+    for (int i = threadIdx.x; i < BINS; i += THREADS) s.bins[i] = 0;
     __syncthreads();
-    each([&](const uint4& eight, int) {
+    each([&](const uint4& eight) {
 #pragma unroll
       for (int i = 0; i < EACH; ++i) {
         const uint32_t key = key_of(eight, i);
-        if (key >= cut.lo && key <= cut.hi) Choice::count(s.histogram, key, cut.lo, shift);
+        if (shift > 0 || key >> FINE_BITS == cut.lo >> FINE_BITS) atomicAdd(&s.bins[(key - cut.lo) >> shift], 1u);
       }
     });
-    __syncthreads();
-    cut = Choice::cut(s.histogram, cut, shift);
+    cut = narrow(s, cut, shift);
   }
 
-  uint32_t above = 0, ties = 0;
-  each([&](const uint4& eight, int) {
+  Count count{};
+  each([&](const uint4& eight) {
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) above += key_of(eight, i) > cut.lo, ties += key_of(eight, i) == cut.lo;
+    for (int i = 0; i < EACH; ++i) count.above += key_of(eight, i) > cut.lo, count.ties += key_of(eight, i) == cut.lo;
   });
-  above = __reduce_add_sync(~0u, above), ties = __reduce_add_sync(~0u, ties);
-  if (lane == 0) s.above[warp] = above, s.ties[warp] = ties;
+  count = {__reduce_add_sync(~0u, count.above), __reduce_add_sync(~0u, count.ties)};
+  if (lane == 0) s.warps[warp] = count;
   __syncthreads();
-  above = __reduce_add_sync(~0u, lane < warp ? s.above[lane] : 0u), ties = __reduce_add_sync(~0u, lane < warp ? s.ties[lane] : 0u);
+  const auto sum = [&](const Count* counts, int n) {  // of the first n
+    const Count own = lane < n ? counts[lane] : Count{};
+    return Count{__reduce_add_sync(~0u, own.above), __reduce_add_sync(~0u, own.ties)};
+  };
+  if (warp == 0) {
+    const Count all = sum(s.warps, WARPS);
+    if (lane < BLOCKS) sm90::shared_of<Smem>(lane).blocks[rank] = all;
+  }
+  sm90::cluster_sync();
+  const Count blocks = sum(s.blocks, rank), warps = sum(s.warps, warp);
+  uint32_t above = blocks.above + warps.above, ties = blocks.ties + warps.ties;
 
   for (int first = from; first < to; first += 32 * EACH) {
     const int base = first + lane * EACH;
@@ -104,7 +162,7 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
 // ---- host
 
 void candidates(Bytes call, int64_t rows, int64_t stream) {
-  launch_behind("candidates_kernel", candidates_kernel, int(rows), THREADS, stream_at(stream), unpack<Candidates>(call));
+  launch_behind("candidates_kernel", candidates_kernel, int(rows) * BLOCKS, THREADS, stream_at(stream), unpack<Candidates>(call), BLOCKS);
 }
 
 }  // namespace misa

@@ -3,9 +3,9 @@
 //   s[r, l] = Σ_c gate[r, c] · max(q[r, c] · mean + scale[l] · q[r, c] · (code[l] - z), floor)        z = (2^bits - 1) / 2
 //
 // A warp takes some pages of one row. The products with their means come from one bf16 product of 16 pages; then each page is 64 keys
-// in four products of 16, whose codes a lane loads just as it feeds them. A code of 0 … 3 is the e4m3 number code · 2⁻⁹, and one
-// shifted up within a byte's four lowest bits is that times a power of two: so a mask makes operands of codes, odd keys
-// come out 2^bits times as large, and all scores are 2⁻⁹ of what they should be, which changes no order.
+// in four products of 16, whose codes a lane loads just as it feeds them. Queries are signed bytes, so products with codes are whole
+// numbers. A code shifted up within its byte is itself times a power of two: so a mask makes operands of codes, and odd keys come
+// out 2^bits times as large. q · z is rounded down, by at most half a unit of the query.
 #include <cmath>
 
 #include "launch.cuh"
@@ -28,9 +28,12 @@ constexpr int WARPS = 4;          // of a thread block
 constexpr int LOADS = 2 * BITS;   // of 16 bytes, that bring a lane its codes of a page
 constexpr int STEPS = DIM / 32;   // products over 32 dimensions
 constexpr float ODD = 1.f / (1 << BITS);
+// A whole number below 2²² in size, added to the bits of this float, is added to the float: conversions run at a quarter of the rate.
+constexpr float BASE = 12582912.f;
+constexpr int BASE_BITS = 0x4B400000;
 
 struct Scan {
-  const uint8_t* queries;   // [R, columns, 128] e4m3
+  const int8_t* queries;    // [R, columns, 128]
   const float* gates;       // [R, columns]
   const uint8_t* means;     // [P, 128] bf16
   const uint8_t* sketches;  // [P, SKETCH_BYTES]
@@ -44,7 +47,6 @@ struct Scan {
   int candidates;           // rows of no more tokens are not scored
   int span;                 // pages of a warp
   int blocks;               // thread blocks of a row
-  int leads;                // whether nothing that it reads is surely older than the launch before this one
 };
 
 struct Page {
@@ -71,7 +73,6 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const int row = blockIdx.x / in.blocks;
   const int first = ((blockIdx.x % in.blocks) * WARPS + threadIdx.x / 32) * in.span;
-  if (in.leads) sm90::launch_wait();
   const int length = __ldg(in.lens + row);
   const int count = length > in.candidates ? min(in.span, sketched_pages(length) - first) : 0;
   if (count <= 0) {
@@ -104,26 +105,26 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
   sm90::launch_wait();
   sm90::launch_next();
   uint32_t query[TILES][STEPS][2];  // the same dimensions of column 8·t + r
-  float start[TILES][2], gate[TILES][2];
+  int start[TILES][4];  // of sums of products, as the bits of BASE
+  float gate[TILES][2];
   float with_mean[TILES][4] = {};
 #pragma unroll
   for (int t = 0; t < TILES; ++t) {
     const int column = t * 8 + r;
     uint4 part[2] = {};
     if (column < in.columns) {
-      const uint8_t* from = in.queries + (int64_t(row) * in.columns + column) * DIM + c * 32;
+      const int8_t* from = in.queries + (int64_t(row) * in.columns + column) * DIM + c * 32;
       part[0] = __ldg(reinterpret_cast<const uint4*>(from)), part[1] = __ldg(reinterpret_cast<const uint4*>(from) + 1);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) query[t][i / 2][i % 2] = word(part[i / 4], i % 4);
-    // q · z · 2⁻⁹, which every product begins below, as a product with codes of 1.
-    float sum[4] = {};
+    int sum[4] = {};  // of the queries, as products with codes of 1
     constexpr uint32_t ONES[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) sm90::mma_fp8(sum, ONES, query[t][step]);
+    for (int step = 0; step < STEPS; ++step) sm90::mma_int8(sum, ONES, query[t][step], sum);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const uint2 pairs = sm90::bf16_of_e4m3(query[t][i / 2][i % 2]);
+      const uint2 pairs = sm90::bf16_of_int8(query[t][i / 2][i % 2]);
       const uint32_t a[4] = {word(mean[0][i / 2], i % 2 * 2), word(mean[1][i / 2], i % 2 * 2), word(mean[0][i / 2], i % 2 * 2 + 1),
                              word(mean[1][i / 2], i % 2 * 2 + 1)};
       const uint32_t b[2] = {pairs.x, pairs.y};
@@ -132,11 +133,10 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int own = t * 8 + c * 2 + e;
-      start[t][e] = sum[e] * (-0.5f * ((1 << BITS) - 1));
+      const int z = sum[e] * ((1 << BITS) - 1) >> 1;
+      start[t][e] = BASE_BITS - z, start[t][2 + e] = BASE_BITS - (z << BITS);
       gate[t][e] = own < in.columns ? __ldg(in.gates + int64_t(row) * in.columns + own) : 0.f;
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) with_mean[t][i] *= 1.f / 512;
   }
   // Of the residual's column, which is the last one.
   const float floor = in.residual && c == (in.columns - 1) % 8 / 2 ? -INFINITY : 0.f;
@@ -162,15 +162,16 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
       sums[group][0] = sums[group][1] = 0.f;
 #pragma unroll
       for (int t = 0; t < TILES; ++t) {
-        float d[4] = {start[t][0], start[t][1], start[t][0] / ODD, start[t][1] / ODD};
+        int d[4];
+        sm90::mma_int8(d, a[0], query[t][0], start[t]);
 #pragma unroll
-        for (int step = 0; step < STEPS; ++step) sm90::mma_fp8(d, a[step], query[t][step]);
+        for (int step = 1; step < STEPS; ++step) sm90::mma_int8(d, a[step], query[t][step], d);
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const float least = t == TILES - 1 && e == 1 ? floor : 0.f;
-            const float x = fmaf(scale[odd], d[odd * 2 + e], mean_part[t][e]);
+            const float x = fmaf(scale[odd], __int_as_float(d[odd * 2 + e]) - BASE, mean_part[t][e]);
             sums[group][odd] = fmaf(sm90::max_or_nan(x, least), gate[t][e], sums[group][odd]);
           }
       }

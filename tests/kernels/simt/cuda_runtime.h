@@ -1,5 +1,5 @@
 // CUDA's threads on a CPU, for tests of kernels that need no tensor cores: every thread of a block is a fiber, blocks run one after
-// another, and the order of threads is random but repeatable. Barriers, warp collectives and atomics are what they are on a GPU;
+// another (those of a cluster at once), and the order of threads is random but repeatable. Barriers, warp collectives and atomics are what they are on a GPU;
 // launch() returns false when no thread can go on.
 #pragma once
 #include <ucontext.h>
@@ -66,7 +66,11 @@ struct Meeting {
     while (rounds == round) yield();
   }
 };
-inline std::map<int, Meeting> barriers;  // by number; those of warps are negative
+inline std::map<int, Meeting> barriers;  // by number, of each block of a cluster; those of warps are negative
+constexpr int BARRIERS = 16;
+inline int cluster = 1;  // blocks that run at once
+inline int cluster_rank() { return blockIdx.x % cluster; }
+inline Meeting& barrier(int id) { return barriers[cluster_rank() * BARRIERS + id]; }
 
 inline void run() {
   body();
@@ -74,15 +78,16 @@ inline void run() {
   yield();
 }
 
-inline bool launch(int blocks, int threads, const std::function<void()>& kernel) {
-  body = kernel;
-  if (int(fibers.size()) < threads) fibers.resize(threads);
+inline bool launch(int blocks, int threads, const std::function<void()>& kernel, int blocks_at_once = 1) {
+  body = kernel, cluster = blocks_at_once;
+  const int running = cluster * threads;
+  if (int(fibers.size()) < running) fibers.resize(running);
   gridDim.x = blocks, blockDim.x = threads;
-  std::vector<int> turns(threads);
+  std::vector<int> turns(running);
   std::iota(turns.begin(), turns.end(), 0);
-  for (blockIdx.x = 0; blockIdx.x < unsigned(blocks); ++blockIdx.x) {
+  for (int first = 0; first < blocks; first += cluster) {
     barriers.clear();
-    for (int i = 0; i < threads; ++i) {
+    for (int i = 0; i < running; ++i) {
       Fiber& fiber = fibers[i];
       fiber.done = false;
       getcontext(&fiber.context);
@@ -94,7 +99,7 @@ inline bool launch(int blocks, int threads, const std::function<void()>& kernel)
       std::shuffle(turns.begin(), turns.end(), order);
       for (const int i : turns) {
         if (fibers[i].done) continue;
-        any = true, current = i, threadIdx.x = i;
+        any = true, current = i, threadIdx.x = i % threads, blockIdx.x = first + i / threads;
         swapcontext(&scheduler, &fibers[i].context);
       }
       if (any && !moved) return false;
@@ -119,7 +124,7 @@ auto together(T value, const Use& use) {
 
 }  // namespace simt
 
-inline void __syncthreads() { simt::barriers[0].wait(blockDim.x); }
+inline void __syncthreads() { simt::barrier(0).wait(blockDim.x); }
 inline void __syncwarp() { simt::barriers[-1 - simt::current / simt::WARP].wait(simt::WARP); }
 inline int __syncthreads_count(int value) {
   static int count, waiting;
@@ -176,6 +181,7 @@ inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline int __ffs(uint32_t v) { return __builtin_ffs(v); }
 inline uint32_t __float_as_uint(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
 inline int __float_as_int(float f) { return int(__float_as_uint(f)); }
+inline float __int_as_float(int i) { float f; std::memcpy(&f, &i, 4); return f; }
 inline float __uint_as_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float normcdff(float x) { return float(std::erfc(-double(x) / std::sqrt(2.)) / 2); }

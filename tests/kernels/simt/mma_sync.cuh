@@ -6,9 +6,10 @@ namespace sm90 {
 
 inline float bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
 
-// A lane's four sums over WIDTH dimensions; number(registers, i) is the i-th of those that a lane brings to a row or a column.
-template <int WIDTH, class Number>
-void multiply_warp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Number& number) {
+// A lane's four sums over WIDTH dimensions; left(register, i) is the i-th number of those that a lane brings to a row, and right of
+// those that it brings to a column.
+template <int WIDTH, class Sum, class Left, class Right>
+void multiply_warp(Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Left& left, const Right& right) {
   struct Operands { uint32_t a[4], b[2]; };
   constexpr int OWN = WIDTH / 8;  // of a lane in each half of the dimensions
   const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
@@ -18,19 +19,23 @@ void multiply_warp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
         for (int half = 0; half < 2; ++half)
           for (int from = 0; from < 4; ++from)
             for (int i = 0; i < OWN; ++i)
-              d[odd * 2 + e] += number(all[r * 4 + from].a[half * 2 + odd], i) * number(all[(c * 2 + e) * 4 + from].b[half], i);
+              d[odd * 2 + e] += left(all[r * 4 + from].a[half * 2 + odd], i) * right(all[(c * 2 + e) * 4 + from].b[half], i);
     return 0;
   });
 }
-inline void mma_fp8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply_warp<32>(d, a, b, [](uint32_t four, int i) { return E4M3[four >> i * 8 & 255]; });
+inline void mma_int8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int (&start)[4]) {
+  std::copy(start, start + 4, d);
+  const auto code = [](uint32_t four, int i) { return int(uint8_t(four >> i * 8)); };
+  const auto number = [](uint32_t four, int i) { return int(int8_t(four >> i * 8)); };
+  multiply_warp<32>(d, a, b, code, number);
 }
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply_warp<16>(d, a, b, [](uint32_t pair, int i) { return bf16(pair >> i * 16 & 0xFFFF); });
+  const auto number = [](uint32_t pair, int i) { return bf16(pair >> i * 16 & 0xFFFF); };
+  multiply_warp<16>(d, a, b, number, number);
 }
-inline uint2 bf16_of_e4m3(uint32_t four) {
+inline uint2 bf16_of_int8(uint32_t four) {
   uint32_t bits[4];
-  for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(E4M3[four >> i * 8 & 255]) >> 16;
+  for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(float(int8_t(four >> i * 8))) >> 16;
   return {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
 }
 inline float max_or_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }

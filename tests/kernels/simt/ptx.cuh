@@ -40,8 +40,8 @@ inline void copy_run(uint32_t to, const void* global, uint32_t bytes, uint32_t b
 }
 inline int thread() { return threadIdx.x; }
 template <int THREADS>
-void barrier_of() { simt::barriers[0].wait(THREADS); }
-inline void named_barrier(int id, int threads) { simt::barriers[id].wait(threads); }
+void barrier_of() { simt::barrier(0).wait(THREADS); }
+inline void named_barrier(int id, int threads) { simt::barrier(id).wait(threads); }
 
 inline void barrier_arrive(uint32_t barrier) {
   Barrier& b = barriers.at(barrier);
