@@ -79,9 +79,9 @@ def route_pages(
 ) -> None:
     """Fill `out` with the columns of every row of more than `longer_than` tokens.
 
-    `heads` None takes all of them. Fewer rank by |w| · mean ReLU(q·k̃) (`mean`), |w| · max ReLU(q·k̃) (`peak`), w · mean ReLU(q·k̃) (`signed`) or |w|
-    (`weight`), over the means k̃ of the row's complete pages but the newest; ties fall to the lower head, NaN never
-    wins.
+    `heads` None takes all of them. Fewer rank by |w| · mean ReLU(q·k̃) (`mean`), |w| · max ReLU(q·k̃) (`peak`),
+    w · mean ReLU(q·k̃) (`signed`) or |w| (`weight`), over the means k̃ of the row's complete pages but the newest; ties
+    fall to the lower head, NaN never wins.
     The residual is Σ w · Φ(μ/σ) · q of the heads that are not routed, μ and σ of their products; a head whose μ, σ or
     w is not finite adds nothing. NaN in a query counts as 0.
 
