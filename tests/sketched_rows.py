@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +40,13 @@ def sketched(lens: tuple[int, ...], bits: int, device: str, *, heads: int = 32, 
     return Sketched(*(part.to(device) for part in parts), sketches.to(device))
 
 
-def cheap_scores(batch: Sketched, row: int, queries: Tensor, gates: Tensor, residual: bool) -> Tensor:
-    """fp64 scores of a row's sketched tokens by these int8 columns: mean + scale · code, z's product rounded down."""
+def cheap_scores(
+    batch: Sketched, row: int, queries: Tensor, gates: Tensor, residual: bool, of: Callable[[Tensor], Tensor] = Tensor.clone
+) -> Tensor:
+    """fp64 scores of a row's sketched tokens by these int8 columns: mean + scale · code, z's product rounded down.
+
+    of: what is added up of columns and gates; `torch.abs` makes it the size of what cancels.
+    """
     bits = batch.stats.bits
     pages = batch.page_table[row, : int(batch.seq_lens[row]) // PAGE - 1].long()
     codes, scales = unpack(batch.sketches[pages].cpu(), bits)
@@ -50,4 +56,4 @@ def cheap_scores(batch: Sketched, row: int, queries: Tensor, gates: Tensor, resi
     products = (means.unsqueeze(1) + scales.double().unsqueeze(-1) * levels).flatten(0, 1)
     columns = products.shape[1] - residual
     products[:, :columns].relu_()
-    return products @ gates.cpu().double()
+    return of(products) @ of(gates.cpu().double())

@@ -1,4 +1,5 @@
-// The host's side of a launch that may begin while the one before it drains (programmatic dependent launch), maybe in clusters.
+// The host's side of a launch that may begin while the one before it drains (programmatic dependent launch), maybe in clusters of blocks,
+// with `bytes` of dynamic shared memory each.
 #pragma once
 #include "host.cuh"
 
@@ -8,7 +9,7 @@ namespace misa {
 
 template <class Arguments>
 void launch_behind(const char* name, void (*kernel)(Arguments), int blocks, int threads, cudaStream_t stream, const Arguments& arguments,
-                   int cluster = 1) {
+                   int cluster = 1, int bytes = 0) {
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -17,6 +18,7 @@ void launch_behind(const char* name, void (*kernel)(Arguments), int blocks, int 
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;

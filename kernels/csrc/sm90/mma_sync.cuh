@@ -1,6 +1,6 @@
 // Matrix products of one warp, and the loads that feed them.
 //
-// In both of them lane 4·r + c holds d[0], d[1] of row r and d[2], d[3] of row r + 8, at columns 2·c and 2·c + 1.
+// In all of them lane 4·r + c holds d[0], d[1] of row r and d[2], d[3] of row r + 8, at columns 2·c and 2·c + 1.
 #pragma once
 #include "ptx.cuh"
 
@@ -20,6 +20,14 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// d (16 × 8, fp32) += a (16 × 8) · b (8 × 8)ᵀ of fp32 numbers whose last 13 bits are left out: one at c, and 4 dimensions on.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+                 "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
 // Four signed bytes as bf16, which holds them exactly.

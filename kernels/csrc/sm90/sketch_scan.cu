@@ -5,7 +5,8 @@
 // A warp takes some pages of one row. The products with their means come from one bf16 product of 16 pages; then each page is 64 keys
 // in four products of 16, whose codes a lane loads just as it feeds them. Queries are signed bytes, so products with codes are whole
 // numbers. A code shifted up within its byte is itself times a power of two: so a mask makes operands of codes, and odd keys come
-// out 2^bits times as large. q · z is rounded down, by at most half a unit of the query.
+// out 2^bits times as large. q · z is rounded down, by at most half a unit of the query. A product with the gates, in tf32, adds up the
+// columns, and leaves each lane the keys that it writes.
 #include <cmath>
 
 #include "launch.cuh"
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
   sm90::launch_next();
   uint32_t query[TILES][STEPS][2];  // the same dimensions of column 8·t + r
   int start[TILES][4];  // of sums of products, as the bits of BASE
-  float gate[TILES][2];
+  float gate[TILES][4][2];  // for each group of 16 keys; those of a lane's column of sums are its own, the others 0
   float with_mean[TILES][4] = {};
 #pragma unroll
   for (int t = 0; t < TILES; ++t) {
@@ -133,12 +134,15 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int own = t * 8 + c * 2 + e;
+      float of_column = own < in.columns ? __ldg(in.gates + int64_t(row) * in.columns + own) : 0.f;
+      if (t < TILES - 1 || e == 0) of_column *= 0.5f;
+#pragma unroll
+      for (int group = 0; group < 4; ++group) gate[t][group][e] = r == 2 * group ? of_column : 0.f;
       const int z = sum[e] * ((1 << BITS) - 1) >> 1;
       start[t][e] = BASE_BITS - z, start[t][2 + e] = BASE_BITS - (z << BITS);
-      gate[t][e] = own < in.columns ? __ldg(in.gates + int64_t(row) * in.columns + own) : 0.f;
     }
   }
-  // Of the residual's column, which is the last one.
+  // Of the residual's column, which is the last one, and of its neighbours in that place.
   const float floor = in.residual && c == (in.columns - 1) % 8 / 2 ? -INFINITY : 0.f;
 
   uint32_t* scores = reinterpret_cast<uint32_t*>(in.scores + row * in.room + int64_t(first) * PAGE) + c * 8 + r;
@@ -151,7 +155,7 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) mean_part[t][e] = __shfl_sync(~0u, p < 8 ? with_mean[t][e] : with_mean[t][2 + e], p % 8 * 4 + c);
 
-    float sums[4][2];  // [group][odd] of a lane's own columns
+    float sums[4] = {};  // [0] of even key r of group c, [2] of the odd one
 #pragma unroll
     for (int group = 0; group < 4; ++group) {
       uint32_t a[STEPS][4];
@@ -159,37 +163,24 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
       for (int step = 0; step < STEPS; ++step) operands(a[step], page, group, step);
       const uint32_t pair = word(page.scales, group);
       const float scale[2] = {low_bf16(pair), high_bf16(pair) * ODD};
-      sums[group][0] = sums[group][1] = 0.f;
 #pragma unroll
       for (int t = 0; t < TILES; ++t) {
         int d[4];
         sm90::mma_int8(d, a[0], query[t][0], start[t]);
 #pragma unroll
         for (int step = 1; step < STEPS; ++step) sm90::mma_int8(d, a[step], query[t][step], d);
+        float active[4];  // twice, but in the residual's place
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const float least = t == TILES - 1 && e == 1 ? floor : 0.f;
             const float x = fmaf(scale[odd], __int_as_float(d[odd * 2 + e]) - BASE, mean_part[t][e]);
-            sums[group][odd] = fmaf(sm90::max_or_nan(x, least), gate[t][e], sums[group][odd]);
+            active[e * 2 + odd] = t == TILES - 1 && e == 1 ? sm90::max_or_nan(x, floor) : x + fabsf(x);
           }
+        sm90::mma_tf32(sums, active, gate[t][group]);
       }
     }
-
-    // A quad's lanes add up their columns and share out the groups: lane c is left with group c.
-    float kept[2];
-#pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-      float half[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {  // groups of bit 0 = c % 2
-        const float mine = c % 2 ? sums[2 * i + 1][odd] : sums[2 * i][odd], other = c % 2 ? sums[2 * i][odd] : sums[2 * i + 1][odd];
-        half[i] = mine + __shfl_xor_sync(~0u, other, 1);
-      }
-      kept[odd] = (c / 2 ? half[1] : half[0]) + __shfl_xor_sync(~0u, c / 2 ? half[0] : half[1], 2);
-    }
-    scores[p * (PAGE / 2)] = score_key(kept[0]) | score_key(kept[1]) << 16;
+    scores[p * (PAGE / 2)] = score_key(sums[0]) | score_key(sums[2]) << 16;
   }
 }
 

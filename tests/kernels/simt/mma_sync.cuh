@@ -33,6 +33,13 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   const auto number = [](uint32_t pair, int i) { return bf16(pair >> i * 16 & 0xFFFF); };
   multiply_warp<16>(d, a, b, number, number);
 }
+inline void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  uint32_t left[4], right[2];
+  for (int i = 0; i < 4; ++i) left[i] = __float_as_uint(a[i]);
+  for (int i = 0; i < 2; ++i) right[i] = __float_as_uint(b[i]);
+  const auto number = [](uint32_t bits, int) { return __uint_as_float(bits & ~0x1FFFu); };
+  multiply_warp<8>(d, left, right, number, number);
+}
 inline uint2 bf16_of_int8(uint32_t four) {
   uint32_t bits[4];
   for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(float(int8_t(four >> i * 8))) >> 16;
