@@ -22,7 +22,19 @@ ROUTERS = ("mean", "peak", "signed", "weight")
 INT8_MAX = tl.constexpr(127.0)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 CHUNK = 32
-MANY_ROWS = 16  # from so many on, programs take more pages: the queries are read less often
+TILE = 128  # pages of a product at most
+
+
+@dataclass(frozen=True)
+class RouteTuning:
+    """How a launch is cut: a program of `warps` warps takes `pages` pages."""
+
+    pages: int
+    warps: int
+
+
+FEW_ROWS = RouteTuning(64, 8)  # spreads them over all multiprocessors
+MANY_ROWS = {16: RouteTuning(256, 4), 64: RouteTuning(512, 4)}  # from so many on, to read queries less often
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class Columns:
     def allocate(cls, rows: int, table_width: int, heads: int, columns: int, device: torch.device) -> Columns:
         """Room for `rows` rows of page tables with `table_width` columns. Allocate outside of graph capture: `done`
         must be zero before the first launch, and one object must not serve two streams at once."""
-        programs = triton.cdiv(table_width, tile_pages(1))
+        programs = triton.cdiv(table_width, FEW_ROWS.pages)
         return cls(
             queries=torch.empty(rows, columns, HEAD_DIM, dtype=torch.int8, device=device),
             gates=torch.empty(rows, columns, dtype=torch.float32, device=device),
@@ -59,9 +71,8 @@ class Columns:
         return Columns(*(getattr(self, field.name)[:rows] for field in fields(self)))
 
 
-def tile_pages(rows: int) -> int:
-    """Pages of a program: small programs spread a few rows over all multiprocessors."""
-    return 64 if rows < MANY_ROWS else 128
+def tuning_of(rows: int) -> RouteTuning:
+    return next((MANY_ROWS[least] for least in sorted(MANY_ROWS, reverse=True) if rows >= least), FEW_ROWS)
 
 
 def route_pages(
@@ -93,8 +104,8 @@ def route_pages(
     """
     rows, index_heads, _ = index_q.shape
     width = page_table.shape[1]
-    tile = tile_pages(rows)
-    programs = 1 if heads is None else triton.cdiv(width, tile)
+    tuning = tuning_of(rows)
+    programs = 1 if heads is None else triton.cdiv(width, tuning.pages)
     interpreted = index_q.device.type == "cpu"
     _route_kernel[(programs, rows)](
         index_q,
@@ -116,10 +127,11 @@ def route_pages(
         RESIDUAL=residual,
         DIM=HEAD_DIM,
         PAGE=PAGE,
-        TILE=tile,
+        PAGES=tuning.pages,
+        TILE=min(tuning.pages, TILE),
         CHUNK=CHUNK,
         EXACT=interpreted,
-        **launch_options(interpreted, 4),
+        **launch_options(interpreted, tuning.warps),
     )
 
 
@@ -175,6 +187,7 @@ def _route_kernel(
     RESIDUAL: tl.constexpr,
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
+    PAGES: tl.constexpr,  # of a program
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,  # programs whose results are read at once
     EXACT: tl.constexpr,
@@ -188,11 +201,10 @@ def _route_kernel(
         gdc_launch_dependents()
     o_h = tl.arange(0, HEADS)
     o_d = tl.arange(0, DIM)
-    o_p = i_t * TILE + tl.arange(0, TILE)
-    page = tl.load(table + i_r * table_stride + o_p, mask=o_p < WIDTH, other=0)  # stale ones are replaced below
+    o_t = tl.arange(0, TILE)
     length = tl.load(seq_lens + i_r)
     n_pages = length // PAGE - 1  # the newest may have been completed by this step
-    if (length <= LONGER_THAN) | (i_t * TILE >= n_pages):
+    if (length <= LONGER_THAN) | (i_t * PAGES >= n_pages):
         return
 
     b_q = tl.load(q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :])  # [HEADS, DIM]
@@ -204,31 +216,39 @@ def _route_kernel(
         tl.store(out_gates + i_r * HEADS + o_h, b_w * unit)
         return
 
-    m_p = o_p < n_pages
-    page = tl.where(m_p, page, 0).to(tl.int64)
-    b_k = tl.load(means + page[:, None] * DIM + o_d[None, :], mask=m_p[:, None], other=0.0)
     # fp8 fits bf16, so the products are exact; the interpreter multiplies bf16 as integers, hence fp32 there
-    if EXACT:
-        b_s = tl.dot(b_k.to(tl.float32), tl.trans(b_q.to(tl.float32)))  # [TILE, HEADS]
-    else:
-        b_s = tl.dot(b_k, tl.trans(b_q.to(tl.float32).to(tl.bfloat16)))
-    n_own = tl.minimum(n_pages - i_t * TILE, TILE).to(tl.float32)
-    own = tl.sum(b_s, 0)  # pages that are not there have products of 0
-    apart = tl.where(m_p[:, None], b_s - (own / n_own)[None, :], 0.0)
-    active = tl.maximum(b_s, 0.0)
+    b_qt = tl.trans(b_q.to(tl.float32)) if EXACT else tl.trans(b_q.to(tl.float32).to(tl.bfloat16))
+    n_own = tl.minimum(n_pages - i_t * PAGES, PAGES)
+    first = tl.zeros([HEADS], tl.float32)  # mean of the first tile, from which all are measured
+    apart = tl.zeros([HEADS], tl.float32)
+    squares = tl.zeros([HEADS], tl.float32)
+    statistic = tl.zeros([HEADS], tl.float32)
+    for begin in range(0, n_own, TILE):
+        m_p = begin + o_t < n_own
+        page = tl.load(table + i_r * table_stride + i_t * PAGES + begin + o_t, mask=m_p, other=0).to(tl.int64)
+        b_k = tl.load(means + page[:, None] * DIM + o_d[None, :], mask=m_p[:, None], other=0.0)
+        b_s = tl.dot(b_k.to(tl.float32) if EXACT else b_k, b_qt)  # [TILE, HEADS]
+        if begin == 0:
+            first = tl.sum(b_s, 0) / tl.minimum(n_own, TILE).to(tl.float32)
+        b_apart = tl.where(m_p[:, None], b_s - first[None, :], 0.0)
+        apart += tl.sum(b_apart, 0)
+        squares += tl.sum(b_apart * b_apart, 0)
+        b_s = tl.maximum(b_s, 0.0)  # pages that are not there have products of 0
+        statistic = tl.maximum(statistic, tl.max(b_s, 0)) if ROUTER == 1 else statistic + tl.sum(b_s, 0)
     p_partial = partial + i_r * partial_stride + i_t * (3 * HEADS) + o_h
-    tl.store(p_partial, own)
-    tl.store(p_partial + HEADS, tl.sum(apart * apart, 0))
-    tl.store(p_partial + 2 * HEADS, tl.max(active, 0) if ROUTER == 1 else tl.sum(active, 0))
+    n_f = n_own.to(tl.float32)
+    tl.store(p_partial, first * n_f + apart)
+    tl.store(p_partial + HEADS, squares - apart * apart / n_f)
+    tl.store(p_partial + 2 * HEADS, statistic)
 
-    n_programs = tl.cdiv(n_pages, TILE)
+    n_programs = tl.cdiv(n_pages, PAGES)
     if last_of(done + i_r, n_programs):
         n = n_pages.to(tl.float32)
         total = tl.zeros([HEADS], tl.float32)
         statistic = tl.zeros([HEADS], tl.float32)
         p_row = partial + i_r * partial_stride + o_h[None, :]
-        for first in range(0, n_programs, CHUNK):
-            o_i = first + tl.arange(0, CHUNK)[:, None]
+        for chunk in range(0, n_programs, CHUNK):
+            o_i = chunk + tl.arange(0, CHUNK)[:, None]
             p_part = p_row + o_i * (3 * HEADS)
             total += tl.sum(tl.load(p_part, mask=o_i < n_programs, other=0.0, cache_modifier=".cg"), 0)
             b_active = tl.load(p_part + 2 * HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
@@ -257,10 +277,10 @@ def _route_kernel(
 
         if RESIDUAL:
             squares = tl.zeros([HEADS], tl.float32)
-            for first in range(0, n_programs, CHUNK):
-                o_i = first + tl.arange(0, CHUNK)[:, None]
+            for chunk in range(0, n_programs, CHUNK):
+                o_i = chunk + tl.arange(0, CHUNK)[:, None]
                 p_part = p_row + o_i * (3 * HEADS)
-                n_part = tl.maximum(tl.minimum(n_pages - o_i * TILE, TILE), 1).to(tl.float32)
+                n_part = tl.maximum(tl.minimum(n_pages - o_i * PAGES, PAGES), 1).to(tl.float32)
                 b_total = tl.load(p_part, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
                 off = b_total / n_part - mean[None, :]
                 b_apart = tl.load(p_part + HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")

@@ -31,7 +31,7 @@ from sglang_misa.kernels.layout import (
 )
 
 MIN_CANDIDATES = 2 * PAGE  # the newest complete page and the one behind it have no sketch to read yet
-TILE, WARPS = 128, 4  # candidates and warps of a program that scores them
+TILE, WARPS = 256, 4  # candidates and warps of a program that scores them
 
 
 @dataclass(frozen=True)

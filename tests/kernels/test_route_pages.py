@@ -7,13 +7,18 @@ import torch
 from sketched_rows import sketched
 
 from sglang_misa import reference
-from sglang_misa.kernels.decode.route_pages import Columns, route_pages
+from sglang_misa.kernels.decode import route_pages as route_pages_module
+from sglang_misa.kernels.decode.route_pages import FEW_ROWS, Columns, RouteTuning, route_pages
 from sglang_misa.kernels.layout import PAGE
 
 
 @pytest.mark.parametrize("router", ["mean", "peak", "signed", "weight"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_columns_are_those_of_the_reference(device: str, router: str, residual: bool) -> None:
+@pytest.mark.parametrize("tuning", [FEW_ROWS, RouteTuning(256, 4)])
+def test_columns_are_those_of_the_reference(
+    device: str, router: str, residual: bool, tuning: RouteTuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(route_pages_module, "FEW_ROWS", tuning)
     lens = (0, 130, 2 * PAGE + 1, 66 * PAGE, 131 * PAGE + 3)
     batch = sketched(lens, 1, device, heads=64)
     heads = 7 if residual else 8
