@@ -32,7 +32,7 @@ def init_new(original: Callable[..., Any], cls: type, batch: Any, model_runner: 
     if tokens is not None and tokens > runtime.current().topk:
         if mode.is_extend():
             recorder.stepped("prefill", tokens)
-        elif mode.is_decode() or mode.is_target_verify():
+        elif (mode.is_decode() or mode.is_target_verify()) and result.batch_size >= runtime.current().config.min_rows:
             recorder.stepped("decode", tokens)
     return result
 

@@ -135,6 +135,8 @@ def _rows(config: MisaConfig, model: Any) -> Iterator[tuple[str, str, str]]:
         what = "a query that sees" if phase == "prefill" else "a step whose longest request has"
         if gate:
             yield phase, f"{what} up to {gate} tokens", "stock DSA"
+        if phase == "decode" and config.min_rows > 1:
+            yield phase, f"a step of fewer than {config.min_rows} rows", "stock DSA"
         over = f"{what} more than {gate} tokens" if gate else f"{what} any number of tokens"
         if config.layers is None:
             yield phase, over, _described(config.policy(phase), heads)

@@ -122,6 +122,11 @@ class MisaConfig(BaseModel):
         return min((policy.min_len for policy in self.policies(phase) if policy.active), default=None)
 
     @property
+    def min_rows(self) -> int:
+        """Rows under which stock DSA selects in a decode step."""
+        return min((policy.min_rows for policy in self.policies("decode") if policy.active), default=1)
+
+    @property
     def sketch(self) -> int | None:
         """Bits of the page sketches that decode reads, in any layer."""
         return max((policy.sketch for policy in self.policies("decode") if policy.sketch), default=None)
@@ -180,12 +185,16 @@ class MisaConfig(BaseModel):
 HISA_DECODE = SelectionPolicy(blocks=64, block_size=128, min_len=32768)
 
 
-def _peak(**axes: Any) -> SelectionPolicy:
-    """Ours: seven heads routed by their peak, the others as one column."""
-    return SelectionPolicy(heads=7, router="peak", residual=True, **axes)
+def _peak(heads: int = 7, **axes: Any) -> SelectionPolicy:
+    """Ours: heads routed by their peak, the others as one column."""
+    return SelectionPolicy(heads=heads, router="peak", residual=True, **axes)
 
 
-# Each length gate stands where the kernels have overtaken stock (docs/measured.md); one gate serves all batches.
+def _sketched(bits: Literal[1, 2]) -> SelectionPolicy:
+    return _peak(15, sketch=bits, candidates=8192, block_size=PAGE, min_len=65536, min_rows=16)
+
+
+# Each gate stands where the kernels have overtaken stock (docs/measured.md).
 PRESETS: dict[str, MisaConfig] = {
     "dsa": MisaConfig(),
     # As published: MISA and MISA† (arXiv 2605.07363), HISA (arXiv 2603.28458), and the best of both in its phase.
@@ -193,15 +202,12 @@ PRESETS: dict[str, MisaConfig] = {
     "misa-hier": MisaConfig(prefill=SelectionPolicy(heads=8, candidates=8192, min_len=32768)),
     "hisa": MisaConfig(prefill=SelectionPolicy(blocks=64, block_size=128, min_len=24576), decode=HISA_DECODE),
     "misa-hisa": MisaConfig(prefill=SelectionPolicy(heads=8), decode=HISA_DECODE),
-    # Ours (docs/quality.md). Decode stays stock: sketches keep DSA's tokens, but do not pay yet for few requests.
-    "fast": MisaConfig(prefill=_peak(block_size=128)),
-    "faithful": MisaConfig(prefill=_peak(candidates=4096, block_size=128, min_len=16384)),
+    # Ours (docs/quality.md).
+    "fast": MisaConfig(prefill=_peak(block_size=128), decode=_sketched(1)),
+    "faithful": MisaConfig(prefill=_peak(candidates=4096, block_size=128, min_len=16384), decode=_sketched(2)),
     "exact": MisaConfig(prefill=SelectionPolicy(exact=True, min_len=16384)),
-    # Decode over sketches alone: faster than stock for large batches of long requests, slower for few.
-    "sketch-1bit": MisaConfig(decode=_peak(sketch=1, candidates=8192, block_size=PAGE, min_len=65536)),
-    "sketch-2bit": MisaConfig(decode=_peak(sketch=2, candidates=8192, block_size=PAGE, min_len=65536)),
 }
-DEFAULT_PRESET = "fast"  # ties, periods and zeros cost it least of ours
+DEFAULT_PRESET = "faithful"
 
 
 def preset_name(config: MisaConfig) -> str | None:

@@ -1,8 +1,8 @@
 """Which selection a decode step gets: stock DSA while its longest request is short, the decode policy from there on.
 
 The choice is one for all rows of a step, made on the host: a CUDA graph cannot choose by length. So each decode shape
-is captured twice, once with each selection, and `patches/cuda_graph.py` replays the one that this gate names. A recall
-under the floor closes the gate too (`ladder`).
+is captured twice, once with each selection, and `patches/cuda_graph.py` replays the one that this gate names. Shapes of
+fewer rows than pay have stock's graph alone. A recall under the floor closes the gate too (`ladder`).
 """
 
 from __future__ import annotations
@@ -55,12 +55,14 @@ def is_suspended() -> bool:
     return _suspended
 
 
-def why_stock(gate: int, longest: int | None) -> str | None:
+def why_stock(gate: int, longest: int | None, *, few_rows: bool = False) -> str | None:
     """The reason for which stock DSA selects in a step, or None.
 
-    gate: tokens of the longest request up to which it does; longest: the tokens that it has, and where they are unknown
+    few_rows: whether the step has fewer rows than pay; gate: tokens of the longest request up to which it does; longest: the tokens that it has, and where they are unknown
     (None), the policy selects. Drafted tokens of the step itself may be counted or not, as SGLang counts them.
     """
+    if few_rows:
+        return "few-rows"
     if _capture is not None:
         _capture.asked = True
         return "captured" if _capture.stock else None

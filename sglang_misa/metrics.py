@@ -95,6 +95,7 @@ class Recorder:
             "policy": {phase: config.name(phase) for phase in PHASES},
             "layers": {phase: by_policy(config, phase) for phase in PHASES},
             "min_len": self._gates,
+            "min_rows": config.min_rows,
             "rank": rank,
             "ranks": ranks,
         }

@@ -66,6 +66,9 @@ class SelectionPolicy(BaseModel):
         description="a prefill query that sees at most so many tokens, and a decode step whose longest request has at "
         "most so many, get stock DSA",
     )
+    min_rows: int = Field(
+        1, ge=1, description="decode: a step of fewer rows (requests, times tokens that are verified) gets stock DSA"
+    )
 
     @field_validator("router", mode="before")
     @classmethod
@@ -159,6 +162,8 @@ class SelectionPolicy(BaseModel):
                 f"{phase}.residual: expected routed heads with it, as all heads leave none over, got heads=all; set "
                 f"{flag}-heads, or drop {flag}-residual"
             )
+        if self.min_rows > 1 and phase == "prefill":
+            yield f"prefill.min_rows: expected 1, as only decode has such a gate, got {self.min_rows}; drop {flag}-min-rows"
         if self.sketch is not None and phase == "prefill":
             yield (
                 f"prefill.sketch: expected none, as prefill reads a key once for many rows, got {self.sketch}; drop "

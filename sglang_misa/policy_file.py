@@ -113,6 +113,7 @@ class PolicyFile(BaseModel):
         active = [policy for policy in self.policies("decode") if policy.active]
         for name, why in (
             ("min_len", "the length gate is the step's, one for all layers"),
+            ("min_rows", "so is the gate of its rows"),
             ("sketch", "pages of all layers have sketches of one width"),
         ):
             found = sorted({getattr(policy, name) or 0 for policy in active})

@@ -41,7 +41,12 @@ def sketched(lens: tuple[int, ...], bits: int, device: str, *, heads: int = 32, 
 
 
 def cheap_scores(
-    batch: Sketched, row: int, queries: Tensor, gates: Tensor, residual: bool, of: Callable[[Tensor], Tensor] = Tensor.clone
+    batch: Sketched,
+    row: int,
+    queries: Tensor,
+    gates: Tensor,
+    residual: bool,
+    of: Callable[[Tensor], Tensor] = Tensor.clone,
 ) -> Tensor:
     """fp64 scores of a row's sketched tokens by these int8 columns: mean + scale · code, z's product rounded down.
 

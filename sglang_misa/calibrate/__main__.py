@@ -30,7 +30,7 @@ from sglang_misa.refusal import Refusal
 from sglang_misa.text import ranges, table
 
 REFUSED = 2
-GATES: dict[Phase, int] = {"prefill": PRESETS["fast"].prefill.min_len, "decode": PRESETS["sketch-2bit"].decode.min_len}
+GATES: dict[Phase, int] = {"prefill": PRESETS["fast"].prefill.min_len, "decode": PRESETS["faithful"].decode.min_len}
 Chosen = dict[int, dict[Phase, Point]]
 
 

@@ -23,8 +23,8 @@ KNOWN = {
     ("hostile:inf-keys", "exact"),
     ("hostile:negative-scales", "exact"),
     ("hostile:denormal-scales", "hisa"),
-    ("hostile:denormal-scales", "sketch-1bit"),
-    ("hostile:denormal-scales", "sketch-2bit"),
+    ("hostile:denormal-scales", "fast"),
+    ("hostile:denormal-scales", "faithful"),
 }
 
 

@@ -100,6 +100,12 @@ def test_without_lengths_on_the_host_the_tokens_of_its_requests_count(backend, r
         assert backend.replay(KEYS[0], forward) == expected
 
 
+def test_a_shape_of_few_rows_has_stocks_graph_alone(backend, recorder):
+    backend.capture_one(KEYS[0], lambda: decode_gate.why_stock(MIN_LEN, 1, few_rows=True))
+    assert list(backend._graphs) == [KEYS[0]]
+    assert backend.replay(KEYS[0], batch(MIN_LEN + 1)) == "few-rows"
+
+
 def test_a_graph_without_decode_rows_stays_single(backend, recorder):
     backend.capture_one(KEYS[0], lambda: "prefill")
     assert list(backend._graphs) == [KEYS[0]]

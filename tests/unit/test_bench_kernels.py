@@ -56,7 +56,7 @@ def test_every_policy_of_a_phase_is_measured_once() -> None:
         [c.preset for c in kernels.cases([phase, "--rows", "1", "--length", "64"])[0]] for phase in PHASES
     )
     assert prefill == ["misa", "misa-hier", "hisa", "fast", "faithful", "exact"]  # misa-hisa prefills as misa does
-    assert decode == ["hisa", "sketch-1bit", "sketch-2bit"]
+    assert decode == ["hisa", "fast", "faithful"]
     (case,), _ = kernels.cases(["prefill", "--preset", "misa", "--length", "65536"])
     assert case.policy == PRESETS["misa"].prefill.model_copy(update={"min_len": 0})
     assert (case.rows, case.inputs) == (8192, "random")
@@ -93,7 +93,7 @@ def test_cached_prefixes_hostile_inputs_and_shared_calls_are_cases() -> None:
         (["prefill", "--blocks", "8"], "got 8 × 128 = 1024"),
         (
             ["decode", "--preset", "misa"],
-            "expected one of hisa, misa-hisa, sketch-1bit, sketch-2bit in decode, got misa",
+            "expected one of hisa, misa-hisa, fast, faithful in decode, got misa",
         ),
         (["decode", "--cached"], "expected prefill"),
         (["prefill", "--rows", "9000", "--length", "8192"], "expected at most as many as keys"),

@@ -98,7 +98,7 @@ def test_layers_whose_indexer_never_runs_are_left_alone(recorder: Recorder) -> N
     assert recorder.status()["page_stats_verified"]["pages"] > 0
 
 
-@pytest.mark.parametrize("preset", ["misa-hisa", "sketch-1bit", "sketch-2bit"])
+@pytest.mark.parametrize("preset", ["misa-hisa", "fast", "faithful"])
 def test_kernels_compute_the_same_bits_wherever_a_page_lies(preset: str) -> None:
     """By the extend path, by the decode path and anew for the canary: one program, whatever the launch."""
     from sglang_misa.engines.kernels import KernelEngine
@@ -117,6 +117,6 @@ def test_kernels_compute_the_same_bits_wherever_a_page_lies(preset: str) -> None
 
 def test_the_flag_asks_for_a_decode_policy() -> None:
     with pytest.raises(ConfigError, match="only decode keeps statistics"):
-        MisaConfig.from_mapping({**PRESETS["fast"].model_dump(), "verify_stats": "log"}, "test")
+        MisaConfig.from_mapping({**PRESETS["misa"].model_dump(), "verify_stats": "log"}, "test")
     kept = MisaConfig.from_mapping({**PRESETS["misa-hisa"].model_dump(), "verify_stats": "raise"}, "test")
     assert kept.verify_stats == "raise"

@@ -39,9 +39,10 @@ def test_phases_gates_and_memory(checked, model):
     assert status == 0, out
     for words in (
         "up to 16384 tokens",
+        "fewer than 16 rows",
         "7 of 64 heads by peak, the others as one column",
-        "4 B a token and layer",
-        "16 B a token in 4 layers",
+        "38 B a token and layer",
+        "152 B a token in 4 layers",
         "Nothing speaks against it",
     ):
         assert words in out

@@ -312,8 +312,6 @@ def test_policies_are_named_by_their_axes():
         "misa-peak-residual",
         "misa-peak-residual-hier",
         "exact",
-        "dsa",
-        "dsa",
     ]
-    assert PRESETS["sketch-1bit"].decode.name == "misa-peak-residual-sketch1"
+    assert PRESETS["fast"].decode.name == "misa-peak-residual-sketch1"
     assert SelectionPolicy(heads=8, blocks=64, block_size=128).name == "misa+hisa"

@@ -17,7 +17,6 @@ ROWS, LENGTH = 4, 131072
 
 pytestmark = pytest.mark.skipif(not all(path.exists() for path in LAYERS), reason=f"needs {TRAINED}")
 WEIGHT = SelectionPolicy(heads=7, router="weight", residual=True, block_size=1024)
-MANY = PRESETS["sketch-1bit"].decode.model_copy(update={"heads": 15})
 CASES: dict[str, tuple[Phase, SelectionPolicy, float]] = {
     "misa": ("prefill", PRESETS["misa"].prefill, 0.760),
     "peak over 256": ("prefill", SelectionPolicy(heads=8, router="peak"), 0.870),
@@ -26,10 +25,9 @@ CASES: dict[str, tuple[Phase, SelectionPolicy, float]] = {
     "weight over 1024": ("prefill", WEIGHT, 0.920),
     "weight over 1024, C = 4096": ("prefill", WEIGHT.model_copy(update={"candidates": 4096}), 0.980),
     "hisa decode": ("decode", PRESETS["hisa"].decode, 0.600),
-    "1-bit sketches": ("decode", PRESETS["sketch-1bit"].decode, 0.930),
-    "2-bit sketches": ("decode", PRESETS["sketch-2bit"].decode, 0.990),
-    "15 heads on 1-bit sketches": ("decode", MANY.model_copy(update={"sketch": 1}), 0.940),
-    "15 heads on 2-bit sketches": ("decode", MANY.model_copy(update={"sketch": 2}), 0.990),
+    "7 heads on 1-bit sketches": ("decode", PRESETS["fast"].decode.model_copy(update={"heads": 7}), 0.930),
+    "1-bit sketches": ("decode", PRESETS["fast"].decode, 0.940),
+    "2-bit sketches": ("decode", PRESETS["faithful"].decode, 0.990),
 }
 
 

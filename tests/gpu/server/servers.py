@@ -23,6 +23,7 @@ HERE = pathlib.Path(__file__).parent
 TAIL = 128  # rows of each request whose selections come back
 EQUAL = 0.999  # DeepGEMM multiplies fp8 with fewer accumulator bits than fp32: sets overlap by 0.9993 or more
 
+SKETCHED = 0.996  # scores of sketches have nine bits of fraction, so at the cut a few candidates are others
 # True indexer, attention and hidden sizes of one layer stack; the vocabulary is wide so that keys do not repeat.
 SHAPE = demo_model.Shape(
     hidden=2048,

@@ -7,7 +7,7 @@ One server an arm, on a seeded random model of DeepSeek-V3.2 shapes (4 layers), 
 from __future__ import annotations
 
 import pytest
-from gpu.server.servers import EQUAL, common_prefix, overlaps
+from gpu.server.servers import EQUAL, SKETCHED, common_prefix, overlaps
 from gpu.server.setups import ARMS, NEW_TOKENS, SETUPS, Served
 
 from sglang_misa.kernels.layout import PAGE
@@ -78,7 +78,8 @@ def test_an_arm_selects_what_its_twin_selects(served: Served, pair: tuple[str, s
             if phase == "prefill" or same:  # none where the outputs part at once
                 rows = rows_of[phase]
                 found = overlaps(b.selected[rows], a.selected[rows])
-                assert found[0] >= EQUAL, f"{length} tokens, {phase}: overlap by layer {found}"
+                enough = SKETCHED if (ARMS[pair[0]] or {}).get(phase, {}).get("sketch") else EQUAL
+                assert found[0] >= enough, f"{length} tokens, {phase}: overlap by layer {found}"
 
 
 @cases("arm", [(s, arm) for s, arm in EVERY if SETUPS[s].ranks > 1])
