@@ -58,8 +58,9 @@ def is_suspended() -> bool:
 def why_stock(gate: int, longest: int | None, *, few_rows: bool = False) -> str | None:
     """The reason for which stock DSA selects in a step, or None.
 
-    few_rows: whether the step has fewer rows than pay; gate: tokens of the longest request up to which it does; longest: the tokens that it has, and where they are unknown
-    (None), the policy selects. Drafted tokens of the step itself may be counted or not, as SGLang counts them.
+    few_rows: whether the step has fewer rows than pay; gate: tokens of the longest request up to which stock selects;
+    longest: the tokens that it has, and where they are unknown (None), the policy selects. Drafted tokens of the step
+    itself may be counted or not, as SGLang counts them.
     """
     if few_rows:
         return "few-rows"

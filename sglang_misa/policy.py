@@ -163,7 +163,7 @@ class SelectionPolicy(BaseModel):
                 f"{flag}-heads, or drop {flag}-residual"
             )
         if self.min_rows > 1 and phase == "prefill":
-            yield f"prefill.min_rows: expected 1, as only decode has such a gate, got {self.min_rows}; drop {flag}-min-rows"
+            yield f"prefill.min_rows: expected 1, as only decode has it, got {self.min_rows}; drop {flag}-min-rows"
         if self.sketch is not None and phase == "prefill":
             yield (
                 f"prefill.sketch: expected none, as prefill reads a key once for many rows, got {self.sketch}; drop "
