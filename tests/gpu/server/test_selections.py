@@ -79,8 +79,3 @@ def test_an_arm_selects_what_its_twin_selects(served: Served, pair: tuple[str, s
                 rows = rows_of[phase]
                 found = overlaps(b.selected[rows], a.selected[rows])
                 assert found[0] >= EQUAL, f"{length} tokens, {phase}: overlap by layer {found}"
-
-
-@cases("arm", [(s, arm) for s, arm in EVERY if SETUPS[s].ranks > 1])
-def test_tensor_parallel_ranks_select_the_same(served: Served, arm: str) -> None:
-    assert not served.ranks[arm]
