@@ -95,6 +95,7 @@ def install_for_arguments() -> None:
 
 def install_for_models() -> None:
     """What a worker needs before it builds the model. Raises RuntimeError when a hook did not apply."""
+    from sglang.srt.distributed import parallel_state
     from sglang.srt.layers import dp_attention
     from sglang.srt.layers.attention import dsa_backend
     from sglang.srt.layers.attention.dsa import dsa_indexer
@@ -105,7 +106,7 @@ def install_for_models() -> None:
     host_cache.install()
     if hasattr(dp_attention, "memcpy_cpu"):  # before 0.5.22 data-parallel attention pins memory on any device
         dp_attention.memcpy_func = dp_attention.memcpy_cpu
-        forward_batch_info._is_cpu = True
+        forward_batch_info._is_cpu = parallel_state._is_cpu = True
         backend = dsa_backend.DeepseekSparseAttnBackend
         backend.get_cpu_graph_seq_len_fill_value = backend.get_cuda_graph_seq_len_fill_value
     # Indexer.forward_cuda is the only full path; these are what it reads from its module and its class.

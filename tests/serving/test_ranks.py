@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from sglang_misa import versions
 from sglang_misa.config import PRESETS
 from sglang_misa.procs import free_port
 
@@ -38,7 +39,7 @@ def of_ranks() -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def prompts() -> Iterator[list[int]]:
     numbers = random.Random(1)
     return ([numbers.randrange(2, 300) for _ in range(length)] for length in (700, 40, 900, 300, 500))
@@ -79,6 +80,28 @@ def test_all_ranks_select_the_same_sets(
     done = min(map(len, logs))  # one may be a step ahead
     assert logs[0][:done] == logs[1][:done]
     assert f"expected all {RANKS} ranks to select the same in the last 2 steps" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(versions.installed() == "0.5.17", reason="its data-parallel attention needs a GPU")
+def test_replicas_select_alike_while_the_other_one_idles(
+    start: Any, model: Path, tmp_path: Path, of_ranks: dict[str, str], prompts: Iterator[list[int]], together: Any
+) -> None:
+    words = f"--tp {RANKS} --dp {RANKS} --enable-dp-attention --misa-verify-stats raise --enable-return-indexer-topk"
+    with start(words, model, tmp_path / "log", **of_ranks) as server:
+        prompt = next(prompts)
+        extra = {"return_indexer_topk": True}
+        bodies = [server.body(prompt, 70) | extra | {"routed_dp_rank": replica} for replica in range(RANKS)]
+        alone = [server.json("/generate", body) for body in bodies]
+        both = together(lambda body: server.json("/generate", body), bodies)
+        statuses = [state["misa"] for state in server.json("/server_info")["internal_states"]]
+    assert [answer["meta_info"]["cached_tokens"] for answer in alone] == [0] * RANKS, "each replica answered"
+    assert alone[0]["output_ids"] == alone[1]["output_ids"]
+    assert alone[0]["meta_info"]["indexer_topk"] == alone[1]["meta_info"]["indexer_topk"]
+    assert [answer["output_ids"] for answer in both] == [answer["output_ids"] for answer in alone]
+    for status in statuses:
+        assert all(status["calls"][phase][path] for phase, path in status["policy"].items())
+        assert status["page_stats_verified"]["pages"] > 0
+        assert status["page_stats_verified"]["mismatches"] == 0
 
 
 def test_a_hook_undone_in_one_rank_stops_the_launch_of_all(

@@ -27,11 +27,11 @@ RANKS = 2
 # A decoding request completes a page before NEW tokens are out: each of these lengths ends 8 to 28 tokens under one.
 NEW = 4 * NEW_TOKENS
 SHORT, LONG, PREFIX, TAILS = 4096, 41004, 40960, (100, 172, 243, 312)
-POOL = "--max-total-tokens 65536 --mem-fraction-static 0.9"
+POOL = "--max-total-tokens 49152 --mem-fraction-static 0.9"
 # SGLang divides the chunk by the replicas: rows share a product with as many others as on one replica.
 REPLICAS = f"--dp-size {RANKS} --enable-dp-attention --chunked-prefill-size {RANKS * 8192}"
 VERIFIED = {"verify_ranks": 1, "verify_stats": "raise"}
-SINKING = GATED | {"audit": {"rows": 64, "every": 1, "floor": 0.999}} | VERIFIED  # random weights keep less
+SINKING = GATED | {"audit": {"rows": 32, "every": 1, "floor": 0.999}} | VERIFIED  # random weights keep less
 WATCH = Path(__file__).parents[2] / "serving/watch"
 START_LIMIT, END_LIMIT = 420, 120  # seconds
 
