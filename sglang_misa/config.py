@@ -100,7 +100,9 @@ class MisaConfig(BaseModel):
         "steps; a difference stops the server; 0 = off",
     )
     allow_unverified: bool = Field(
-        False, description="serve on a GPU with a version of SGLang that this package was verified with on a CPU only"
+        False,
+        description="serve on a GPU what was verified on a CPU only: a version of SGLang, or decode behind a prefill "
+        "server",
     )
 
     @field_validator("backend", mode="before")
