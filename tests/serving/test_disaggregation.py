@@ -18,7 +18,12 @@ pytest.importorskip(
 )
 
 LENGTHS, NEW = (300, 700, 64), 70  # every request completes a page of its own
-ENVIRON = {"MOONCAKE_PROTOCOL": "tcp", "OMP_NUM_THREADS": "1"}
+ENVIRON = {
+    "MOONCAKE_PROTOCOL": "tcp",
+    "OMP_NUM_THREADS": "1",
+    "SGLANG_HOST_IP": "127.0.0.1",
+    "SGLANG_LOCAL_IP_NIC": "lo",
+}
 
 
 def test_decode_selects_as_on_one_server(start: Any, server: Any, model: Path, tmp_path: Path, together: Any) -> None:

@@ -9,10 +9,14 @@ from the other.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import time
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -77,8 +81,31 @@ class Wave:
     """What came of all servers that ran side by side."""
 
     heard: dict[str, Heard] = field(default_factory=dict)
+    failed: dict[str, Exception] = field(default_factory=dict)  # of servers that did not start, answer or end
     problems: dict[str, list[str]] = field(default_factory=dict)  # of ranks whose rows have other digests
     ended: dict[str, tuple[int, str]] = field(default_factory=dict)  # exit status and log of servers that ended
+
+    def of(self, name: str) -> Heard:
+        """What server `name` answered. Fails the test where it did not."""
+        self._went_well(name)
+        return self.heard[name]
+
+    def end_of(self, name: str) -> tuple[int, str]:
+        """Exit status and log of a server that had to end. Fails the test where it did not."""
+        self._went_well(name)
+        return self.ended[name]
+
+    def _went_well(self, name: str) -> None:
+        if name in self.failed:
+            pytest.fail(f"{name}: {self.failed[name]}")
+
+    @contextmanager
+    def going_on(self, name: str) -> Iterator[None]:
+        """Keep what goes wrong with one server for its own tests."""
+        try:
+            yield
+        except Exception as error:
+            self.failed[name] = error
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +118,15 @@ def wave(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     parted = folder / "parted"
     parted.unlink(missing_ok=True)
     items = [item for item in request.session.items if item.path == request.path]
-    names = {name for item in items if hasattr(item, "callspec") for name in item.callspec.params["arms"]}
+    wanted = {name for item in items if hasattr(item, "callspec") for name in item.callspec.params["arms"]}
+    names = [name for name in SERVED if name in wanted]
     servers: dict[str, Server] = {}
     python = {"PYTHONPATH": os.pathsep.join((str(WATCH), *filter(None, (os.environ.get("PYTHONPATH"),))))}
     spoiled = {
         PARTS: python | {"PARTED": str(parted), "PARTED_RANK": "1"},
         "undone": python | {"UNDONE_RANK": "1"},
     }
-    started = {name: SERVED[name] for name in SERVED if name in names} | {"undone": SERVED["fast"]}
+    started = {name: SERVED[name] for name in names} | {"undone": SERVED["fast"]}
     result = Wave()
     try:
         for number, (name, arm) in enumerate(started.items()):
@@ -111,24 +139,31 @@ def wave(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
                 shape=replace(SHAPE, draft_layers=1),
                 environ=EXACT_ENV | spoiled.get(name, {}),
             )
-        for name, server in servers.items():
-            if name != "undone":
-                result.heard[name] = _hear(server, SERVED[name])
-        undone = servers.pop("undone")
-        result.ended["undone"] = undone.ended(END_LIMIT), undone.log.read_text(errors="replace")
-        if PARTS in servers:
+        deadline = time.monotonic() + START_LIMIT
+        for name in names:
+            with result.going_on(name):
+                result.heard[name] = _hear(servers[name], SERVED[name], deadline)
+        with result.going_on("undone"):
+            result.ended["undone"] = servers["undone"].ended(END_LIMIT), _log(servers["undone"])
+        if PARTS in result.heard:
             parted.touch()
-            result.ended[PARTS] = _part(servers[PARTS])
+            with result.going_on("parted"):
+                result.ended["parted"] = _part(servers[PARTS])
     finally:
         stop(servers.values(), grace_s=2)
     result.problems = {
         name: server.rank_problems() for name, server in servers.items() if name in NAMES and name != PARTS
     }
+    print(f"wave: {time.monotonic() - deadline + START_LIMIT:.0f} s", flush=True)
     return result
 
 
-def _hear(server: Server, arm: Arm) -> Heard:
-    seconds = server.wait(START_LIMIT)
+def _log(server: Server) -> str:
+    return server.log.read_text(errors="replace")
+
+
+def _hear(server: Server, arm: Arm, deadline: float) -> Heard:
+    seconds = server.wait(max(deadline - time.monotonic(), 0))
     rng = np.random.default_rng(0)
     tail = "--enable-return-indexer-topk" in arm.words
     short, long = (rng.integers(2, SHAPE.vocab, length).tolist() for length in (SHORT, LONG))
@@ -142,8 +177,10 @@ def _hear(server: Server, arm: Arm) -> Heard:
     if "--enable-metrics" in arm.words:
         with urllib.request.urlopen(server.url + "/metrics", timeout=30) as answer:
             metrics = answer.read().decode()
-    print(f"{server.log.stem}: ready {seconds:.0f} s after the servers before it were asked")
-    return Heard(alone, heard, server.replicas(), metrics)
+    print(f"{server.log.stem}: ready {seconds:.0f} s after the servers before it were asked", flush=True)
+    status = server.replicas()
+    server.log.with_suffix(".status.json").write_text(json.dumps(status, indent=1))
+    return Heard(alone, heard, status, metrics)
 
 
 def _part(server: Server) -> tuple[int, str]:
@@ -153,7 +190,7 @@ def _part(server: Server) -> tuple[int, str]:
         asked = pool.submit(ask, server, [prompt], NEW, tail=False)
         status = server.ended(END_LIMIT)
         assert asked.exception(END_LIMIT) is not None
-    return status, server.log.read_text(errors="replace")
+    return status, _log(server)
 
 
 def each(*names: tuple[str, ...]) -> pytest.MarkDecorator:
@@ -165,14 +202,14 @@ ALL_OURS = [(name,) for name in (*OURS, *(f"{name}-dp" for name in OURS), "sinki
 
 @each(*ALL_OURS)
 def test_policies_selected_in_both_phases(wave: Wave, arms: tuple[str]) -> None:
-    for status in wave.heard[arms[0]].status:
+    for status in wave.of(arms[0]).status:
         seen = {"prefill": status["calls"]["prefill"], "decode": status["calls"]["decode"] | status["replays"]}
         assert all(seen[phase].get(policy) for phase, policy in status["policy"].items()), seen
 
 
 @each(*((name,) for name in OURS), ("sinking-mtp",))
 def test_ranks_compared_and_found_the_same(wave: Wave, arms: tuple[str]) -> None:
-    (status,) = wave.heard[arms[0]].status
+    (status,) = wave.of(arms[0]).status
     assert status["ranks_compared"] > NEW
     assert status["page_stats_verified"]["pages"] > 0
     assert status["page_stats_verified"]["mismatches"] == 0
@@ -180,12 +217,13 @@ def test_ranks_compared_and_found_the_same(wave: Wave, arms: tuple[str]) -> None
 
 @each(*((name,) for name in NAMES if name != PARTS))
 def test_the_rows_of_every_rank_have_the_same_digest(wave: Wave, arms: tuple[str]) -> None:
+    assert wave.of(arms[0]).alone
     assert wave.problems[arms[0]] == []
 
 
 @each(*((name, f"{name}-dp") for name in NAMES))
 def test_a_replica_beside_an_idle_one_selects_what_ranks_select(wave: Wave, arms: tuple[str, str]) -> None:
-    ranks, replicas = (wave.heard[name] for name in arms)
+    ranks, replicas = (wave.of(name) for name in arms)
     (expected,) = ranks.alone
     prompt_rows = slice(0, 1 - NEW)
     for replica, answer in enumerate(replicas.alone):
@@ -196,7 +234,7 @@ def test_a_replica_beside_an_idle_one_selects_what_ranks_select(wave: Wave, arms
 
 @each(*((f"{name}-dp",) for name in NAMES))
 def test_replicas_answer_together(wave: Wave, arms: tuple[str]) -> None:
-    heard = wave.heard[arms[0]]
+    heard = wave.of(arms[0])
     assert [len(answer.output_ids) for answer in heard.together] == [NEW] * len(TAILS)
     for status in heard.status if SERVED[arms[0]].config else ():
         assert status["page_stats_verified"]["pages"] > 0
@@ -205,7 +243,7 @@ def test_replicas_answer_together(wave: Wave, arms: tuple[str]) -> None:
 
 @each(("sinking-mtp",))
 def test_a_floor_moves_the_same_layers_in_every_rank(wave: Wave, arms: tuple[str]) -> None:
-    heard = wave.heard[arms[0]]
+    heard = wave.of(arms[0])
     rungs: list[dict[tuple[str, str], float]] = [{} for _ in range(RANKS)]
     for layer, phase, rank, rung in RUNG.findall(heard.metrics):
         rungs[int(rank)][phase, layer] = float(rung)
@@ -216,7 +254,7 @@ def test_a_floor_moves_the_same_layers_in_every_rank(wave: Wave, arms: tuple[str
 
 @each(("fast",))
 def test_a_hook_undone_in_one_rank_stops_the_launch_of_all(wave: Wave, arms: tuple[str]) -> None:
-    status, log = wave.ended["undone"]
+    status, log = wave.end_of("undone")
     assert status != 0
     assert "sglang-misa stops the launch" in log
     assert "_get_topk_ragged" in log
@@ -224,6 +262,7 @@ def test_a_hook_undone_in_one_rank_stops_the_launch_of_all(wave: Wave, arms: tup
 
 @each((PARTS,))
 def test_ranks_that_part_stop_the_server(wave: Wave, arms: tuple[str]) -> None:
-    status, log = wave.ended[arms[0]]
+    assert wave.of(arms[0])
+    status, log = wave.end_of("parted")
     assert status != 0
     assert f"expected all {RANKS} ranks to select the same in the last 1 steps, got other tokens in layers" in log
