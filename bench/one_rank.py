@@ -4,8 +4,9 @@
 
 Every size that tensor parallelism divides is an eighth (attention heads, feed-forward sizes, vocabulary); the rest is
 DeepSeek-V3.2's own, fp8 weights and all 64 index heads included, so that layers cost what they cost there. What is left
-out is the communication of the ranks. A layer takes 1.4 GB; all 61 want an H200. Other flags are
-`sglang_misa.launch_server`'s; text is nonsense, so there is no tokenizer (`bench.load --text ids`).
+out is the communication of the ranks. With `--tp N` it is N of the eight, with the communication among them. A layer
+takes 1.4 GB of each GPU; all 61 want an H200. Other flags are `sglang_misa.launch_server`'s; text is nonsense, so there
+is no tokenizer (`bench.load --text ids`).
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ DIVIDED = {
 }
 
 
-def config(layers: int = LAYERS) -> dict[str, Any]:
-    """config.json of the first `layers` layers of one rank."""
-    share = {name: size // RANKS for name, size in DIVIDED.items()}
+def config(layers: int = LAYERS, ranks: int = 1) -> dict[str, Any]:
+    """config.json of the first `layers` layers of so many ranks."""
+    share = {name: size * ranks // RANKS for name, size in DIVIDED.items()}
     return demo_model.config(demo_model.Shape(layers=layers)) | DEEPSEEK | share
 
 
@@ -88,17 +89,21 @@ def main(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=LAYERS, help="how many of the 61 layers to serve")
+    parser.add_argument("--tp", type=int, default=1, help="GPUs, each with the share of one of the eight ranks")
     options, rest = parser.parse_known_args(argv)
     if not 1 <= options.layers <= LAYERS:
         parser.error(f"--layers: expected 1 to {LAYERS}, got {options.layers}")
+    if not 1 <= options.tp <= RANKS:
+        parser.error(f"--tp: expected 1 to {RANKS}, got {options.tp}")
     if not torch.cuda.is_available():
         parser.error("expected a GPU for weights in fp8, got none; a CPU has launch_server --demo")
-    folder = demo_model.cache() / f"deepseek-v3.2-rank-{options.layers}"
+    folder = demo_model.cache() / f"deepseek-v3.2-{options.tp}-of-{RANKS}-ranks-{options.layers}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config(options.layers), indent=1), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config(options.layers, options.tp), indent=1), encoding="utf-8")
     # DeepGEMM would build its kernels for every batch size, 10 to 20 minutes; as they are needed it takes seconds each.
     os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
-    return launch_server.main([f"--model-path={folder}", "--load-format=dummy", "--skip-tokenizer-init", *rest])
+    words = [f"--model-path={folder}", "--load-format=dummy", "--skip-tokenizer-init", f"--tp={options.tp}"]
+    return launch_server.main([*words, *rest])
 
 
 if __name__ == "__mp_main__":  # a process of SGLang, which imports this module again; one of them loads the model

@@ -15,6 +15,7 @@ from torch import distributed, nn
 
 from sglang_misa import admission, canary, runtime, versions
 from sglang_misa.admission import AdmissionError
+from sglang_misa.agreement import Agreement
 from sglang_misa.config import ENV, ConfigError, MisaConfig
 from sglang_misa.metrics import recorder
 from sglang_misa.patches import register
@@ -45,16 +46,20 @@ def load_model(original: Callable[..., None], self: Any) -> None:
 
 
 def forward(original: Callable[..., Any], self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-    """ModelRunner.forward: one step, eager or a graph's replay. After it, the canary looks at page statistics."""
+    """ModelRunner.forward: one step, eager or a graph's replay. After it, canary and ranks look at what it did."""
     result = original(self, forward_batch, *args, **kwargs)
+    requests = forward_batch.rids or ()
+    rows = (self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices, forward_batch.seq_lens)
     if (watching := canary.of_runner(self)) is not None:
-        watching.step(
-            self.req_to_token_pool.req_to_token,
-            forward_batch.req_pool_indices,
-            forward_batch.seq_lens,
-            forward_batch.rids or (),
-        )
+        watching.step(*rows, requests)
+    if (agreement := _agreement(self)) is not None:
+        agreement.step(*rows, len(requests))
     return result
+
+
+def _agreement(runner: Any) -> Agreement | None:
+    selector = getattr(runner.token_to_kv_pool, "misa_selector", None)
+    return None if selector is None else selector.agreement
 
 
 def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -64,6 +69,8 @@ def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwa
         _meet(distributed.distributed_c10d._get_default_store(), runtime.current(), MEETING)
     recorder.publish_page_stats()
     original(self, *args, **kwargs)
+    if (agreement := _agreement(self)) is not None:
+        agreement.forget()
     selector = getattr(self.token_to_kv_pool, "misa_selector", None)
     if selector is not None and selector.engine.behind:
         AdmissionError.raise_if(

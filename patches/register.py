@@ -1,8 +1,8 @@
 """Every function of SGLang that this package wraps, as data, and the few lines that apply, check and undo them.
 
 A wrapper is called as wrapper(original, *args, **kwargs) and decides itself whether to call the original. Nothing is
-hooked that SGLang reaches only in ways admission refuses: DSATokenToKVPool.move_kv_cache (tree drafts) and
-.load_cpu_copy (the decode side of PD) rewrite index-K too.
+hooked that SGLang reaches only in ways admission refuses: DSATokenToKVPool.move_kv_cache (tree drafts) rewrites
+index-K too.
 
 A target is named by its place in the newest supported version; `moved` has its earlier places.
 """
@@ -134,6 +134,27 @@ PATCHES = (
         signatures={
             "0.5.17": "self, device_pool, host_indices, device_indices, layer_id, io_backend",
             "0.5.22": "self, device_pool, host_indices, device_indices, layer_id, io_backend, *, is_draft=",
+        },
+    ),
+    Patch(
+        target="sglang.srt.disaggregation.decode:DecodeTransferQueue.pop_transferred",
+        wrapper="sglang_misa.patches.disaggregation:pop_transferred",
+        why="a prefill server writes index-K pages into this server's pool, without statistics",
+        how="after: the statistics of the pages of the requests that have come, before they enter a batch",
+        upstream="none: a transfer carries SGLang's own buffers",
+        remove_when="a pool may declare buffers that are transferred with its pages",
+        signatures={"0.5.17": "self, rids_to_check="},
+    ),
+    Patch(
+        target="sglang.srt.mem_cache.memory_pool:DSATokenToKVPool.load_cpu_copy",
+        wrapper="sglang_misa.patches.disaggregation:load_cpu_copy",
+        why="the decode side of disaggregation keeps a retracted request's pages on the host, without statistics",
+        how="after: the statistics of the pages that are back",
+        upstream="none: the copy has SGLang's own buffers",
+        remove_when="a pool may declare buffers that follow its pages to the host and back",
+        signatures={
+            "0.5.17": "self, kv_cache_cpu_dict, indices, mamba_indices=",
+            "0.5.22": "self, kv_cache_cpu_dict, indices, mamba_indices=, req_pool_index=",
         },
     ),
     Patch(

@@ -43,6 +43,11 @@ class Candidate:
         return self.config.gate("decode") is not None
 
     @property
+    def is_transferred_to(self) -> bool:
+        """Whether a policy selects in decode on pages that a prefill server wrote."""
+        return self.decodes and getattr(self.arguments, "disaggregation_mode", "null") == "decode"
+
+    @property
     def on_kernels(self) -> bool:
         """Whether GPU kernels select, which are written for fewer shapes than the PyTorch reference."""
         return self.device == "cuda" and self.config.backend != "torch"
@@ -91,14 +96,17 @@ ARGUMENTS = (
     _Argument("enable_deterministic_inference", (False,), "the order of the selected tokens varies from run to run"),
     _Argument("enable_torch_compile", (False,), "Dynamo would trace through the hooks, untested"),
 )
-_TRANSFERRED = (
-    "pages that come from another server carry no statistics, and decode selects on those stored (prefill computes "
-    "its own, so it may stay)"
-)
 DECODE_ARGUMENTS = (
-    _Argument("disaggregation_mode", ("null",), _TRANSFERRED),
+    _Argument("disaggregation_mode", ("null", "decode"), "a prefill server decodes nothing"),
     _Argument("hicache_storage_backend", (None,), "decode on pages from a host cache's storage is untested"),
     _Argument("hicache_host_memory_mode", ("cache",), "decode on pages that the host only buffers is untested"),
+)
+_BESIDE = "beside pages that a prefill server wrote it is untested"
+TRANSFER_ARGUMENTS = (
+    _Argument("speculative_algorithm", (None,), _BESIDE),
+    _Argument("enable_hierarchical_cache", (False,), _BESIDE),
+    _Argument("disaggregation_decode_enable_radix_cache", (False,), _BESIDE),
+    _Argument("disaggregation_decode_enable_offload_kvcache", (False,), _BESIDE),
 )
 
 
@@ -231,6 +239,7 @@ def _device(candidate: Candidate) -> Iterator[str]:
 
 def _arguments(candidate: Candidate) -> Iterator[str]:
     rules = ARGUMENTS + (DECODE_ARGUMENTS if candidate.decodes else ())
+    rules += TRANSFER_ARGUMENTS if candidate.is_transferred_to else ()
     for rule in rules:
         value = getattr(candidate.arguments, rule.name, rule.allowed[0])  # not every version has every one
         if value not in rule.allowed:
@@ -238,8 +247,17 @@ def _arguments(candidate: Candidate) -> Iterator[str]:
             allowed = " or ".join(map(repr, rule.allowed))
             yield (
                 f"{rule.flag}: expected {allowed}, got {value!r}: {rule.why}; drop the flag"
-                + (also if rule in DECODE_ARGUMENTS else "")
+                + ("" if rule in ARGUMENTS else also)
             )
+
+
+def _transferred(candidate: Candidate) -> Iterator[str]:
+    if candidate.is_transferred_to and candidate.device == "cuda" and not candidate.config.allow_unverified:
+        yield (
+            "--disaggregation-mode: expected null with a decode policy on a GPU, got decode: page statistics behind a "
+            "prefill server were tried on a CPU only; add --misa-allow-unverified, or leave decode to stock DSA "
+            "(--misa-decode-heads all --misa-decode-blocks all)"
+        )
 
 
 def _decode_steps(candidate: Candidate) -> Iterator[str]:
@@ -292,6 +310,7 @@ CHECKS: tuple[Callable[[Candidate], Iterator[str]], ...] = (
     _page_size,
     _device,
     _arguments,
+    _transferred,
     _decode_steps,
     _dump,
     _policies,

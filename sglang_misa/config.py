@@ -93,8 +93,16 @@ class MisaConfig(BaseModel):
         description="compute a sample of page statistics anew at each step and compare them by bits: log = tell of a "
         "mismatch, raise = stop the server",
     )
+    verify_ranks: int = Field(
+        0,
+        ge=0,
+        description="tensor-parallel ranks compare what they selected, and their page statistics, once in so many "
+        "steps; a difference stops the server; 0 = off",
+    )
     allow_unverified: bool = Field(
-        False, description="serve on a GPU with a version of SGLang that this package was verified with on a CPU only"
+        False,
+        description="serve on a GPU what was verified on a CPU only: a version of SGLang, or decode behind a prefill "
+        "server",
     )
 
     @field_validator("backend", mode="before")

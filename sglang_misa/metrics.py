@@ -78,6 +78,7 @@ class Recorder:
         self._moves: Counter[tuple[Phase, str]] = Counter()
         self._selected_rows = 0
         self.slow_rows: Callable[[], int] = int  # rows of them that the kernels selected the slow way so far
+        self.ranks_compared = 0  # times that tensor-parallel ranks compared what they selected, and found it the same
         self.dump: Counter[str] = Counter()  # prompts that were written, and left_out for the limit
         self._verified: Counter[str] = Counter(pages=0, mismatches=0)
         self._exporter: _Exporter | None = None
@@ -212,6 +213,7 @@ class Recorder:
             "dump": dict(self.dump),
             "page_stats_bytes": self.page_stats_bytes,
             "page_stats_verified": dict(self._verified),
+            "ranks_compared": self.ranks_compared,
         }
 
     def export(self, config: MisaConfig, sglang: str, rank: int, dp_rank: int) -> None:

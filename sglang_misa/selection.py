@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from sglang_misa import audit
+from sglang_misa.agreement import agreement_for
 from sglang_misa.call import DecodeCall, ExtendCall, Run, Span
 from sglang_misa.dump import dumper
 from sglang_misa.engines import engine_for
@@ -39,7 +40,7 @@ def runs(policy: SelectionPolicy, spans: Sequence[Span]) -> list[tuple[Selection
 
 
 class Selector:
-    """What selects for the layers of one KV pool: its engine, the policy of each layer, its auditor and its dump."""
+    """What selects for the layers of one KV pool: an engine by each layer's policy. And those who look at it."""
 
     def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor]):
         """`index_k_pages`: the pool's index-K, uint8 [num_pages, 8448] a layer (0 rows without an indexer)."""
@@ -54,6 +55,7 @@ class Selector:
         )
         self.auditor = audit.Auditor(config.audit, runtime.topk, self.engine, self.ladders)
         self.dump = dumper(runtime, index_k_pages)
+        self.agreement = agreement_for(runtime, self.engine)
 
     def policy(self, phase: Phase, layer: int) -> SelectionPolicy:
         """What selects in `layer` now, past the length gate."""
@@ -76,6 +78,7 @@ class Selector:
         policy = self.policy("prefill", call.layer)
         chosen = runs(policy, call.spans)
         self.engine.extend(call, chosen)
+        self._agree(call.layer, call.output.ids)
         recorder.selected(len(call.output.ids))
         self.auditor.look_at_extend(call, [run for by, run in chosen if by is policy])
         self.dump.take(call)
@@ -96,4 +99,9 @@ class Selector:
     def decode(self, call: DecodeCall) -> None:
         """Select for all rows of `call` into its `ids`."""
         self.engine.decode(call, self.policy("decode", call.layer))
+        self._agree(call.layer, call.ids)
         self.auditor.look_at_decode(call)
+
+    def _agree(self, layer: int, ids: Tensor) -> None:
+        if self.agreement is not None:
+            self.agreement.selected(layer, ids)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from importlib import metadata
 
 # Under each version, the devices on which the whole of it has served. One source tree serves all: their hooks differ in
-# the signatures of patches/register.py and in one name of cpu/hooks.py.
+# the signatures of patches/register.py, in two names of cpu/hooks.py and in one of patches/disaggregation.py.
 #
 # With 0.5.22 as the oldest, these go: the Triton and allocator twins of cpu/hooks.py and the pool getters of
-# cpu/platform.py (PlatformCapabilities), patches/cuda_graph.py and most of decode_gate.py (AttentionGraphVariants), and
-# every second signature; with 0.5.23, patches/forward_batch.py too (ForwardBatch.max_seq_len_host).
+# cpu/platform.py (PlatformCapabilities), patches/cuda_graph.py and most of decode_gate.py (AttentionGraphVariants), the
+# question after data-parallel attention's copy in cpu/hooks.py, `_row` of patches/disaggregation.py, and every second
+# signature; with 0.5.23, patches/forward_batch.py too (ForwardBatch.max_seq_len_host).
 VERIFIED: Mapping[str, frozenset[str]] = {
     "0.5.17": frozenset({"cpu", "gpu"}),
     "0.5.22": frozenset({"cpu"}),

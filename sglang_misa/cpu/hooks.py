@@ -95,11 +95,22 @@ def install_for_arguments() -> None:
 
 def install_for_models() -> None:
     """What a worker needs before it builds the model. Raises RuntimeError when a hook did not apply."""
+    from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.layers import dp_attention
+    from sglang.srt.layers.attention import dsa_backend
     from sglang.srt.layers.attention.dsa import dsa_indexer
     from sglang.srt.layers.rotary_embedding.rope_variant import DeepseekScalingRotaryEmbedding
+    from sglang.srt.model_executor import forward_batch_info
 
     _install({**ARGUMENT_HOOKS, **MODEL_HOOKS})
     host_cache.install()
+    if hasattr(dp_attention, "memcpy_cpu"):  # before 0.5.22 data-parallel attention pins memory on any device
+        dp_attention.memcpy_func = dp_attention.memcpy_cpu
+        forward_batch_info._is_cpu = parallel_state._is_cpu = True
+        backend = dsa_backend.DeepseekSparseAttnBackend
+        backend.get_cpu_graph_seq_len_fill_value = backend.get_cuda_graph_seq_len_fill_value
+    MooncakeKVSender.supports_host_tensor_indices = False  # or page numbers are sent from pinned memory
     # Indexer.forward_cuda is the only full path; these are what it reads from its module and its class.
     dsa_indexer._is_cuda = True
     dsa_indexer.deep_gemm = sys.modules["deep_gemm"] = deep_gemm  # from 0.5.22 on it is imported at each call

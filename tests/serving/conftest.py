@@ -110,7 +110,8 @@ def environment(**changes: str) -> dict[str, str]:
     """The environment of a server, without what a developer or another test may have set."""
     ours = ("SGLANG_MISA", "SGLANG_PLUGINS", "SGLANG_PLATFORM", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return {**kept, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", **changes}
+    ours = {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0"}
+    return {**kept, **ours, **changes}
 
 
 @pytest.fixture(scope="session")

@@ -83,6 +83,13 @@ ADMITTED = {
     "SGLang's own backend by name": candidate(arguments=arguments(attention_backend="dsa")),
     "prefill blocks up to what a row's top-k holds": candidate(config=policy(prefill={"blocks": 187})),
     "PD while decode is stock": candidate(config=PRESETS["misa"], arguments=arguments(disaggregation_mode="prefill")),
+    "decode behind a prefill server on a CPU": candidate(
+        arguments=arguments(disaggregation_mode="decode"), device="cpu", capability=None
+    ),
+    "decode behind a prefill server, with the user's word": candidate(
+        config=PRESETS["hisa"].model_copy(update={"allow_unverified": True}),
+        arguments=arguments(disaggregation_mode="decode"),
+    ),
 }
 
 REFUSED = {
@@ -203,9 +210,27 @@ REFUSED = {
             "enable_pdmux": True,
             "hicache_storage_backend": "file",
             "hicache_host_memory_mode": "buffer_only",
-            "disaggregation_mode": "decode",
+            "disaggregation_mode": "prefill",
         }.items()
     },
+    **{
+        name: (
+            candidate(
+                arguments=arguments(disaggregation_mode="decode", **{name: value}), device="cpu", capability=None
+            ),
+            f"--{name.replace('_', '-')}",
+        )
+        for name, value in {
+            "speculative_algorithm": "EAGLE",
+            "enable_hierarchical_cache": True,
+            "disaggregation_decode_enable_radix_cache": True,
+            "disaggregation_decode_enable_offload_kvcache": True,
+        }.items()
+    },
+    "decode behind a prefill server on a GPU": (
+        candidate(arguments=arguments(disaggregation_mode="decode")),
+        "add --misa-allow-unverified",
+    ),
 }
 
 
@@ -224,7 +249,7 @@ def test_refuses_with_one_reason(name):
 
 
 def test_every_argument_rule_is_exercised_and_names_a_real_flag():
-    rules = admission.ARGUMENTS + admission.DECODE_ARGUMENTS
+    rules = admission.ARGUMENTS + admission.DECODE_ARGUMENTS + admission.TRANSFER_ARGUMENTS
     assert {rule.name for rule in rules} <= set(REFUSED)
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)

@@ -8,15 +8,18 @@
 | 6 move after a tree of drafts | refused | test_admission.py |
 | 7 rejected drafts | the length goes back, what is over it is written again | `TestLifecycle` |
 | 8 retract and prefill again, 9 abort in a chunk | pages freed, see 4 | `TestLifecycle`, test_soak.py |
+| 8 retract behind a prefill server | computed when the copy on the host is back | `TestLifecycle` |
 | 10 offload and load-back | computed on the load's stream, before its event | `TestLifecycle`, `test_load_back_*` |
-| 11 transfer commit (PD) | refused with a decode policy | test_admission.py |
+| 11 transfer commit (PD) | computed before the request enters a batch | `TestLifecycle`, test_disaggregation.py |
 | 12 CP, DCP, layer split | refused | test_admission.py |
 | 13 memory release and resume, 14 flush, 16 weight update | every page is free, see 4 | `TestLifecycle` |
 | 15 layers without an indexer | 0 rows, or never looked at | test_page_stats.py, test_canary.py |
 | graph replay with padded rows | length 1 on page 0 completes nothing | `TestLifecycle` |
 """
 
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +33,7 @@ from sglang_misa.config import PRESETS
 from sglang_misa.cpu.kernels import set_index_keys
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.patches import register
+from sglang_misa.patches.disaggregation import pop_transferred
 
 LAYERS, PAGES, WORDS = 2, 24, 6
 LAYOUTS = ("layer_first", "page_first_direct")
@@ -223,6 +227,45 @@ class Lifecycle(RuleBasedStateMachine):
             return
         self.swapped.pop()
         self.on.host.load_back(host_slots, slots)
+        self.start(tokens, slots)
+
+    @rule(family=st.integers(0, 2), length=st.integers(1, 300))
+    def transfer(self, family: int, length: int) -> None:
+        """A prefill server writes a request's pages; the token that it sampled is not among them."""
+        tokens = [(family * 5 + i * i) % WORDS for i in range(length)]
+        slots = self.room(length)
+        if slots is None:
+            return
+        self.on.store(tokens, slots, 0)
+        table = torch.zeros(3, PAGES * PAGE, dtype=torch.int32)
+        table[2, : len(slots)] = slots
+        request = SimpleNamespace(req_pool_idx=2, seqlen=length + 1)
+        scheduler = SimpleNamespace(
+            req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool_allocator=self.on.allocator
+        )
+        queue = SimpleNamespace(scheduler=scheduler)
+        assert pop_transferred(lambda queue, rids: [request], queue) == [request]
+        self.start(tokens, slots)
+
+    @precondition(lambda self: any(r["tokens"] and not r["cached"] for r in self.live))
+    @rule(data=st.data())
+    def retract_to_host(self, data: st.DataObject) -> None:
+        """The decode side of a transfer: a request waits on the host and comes back to other pages."""
+        request = data.draw(st.sampled_from([r for r in self.live if r["tokens"] and not r["cached"]]))
+        stored = len(request["tokens"])
+        with mock.patch("torch.cuda.synchronize"):
+            copy = self.on.pool.get_cpu_copy(request["slots"][:stored])
+            self.live = [r for r in self.live if r is not request]
+            self.on.allocator.free(request["slots"])
+            self.radix.dec_lock_ref(request["node"])
+            slots = self.room(stored)
+            assert slots is not None, "as many as were freed"
+            slots = slots.reshape(-1, PAGE).flip(0).flatten()
+            self.on.pool.load_cpu_copy(copy, slots[:stored])
+        self.start(request["tokens"], slots)
+
+    def start(self, tokens: list[int], slots: torch.Tensor) -> None:
+        """A request whose pages are none of the radix cache's."""
         root = self.radix.root_node
         self.radix.inc_lock_ref(root)
         self.live.append({"tokens": tokens, "slots": slots.long(), "cached": 0, "node": root})

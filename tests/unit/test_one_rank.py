@@ -52,6 +52,7 @@ def test_shares_make_up_the_model():
     assert (config["num_hidden_layers"], config["index_n_heads"]) == (30, 64)
     for name, whole in one_rank.DIVIDED.items():
         assert config[name] * one_rank.RANKS == whole, name
+        assert one_rank.config(30, ranks=2)[name] == 2 * config[name]
 
 
 def test_sglang_calls_what_is_replaced():
@@ -60,7 +61,11 @@ def test_sglang_calls_what_is_replaced():
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--layers", "62"], "--layers: expected 1 to 61, got 62"), ([], "expected a GPU for weights in fp8, got none")],
+    [
+        (["--layers", "62"], "--layers: expected 1 to 61, got 62"),
+        (["--tp", "9"], "--tp: expected 1 to 8, got 9"),
+        ([], "expected a GPU for weights in fp8, got none"),
+    ],
 )
 def test_refusals(words, said, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

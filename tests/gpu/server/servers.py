@@ -9,7 +9,7 @@ import pathlib
 import shutil
 import sys
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +35,20 @@ SHAPE = demo_model.Shape(
     index_topk=2048,
     vocab=32000,
 )
-# NCCL alone: both of these would ask for NVLink multicast, and not every host lends it.
+ENV = {
+    "SELECTION_TAIL": str(TAIL),
+    "SGLANG_DSA_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "0",
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",  # a server that dies would wait a minute for them
+}
+# NCCL alone and without NVLink multicast, which not every host lends. Servers that run side by side take memory from
+# one another while they load.
 PARALLEL = "--enforce-disable-flashinfer-allreduce-fusion --disable-custom-all-reduce"
+PARALLEL_ENV = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
+}
 # SGLang's default on CUDA, but for the sizes: as many extend rows as one of these graphs holds.
 PREFILL_GRAPHS = "--cuda-graph-backend-prefill breakable --cuda-graph-bs-prefill 64 512 1024 2048"
 
@@ -64,10 +76,11 @@ class Server:
         *,
         ranks: int = 1,
         shape: demo_model.Shape = SHAPE,
+        environ: Mapping[str, str] | None = None,
     ):
-        model = demo_model.ensure(log.parent, shape)
+        model = demo_model.ensure(demo_model.cache(), shape)
         self.url, self.log, self.ranks = f"http://127.0.0.1:{port}", log, ranks
-        env = os.environ | {"SELECTION_TAIL": str(TAIL), "SGLANG_DSA_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "0"}
+        env = os.environ | ENV | (PARALLEL_ENV if ranks > 1 else {}) | dict(environ or {})
         env.pop("SGLANG_MISA_CONFIG", None)
         self._digests = log.with_suffix(".digests")
         if ranks > 1:
@@ -97,12 +110,20 @@ class Server:
 
         return self._process.wait_ready(ready, limit)
 
-    def stop(self) -> None:
-        self._process.stop(grace_s=10)
+    def ended(self, limit: float) -> int:
+        """Exit status of a server that ends by itself. Raises subprocess.TimeoutExpired after `limit` seconds."""
+        return self._process.wait(limit)
+
+    def stop(self, grace_s: float = 10) -> None:
+        self._process.stop(grace_s)
 
     def misa(self) -> dict[str, Any]:
         """What /server_info says of MISA; nothing on stock."""
-        return get(self.url + "/server_info")["internal_states"][0].get("misa") or {}
+        return self.replicas()[0]
+
+    def replicas(self) -> list[dict[str, Any]]:
+        """The same of each data-parallel replica."""
+        return [state.get("misa") or {} for state in get(self.url + "/server_info")["internal_states"]]
 
     def flush(self) -> None:
         """Empty the radix cache, once nothing runs."""
@@ -131,12 +152,18 @@ class Answer:
     verified: int  # steps that verified drafts; 0 without speculative decoding
 
 
-def ask(server: Server, prompts: list[list[int]], new_tokens: int, *, tail: bool) -> list[Answer]:
-    """The answers to prompts that arrive in one message, with the selections of their last rows if `tail`."""
+def ask(
+    server: Server, prompts: list[list[int]], new_tokens: int, *, tail: bool, replica: int | None = None
+) -> list[Answer]:
+    """The answers to prompts that arrive in one message, with the selections of their last rows if `tail`.
+
+    replica: the data-parallel one that answers; None leaves it to the server.
+    """
     body = {
         "input_ids": prompts,
         "sampling_params": {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True},
         "return_indexer_topk": tail,
+        **({} if replica is None else {"routed_dp_rank": replica}),
     }
     answers = []
     for found in post(server.url + "/generate", body):
@@ -169,10 +196,10 @@ def decode_steps(server: Server) -> dict[str, int]:
     return dict(status.get("replays") or eager)
 
 
-def stop(servers: Iterable[Server]) -> None:
-    """Stop all at once: each takes seconds."""
+def stop(servers: Iterable[Server], grace_s: float = 10) -> None:
+    """Stop all at once: each takes seconds, and is killed after `grace_s`."""
     with ThreadPoolExecutor() as pool:
-        list(pool.map(Server.stop, servers))
+        list(pool.map(lambda server: server.stop(grace_s), servers))
 
 
 def overlaps(a: np.ndarray, b: np.ndarray) -> list[float]:

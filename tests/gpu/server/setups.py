@@ -11,6 +11,11 @@ NEW_TOKENS = 8
 # SGLang's own top-k kernel is approximate where scores crowd together: compare beneath torch's.
 EXACT_TOPK = ["--dsa-topk-backend", "torch", "--enable-return-indexer-topk"]
 EXACT_ENV = {"SGLANG_DSA_FUSE_TOPK": "0"}
+# Drafts of one branch: SGLang's own choice for DeepSeek models.
+DRAFTS = (
+    "--speculative-algorithm EAGLE --speculative-num-steps 3 --speculative-eagle-topk 1 "
+    "--speculative-num-draft-tokens 4"
+)
 
 ALL_HEADS = {"heads": 64, "min_len": 0}
 PAPER = {"heads": 8, "min_len": 0}
@@ -48,7 +53,6 @@ class Setup:
     lengths: tuple[int, ...]
     flags: tuple[str, ...] = ()
     prefill_graphs: bool = False
-    ranks: int = 1
 
 
 SETUPS = {
@@ -64,7 +68,6 @@ SETUPS = {
         (4096, 40960),
         ("--max-total-tokens", "131072"),
     ),
-    "two-ranks": Setup(("misa-hisa", "faithful"), (4096, 40960), ranks=2),
 }
 
 
@@ -78,4 +81,3 @@ class Served:
     again: dict[str, Answer] = field(default_factory=dict)  # the last prompt once more, from the radix cache
     shared: dict[str, list[str]] = field(default_factory=dict)  # problems of requests that share an extend call
     status: dict[str, dict[str, Any]] = field(default_factory=dict)
-    ranks: dict[str, list[str]] = field(default_factory=dict)  # problems of tensor-parallel ranks

@@ -15,12 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gpu.server.servers import SHAPE, Server, ask, common_prefix, decode_steps, stop
-from gpu.server.setups import ARMS, GATED
+from gpu.server.setups import ARMS, DRAFTS, GATED
 
-DRAFTS = (  # SGLang's own choice for DeepSeek models
-    "--speculative-algorithm EAGLE --speculative-num-steps 3 --speculative-eagle-topk 1 "
-    "--speculative-num-draft-tokens 4"
-)
 LENGTHS = (4096, 40960)  # on both sides of the gate
 TOGETHER, NEW_TOKENS = 4, 16  # prompts in a message
 AGREE = 4  # leading tokens in which an answer must agree, in half of the answers

@@ -80,8 +80,3 @@ def test_an_arm_selects_what_its_twin_selects(served: Served, pair: tuple[str, s
                 found = overlaps(b.selected[rows], a.selected[rows])
                 enough = SKETCHED if (ARMS[pair[0]] or {}).get(phase, {}).get("sketch") else EQUAL
                 assert found[0] >= enough, f"{length} tokens, {phase}: overlap by layer {found}"
-
-
-@cases("arm", [(s, arm) for s, arm in EVERY if SETUPS[s].ranks > 1])
-def test_tensor_parallel_ranks_select_the_same(served: Served, arm: str) -> None:
-    assert not served.ranks[arm]

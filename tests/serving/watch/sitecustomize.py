@@ -3,6 +3,8 @@
 WATCH_SELECTIONS names a folder for <pid>, a line a call: the hook, and a digest of the selected sets.
 WATCH_POOL names one for <layer>-<rows>.pt: the index-K pages of an extend call's first request, its queries and gates.
 SABOTAGE names a file: while it is there, the worst heads are routed and the worst blocks are kept.
+UNDONE_RANK is a rank whose hook of the indexer is undone once SGLang has built the model.
+PARTED_RANK is a rank that selects one token of each prompt row twice, while the file that PARTED names is there.
 Python imports this module by its name at start-up, before anything of SGLang.
 """
 
@@ -43,6 +45,13 @@ def own_file(variable):
     return Path(os.environ[variable]) / str(os.getpid())
 
 
+def is_rank(variable):
+    from torch import distributed
+
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    return rank == int(os.environ[variable])
+
+
 def selections(hook):
     def wrapper(original, *args, **kwargs):
         selected = hook(original, *args, **kwargs)
@@ -77,6 +86,26 @@ def worst(best):
     return wrapper
 
 
+def undone(evaluate):
+    def wrapper(module):
+        indexer = sys.modules.get("sglang.srt.layers.attention.dsa.dsa_indexer")
+        if indexer is not None and is_rank("UNDONE_RANK"):
+            hook = indexer.Indexer._get_topk_ragged
+            indexer.Indexer._get_topk_ragged = getattr(hook, "__wrapped__", hook)
+        return evaluate(module)
+
+    return wrapper
+
+
+def parted(extend):
+    def wrapper(self, call, runs):
+        extend(self, call, runs)
+        if os.path.exists(os.environ["PARTED"]) and is_rank("PARTED_RANK"):
+            call.output.ids[:, 1] = call.output.ids[:, 0]
+
+    return wrapper
+
+
 if "WATCH_POOL" in os.environ:
     sys.meta_path.insert(0, AfterImport("sglang_misa.patches.indexer", pool, ("get_topk_ragged",)))
 if "SABOTAGE" in os.environ:
@@ -85,3 +114,9 @@ if "WATCH_SELECTIONS" in os.environ:
     sys.meta_path.insert(
         0, AfterImport("sglang_misa.patches.indexer", selections, ("get_topk_ragged", "get_topk_paged"))
     )
+if "UNDONE_RANK" in os.environ:
+    sys.meta_path.insert(0, AfterImport("torch.nn.modules.module", undone, ("Module.eval",)))
+if "PARTED_RANK" in os.environ:
+    for engine in ("kernels.KernelEngine", "reference.ReferenceEngine"):
+        module, name = engine.split(".")
+        sys.meta_path.insert(0, AfterImport(f"sglang_misa.engines.{module}", parted, (f"{name}.extend",)))
