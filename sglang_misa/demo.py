@@ -90,7 +90,8 @@ def _run(
     words = [*arguments, "--host", host, "--port", str(port), "--served-model-name", _name()]
     with _server(words, served.to_json(), logs / "server.log") as server:
         with ExitStack() as stack:
-            bar = stack.enter_context(Bar(console))
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            bar = Bar(stack.enter_context(Progress(*columns, console=console)))
             words = [*arguments, "--host", HOST, "--port", stock.url.rpartition(":")[2]]
             beside = stack.enter_context(_server(words, "dsa", logs / "stock.log"))
             bar.begin(f"Starting SGLang twice on the CPU: stock DSA, and {name}")
@@ -151,28 +152,26 @@ def _report_problems(report: Path | None) -> Iterator[str]:
         yield f"--demo-report: expected a folder that can be made, got {report} ({error.strerror}); choose another"
 
 
-class Bar(Progress):
+@dataclass(frozen=True)
+class Bar:
     """One line: what is going on, and how far it is."""
 
-    def __init__(self, console: Console):
-        super().__init__(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-        )
+    progress: Progress
 
     def begin(self, words: str) -> None:
         """A part begins; the one before is over."""
-        for task in self.tasks:
-            self.update(task.id, total=1, completed=1)
-        self.add_task(words, total=None)
+        for task in self.progress.task_ids:
+            self.progress.update(task, total=1, completed=1)
+        self.progress.add_task(words, total=None)
 
     def expect(self, units: int) -> None:
-        self.update(self.task_ids[-1], total=units)
+        self.progress.update(self.progress.task_ids[-1], total=units)
 
     def waiting(self, name: str, line: str, seconds: float) -> None:
         pass
 
     def finished(self, line: str) -> None:
-        self.advance(self.task_ids[-1])
+        self.progress.advance(self.progress.task_ids[-1])
 
 
 @dataclass(frozen=True)
@@ -251,8 +250,8 @@ def _print(console: Console, config: MisaConfig, found: Sequence[Section], statu
     selected = ", ".join(f"{config.policy(phase).label} in {phase}" for phase in PHASES)
     console.print(f"Selected by {selected}, after {TOPK} tokens; SGLang {status['sglang']}.", markup=False)
     console.print(
-        f"{found[0].verdict}\nThe model has two layers and was trained for minutes. This shows the machinery on learned "
-        "keys, and says nothing of what DeepSeek-V3.2 would lose: docs/quality.md tells how to ask yours. The times "
+        f"{found[0].verdict}\nThe model has two layers and was trained for minutes. This shows the machinery on "
+        "learned keys, and says nothing of what DeepSeek-V3.2 would lose: docs/quality.md tells how to ask yours. The times "
         "are PyTorch's on this CPU, the audit included, and say nothing of the kernels.",
         markup=False,
     )
