@@ -250,9 +250,9 @@ def _print(console: Console, config: MisaConfig, found: Sequence[Section], statu
     selected = ", ".join(f"{config.policy(phase).label} in {phase}" for phase in PHASES)
     console.print(f"Selected by {selected}, after {TOPK} tokens; SGLang {status['sglang']}.", markup=False)
     console.print(
-        f"{found[0].verdict}\nThe model has two layers and was trained for minutes. This shows the machinery on "
-        "learned keys, and says nothing of what DeepSeek-V3.2 would lose: docs/quality.md tells how to ask yours. The times "
-        "are PyTorch's on this CPU, the audit included, and say nothing of the kernels.",
+        f"{found[0].verdict}\nThe model has two layers and was trained for minutes. This shows the machinery on keys "
+        "that were learned, and says nothing of what DeepSeek-V3.2 would lose: docs/quality.md tells how to ask yours. "
+        "The times are PyTorch's on this CPU, the audit included, and say nothing of the kernels.",
         markup=False,
     )
 
