@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_misa import demo_model
+from sglang_misa import random_model
 from sglang_misa.procs import ServerProcess
 
 HERE = pathlib.Path(__file__).parent
@@ -24,7 +24,7 @@ TAIL = 128  # rows of each request whose selections come back
 EQUAL = 0.999  # DeepGEMM multiplies fp8 with fewer accumulator bits than fp32: sets overlap by 0.9993 or more
 
 # True indexer, attention and hidden sizes of one layer stack; the vocabulary is wide so that keys do not repeat.
-SHAPE = demo_model.Shape(
+SHAPE = random_model.Shape(
     hidden=2048,
     layers=4,
     heads=64,
@@ -62,9 +62,9 @@ class Server:
         extra: list[str],
         *,
         ranks: int = 1,
-        shape: demo_model.Shape = SHAPE,
+        shape: random_model.Shape = SHAPE,
     ):
-        model = demo_model.ensure(log.parent, shape)
+        model = random_model.ensure(log.parent, shape)
         self.url, self.log, self.ranks = f"http://127.0.0.1:{port}", log, ranks
         env = os.environ | {"SELECTION_TAIL": str(TAIL), "SGLANG_DSA_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "0"}
         env.pop("SGLANG_MISA_CONFIG", None)
