@@ -23,7 +23,7 @@ from sglang_misa import random_model
 
 RANKS, LAYERS, HEADS = 8, 61, random_model.Shape.index_heads
 BLOCK = 128  # side of the square of weights that shares a scale
-# DeepSeek-V3.2's config.json where it is not what `random_model` writes anyway; the sizes below are divided by the ranks.
+# DeepSeek-V3.2's config.json where it is not what `random_model` writes; the sizes below are divided by the ranks.
 DEEPSEEK = {
     "hidden_size": 7168,
     "q_lora_rank": 1536,

@@ -23,9 +23,9 @@ from sglang_misa.bench.quality.train.__main__ import SMALL
 from sglang_misa.bench.quality.train.model import DsaModel
 from sglang_misa.calibrate import __main__ as calibrate
 from sglang_misa.demo import MODEL
-from sglang_misa.random_model import LATENT_DIM
 from sglang_misa.policy_file import PolicyFile
 from sglang_misa.procs import ServerProcess, free_port, is_healthy
+from sglang_misa.random_model import LATENT_DIM
 
 pytestmark = pytest.mark.serving
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sglang_misa import random_model, launch_server
+from sglang_misa import launch_server, random_model
 from sglang_misa.config import ENV, ConfigError
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64}
