@@ -19,7 +19,9 @@ def clean_environment(monkeypatch):
 
 @pytest.fixture
 def model(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(random_model.config(random_model.Shape(layers=4, index_topk=2048))))
+    (tmp_path / "config.json").write_text(
+        json.dumps(random_model.config(random_model.Shape(layers=4, index_topk=2048)))
+    )
     return str(tmp_path)
 
 
