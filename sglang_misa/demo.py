@@ -26,7 +26,7 @@ from rich.table import Table
 from sglang_misa import config as misa
 from sglang_misa.bench.load.environment import Environment
 from sglang_misa.bench.load.safety import Keys
-from sglang_misa.bench.load.settings import LoadError
+from sglang_misa.bench.load.settings import LoadError, Serving
 from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.quality import page
 from sglang_misa.bench.quality.cli import All
@@ -40,7 +40,7 @@ MODEL = Path(str(files("sglang_misa.bench.quality"))) / "model"
 TOPK, PRESETS_TOPK = 256, 2048  # the model's, and that of the models which presets are made for
 PRESET = "faithful"
 AUDIT = Audit(rows=4, every=1)
-START_LIMIT = 600.0  # seconds
+START_LIMIT, GONE_LIMIT = 600.0, 10.0  # seconds for a server to start, and to come back
 NAME = "misa-demo"  # and the demo's process: under it the server is known to be ours
 QUESTIONS = {"lengths": ("1k",), "depths": 5, "repeats": 1, "template": "pairs", "new_tokens": 4}
 FLAGS = f"--device cpu --model-path {MODEL} --sleep-on-idle --skip-server-warmup"
@@ -128,14 +128,16 @@ def _measured(
     clients: Sequence[Client], names: tuple[str, ...], key: str | None, bar: Bar, report: Path | None
 ) -> list[Section]:
     """What the answers of both servers show, also as a page in `report`. Raises LoadError."""
-    command = All(servers=tuple(client.url for client in clients), names=names, **QUESTIONS)  # type: ignore[arg-type]
+    urls, serving = tuple(client.url for client in clients), Serving(start_timeout_s=GONE_LIMIT)
+    command = All(servers=urls, names=names, serving=serving, **QUESTIONS)  # type: ignore[arg-type]
     plan, keys = command.plan(), Keys(api=key)
     environment = Environment.now(sys.argv[1:], keys, module="sglang_misa.launch_server")
     with tempfile.TemporaryDirectory() as answers:
         collector = Collector(plan, Store(Path(answers), keys), keys, bar, extra=command.extra)
         found = command.measure(collector, plan.arms, environment.commit)
     if report is not None:
-        page.write(Store(report, keys), plan, environment, "Demo", found, collector.servers)
+        path = page.write(Store(report, keys), plan, environment, "Demo", found, collector.servers)
+        bar.progress.console.print(f"The report: {path}", markup=False, soft_wrap=True)
     return found
 
 

@@ -51,28 +51,26 @@ def _told(value: object) -> str:
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def heatmap(arm: str, results: Sequence[Mapping[str, Any]]) -> Figure:
-    """Share of needles found by one arm, length across and depth down."""
-    lengths = sorted({row["length"] for row in results})
-    depths = sorted({row["depth"] for row in results})
-    cells = {(row["depth"], row["length"]): row["found"] / row["asked"] for row in results if row["arm"] == arm}
-    grid = np.array([[cells.get((depth, length), np.nan) for length in lengths] for depth in depths])
-    figure = Figure(figsize=(1.6 + 0.9 * len(lengths), 1.4 + 0.36 * len(depths)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(lengths)), [f"{n / 1024:g}K" for n in lengths])
-    axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
-    axes.set(title=f"Needles found, {arm}", xlabel="prompt tokens", ylabel="depth (0 % = start)")
-    for (row, column), share in np.ndenumerate(grid):
-        axes.text(
-            column,
-            row,
-            "–" if np.isnan(share) else f"{100 * share:.0f}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color=plots.INK,
-        )
+def heatmaps(rows: Sequence[Row]) -> Figure:
+    """Share of needles found, a panel for each arm, length across and depth down."""
+    lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    shares = {(row["arm"], row["depth"], row["length"]): row["found"] / row["asked"] for row in rows}
+    size = (1.2 + len(arms) * (1.2 + 0.5 * len(lengths)), 1.6 + 0.3 * len(depths))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(arms), squeeze=False, sharey=True)[0]
+    for axes, arm in zip(panels, arms, strict=True):
+        grid = np.array([[shares.get((arm, depth, length), np.nan) for length in lengths] for depth in depths])
+        axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", alpha=0.6, aspect="auto")  # pale enough for ink
+        axes.set_xticks(range(len(lengths)), [f"{n / 1024:g}K" for n in lengths])
+        axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
+        axes.set_title(arm)
+        for (row, column), share in np.ndenumerate(grid):
+            told = "–" if np.isnan(share) else f"{100 * share:.0f}"
+            axes.text(column, row, told, ha="center", va="center", fontsize=8, color=plots.INK)
+    panels[0].set_ylabel("depth (0 % = start)")
+    figure.supxlabel("prompt tokens", fontsize="medium")
+    figure.suptitle("Needles found, %", fontsize="medium")
     return figure
 
 

@@ -14,7 +14,7 @@ from sglang_misa.bench.load.stats import wilson
 from sglang_misa.bench.quality import measures
 from sglang_misa.bench.quality.asking import Answer
 from sglang_misa.bench.quality.collect import Asked, Collector
-from sglang_misa.bench.quality.page import Row, Section, Table, heatmap
+from sglang_misa.bench.quality.page import Row, Section, Table, heatmaps
 
 CAN_READ = 0.5  # share of needles that the first arm must find before anything is said of the others
 NEVER = 0.05  # level of the sign test
@@ -43,8 +43,7 @@ def needles(asked: Sequence[Asked], arms: Sequence[Arm], models: Mapping[str, st
         worse = p < NEVER and np.mean(own) < np.mean(marks[0])
         tone = "bad" if worse else tone
         verdict += f" {arm.name} {'finds fewer' if worse else 'is not seen to find fewer'} (sign test: p = {p:.3g})."
-    figures = {f"needles-{arm.name}": heatmap(arm.name, rows) for arm in arms}
-    return Section("needles", verdict, rows, tone, figures=figures, grid=_grid(rows))
+    return Section("needles", verdict, rows, tone, figures={"needles": heatmaps(rows)}, grid=_grid(rows))
 
 
 def _share(arm: Arm, marks: Sequence[bool]) -> str:

@@ -47,7 +47,7 @@ def test_needles_are_found_where_the_server_sees_them(pair, tmp_path, template, 
     assert missed == {0.5}
     for body in second.asked:
         assert len(body.get("input_ids", body.get("prompt"))) in (4096, 6144)
-    assert (tmp_path / "plots" / "needles-misa.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plots" / "needles.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "report.html").read_text()
 
 
