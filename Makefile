@@ -15,7 +15,7 @@ LINT := $(call stamp,.venv-lint,requirements.lock)
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(MAIN) ## measure MISA on a tiny random model, then serve it until Ctrl-C (ONCE=1 leaves; DEMO_FLAGS="…")
+demo: $(MAIN) ## find needles with a small trained model, under stock DSA and MISA, then serve it until Ctrl-C (ONCE=1 leaves; DEMO_FLAGS="…")
 	.venv/bin/python -m sglang_misa.launch_server --demo $(DEMO_FLAGS)
 
 test: lint $(MAIN) ## what continuous integration runs: lint, then every test that needs no GPU, on SGLang 0.5.23

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from sglang_misa import demo_model
+from sglang_misa import random_model
 
-RANKS, LAYERS, HEADS = 8, 61, demo_model.Shape.index_heads
+RANKS, LAYERS, HEADS = 8, 61, random_model.Shape.index_heads
 BLOCK = 128  # side of the square of weights that shares a scale
-# DeepSeek-V3.2's config.json where it is not what `demo_model` writes anyway; the sizes below are divided by the ranks.
+# DeepSeek-V3.2's config.json where it is not what `random_model` writes; the sizes below are divided by the ranks.
 DEEPSEEK = {
     "hidden_size": 7168,
     "q_lora_rank": 1536,
@@ -53,7 +53,7 @@ DIVIDED = {
 def config(layers: int = LAYERS, ranks: int = 1) -> dict[str, Any]:
     """config.json of the first `layers` layers of so many ranks."""
     share = {name: size * ranks // RANKS for name, size in DIVIDED.items()}
-    return demo_model.config(demo_model.Shape(layers=layers)) | DEEPSEEK | share
+    return random_model.config(random_model.Shape(layers=layers)) | DEEPSEEK | share
 
 
 def fill(model: torch.nn.Module) -> None:
@@ -63,7 +63,7 @@ def fill(model: torch.nn.Module) -> None:
     """
     state = model.state_dict()
     device = next(iter(state.values())).device
-    generator = torch.Generator(device).manual_seed(demo_model.SEED)
+    generator = torch.Generator(device).manual_seed(random_model.SEED)
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             continue
@@ -79,7 +79,7 @@ def fill(model: torch.nn.Module) -> None:
                 draw = torch.randn(matrix.shape, generator=generator, device=device, dtype=torch.bfloat16)
                 if "weights_proj" in name:  # the index heads' gates, of unequal sizes as in trained models
                     spread = torch.randn(HEADS, 1, generator=generator, device=device)
-                    draw[-HEADS:] *= torch.exp(demo_model.GATE_SPREAD * spread)  # SGLang may put wk above them
+                    draw[-HEADS:] *= torch.exp(random_model.GATE_SPREAD * spread)  # SGLang may put wk above them
                 matrix.copy_(draw * std)
 
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--tp: expected 1 to {RANKS}, got {options.tp}")
     if not torch.cuda.is_available():
         parser.error("expected a GPU for weights in fp8, got none; a CPU has launch_server --demo")
-    folder = demo_model.cache() / f"deepseek-v3.2-{options.tp}-of-{RANKS}-ranks-{options.layers}"
+    folder = random_model.cache() / f"deepseek-v3.2-{options.tp}-of-{RANKS}-ranks-{options.layers}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(options.layers, options.tp), indent=1), encoding="utf-8")
     # DeepGEMM would build its kernels for every batch size, 10 to 20 minutes; as they are needed it takes seconds each.

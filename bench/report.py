@@ -3,20 +3,23 @@
     python -m sglang_misa.bench.report [--results bench/results] [--docs docs] [--readme README.md]
 
 Writes README.md and the figures beside the CSVs, and, between the markers `<!-- NAME -->` and `<!-- /NAME -->` of a
-page that has them, the table NAME: `measured` in docs/measured.md and the README, `quality` in docs/quality.md. A table
-of kernels holds one GPU and one commit, the last one in the file; the newest row of a case wins.
+page that has them, the table NAME: `measured` in docs/measured.md and the README, `quality` and `needles` in
+docs/quality.md. A table of kernels holds one GPU and one commit, the last one in the file; the newest row of a case
+wins.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sglang_misa.bench.kernels import CACHED_ROWS
 from sglang_misa.config import PRESETS, Phase
@@ -202,6 +205,28 @@ def quality_tables(rows: Sequence[Record]) -> list[Table]:
     return found
 
 
+def needle_tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """Needles found of those asked, a table for each model: a line for each length, a column for each arm."""
+    found = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        arms = list(dict.fromkeys(row["arm"] for row in own))
+        cells = []
+        for length in sorted({row["length"] for row in own}):
+            line = [f"{length / K:g}K"]
+            for arm in arms:
+                part = [row for row in own if (row["arm"], row["length"]) == (arm, length)]
+                missed = ", ".join(f"{100 * row['depth']:.0f} %" for row in part if row["found"] < row["asked"])
+                told = f"{sum(row['found'] for row in part)} of {sum(row['asked'] for row in part)}" if part else ""
+                line.append(f"{told} (not at {missed})" if missed else told)
+            cells.append(line)
+        depths = len({row["depth"] for row in own})
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in own))
+        note = f"{depths} depths, from the start (0 %) to the end of the text (100 %); commit {commits}."
+        found.append(Table(f"Needles found by {model}", ["tokens", *arms], cells, note))
+    return found
+
+
 def _presets(row: Record, phase: Phase) -> str:
     """The presets whose policy a row of selection.csv is."""
     names = []
@@ -316,9 +341,12 @@ def main(words: Sequence[str] | None = None) -> int:
     (options.results / "README.md").write_text("\n\n".join([*sections, *served]) + "\n")
     plot(rows, options.results)
     quality = "\n\n".join(map(str, quality_tables(read(options.results / "selection.csv"))))
+    listed = options.results / "needles.json"
+    needles = "\n\n".join(map(str, needle_tables(json.loads(listed.read_text()) if listed.exists() else [])))
     for page, name, text in (
         (options.docs / "measured.md", "measured", "\n\n".join([summary(rows), *served])),
         (options.docs / "quality.md", "quality", quality),
+        (options.docs / "quality.md", "needles", needles),
         (options.readme, "measured", summary(rows)),
     ):
         if page.exists() and text:
@@ -331,9 +359,9 @@ HEAD = """# Results
 Written by `python -m sglang_misa.bench.report` from the CSVs in this folder; do not edit. `kernels.csv` holds the whole
 indexer of one layer, stock beside ours in one run, after a check of the result (`bench.kernels`); ours is everything:
 page statistics, routing, scoring and selection. `one_rank.csv` has requests through a server (`bench.one_rank`,
-`bench.load`), `selection.csv` what selections keep on trained index tensors (`bench.selection`). Random inputs say what
-a shape costs, and nothing about recall. What was tried, and why kernels are as they are:
-[docs/kernel-notes.md](../../docs/kernel-notes.md)."""
+`bench.load`), `selection.csv` what selections keep on trained index tensors (`bench.selection`), `needles.json` what
+served models found (`bench.quality`). Random inputs say what a shape costs, and nothing about recall. What was tried,
+and why kernels are as they are: [docs/kernel-notes.md](../../docs/kernel-notes.md)."""
 
 if __name__ == "__main__":
     sys.exit(main())

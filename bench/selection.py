@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from sglang_misa.policy_file import ModelIdentity
 
 TOPK = 2048  # of a file that does not tell its model
 ALIGN = 1024  # a window's start: the largest block
-CANDIDATES = (4096, 8192, 16384)
+CANDIDATES = (2, 4, 8)  # times the top k
 ROUTERS: tuple[Router, ...] = ("mean", "peak", "signed", "weight")
 BLOCK_SIZES = (64, 128, 256, 512, 1024)
 COLUMNS = (4, 8, 16)  # scored columns, the residual counted
@@ -212,7 +213,8 @@ def measure(layer: Layer, length: int, wanted: Sequence[tuple[Phase, SelectionPo
     for row, *others in zip(layer.rows(length), *of_sketches, strict=True):
         sketched = dict(zip(sketches, others, strict=True))
         for phase, policy in wanted:
-            counts = [n for n in CANDIDATES if policy.blocks is None or n < policy.blocks * policy.block_size]
+            kept = math.inf if policy.blocks is None else policy.blocks * policy.block_size
+            counts = [n * row.topk for n in CANDIDATES if n * row.topk < kept]
             scores = row.scores(policy, sketched.get(policy.sketch) if policy.sketch else None)
             for n, share in zip((row.topk, *counts), row.kept(scores, (row.topk, *counts)), strict=True):
                 key = phase, policy if n == row.topk else policy.model_copy(update={"candidates": n})

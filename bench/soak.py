@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_misa import demo_model
+from sglang_misa import random_model
 from sglang_misa.procs import HOST, ServerProcess, free_port, is_healthy
 
 CLIENTS, POOL = 6, 1280  # requests at once, and tokens for all of them
@@ -275,7 +275,7 @@ def main(argv: Sequence[str]) -> int:
     given, flags = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = given.model_path or demo_model.ensure(folder / "model", demo_model.CPU)
+        model = given.model_path or random_model.ensure(folder / "model", random_model.CPU)
         report = run(model, folder, given.minutes, flags or SERVER.split(), dict(os.environ))
     given.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
     print(given.out.read_text(), *report.problems(), sep="\n")

@@ -74,8 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="say what would run, its memory and every refusal, and load nothing"
     )
     demo = parser.add_argument_group("demo")
-    demo.add_argument("--demo", action="store_true", help="measure MISA on a tiny random model, then serve it")
-    demo.add_argument("--demo-report", metavar="FILE", type=Path, help="write what the demo measured as JSON")
+    demo.add_argument(
+        "--demo", action="store_true", help="a small trained model on the CPU: who finds the needles, then serve it"
+    )
+    demo.add_argument("--demo-report", metavar="DIR", type=Path, help="write a page, its pictures and JSON there")
     return parser
 
 

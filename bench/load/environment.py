@@ -38,6 +38,12 @@ class Environment(BaseModel):
     client: dict[str, str]
     gpus: dict[str, str]
 
+    @property
+    def commit(self) -> str:
+        """The commit that was run, or the version that is installed."""
+        version, _, commit = self.client["sglang-misa"].partition(" ")
+        return commit.strip("()") or version
+
     @classmethod
     def now(cls, arguments: Sequence[str], keys: Keys, module: str = "sglang_misa.bench.load") -> Environment:
         """As it is at this moment; keys are erased from the command."""

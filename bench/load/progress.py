@@ -56,6 +56,10 @@ class Live:
     ) -> None:
         self._bars.stop()
 
+    def expect(self, units: int) -> None:
+        """So many units are to come, where that was not known in the beginning."""
+        self._units = units
+
     def unit(self, label: str) -> None:
         """A new unit begins."""
         self._label = label

@@ -42,7 +42,7 @@ class Store:
         self.folder = folder
         self._keys = keys
         try:
-            (folder / "units").mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LoadError(f"out: expected a folder that can be made, got {folder} ({error.strerror})") from None
 

@@ -6,7 +6,6 @@ import base64
 from typing import Any
 
 import numpy as np
-import requests
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import from_json
@@ -34,14 +33,9 @@ class Answer(BaseModel):
 
 
 def ask(control: Control, protocol: Protocol, question: Question, bound_s: float, **extra: Any) -> dict[str, Any]:
-    """The server's JSON answer to `question`, greedy. Raises LoadError."""
+    """The server's JSON answer to `question`, greedy. Raises LoadError, and requests.RequestException without one."""
     body = _body(control, protocol, question) | extra
-    try:
-        status, content = control.call("POST", PATHS[protocol.api], body=body, read_s=bound_s)
-    except requests.RequestException as error:
-        raise LoadError(
-            f"{control.url}: expected an answer, got {error}; what was answered is kept: run again"
-        ) from None
+    status, content = control.call("POST", PATHS[protocol.api], body=body, read_s=bound_s)
     if status != 200:
         said = content[:300].decode("utf-8", "replace")
         raise LoadError(f"{control.url}: expected an answer to {question.name}, got HTTP {status}: {said}; mend it")

@@ -1,97 +1,174 @@
-"""Every arm's answer to every question, over the load test's servers: A B, then B A, or one server after the other."""
+"""Every arm's answer to every question, over the load test's servers: A B, then B A, or one server after another."""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import requests
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from sglang_misa.bench.load import selection
-from sglang_misa.bench.load.control import Control
 from sglang_misa.bench.load.engine import ordered
 from sglang_misa.bench.load.environment import facts
 from sglang_misa.bench.load.plan import Arm, Plan
-from sglang_misa.bench.load.progress import Live
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.servers import ArmServer
 from sglang_misa.bench.load.settings import LoadError
 from sglang_misa.bench.load.store import Store
-from sglang_misa.bench.quality.asking import Answer, ask, read
+from sglang_misa.bench.quality.asking import Answer, ask, read, selected
 from sglang_misa.bench.quality.questions import Question, Tokenize
 
+ATTEMPTS = 2  # at a question during which the server goes away
+
 Make = Callable[[Tokenize], Sequence[Question]]
-Keep = Callable[[Arm, Question, dict[str, Any]], None]
+
+
+class Asked(NamedTuple):
+    """A question and its answers, in the order of the arms."""
+
+    question: Question
+    answers: list[Answer]
+
+
+class Watcher(Protocol):
+    """What hears how far a collection is."""
+
+    def expect(self, units: int) -> None:
+        """So many answers are to come."""
+
+    def waiting(self, name: str, line: str, seconds: float) -> None:
+        """A server is starting; `line` is the last of its log."""
+
+    def finished(self, line: str) -> None:
+        """An answer is there."""
 
 
 class Collector:
-    """Asks, and keeps each answer in the run's folder: what is there is not asked again."""
+    """Asks, and keeps each answer in the run's folder: what is there is not asked again.
+
+    extra: fields of every request. index_topk: the model's, where the selected positions are collected too. limit_s:
+    seconds after which no more is asked; servers that run one after the other share them.
+    """
 
     def __init__(
-        self, plan: Plan, store: Store, keys: Keys, live: Live, extra: dict[str, Any], keep: Keep | None = None
+        self,
+        plan: Plan,
+        store: Store,
+        keys: Keys,
+        watcher: Watcher,
+        *,
+        extra: dict[str, Any] | None = None,
+        index_topk: int | None = None,
+        limit_s: float = math.inf,
     ):
-        self._plan, self._store, self._keys, self._live = plan, store, keys, live
-        self._extra, self._keep = extra, keep
-        self.servers: dict[str, dict[str, str]] = {}
-        self.models: dict[str, str] = {}
+        self._plan, self._store, self._keys, self._watcher = plan, store, keys, watcher
+        self._index_topk, self._limit_s = index_topk, limit_s
+        self._extra = (extra or {}) | ({"return_indexer_topk": True} if index_topk else {})
+        self._answers: dict[tuple[str, str], Answer] = {}
         self.questions: list[Question] = []
+        self.left = 0  # questions that were not asked in time
+        self.servers: dict[str, dict[str, str]] = {}  # facts by arm
+        self.models: dict[str, str] = {}
+        self.audited: dict[str, dict[str, Any]] = {}  # phase → layer → recall, as /server_info said in the end
 
-    def run(self, make: Make) -> list[Answer]:
-        """Answers of all arms to what `make` writes with the first server's tokenizer. Raises LoadError."""
-        arms, found = self._plan.arms, []
-        if self._plan.mode == "together":
+    def run(self, make: Make) -> list[Asked]:
+        """What `make` writes with the first server's tokenizer, as far as all arms answered it. Raises LoadError."""
+        arms = self._plan.arms
+        groups = [arms] if self._plan.mode == "together" else [(arm,) for arm in arms]
+        for group in groups:
             with ExitStack() as stack:
-                controls = {arm.name: stack.enter_context(self._server(arm)).control for arm in arms}
-                self._prepare(make, controls[arms[0].name])
-                for number, question in enumerate(self.questions):
-                    found += [self._one(arm, controls[arm.name], question) for arm in ordered(arms, number)]
-            return found
-        for arm in arms:
-            with self._server(arm) as server:
-                self._prepare(make, server.control)
-                found += [self._one(arm, server.control, question) for question in self.questions]
+                servers = {arm.name: stack.enter_context(self._server(arm)) for arm in group}
+                if not self.questions:
+                    self.questions = list(make(servers[group[0].name].control.tokenize))
+                    self._watcher.expect(len(self.questions) * len(arms))
+                self._ask(group, servers, time.monotonic() + self._limit_s / len(groups))
+                for name, server in servers.items():
+                    ranks = selection.ranks_of(server.control.refresh())
+                    self.audited[name] = (ranks[0].get("recall") or {}) if ranks else {}
+        rows = [[self._answers.get((arm.name, q.digest())) for arm in arms] for q in self.questions]
+        whole = [Asked(q, [a for a in row if a]) for q, row in zip(self.questions, rows, strict=True) if all(row)]
+        self.left = len(self.questions) - len(whole)
+        if self.questions and not whole:
+            raise LoadError(f"limit_s: expected time for one question, got {self._limit_s:g} s; raise --limit-s")
+        return whole
+
+    def positions(self, arm: Arm, question: Question) -> NDArray[np.int32]:
+        """Positions [rows, layers, index_topk] int32 that the arm's server attended to, -1 for none."""
+        found: NDArray[np.int32] = np.load(self._path("selections", arm, question, "npy"), mmap_mode="r")
         return found
 
-    def _prepare(self, make: Make, control: Control) -> None:
-        if not self.questions:
-            self.questions = list(make(control.tokenize))
-
-    def information(self) -> dict[str, Any]:
-        """The first arm's /server_info."""
-        with self._server(self._plan.arms[0]) as server:
-            return server.control.info
-
     def _server(self, arm: Arm) -> ArmServer:
-        return _Checked(arm, self._plan, self._keys, self._store, self._live, self)
+        return _Checked(arm, self._plan, self._keys, self._store, self._watcher, self)
 
-    def _one(self, arm: Arm, control: Control, question: Question) -> Answer:
-        name = f"answers/{arm.digest()}-{question.digest()}.json"
-        path = self._store.folder / name
-        if self._keep is None and path.exists():
-            try:
-                return Answer.model_validate_json(path.read_bytes())
-            except ValidationError:
-                pass  # asked again
-        self._live.unit(f"{arm.name} · {question.name}")
-        begin = time.monotonic()
-        bound_s = self._plan.bounds.request(len(question.ids) + question.new_tokens)
-        raw = ask(control, self._plan.protocol, question, bound_s, **self._extra)
-        answer = read(raw, self._plan.protocol, arm.name, question, time.monotonic() - begin)
-        if self._keep is not None:
-            self._keep(arm, question, raw)
-        self._store.write(name, answer.model_dump_json())
-        self._live.finished(f"{arm.name} · {question.name} · {answer.seconds:.2f} s")
+    def _ask(self, arms: tuple[Arm, ...], servers: dict[str, ArmServer], deadline: float) -> None:
+        for number, question in enumerate(self.questions):
+            for arm in ordered(arms, number):
+                answer = self._kept(arm, question)
+                if answer is None:
+                    if time.monotonic() > deadline:
+                        continue
+                    answer = self._one(arm, servers[arm.name], question)
+                self._answers[arm.name, question.digest()] = answer
+                self._watcher.finished(f"{arm.name} · {question.name} · {answer.seconds:.2f} s")
+
+    def _kept(self, arm: Arm, question: Question) -> Answer | None:
+        if self._index_topk and not self._path("selections", arm, question, "npy").exists():
+            return None
+        try:
+            return Answer.model_validate_json(self._path("answers", arm, question, "json").read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def _path(self, folder: str, arm: Arm, question: Question, ending: str) -> Path:
+        asked = json.dumps([arm.digest(), question.digest(), self._plan.protocol.api, self._extra])
+        return self._store.folder / folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.{ending}"
+
+    def _one(self, arm: Arm, server: ArmServer, question: Question) -> Answer:
+        raw, seconds = self._raw(server, question)
+        answer = read(raw, self._plan.protocol, arm.name, question, seconds)
+        if self._index_topk:
+            kept = io.BytesIO()
+            np.save(kept, selected(raw, self._index_topk, arm.name))
+            self._save(self._path("selections", arm, question, "npy"), kept.getvalue())
+        self._save(self._path("answers", arm, question, "json"), answer.model_dump_json())
         return answer
+
+    def _raw(self, server: ArmServer, question: Question, attempts: int = ATTEMPTS) -> tuple[dict[str, Any], float]:
+        """The server's own answer, and its seconds."""
+        bound_s = self._plan.bounds.request(len(question.ids) + question.new_tokens)
+        begin = time.monotonic()
+        try:
+            raw = ask(server.control, self._plan.protocol, question, bound_s, **self._extra)
+            return raw, time.monotonic() - begin
+        except requests.RequestException as error:
+            if attempts == 1 or not isinstance(error, requests.ConnectionError):
+                raise LoadError(
+                    f"{server.control.url}: expected an answer in {bound_s:.0f} s, got {error}; what was answered is "
+                    "kept: repeat the command with --out"
+                ) from None
+        server.recover()
+        return self._raw(server, question, attempts - 1)
+
+    def _save(self, path: Path, content: str | bytes) -> None:
+        self._store.write(str(path.relative_to(self._store.folder)), content)
 
 
 class _Checked(ArmServer):
     """An arm's server that runs the selection its arm claims."""
 
-    def __init__(self, arm: Arm, plan: Plan, keys: Keys, store: Store, live: Live, owner: Collector):
-        super().__init__(arm, plan, keys, store.folder, partial(live.waiting, f"arm {arm.name}"))
+    def __init__(self, arm: Arm, plan: Plan, keys: Keys, store: Store, watcher: Watcher, owner: Collector):
+        super().__init__(arm, plan, keys, store.folder, partial(watcher.waiting, f"arm {arm.name}"))
         self._owner, self._claimed = owner, arm
 
     def __enter__(self) -> _Checked:
@@ -104,12 +181,3 @@ class _Checked(ArmServer):
         self._owner.servers[self._claimed.name] = facts(info)
         self._owner.models[self._claimed.name] = str(info.get("model_path") or self.control.model)
         return self
-
-
-def by_question(
-    answers: Sequence[Answer], arms: Sequence[Arm], questions: Sequence[Question]
-) -> Iterator[tuple[Question, list[Answer]]]:
-    """(question, its answer in each arm)."""
-    known = {(answer.arm, answer.question): answer for answer in answers}
-    for question in questions:
-        yield question, [known[arm.name, question.digest()] for arm in arms]

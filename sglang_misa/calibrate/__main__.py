@@ -104,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", type=float, required=True, help="recall of DSA's tokens to keep in every layer")
     parser.add_argument("--length", type=int, default=131072, help="keys that a row sees, at most (default: 131072)")
     parser.add_argument("--rows", type=int, default=64, help="rows of each file (default: 64)")
+    gates = ", ".join(f"{phase} {gate}" for phase, gate in GATES.items())
+    parser.add_argument(
+        "--min-len", type=int, help=f"tokens up to which stock DSA selects (default: the presets', {gates})"
+    )
     parser.add_argument(
         "--costs", default=str(SHIPPED), metavar="FILE|model", help="a CSV of bench.kernels (default: ours), or a model"
     )
@@ -159,8 +163,9 @@ def _chosen(found: Mapping[int, Mapping[Phase, Sequence[Point]]], target: float)
 def _policy_file(model: ModelIdentity, chosen: Chosen, given: argparse.Namespace) -> PolicyFile:
     layers = {str(layer): LayerPolicy() for layer in range(model.layers)}
     for layer, points in chosen.items():
+        gates = GATES if given.min_len is None else dict.fromkeys(PHASES, given.min_len)
         gated = {
-            phase: point.policy.model_copy(update={"min_len": GATES[phase]}) if point.policy.active else DSA
+            phase: point.policy.model_copy(update={"min_len": gates[phase]}) if point.policy.active else DSA
             for phase, point in points.items()
         }
         layers[str(layer)] = LayerPolicy(**gated, recall={phase: point.told() for phase, point in points.items()})

@@ -16,6 +16,7 @@ from sglang_misa.policy_file import ModelIdentity, Recall
 
 DSA = SelectionPolicy()
 EXACT = SelectionPolicy(exact=True)
+LATE = 0.75  # of the keys that a prompt's last row sees
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def candidates(costs: Costs, model: ModelIdentity) -> list[tuple[Phase, Selectio
     """The policies of the study with a cost, and that the model can have; without candidates, which `measure` adds."""
     found = []
     for phase, policy in selection.policies():
-        variants = [policy, *(policy.model_copy(update={"candidates": n}) for n in selection.CANDIDATES)]
+        counts = [n * model.index_topk for n in selection.CANDIDATES]
+        variants = [policy, *(policy.model_copy(update={"candidates": n}) for n in counts)]
         if any(_possible(phase, each, model) and costs.of(phase, each) is not None for each in variants):
             found.append((phase, policy))
     return found
@@ -61,21 +63,26 @@ def points(
 ) -> dict[Phase, list[Point]]:
     """Every candidate in one layer, measured on its `files` (a prompt each). Raises ConfigError for too few rows.
 
-    Prompts are held out by turns; of a single one, rows are.
+    Prompts are held out by turns; of a single one, rows are. A decode step sees the whole prompt, so decode is measured
+    on the rows that see nearly as much.
     """
     wanted = candidates(costs, model)
-    shares = []
+    shares, late = [], []
     for path in files:
         layer = selection.Layer.load(path, rows, device)
         shares.append(selection.measure(layer, length, wanted))
-    if sum(len(next(iter(each.values()))) for each in shares) < 2:
-        raise ConfigError([f"{files[0]}: expected two rows or more, to hold one out, got fewer; dump more rows"])
+        seen = (layer.positions + 1).clamp(max=length).cpu()
+        late.append(seen >= LATE * seen.max())
+    if sum(map(int, map(torch.sum, late))) < 2:
+        raise ConfigError([f"{files[0]}: expected two late rows or more, to hold one out, got fewer; dump more rows"])
     found: dict[Phase, list[Point]] = {phase: [] for phase in PHASES}
     for phase, policy in shares[0]:
         cost = costs.of(phase, policy)
         if cost is not None and _possible(phase, policy, model):
-            halves = _halves([each[phase, policy] for each in shares])
-            found[phase].append(Point(policy, cost, *halves))
+            kept = [each[phase, policy] for each in shares]
+            if phase == "decode":
+                kept = [part[chosen] for part, chosen in zip(kept, late, strict=True)]
+            found[phase].append(Point(policy, cost, *_halves(kept)))
     for phase in PHASES:
         for policy in (DSA, EXACT) if phase == "prefill" else (DSA,):
             cost = costs.of(phase, policy)

@@ -189,7 +189,7 @@ main() {
   ln -sf "$W/engine/usr/libexec/docker/cli-plugins/docker-compose" "$W/config/cli-plugins/"
   export PATH="$W/engine/usr/sbin:$W/engine/usr/bin:$PATH" DOCKER_CONFIG=$W/config DOCKER_HOST=unix://$W/engine.sock
   secrets
-  MODEL=$("$PYTHON" -B -c "from pathlib import Path; from sglang_misa import demo_model as m; print(m.ensure(Path('$W'), m.CPU))")
+  MODEL=$("$PYTHON" -B -c "from pathlib import Path; from sglang_misa import random_model as m; print(m.ensure(Path('$W'), m.CPU))")
   export MODEL
   chmod -R a+rX "$MODEL"
 

@@ -22,9 +22,9 @@ LAUNCHER = "sglang_misa.launch_server"
 )
 def test_dsa_against_misa_on_a_real_server(tmp_path: Path) -> None:
     """One server after the other; each says what it ran, and its cached_tokens are those that were planned."""
-    from sglang_misa import demo_model
+    from sglang_misa import random_model
 
-    model = demo_model.ensure(tmp_path, demo_model.CPU)
+    model = random_model.ensure(tmp_path, random_model.CPU)
     launch = f"OMP_NUM_THREADS=1 {sys.executable} -m {LAUNCHER} --model-path {model} --device cpu --port {{port}}"
     launch += " --enable-metrics --misa-prefill-min-len 256 --misa-preset"
     arms = ["--a", f"{launch} dsa", "--b", f"{launch} misa", "--a-expect", "dsa", "--b-expect", "misa"]

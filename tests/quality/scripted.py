@@ -19,7 +19,10 @@ LAYERS, TOPK = 2, 8
 
 @dataclass
 class Script:
-    """How it answers. blind: depths (share of the prompt) at which it sees no fact; shift: added to selections."""
+    """How it answers. blind: depths (share of the prompt) at which it sees no fact; shift: added to selections.
+
+    hang_up: requests that it leaves without an answer.
+    """
 
     blind: tuple[float, float] = (2.0, 2.0)
     reply: str = ""
@@ -27,6 +30,7 @@ class Script:
     shift: int = 0
     probability: float = 0.9
     recall: float | None = None
+    hang_up: int = 0
     asked: list[Any] = field(default_factory=list)
 
 
@@ -70,6 +74,10 @@ def handler(script: Script) -> type[BaseHTTPRequestHandler]:
                 self.send({"tokens": list(body["prompt"].encode())})
                 return
             script.asked.append(body)
+            if script.hang_up:
+                script.hang_up -= 1
+                self.close_connection = True
+                return
             ids = body.get("input_ids", body.get("prompt"))
             new = body.get("max_tokens") or body["sampling_params"]["max_new_tokens"]
             text = (script.reply or answer(script, decode(ids)))[:new]

@@ -38,7 +38,7 @@ def read(folder: Path, name: str):
 def test_needles_are_found_where_the_server_sees_them(pair, tmp_path, template, api):
     _, second, a, b = pair
     second.blind = (0.3, 0.7)
-    words = ["needles", a, "--b", b, *NEEDLES, "--template", template, "--api", api, "--out", str(tmp_path)]
+    words = ["needles", a, b, *NEEDLES, "--template", template, "--api", api, "--out", str(tmp_path)]
     assert main(words) == 0
     results = read(tmp_path, "needles")
     assert {tuple(row) for row in results} == {("arm", "length", "depth", "asked", "found", "model", "commit")}
@@ -47,31 +47,69 @@ def test_needles_are_found_where_the_server_sees_them(pair, tmp_path, template, 
     assert missed == {0.5}
     for body in second.asked:
         assert len(body.get("input_ids", body.get("prompt"))) in (4096, 6144)
-    assert (tmp_path / "plots" / "needles-misa.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plots" / "needles.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "report.html").read_text()
 
 
 def test_a_run_goes_on_with_what_is_missing(pair, tmp_path):
     first, second, a, b = pair
-    words = ["needles", a, "--b", b, *NEEDLES, "--out", str(tmp_path)]
+    words = ["needles", a, b, *NEEDLES, "--out", str(tmp_path)]
     assert main(words) == 0
-    before = len(first.asked), len(second.asked)
+    before = len(first.asked) + len(second.asked)
     next((tmp_path / "answers").glob("*.json")).unlink()
     assert main(words) == 0
-    assert len(first.asked) + len(second.asked) == sum(before) + 1
+    assert len(first.asked) + len(second.asked) == before + 1
+
+
+def test_out_of_time_the_questions_that_all_arms_answered_are_told(pair, tmp_path, capsys):
+    first, _, a, b = pair
+    words = ["needles", a, b, *NEEDLES, "--out", str(tmp_path)]
+    assert main(words) == 0
+    first.hang_up = 1  # a question more would fail
+    next((tmp_path / "answers").glob("*.json")).unlink()
+    assert main([*words, "--limit-s", "0"]) == 0
+    assert "1 of 12 questions left out, for --limit-s" in capsys.readouterr().out
+    assert sum(row["asked"] for row in read(tmp_path, "needles")) == 2 * 11
+
+
+def test_a_server_that_comes_back_is_asked_again(pair, tmp_path):
+    first, _, a, b = pair
+    first.hang_up = 1
+    assert main(["needles", a, b, *NEEDLES, "--out", str(tmp_path)]) == 0
+    assert len(first.asked) == 12 + 1
+
+
+def test_three_arms_are_each_held_against_the_first(pair, tmp_path):
+    _, second, a, b = pair
+    second.blind, second.recall = (0.0, 1.0), 0.5
+    listed = tmp_path / "listed.json"
+    other = {"arm": "low", "length": 4096, "depth": 0.5, "asked": 9, "found": 9, "model": "other", "commit": "old"}
+    listed.write_text(json.dumps([other, {**other, "model": "scripted"}]))
+    words = ["all", a, a, b, "--names", "stock", "same", "low", *NEEDLES, "--json", str(listed)]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "same is not seen to find fewer" in page
+    assert "low finds fewer (sign test: p = 0.000488)" in page
+    assert {(row["arm"], row["recall"]) for row in read(tmp_path, "recall")} == {("low", 0.5)}
+    assert {row["arm"]: row["equal"] for row in read(tmp_path, "agree")}["same"] == 1
+    assert len(read(tmp_path, "times")) == 3 * 2
+    results = json.loads(listed.read_text())
+    assert results[0] == other
+    assert len(results) == 1 + len(read(tmp_path, "needles"))
+    assert [row for row in results[1:] if row["arm"] == "low" and row["found"]] == []
 
 
 def test_a_model_that_cannot_read_is_not_held_against_the_selection(pair, tmp_path, capsys):
     first, _, a, b = pair
     first.blind = (0.0, 1.0)
-    assert main(["needles", a, "--b", b, *NEEDLES, "--out", str(tmp_path)]) == 2
+    assert main(["needles", a, b, *NEEDLES, "--out", str(tmp_path)]) == 2
     assert "says nothing of the selection" in " ".join(capsys.readouterr().err.split())
 
 
 def test_agreement_is_counted_up_to_the_first_difference(pair, prompts, tmp_path):
     first, second, a, b = pair
     first.reply, second.reply, second.probability = "abcdefgh", "abcdXfgh", 0.6
-    words = ["agree", a, "--b", b, "--prompts", str(prompts), "--least", "50", "--new-tokens", "8"]
+    words = ["agree", a, b, "--prompts", str(prompts), "--least", "50", "--new-tokens", "8"]
     assert main([*words, "--out", str(tmp_path / "run")]) == 0
     wanted = 0.9 * math.log(0.9 / 0.6) + 0.1 * math.log(0.1 / 0.4)
     for row in read(tmp_path / "run", "agree"):
@@ -81,22 +119,28 @@ def test_agreement_is_counted_up_to_the_first_difference(pair, prompts, tmp_path
 
 @pytest.mark.parametrize(("shift", "kept"), [(0, 1.0), (2, (TOPK - 2) / TOPK)])
 def test_recall_is_the_share_of_stocks_tokens(pair, prompts, tmp_path, shift, kept):
-    _, second, a, b = pair
+    first, second, a, b = pair
     second.shift = shift
-    words = ["recall", a, "--b", b, "--prompts", str(prompts), "--least", "50", "--index-topk", str(TOPK)]
+    words = ["recall", a, b, "--prompts", str(prompts), "--least", "50", "--index-topk", str(TOPK)]
     assert main([*words, "--new-tokens", "4", "--out", str(tmp_path / "run")]) == 0
     results = read(tmp_path / "run", "recall")
     assert [(row["phase"], row["layer"]) for row in results] == [
         (phase, layer) for phase in ("prefill", "decode") for layer in range(LAYERS)
     ]
     assert all(row["recall"] == pytest.approx(kept) for row in results)
+    before = len(first.asked) + len(second.asked)
+    next((tmp_path / "run/selections").glob("*.npy")).unlink()
+    assert main([*words, "--new-tokens", "4", "--out", str(tmp_path / "run")]) == 0
+    assert len(first.asked) + len(second.asked) == before + 1, "selections are kept too"
+    assert read(tmp_path / "run", "recall") == results
 
 
 def test_the_audit_is_read_from_the_status(pair, tmp_path):
     first, _, a, _ = pair
     first.recall = 0.75
     assert main(["recall", a, "--audit", "--out", str(tmp_path)]) == 0
-    assert read(tmp_path, "recall") == [{"phase": "prefill", "layer": 0, "recall": 0.75, "p10": 0.5, "rows": 4}]
+    told = {"phase": "prefill", "layer": 0, "recall": 0.75, "p10": 0.5, "rows": 4}
+    assert read(tmp_path, "recall") == [{"arm": "stock"} | told]
 
 
 def test_tasks_score_every_output_or_the_best_f1(pair, tmp_path):
@@ -118,6 +162,10 @@ def test_tasks_score_every_output_or_the_best_f1(pair, tmp_path):
         (["agree", "--prompts", "{missing}"], "expected a readable UTF-8 file"),
         (["recall"], "expected prompts to select on"),
         (["recall", "--audit"], "expected recall in /server_info"),
+        (["needles", "--names", "one", "one"], "expected 2 different ones for as many servers"),
+        (["needles", "--expect", "dsa"], "expected 2 different ones for as many servers"),
+        (["needles", "--json", "{short}"], "expected a list of results"),
+        (["needles", "--limit-s", "0", "--lengths", "4k"], "expected time for one question"),
         (["needles", "--lengths", "100", "--depths", "2"], "expected room for 9 facts"),
         (["tasks", "--folder", "{folder}"], "expected outputs or answers"),
     ],
@@ -128,13 +176,13 @@ def test_what_cannot_be_done_is_refused(pair, tmp_path, capsys, words, told):
     files["empty"].write_text("")
     files["short"].write_text('{"prompt": "short"}\n')
     words = [word.format(folder=tmp_path, **files) for word in words]
-    assert main([words[0], a, "--b", b, *words[1:], "--out", str(tmp_path / "run")]) == 2
+    assert main([words[0], a, b, *words[1:], "--out", str(tmp_path / "run")]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_server_that_returns_no_selections_is_refused(pair, prompts, tmp_path, capsys):
     _, second, a, b = pair
     second.selections = False
-    words = ["recall", a, "--b", b, "--prompts", str(prompts), "--least", "50", "--index-topk", str(TOPK)]
+    words = ["recall", a, b, "--prompts", str(prompts), "--least", "50", "--index-topk", str(TOPK)]
     assert main([*words, "--out", str(tmp_path / "run")]) == 2
     assert "--enable-return-indexer-topk" in " ".join(capsys.readouterr().err.split())

@@ -12,7 +12,7 @@ from sglang_misa.bench.quality.train import checkpoint, task
 from sglang_misa.bench.quality.train.__main__ import LARGE, SMALL, Stage, Trainer
 from sglang_misa.bench.quality.train.model import DsaModel
 from sglang_misa.bench.quality.words import NAMES, VALUES
-from sglang_misa.demo_model import LATENT_DIM, Shape
+from sglang_misa.random_model import LATENT_DIM, Shape
 
 TOY = Shape(
     hidden=32, layers=2, heads=2, q_rank=32, intermediate=32, dense_layers=2, index_heads=4, index_topk=32, vocab=1152,

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_misa import demo_model
+from sglang_misa import random_model
 from sglang_misa.procs import ServerProcess, free_port, is_healthy
 
 API_KEY = "serving-test-key"
@@ -82,7 +82,7 @@ class Server:
         answer = self.json("/generate", self.body(prompt, new) | {"return_indexer_topk": selections})
         meta = answer["meta_info"]
         raw = base64.b64decode(meta["indexer_topk"]) if selections else b""
-        shape = (-1, demo_model.CPU.layers, demo_model.CPU.index_topk)
+        shape = (-1, random_model.CPU.layers, random_model.CPU.index_topk)
         selected = np.frombuffer(raw, dtype=np.int32).reshape(shape)
         return Generated(answer["text"], answer["output_ids"], meta["prompt_tokens"], meta["cached_tokens"], selected)
 
@@ -122,7 +122,7 @@ def environ() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_model.ensure(tmp_path_factory.mktemp("model"), demo_model.CPU)
+    return random_model.ensure(tmp_path_factory.mktemp("model"), random_model.CPU)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_misa import demo_model
+from sglang_misa import random_model
 from sglang_misa.bench import selection
 from sglang_misa.ladder import CALM, WINDOW
 
@@ -67,7 +67,7 @@ def read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 def test_a_dump_holds_what_the_pool_holds(guarded, folder: Path) -> None:
     guarded.flush()
-    length, layers = 700, demo_model.CPU.layers
+    length, layers = 700, random_model.CPU.layers
     before = len(list((folder / "dump").iterdir()))
     guarded.generate(prompt(1, length), new=2)
     files = sorted((folder / "dump").iterdir())[before:]
@@ -77,7 +77,7 @@ def test_a_dump_holds_what_the_pool_holds(guarded, folder: Path) -> None:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         facts, tensors = read(file)
         assert facts["layer"] == str(layer)
-        assert json.loads(facts["model"])["index_topk"] == demo_model.CPU.index_topk
+        assert json.loads(facts["model"])["index_topk"] == random_model.CPU.index_topk
         seen = torch.load(folder / "pool" / f"{layer}-{length}.pt")
         pages = seen["pages"].numpy()
         keys, scales = pages[:, : 64 * 128].reshape(-1, 128), pages[:, 64 * 128 :].reshape(-1, 4)
@@ -86,8 +86,8 @@ def test_a_dump_holds_what_the_pool_holds(guarded, folder: Path) -> None:
         positions = tensors["positions"].view(np.int32)
         assert len(positions) == DUMPED
         assert positions[-1] == length - 1
-        assert positions[0] >= demo_model.CPU.index_topk
-        heads = demo_model.CPU.index_heads
+        assert positions[0] >= random_model.CPU.index_topk
+        heads = random_model.CPU.index_heads
         queries = seen["q"].view(torch.uint8).numpy()[positions]
         assert np.array_equal(tensors["index_q"].reshape(DUMPED, heads, 128), queries)
         gates = seen["gates"].squeeze(-1).numpy()[positions]
@@ -112,7 +112,7 @@ def test_a_broken_router_is_left_and_a_repaired_one_comes_back(guarded, folder: 
         together(lambda ids: guarded.generate(ids, new=steps), [prompt(next(seeds), LONG) for _ in range(CLIENTS)])
         return guarded.misa()
 
-    layers = {str(layer) for layer in range(demo_model.CPU.layers)}
+    layers = {str(layer) for layer in range(random_model.CPU.layers)}
     assert guarded.misa()["ladder"] == {"prefill": {}, "decode": {}}, "nothing has moved while all was well"
     broken.touch()
     sunk = serve(WINDOW)

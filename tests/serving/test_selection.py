@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sglang_misa import demo_model
+from sglang_misa import random_model
 
 pytestmark = pytest.mark.serving
 
-SHAPE = demo_model.CPU
+SHAPE = random_model.CPU
 TOPK, HEADS, DIM, ROPE = SHAPE.index_topk, SHAPE.index_heads, 128, 64
 ROUTED, KEPT_BLOCKS, BLOCK, MIN_LEN = 8, 4, 64, 100  # the server's policies
 NEW = 24
@@ -30,7 +30,7 @@ def rms(x, weight):
 
 def yarn_frequencies():
     """Frequencies [32] of the rotary embedding, from config.json's rope_scaling (arXiv 2309.00071)."""
-    scaling = demo_model.config(SHAPE)["rope_scaling"]
+    scaling = random_model.config(SHAPE)["rope_scaling"]
     base, window = 10000.0, scaling["original_max_position_embeddings"]
 
     def dimension(turns):

@@ -1,10 +1,11 @@
-"""The small trained model: training's own forward against the server, and the needles that the server finds."""
+"""The small trained model, served: training's own forward, needles, and a policy calibrated on the server's dumps."""
 
 import base64
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,51 +15,59 @@ from safetensors.torch import load_file
 from serving.conftest import Server, environment
 from tokenizers import Tokenizer
 
+from sglang_misa.bench import selection
 from sglang_misa.bench.load.prompts import TextIds, prose
 from sglang_misa.bench.quality import questions
+from sglang_misa.bench.quality.cli import main
 from sglang_misa.bench.quality.train.__main__ import SMALL
 from sglang_misa.bench.quality.train.model import DsaModel
-from sglang_misa.demo_model import LATENT_DIM
+from sglang_misa.calibrate import __main__ as calibrate
+from sglang_misa.demo import MODEL
+from sglang_misa.policy_file import PolicyFile
 from sglang_misa.procs import ServerProcess, free_port, is_healthy
+from sglang_misa.random_model import LATENT_DIM
 
 pytestmark = pytest.mark.serving
 
-MODEL = Path(questions.__file__).with_name("model")
 TOPK, LAYERS = SMALL.shape.index_topk, SMALL.shape.layers
 LENGTH = 640
 START_LIMIT = 300
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
     port = free_port()
     command = (
         f"{sys.executable} -m sglang_misa.launch_server --misa-preset dsa --device cpu --model-path {MODEL} "
-        f"--host 127.0.0.1 --port {port} --context-length 8192 --sleep-on-idle --enable-return-indexer-topk"
+        f"--host 127.0.0.1 --port {port} --context-length 8192 --sleep-on-idle --enable-return-indexer-topk "
+        f"--misa-dump {folder}/dump"
     ).split()
-    log = tmp_path_factory.mktemp("trained") / "log"
-    with ServerProcess(command, log, environ=environment()) as process:
+    with ServerProcess(command, folder / "log", environ=environment()) as process:
         process.wait_ready(lambda: is_healthy(port), START_LIMIT)
         yield Server(process, port, MODEL)
 
 
 @pytest.fixture(scope="module")
-def asked():
+def prompt() -> list[int]:
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     source = TextIds(prose(7, 100_000), lambda text: tokenizer.encode(text).ids)
-    shape = ([LENGTH], [0.0, 0.25, 0.5, 0.75, 1.0], 1, 8, 1, 7)
-    return list(questions.needles(source, questions.TEMPLATES["pairs"], *shape))
+    (asked,) = questions.needles(source, questions.TEMPLATES["pairs"], [LENGTH], [0.5], 1, 8, 1, 7)
+    return list(asked.ids)
 
 
-def test_training_and_server_agree(server, asked):
+def test_training_and_server_agree(server, prompt):
     model = DsaModel(SMALL.shape, LATENT_DIM).bfloat16()
     model.load_state_dict(load_file(str(MODEL / "model.safetensors")))
-    ids = list(asked[2].ids)
     chosen = []
-    logits = model.served(torch.tensor(ids), lambda layer, seen: chosen.append(seen))
+    logits = model.served(torch.tensor(prompt), lambda layer, seen: chosen.append(seen))
 
     extra = {"return_indexer_topk": True, "return_logprob": True, "logprob_start_len": 0}
-    answer = server.json("/generate", server.body(ids, 1) | extra)["meta_info"]
+    answer = server.json("/generate", server.body(prompt, 1) | extra)["meta_info"]
     rows = np.frombuffer(base64.b64decode(answer["indexer_topk"]), np.int32).reshape(-1, LAYERS, TOPK)
     ours = [set(torch.nonzero(row)[:, 0].tolist()) for row in chosen[0]]
     theirs = [set(row[row >= 0].tolist()) for row in rows[:, 0]]
@@ -67,15 +76,35 @@ def test_training_and_server_agree(server, asked):
     assert np.mean(shares[TOPK:]) >= 0.99
 
     told = torch.tensor([value for value, *_ in answer["input_token_logprobs"][1:]])
-    wanted = logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    wanted = logits[:-1].log_softmax(-1).gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
     difference = (told - wanted).abs()
     assert difference.median() < 0.02
     assert difference.mean() < 0.05
 
 
-def test_the_model_finds_needles_at_every_depth(server, asked):
-    missed = [(q.name, text) for q in asked if q.score(text := server.generate(list(q.ids), new=1).text) < 1]
-    assert not missed
+def test_the_model_finds_needles_at_every_depth(server, tmp_path):
+    words = f"--lengths {LENGTH} --depths 5 --repeats 1 --template pairs --new-tokens 1 --expect dsa".split()
+    assert main(["needles", f"http://127.0.0.1:{server.port}", *words, "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "needles.json").read_text())
+    assert [(row["arm"], row["found"]) for row in results] == [("dsa", 1)] * 5
+    assert {row["model"] for row in results} == {str(MODEL)}
+
+
+def test_a_policy_is_calibrated_on_what_the_server_dumps(server, folder, tmp_path, monkeypatch):
+    few = [each for each in selection.policies() if each[1].heads in (None, 7) and each[1].block_size == 64]
+    monkeypatch.setattr(selection, "policies", lambda: few)
+    prompts, out, target = tmp_path / "prompts.jsonl", tmp_path / "policy.json", 0.95
+    prompts.write_text("".join(json.dumps({"text": prose(seed, 4000)}) + "\n" for seed in range(2)))
+    words = f"--server http://127.0.0.1:{server.port} --dump {folder}/dump --prompts {prompts} --costs model --rows 16"
+    words += f" --length 1024 --min-len {TOPK} --target {target} --out {out}"
+    assert calibrate.main(words.split()) == 0
+    file = PolicyFile.read(str(out))
+    assert list(file.model_problems(SimpleNamespace(**json.loads((MODEL / "config.json").read_text())))) == []
+    assert [*file.problems()] == []
+    for layer in file.layers.values():
+        assert layer.prefill.active
+        assert layer.prefill.min_len == TOPK
+        assert layer.recall["prefill"].held_out >= target - 0.01
 
 
 def test_the_checkpoint_says_how_it_was_made():

@@ -1,6 +1,7 @@
 """The pages written from the CSVs: one commit a table, the newest row of a case, nothing outside the markers."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,18 @@ def test_quality_shows_the_front_and_the_presets(folder: Path) -> None:
     assert "|  | 7 heads by peak over 64, residual | 8 | 0.2 | 0.96 |" in page.read_text()
     assert "| misa, misa-hisa | 8 heads by mean over 256 | 8 | 0.2 | 0.873 |" in page.read_text()
     assert "signed" not in page.read_text()
+
+
+def test_needles_are_told_by_length_and_arm_with_the_depths_that_were_missed(folder: Path) -> None:
+    row = {"arm": "dsa", "length": 4096, "depth": 0.5, "asked": 2, "found": 2, "model": "small", "commit": "new"}
+    rows = [row, row | {"depth": 1.0}, row | {"arm": "fast", "found": 1}, row | {"arm": "fast", "depth": 1.0}]
+    (folder / "results/needles.json").write_text(json.dumps(rows))
+    (folder / "docs").mkdir()
+    page = folder / "docs/quality.md"
+    page.write_text("<!-- needles -->\n<!-- /needles -->\n")
+    written(folder)
+    assert "| tokens | dsa | fast |" in page.read_text()
+    assert "| 4K | 4 of 4 | 3 of 4 (not at 50 %) |" in page.read_text()
 
 
 def test_no_right_row_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

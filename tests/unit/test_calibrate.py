@@ -109,6 +109,17 @@ def test_the_cheapest_that_surely_keeps_it_is_chosen() -> None:
     assert choice.choose([point(1.0, 1.0), sure, better, lucky], 0.97).cost == 1.0
 
 
+def test_decode_is_measured_where_a_row_sees_nearly_the_whole_prompt(tmp_path: Path, monkeypatch) -> None:
+    few = [(phase, policy) for phase, policy in selection.policies() if policy.heads == 7 and policy.block_size == 64]
+    monkeypatch.setattr(selection, "policies", lambda: few)
+    positions = torch.tensor([2100, 2500, 3000, 3071, 3072, 4095]).int()
+    x = vars(inputs.make("topics", len(positions), 4096, 64, device="cpu")) | {"positions": positions}
+    path = dumped(tmp_path / "a.safetensors", x, 0)
+    found = choice.points([path], IDENTITY, Modelled(64, 4096), length=4096, rows=len(positions), device="cpu")
+    rows = {phase: len(points[0].calibrated) + len(points[0].held_out) for phase, points in found.items()}
+    assert rows == {"prefill": 6, "decode": 3}
+
+
 def test_all_layers_sketch_alike() -> None:
     one, two = point(0.1, 0.96, 0.96, sketch=1, candidates=8192), point(0.2, 0.99, 0.99, sketch=2, candidates=8192)
     weak = point(0.1, 0.9, 0.9, sketch=1, candidates=8192)

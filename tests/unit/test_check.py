@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sglang_misa import check, demo_model, launch_server
+from sglang_misa import check, launch_server, random_model
 from sglang_misa.config import ENV, PRESETS
 from sglang_misa.page_stats import PageStats
 
@@ -19,7 +19,9 @@ def clean_environment(monkeypatch):
 
 @pytest.fixture
 def model(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(demo_model.config(demo_model.GPU)))
+    (tmp_path / "config.json").write_text(
+        json.dumps(random_model.config(random_model.Shape(layers=4, index_topk=2048)))
+    )
     return str(tmp_path)
 
 

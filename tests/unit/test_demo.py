@@ -1,55 +1,44 @@
-"""What the demo does before its server starts: a whole model, or a sentence."""
+"""What the demo asks of its servers: presets for its model, its model itself, or a sentence."""
 
-import errno
+import json
 
 import pytest
 
-from sglang_misa import demo, demo_model, launch_server
+from sglang_misa import demo, launch_server
+from sglang_misa.config import PHASES, PRESETS
 
-SHAPE = demo_model.Shape(hidden=64, layers=1, q_rank=64, intermediate=64, experts=2)
-
-
-@pytest.fixture
-def model(tmp_path):
-    return demo_model.ensure(tmp_path, SHAPE)
+SIZES = json.loads((demo.MODEL / "config.json").read_text())
 
 
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_select_on_the_model(name):
+    for phase in PHASES:
+        policy = PRESETS[name].policy(phase)
+        scaled = demo.scaled(policy)
+        assert list(scaled.problems(phase, index_heads=SIZES["index_n_heads"], topk=SIZES["index_topk"])) == []
+        assert scaled.name == policy.name
+        assert not scaled.active or scaled.min_len == demo.TOPK
 
 
-def test_a_whole_model_is_kept(model, monkeypatch):
-    monkeypatch.setattr(demo_model, "write", None)
-    assert demo_model.ensure(model.parent, SHAPE) == model
+def test_a_scaled_preset_keeps_as_much_of_the_top_k():
+    assert SIZES["index_topk"] == demo.TOPK
+    assert demo.scaled(PRESETS["faithful"].prefill).candidates == 2 * demo.TOPK
+    hisa = demo.scaled(PRESETS["hisa"].decode)
+    assert hisa.blocks * hisa.block_size == 4 * demo.TOPK
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-@pytest.mark.parametrize("damage", ["cut", "foreign", "gone"])
-def test_a_damaged_one_is_written_anew(model, name, damage):
-    before, file = contents(model), model / name
-    if damage == "gone":
-        file.unlink()
-    else:
-        file.write_bytes(before[name][:-1] if damage == "cut" else before[name][:-1] + b" ")
-    assert contents(demo_model.ensure(model.parent, SHAPE)) == before
-
-
-def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(demo_model, "save_file", full)
-    with pytest.raises(demo_model.ConfigError, match=r"expected room for \d+ MiB in .*No space left"):
-        demo_model.ensure(tmp_path, SHAPE)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_gates_that_no_prompt_passes_and_a_report_that_cannot_be_written(capsys, tmp_path):
-    words = ["--demo", "--misa-preset", "misa-hisa", "--demo-report", str(tmp_path / "no" / "report.json")]
-    assert launch_server.main([*words, "--port", "0"]) == launch_server.REFUSED
-    message = capsys.readouterr().err
-    for expected in ("prefill.min_len: expected less than the", "decode.min_len", "--demo-report: expected a file"):
-        assert expected in message
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--demo-report", "{file}/report"], "--demo-report: expected a folder that can be made"),
+        (["--misa-preset", "dsa"], "expected a selection to hold against stock DSA"),
+    ],
+)
+def test_a_demo_that_would_show_nothing_is_refused(capsys, tmp_path, words, expected):
+    (tmp_path / "file").touch()
+    words = [word.format(file=tmp_path / "file") for word in words]
+    assert launch_server.main(["--demo", "--port", "0", *words]) == launch_server.REFUSED
+    assert expected in capsys.readouterr().err
 
 
 def test_the_address_of_every_host():

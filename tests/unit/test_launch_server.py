@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sglang_misa import demo_model, launch_server
+from sglang_misa import launch_server, random_model
 from sglang_misa.config import ENV, ConfigError
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64}
@@ -73,13 +73,13 @@ def test_impossible_settings(refused):
 
 
 def test_more_heads_than_the_model_has(refused, folder):
-    model = folder(demo_model.config(demo_model.CPU))
+    model = folder(random_model.config(random_model.CPU))
     message = refused("--misa-preset", "misa", "--misa-prefill-heads", "65", "--model-path", model)
     assert "expected at most the model's 64 index heads, got 65" in message
 
 
 def test_the_override_of_the_model_is_read(refused, folder):
-    model = folder(demo_model.config(demo_model.CPU))
+    model = folder(random_model.config(random_model.CPU))
     override = json.dumps({"index_n_heads": 4})
     message = refused("--misa-preset=misa", f"--model={model}", "--json-model-override-args", override)
     assert "expected at most the model's 4 index heads, got 8" in message
@@ -108,7 +108,7 @@ def test_a_broken_config(refused, tmp_path, text):
 
 @pytest.mark.parametrize("wrong", [{"index_topk": "64"}, {"architectures": "LlamaForCausalLM"}, {"index_n_heads": 6.5}])
 def test_a_config_of_other_types(refused, folder, wrong):
-    model = folder({**demo_model.config(demo_model.CPU), **wrong})
+    model = folder({**random_model.config(random_model.CPU), **wrong})
     (name,) = wrong
     assert f"expected {name} to be" in refused("--misa-preset", "misa", "--device", "cpu", "--model-path", model)
 
@@ -119,7 +119,7 @@ def test_no_model(refused):
 
 
 def test_flags_that_keep_sglang_from_asking_the_indexer(refused, folder):
-    model = folder(demo_model.config(demo_model.CPU))
+    model = folder(random_model.config(random_model.CPU))
     message = refused("--misa-preset", "misa", "--device", "cpu", "--model-path", model, "--enable-mixed-chunk")
     assert "--enable-mixed-chunk: expected False, got True" in message
 

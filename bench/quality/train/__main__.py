@@ -21,7 +21,7 @@ from sglang_misa.bench.quality.train import checkpoint, fused, task
 from sglang_misa.bench.quality.train.induction import begin_as_induction
 from sglang_misa.bench.quality.train.model import DsaModel, index_scores
 from sglang_misa.bench.quality.train.task import Corpus
-from sglang_misa.demo_model import LATENT_DIM, Shape
+from sglang_misa.random_model import LATENT_DIM, Shape
 
 WARMUP = 20  # steps
 INDEXER_LR = 2e-3

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sglang_misa import demo_model
+from sglang_misa import random_model
 from sglang_misa.bench.quality.train.model import DsaModel
-from sglang_misa.demo_model import LATENT_DIM
+from sglang_misa.random_model import LATENT_DIM
 
 
 def export(model: DsaModel, tokenizer: Tokenizer, folder: Path, note: str) -> None:
@@ -22,11 +22,11 @@ def export(model: DsaModel, tokenizer: Tokenizer, folder: Path, note: str) -> No
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "trained": note}
     save_file(dict(tensors(model)), str(folder / "model.safetensors"), metadata=metadata)
-    config = demo_model.config(model.shape)
-    specials = {name: tokenizer.token_to_id(word) for name, word in demo_model.SPECIALS.items()}
+    config = random_model.config(model.shape)
+    specials = {name: tokenizer.token_to_id(word) for name, word in random_model.SPECIALS.items()}
     (folder / "config.json").write_text(json.dumps({**config, **specials}, indent=1) + "\n", encoding="utf-8")
     tokenizer.save(str(folder / "tokenizer.json"))
-    demo_model.write_tokenizer_config(folder, model.shape.context)
+    random_model.write_tokenizer_config(folder, model.shape.context)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang_misa.demo_model import NOPE_DIM, ROPE_DIM, V_DIM
+from sglang_misa.random_model import NOPE_DIM, ROPE_DIM, V_DIM
 
 ROWS, TOKENS, TRIED = 2, 8191, 3
 AGREE = 0.02  # relative error of gradients in bf16

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from sglang_misa.bench.quality.train.model import DsaModel
-from sglang_misa.demo_model import NOPE_DIM, ROPE_DIM
+from sglang_misa.random_model import NOPE_DIM, ROPE_DIM
 
 CIRCUIT, LATENT = 128, 64  # dimensions of the residual stream, and of latents, that the circuit uses
 CONSTANT, IDENTITY, PREVIOUS = 0, slice(1, 64), slice(65, 128)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sglang_misa.demo_model import INDEX_DIM, LATENT_DIM, NOPE_DIM, ROPE_DIM, V_DIM, Shape
+from sglang_misa.random_model import INDEX_DIM, LATENT_DIM, NOPE_DIM, ROPE_DIM, V_DIM, Shape
 
 FP8_MAX, AMAX_FLOOR = 448.0, 1e-4  # SGLang's act_quant
 EPS = 1e-6

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from sglang_misa.bench.load.prompts import prose
 from sglang_misa.bench.quality.words import NAMES, VALUES
-from sglang_misa.demo_model import BOS, EOS, PAD
+from sglang_misa.random_model import BOS, EOS, PAD
 
 PROSE = 400_000  # characters
 SAMPLE, LISTED = 1000, 2000  # texts that a tokenizer is trained on; the listed words as often, to be a token each

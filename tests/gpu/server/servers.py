@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_misa import demo_model
+from sglang_misa import random_model
 from sglang_misa.procs import ServerProcess
 
 HERE = pathlib.Path(__file__).parent
@@ -25,7 +25,7 @@ EQUAL = 0.999  # DeepGEMM multiplies fp8 with fewer accumulator bits than fp32: 
 
 SKETCHED = 0.996  # scores of sketches have nine bits of fraction, so at the cut a few candidates are others
 # True indexer, attention and hidden sizes of one layer stack; the vocabulary is wide so that keys do not repeat.
-SHAPE = demo_model.Shape(
+SHAPE = random_model.Shape(
     hidden=2048,
     layers=4,
     heads=64,
@@ -75,10 +75,10 @@ class Server:
         extra: list[str],
         *,
         ranks: int = 1,
-        shape: demo_model.Shape = SHAPE,
+        shape: random_model.Shape = SHAPE,
         environ: Mapping[str, str] | None = None,
     ):
-        model = demo_model.ensure(demo_model.cache(), shape)
+        model = random_model.ensure(random_model.cache(), shape)
         self.url, self.log, self.ranks = f"http://127.0.0.1:{port}", log, ranks
         env = os.environ | ENV | (PARALLEL_ENV if ranks > 1 else {}) | dict(environ or {})
         env.pop("SGLANG_MISA_CONFIG", None)
