@@ -73,6 +73,19 @@ def load() -> None:
         time.sleep(3)
 
 
+def scraped() -> None:
+    """Prometheus has reached the server by the name in prometheus.yaml; otherwise its own words on why not."""
+    targets: list[Any] = []
+    end = time.monotonic() + SCRAPES
+    while time.monotonic() < end:
+        _, text = request(f"{PROMETHEUS}/api/v1/targets")
+        targets = json.loads(text)["data"]["activeTargets"]
+        if targets and all(target["health"] == "up" for target in targets):
+            return
+        time.sleep(1)
+    raise AssertionError(f"expected every target up, got {[(t['scrapeUrl'], t['lastError']) for t in targets]}")
+
+
 def queries() -> None:
     """Every query of the dashboard and of the alerts; the dashboard's return data, but for what only GPUs count."""
 
@@ -92,4 +105,4 @@ def queries() -> None:
 
 
 if __name__ == "__main__":
-    {"keys": keys, "load": load, "queries": queries}[sys.argv[1]]()
+    {"keys": keys, "scraped": scraped, "load": load, "queries": queries}[sys.argv[1]]()

@@ -127,6 +127,7 @@ keys() {
 
 monitoring() {
   compose --profile monitoring up -d --no-build --wait prometheus 2>> "$W/up.log"
+  ask scraped
   ask load
   ask queries
 }
