@@ -50,8 +50,8 @@ $(LINT):
 	$(@D)/bin/python -m pip install -c requirements.lock -e '.[bench,deploy,dev]'
 	touch $@
 
-docker-test: $(MAIN) ## prove docker/ on Debian 12 as root, without Docker, GPU or image registry (tests/docker/prove.sh)
-	PYTHON=.venv/bin/python tests/docker/prove.sh
+docker-test: $(MAIN) $(LINT) ## prove docker/ on Debian 12 as root, without Docker, GPU or image registry (tests/docker/prove.sh)
+	PATH="$$PATH:$(CURDIR)/.venv-lint/bin" PYTHON=.venv/bin/python tests/docker/prove.sh
 
 sbom: $(MAIN) $(LINT) ## sbom.json: the packages of requirements.lock, as CycloneDX
 	.venv-lint/bin/cyclonedx-py environment .venv/bin/python -o sbom.json
