@@ -90,6 +90,8 @@ def scraped() -> None:
         _, text = request(f"{PROMETHEUS}/api/v1/targets")
         targets = json.loads(text)["data"]["activeTargets"]
         if targets and all(target["health"] == "up" for target in targets):
+            _, text = request(f"{PROMETHEUS}/api/v1/status/buildinfo")
+            print(f"  scraped by Prometheus {json.loads(text)['data']['version']}")
             return
         time.sleep(1)
     raise AssertionError(f"expected every target up, got {[(t['scrapeUrl'], t['lastError']) for t in targets]}")

@@ -8,7 +8,9 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=$(realpath -s "${PYTHON:?the python of the locked environment}")
 W=${W:-/var/tmp/sglang-misa-docker} # what is kept between runs: packages, base, images
+# PROMETHEUS: the binary to scrape with, where another than Debian 12's is to be tried.
 START=${START:-900} # seconds that a server on the CPU may take to start; 60 on an idle machine
+VERSION=$("$PYTHON" -c "import sglang_misa; print(sglang_misa.__version__)")
 STEPS=(engine static base build images serve keys monitoring load recovery stop refusals demo)
 
 say() { printf '[%4d s] %s\n' "$SECONDS" "$*"; }
@@ -61,19 +63,21 @@ static() { # tests/docker with every tool that it can use, so that nothing is sk
   say "$(tail -n 1 "$W/static.log")"
 }
 
+standin() { # NAME, of the Dockerfile on stdin
+  image build -q --isolation chroot -t "$1" -f - "$W/base" > /dev/null
+}
+
 base() { # stand-ins: python (the slim image), sglang (SGLang's own, with the locked packages mounted), prometheus
   [ -f "$W/base/base.tar" ] || mmdebstrap --quiet --variant=minbase \
     --include=python3,python3-pip,ca-certificates,curl bookworm "$W/base/base.tar"
-  cp /usr/bin/prometheus "$W/base/"
-  printf 'FROM scratch\nADD base.tar /\nRUN mkdir /opt/site\n' | image build -q --isolation chroot -t python -f - "$W/base"
-  printf 'FROM localhost/python\nENV PYTHONPATH=/opt/site\n' | image build -q --isolation chroot -t sglang-runtime -f - "$W/base"
-  printf 'FROM localhost/sglang-runtime\nRUN ln -s /bin/true /usr/local/bin/nvcc\n' \
-    | image build -q --isolation chroot -t sglang -f - "$W/base"
+  cp "${PROMETHEUS:-/usr/bin/prometheus}" "$W/base/prometheus"
+  printf 'FROM scratch\nADD base.tar /\nRUN mkdir /opt/site\n' | standin python
+  printf 'FROM localhost/python\nENV PYTHONPATH=/opt/site\n' | standin sglang-runtime
+  printf 'FROM localhost/sglang-runtime\nRUN ln -s /bin/true /usr/local/bin/nvcc\n' | standin sglang
   printf 'Name: sglang\nVersion: 9.9.9\n' > "$W/base/METADATA"
-  printf 'FROM localhost/python\nCOPY METADATA /usr/lib/python3/dist-packages/sglang-9.9.9.dist-info/\n' \
-    | image build -q --isolation chroot -t sglang-unknown -f - "$W/base"
+  printf 'FROM localhost/python\nCOPY METADATA /usr/lib/python3/dist-packages/sglang-9.9.9.dist-info/\n' | standin sglang-unknown
   printf 'FROM localhost/python\nCOPY prometheus /bin/prometheus\nRUN mkdir /prometheus && chown 65534 /prometheus\nUSER 65534\nENTRYPOINT ["/bin/prometheus"]\n' \
-    | image build -q --isolation chroot -t standin-prometheus -f - "$W/base"
+    | standin standin-prometheus
 }
 
 build_all() { # docker/Dockerfile; a wrong base fails the build, not the start
@@ -86,14 +90,14 @@ build_all() { # docker/Dockerfile; a wrong base fails the build, not the start
   refuses "SGLang: expected one of .* got 9.9.9" "$W/wrong.log" build server --build-arg SGLANG_IMAGE=localhost/sglang-unknown
   refuses "expected nvcc, got none" "$W/wrong.log" build server "${site[@]}" --build-arg SGLANG_IMAGE=localhost/sglang-runtime
   pinned=localhost/sglang@$(image inspect --type image --format '{{.FromImageDigest}}' sglang)
-  build server "${site[@]}" --build-arg SGLANG_IMAGE="$pinned" -t sglang-misa:0.2.0 > "$W/build.log" 2>&1
+  build server "${site[@]}" --build-arg SGLANG_IMAGE="$pinned" -t "sglang-misa:$VERSION" > "$W/build.log" 2>&1
   say "built on ${pinned/sha256:*/sha256:…}"
-  build demo --build-context packages=container-image://localhost/python -t sglang-misa-demo:0.2.0 > "$W/build-demo.log" 2>&1
-  build load -t sglang-misa-load:0.2.0 > "$W/build-load.log" 2>&1
+  build demo --build-context packages=container-image://localhost/python -t "sglang-misa-demo:$VERSION" > "$W/build-demo.log" 2>&1
+  build load -t "sglang-misa-load:$VERSION" > "$W/build-load.log" 2>&1
 }
 
 images() { # from buildah's store into the engine's
-  for name in sglang-misa:0.2.0 sglang-misa-demo:0.2.0 sglang-misa-load:0.2.0 standin-prometheus:latest; do
+  for name in "sglang-misa:$VERSION" "sglang-misa-demo:$VERSION" "sglang-misa-load:$VERSION" standin-prometheus:latest; do
     rm -f "$W/image.tar"
     image push -q "localhost/$name" "docker-archive:$W/image.tar:$name"
     docker load -q -i "$W/image.tar" > /dev/null
@@ -134,13 +138,13 @@ serve() {
 not_told() { # no key in a log, a volume, a command line or an environment
   local found=("$W/data/containers" "$W/data/volumes" "$W"/*.log)
   if grep -rlF -e "$(cat "$API_KEY_FILE")" -e "$(cat "$ADMIN_API_KEY_FILE")" "${found[@]}"; then fail "a key is in a file"; fi
-  if docker exec "$1" sh -c 'cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2> /dev/null' | grep -aqF -e "$(cat "$API_KEY_FILE")" -e "$(cat "$ADMIN_API_KEY_FILE")"; then fail "a process shows a key"; fi
+  if docker exec "$1" sh -c 'cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2> /dev/null' | grep -aF -e "$(cat "$API_KEY_FILE")" -e "$(cat "$ADMIN_API_KEY_FILE")" > /dev/null; then fail "a process shows a key"; fi
 }
 
 keys() {
   ask keys
   not_told "$(container server)"
-  logs server | grep -qF "admin_api_key='***'" || fail "the arguments are not in the log: nothing was proven"
+  logs server | grep "admin_api_key.\{1,3\}\*\*\*" > /dev/null || fail "the arguments are not in the log: nothing was proven"
   say "no key in any answer, log, volume, command line or environment"
 }
 
@@ -154,7 +158,7 @@ monitoring() {
 load() {
   LOAD_INPUT_LEN=512 LOAD_OUTPUT_LEN=4 LOAD_CONCURRENCY=2 LOAD_REQUESTS=4 compose --profile load run --rm --no-deps load > "$W/load.log" 2>&1 \
     || [ $? = 3 ] || { tail -n 20 "$W/load.log"; fail "the load test"; } # 3: figures invalid, as on a busy machine
-  docker run --rm --entrypoint ls -v sglang-misa_reports:/reports sglang-misa-load:0.2.0 -R /reports | grep -q report.html || fail "no report in the volume"
+  docker run --rm --entrypoint ls -v sglang-misa_reports:/reports "sglang-misa-load:$VERSION" -R /reports | grep report.html > /dev/null || fail "no report in the volume"
   not_told "$(container server)"
   say "the load test reported, without a key"
 }
@@ -183,7 +187,7 @@ launch_refused() { # MESSAGE FLAGS… -- WORDS…: the launcher as in compose.ya
   local message=$1 flags=(); shift
   while [ "$1" != -- ]; do flags+=("$1"); shift; done
   refuses "$message" "$W/refusal.log" docker run --rm --read-only --tmpfs /tmp --cap-drop ALL -v "$SITE:/opt/site:ro" \
-    -e PYTHONPATH=/opt/site "${flags[@]}" sglang-misa:0.2.0 --misa-preset=fast --misa-allow-unverified "${@:2}"
+    -e PYTHONPATH=/opt/site "${flags[@]}" "sglang-misa:$VERSION" --misa-preset=fast --misa-allow-unverified "${@:2}"
 }
 
 refusals() { # each by its message, with nothing half-started
@@ -199,7 +203,7 @@ refusals() { # each by its message, with nothing half-started
   install -d -m 777 "$W/open"
   launch_refused "TRITON_CACHE_DIR: expected a folder that others cannot write" "${model[@]}" -v "$W/open:/cache/triton" -- --model-path=/model
   [ -z "$(ls -A "$W/open")" ] || fail "something was written to the open cache"
-  DOCKER_API_VERSION=1.43 refuses "requires\? Docker Engine v25 or later" "$W/refusal.log" compose --profile serve up -d --no-build
+  DOCKER_API_VERSION=1.43 refuses "start interval.* requires API version 1.44" "$W/refusal.log" compose --profile serve up -d --no-build
   MODEL=./nowhere refuses "bind source path does not exist: .*/docker/nowhere" "$W/refusal.log" compose --profile serve up -d --no-build
   [ ! -e docker/nowhere ] || fail "the folder of the model was created"
   (unset MODEL; refuses "MODEL-is-not-set" "$W/refusal.log" compose --profile serve up -d --no-build)
