@@ -138,13 +138,13 @@ serve() {
 not_told() { # no key in a log, a volume, a command line or an environment
   local found=("$W/data/containers" "$W/data/volumes" "$W"/*.log)
   if grep -rlF -e "$(cat "$API_KEY_FILE")" -e "$(cat "$ADMIN_API_KEY_FILE")" "${found[@]}"; then fail "a key is in a file"; fi
-  if docker exec "$1" sh -c 'cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2> /dev/null' | grep -aF -e "$(cat "$API_KEY_FILE")" -e "$(cat "$ADMIN_API_KEY_FILE")" > /dev/null; then fail "a process shows a key"; fi
+  if docker exec "$1" sh -c 'cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2> /dev/null; true' | grep -aF -e "$(cat "$API_KEY_FILE")" -e "$(cat "$ADMIN_API_KEY_FILE")" > /dev/null; then fail "a process shows a key"; fi
 }
 
 keys() {
   ask keys
   not_told "$(container server)"
-  logs server | grep "admin_api_key.\{1,3\}\*\*\*" > /dev/null || fail "the arguments are not in the log: nothing was proven"
+  logs server | grep "admin_api_key[^,]*\*\*\*" > /dev/null || fail "the arguments are not in the log: nothing was proven"
   say "no key in any answer, log, volume, command line or environment"
 }
 
