@@ -9,7 +9,7 @@ MAIN := $(call stamp,.venv,requirements.lock)
 OLD := $(call stamp,.venv-0.5.17,requirements-0.5.17.lock)
 LINT := $(call stamp,.venv-lint,requirements.lock)
 
-.PHONY: help demo test test-0.5.17 lint soak gpu-test install docker-test
+.PHONY: help demo test test-0.5.17 lint soak gpu-test install docker-test sbom audit
 .DEFAULT_GOAL := help
 
 help: ## print this
@@ -19,7 +19,7 @@ demo: $(MAIN) ## find needles with a small trained model, under stock DSA and MI
 	.venv/bin/python -m sglang_misa.launch_server --demo $(DEMO_FLAGS)
 
 test: lint $(MAIN) ## what continuous integration runs: lint, then every test that needs no GPU, on SGLang 0.5.23
-	.venv/bin/python -m pytest
+	PATH="$$PATH:$(CURDIR)/.venv-lint/bin" .venv/bin/python -m pytest
 
 test-0.5.17: $(OLD) ## the tests of patches and of real servers on SGLang 0.5.17
 	.venv-0.5.17/bin/python -m pytest tests/patches tests/serving -m "not download"
@@ -47,8 +47,14 @@ $(MAIN) $(OLD):
 
 $(LINT):
 	@$(environment)
-	$(@D)/bin/python -m pip install -c requirements.lock -e '.[bench,dev]'
+	$(@D)/bin/python -m pip install -c requirements.lock -e '.[bench,deploy,dev]'
 	touch $@
 
-docker-test: $(MAIN) ## prove docker/ on Debian 12 as root, without Docker, GPU or image registry (tests/docker/prove.sh)
-	PYTHON=.venv/bin/python tests/docker/prove.sh
+docker-test: $(MAIN) $(LINT) ## prove docker/ on Debian 12 as root, without Docker, GPU or image registry (tests/docker/prove.sh)
+	PATH="$$PATH:$(CURDIR)/.venv-lint/bin" PYTHON=.venv/bin/python tests/docker/prove.sh
+
+sbom: $(MAIN) $(LINT) ## sbom.json: the packages of requirements.lock, as CycloneDX
+	.venv-lint/bin/cyclonedx-py environment .venv/bin/python -o sbom.json
+
+audit: $(LINT) ## known vulnerabilities in requirements.lock; a package that the index says nothing of is a failure
+	.venv-lint/bin/pip-audit --strict -r requirements.lock --no-deps --disable-pip

@@ -122,7 +122,8 @@ def _arm(runner: Any) -> None:
     recorder.armed(config, armed.rank, armed.ranks, sglang=version, verified=verified)
     if resolved_view(runner.server_args).enable_metrics:
         parallel = runner.ps if hasattr(runner, "ps") else get_parallel()  # the runner's own until 0.5.22
-        recorder.export(config, version, armed.rank, parallel.dp_rank or 0)
+        ranks = {"tp_rank": parallel.tp_rank, "pp_rank": parallel.pp_rank, "dp_rank": parallel.dp_rank}
+        recorder.export(config, version, **ranks)
     names = ", ".join(f"{phase} {config.name(phase)}" for phase in ("prefill", "decode"))
     logger.info("sglang-misa selects the tokens of sparse attention: %s", names)
     if not verified:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
@@ -37,6 +38,14 @@ def read(flag: str, path: str) -> str:
     """The one key in the file at `path`. Raises ConfigError, which names `flag`."""
     try:
         found = Path(path).read_text(encoding="utf-8-sig").split()
+    except PermissionError:
+        groups = ", ".join(map(str, sorted({os.getegid(), *os.getgroups()})))
+        raise ConfigError(
+            [
+                f"{flag}: expected a file that uid {os.getuid()} can read, got {path}; give it mode 0640 and one of "
+                f"the groups {groups} (SECRETS_GID in Compose, fsGroup in Kubernetes)"
+            ]
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{flag}: expected a readable text file, got {path} ({error}); check it"]) from None
     if len(found) != 1:

@@ -41,11 +41,12 @@ def main(argv: Sequence[str]) -> int:
         theirs = _peek(rest)
         if ours.check:
             return _check(chosen, rest, theirs)
-        ConfigError.raise_if(_port_problems(theirs))
+        keys = dict(_keys(ours))
+        ConfigError.raise_if([*_port_problems(theirs), *_host_problems(theirs, ours, keys)])
         if ours.demo:
-            return _demo(chosen, rest, theirs, ours)
+            return _demo(chosen, rest, theirs, ours, keys)
         ConfigError.raise_if(_launch_problems(chosen, rest, theirs))
-        arguments = [*rest, *(f"{flag}={key}" for flag, key in _keys(ours))]
+        arguments = [*rest, *(f"{flag}={key}" for flag, key in keys.items())]
         if theirs.device == "cpu" and os.environ.get("SGLANG_PLATFORM", "") in ("", CPU_PLATFORM):
             ConfigError.raise_if(_cpu_problems())
             os.environ.update({CPU_ENV: "1", "SGLANG_PLATFORM": CPU_PLATFORM})
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     keys = parser.add_argument_group("keys")
     keys.add_argument("--api-key-file", metavar="FILE", help="SGLang's --api-key, read from a file: not seen in ps")
     keys.add_argument("--admin-api-key-file", metavar="FILE", help="the same for SGLang's --admin-api-key")
+    keys.add_argument("--no-api-key", action="store_true", help="serve other machines without a key")
     parser.add_argument(
         "--check", action="store_true", help="say what would run, its memory and every refusal, and load nothing"
     )
@@ -90,18 +92,15 @@ def _check(chosen: MisaConfig | None, rest: Sequence[str], theirs: argparse.Name
     return REFUSED if problems else 0
 
 
-def _demo(chosen: MisaConfig | None, rest: list[str], theirs: argparse.Namespace, ours: argparse.Namespace) -> int:
+def _demo(
+    chosen: MisaConfig | None,
+    rest: list[str],
+    theirs: argparse.Namespace,
+    ours: argparse.Namespace,
+    keys: Mapping[str, str],
+) -> int:
     if theirs.model_path is not None:
         raise ConfigError(["--model-path: expected none, as --demo brings its model; drop one of the two"])
-    keys = dict(_keys(ours))
-    key = keys.get("--api-key", theirs.api_key)
-    if key is None and not _is_loopback(theirs.host):
-        raise ConfigError(
-            [
-                f"--host: expected a loopback address for a demo without a key, got {theirs.host}; add --api-key-file, "
-                "or drop the flag"
-            ]
-        )
     try:
         from sglang_misa import demo
     except ModuleNotFoundError as error:
@@ -109,8 +108,18 @@ def _demo(chosen: MisaConfig | None, rest: list[str], theirs: argparse.Namespace
             [f"--demo: expected the extras sglang and bench, got no {error.name}; install sglang-misa[sglang,bench]"]
         ) from None
     files = {"--api-key": ours.api_key_file, "--admin-api-key": ours.admin_api_key_file}
-    words = [*rest, *(f"{flag}-file={files[flag]}" for flag in keys)]
+    words = [*rest, *(f"{flag}-file={files[flag]}" for flag in keys), *["--no-api-key"] * ours.no_api_key]
+    key = keys.get("--api-key", theirs.api_key)
     return demo.run(chosen, words, theirs.host, theirs.port or DEFAULT_PORT, key, ours.demo_report)
+
+
+def _host_problems(theirs: argparse.Namespace, ours: argparse.Namespace, keys: Mapping[str, str]) -> Iterator[str]:
+    keyed = "--api-key" in keys or theirs.api_key or ours.no_api_key
+    if not keyed and not _is_loopback(theirs.host):
+        yield (
+            f"--host: expected a key, or a loopback address, got {theirs.host} without one; add --api-key-file, or "
+            "--no-api-key to serve everyone who reaches this port"
+        )
 
 
 def _is_loopback(host: str) -> bool:

@@ -19,7 +19,8 @@ from sglang_misa.text import ranges
 RECALL_BINS = 1000  # a layer's recalls are kept as a histogram of this resolution
 RECALL_BUCKETS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999, 1.0)
 LOW_PERCENTILE = 0.1
-PLACE = ("dp_rank", "rank")  # labels of every metric
+PLACE = ("dp_rank", "pp_rank", "tp_rank")  # labels of every metric, named as SGLang's, so that both families join
+REASONS = ("policy-is-dsa", "under-min-len", "all-tokens-visible", "few-rows", "recall-floor")  # to leave a call to DSA
 UNROUTED_STEPS = 8  # over the gate in a phase, after which its policy must have selected at least once
 
 logger = logging.getLogger(__name__)
@@ -216,13 +217,14 @@ class Recorder:
             "ranks_compared": self.ranks_compared,
         }
 
-    def export(self, config: MisaConfig, sglang: str, rank: int, dp_rank: int) -> None:
+    def export(self, config: MisaConfig, sglang: str, *, tp_rank: int, pp_rank: int, dp_rank: int | None) -> None:
         """Publish to Prometheus from now on. Only in a scheduler process: PROMETHEUS_MULTIPROC_DIR must be set.
 
-        Ranks begin at 0 in each replica `dp_rank`, and all of a server's processes share one set of metrics.
+        All of a server's processes share one set of metrics, told apart by their ranks. An empty label is none to
+        Prometheus: without data parallelism SGLang's metrics have no dp_rank either.
         """
         if self._exporter is None:
-            self._exporter = _Exporter(str(dp_rank), str(rank))
+            self._exporter = _Exporter("" if dp_rank is None else str(dp_rank), str(pp_rank), str(tp_rank))
             self._exporter.describe(config, sglang)
 
     def publish_page_stats(self) -> None:
@@ -278,11 +280,18 @@ class _Exporter:
         )
 
     def describe(self, config: MisaConfig, sglang: str) -> None:
+        """Set what is known at the start, and start counters at 0: rate() does not see the step from absent to 1."""
         self.enabled.labels(*self.place).set(1)
         self.build_info.labels(*self.place, __version__, sglang).set(1)
         self.dense_layers.labels(*self.place).set(0)
-        self.mismatches.labels(*self.place).inc(0)
+        self.verified.labels(*self.place)
+        self.mismatches.labels(*self.place)
         for phase in PHASES:
+            paths = {"dsa", *(policy.name for policy in config.policies(phase))}
+            for path in paths:
+                self.calls.labels(*self.place, phase, path)
+            for reason in REASONS:
+                self.declined.labels(*self.place, phase, reason)
             self.policy_info.labels(*self.place, phase, config.name(phase)).set(1)
             self.unrouted.labels(*self.place, phase).set(0)
             heads = max((policy.heads or 0 for policy in config.policies(phase)), default=0)

