@@ -3,6 +3,7 @@
 #include "host.cuh"
 
 namespace misa {
+namespace {
 
 // ---- host
 
@@ -23,4 +24,5 @@ void launch_behind(const char* name, void (*kernel)(Arguments), int blocks, int 
   check(cudaLaunchKernelEx(&config, kernel, arguments), name);
 }
 
+}  // namespace
 }  // namespace misa
