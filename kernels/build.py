@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,31 +17,36 @@ from sglang_misa.kernels.structs import Output
 
 
 @functools.cache
-def build(source: str, **defines: int) -> Any:
-    """The functions that `source`, a .cu file under csrc/, exports with macros `defines`.
+def build(source: str, **shape: int) -> Any:
+    """The functions that csrc/sm90/`source`.cu exports for a shape, by the names of shape.cuh in small letters.
 
     Compiled with nvcc for sm_90a at first use and kept in tvm-ffi's cache, under the digest of its sources.
     """
     from tvm_ffi.cpp import load
 
-    here = Path(__file__).resolve().parent / "csrc"
-    sources = [here / source, *sorted((here / source).parent.glob("*.cuh"))]
+    here = Path(__file__).resolve().parent / "csrc/sm90"
+    sources = [here / f"{source}.cu", *sorted(here.glob("*.cuh"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
-    name = "_".join(["misa", Path(source).stem, digest, *(f"{key.lower()}{value}" for key, value in defines.items())])
+    name = "_".join(["misa", source, digest, *(f"{key}{int(value)}" for key, value in shape.items())])
     key, before = "TVM_FFI_CUDA_ARCH_LIST", os.environ.get("TVM_FFI_CUDA_ARCH_LIST")
     os.environ[key] = "9.0a"  # wgmma and setmaxnreg exist under this name alone
     try:
         return load(
             name,
-            cuda_files=[str(here / source)],
-            extra_cuda_cflags=["-O3", *(f"-D{key}={value}" for key, value in defines.items())],
-            extra_include_paths=[str((here / source).parent)],
+            cuda_files=[str(sources[0])],
+            extra_cuda_cflags=["-O3", *definitions(shape)],
+            extra_include_paths=[str(here)],
         )
     finally:
         if before is None:
             del os.environ[key]
         else:
             os.environ[key] = before
+
+
+def definitions(shape: Mapping[str, int]) -> list[str]:
+    """The compiler's arguments for a shape."""
+    return [f"-DMISA_{name.upper()}={int(value)}" for name, value in shape.items()]
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,19 @@ def device_sources(folder: pathlib.Path, source: str) -> None:
     """Copy the device parts of a source: C++ compilers cannot read the launches that follow a line `---- host`."""
     for path in [*SOURCES.glob("*.cuh"), SOURCES / f"{source}.cu"]:
         device, _, host = path.read_text().replace("extern __shared__", "extern").partition("// ---- host")
-        (folder / path.name).write_text(device + ("}  // namespace misa\n" if host else ""))
+        closed = "}\n" * (device.count("\nnamespace ") if host else 0)
+        (folder / path.name).write_text(device + closed)
     for stand_in in HERE.iterdir():
         shutil.copy(stand_in, folder)
 
 
-def compiled(folder: pathlib.Path, source: str, *flags: str) -> ctypes.CDLL:
-    """The device parts of a source as a library."""
+def compiled(folder: pathlib.Path, source: str, **shape: int) -> ctypes.CDLL:
+    """The device parts of a source as a library, for one shape."""
     device_sources(folder, source)
     library = folder / f"{source}.so"
     # Libraries built with other flags are not to share the "shared memory" of a function of the same name.
     options = ["-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-fno-gnu-unique"]
-    compiler = ["g++", *options, f"-I{folder}", *flags, "-o", library]
+    compiler = ["g++", *options, f"-I{folder}", *build.definitions(shape), "-o", library]
     subprocess.run([*compiler, folder / f"{source}.cpp"], check=True)
     return ctypes.CDLL(str(library))
 

@@ -48,7 +48,7 @@ def scan_sketches(
         return
     width = page_table.shape[1]
     span = next((span for span in reversed(SPANS) if rows * triton.cdiv(width, span) >= FULL), SPANS[0])
-    module = build("sm90/sketch_scan.cu", MISA_SKETCH_BITS=bits, MISA_COLUMN_TILES=max(1, columns // 8))
+    module = build("sketch_scan", sketch_bits=bits, columns=columns)
     call = Scan(
         queries=queries,
         gates=gates,
@@ -87,7 +87,7 @@ def list_candidates(scores: torch.Tensor, seq_lens: torch.Tensor, *, positions: 
             scores=scores, lens=seq_lens, positions=positions, room=scores.stride(0), candidates=candidates
         )
         stream = torch.cuda.current_stream().cuda_stream
-        build("sm90/sketch_candidates.cu").candidates(bytes(call), rows, stream)
+        build("sketch_candidates").candidates(bytes(call), rows, stream)
 
 
 def score_keys(scores: torch.Tensor) -> torch.Tensor:

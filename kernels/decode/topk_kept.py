@@ -43,7 +43,7 @@ def topk_kept(
     scored = Scored(scores=logits, lens=kept.lens, slots=out, positions=positions, k=out.shape[1])
     tokens = Kept(pages=kept.pages, blocks=kept.blocks, room=room, block=block_size)
     stream = torch.cuda.current_stream().cuda_stream
-    build("sm90/topk_kept.cu").topk_kept(bytes(scored), bytes(tokens), rows, stream)
+    build("topk_kept").topk_kept(bytes(scored), bytes(tokens), rows, stream)
 
 
 def topk_listed(
@@ -70,7 +70,7 @@ def topk_listed(
     scored = Scored(scores=logits, lens=seq_lens, slots=out, positions=positions, k=out.shape[1])
     tokens = Listed(positions=listed, table=page_table, pitch=page_table.stride(0), room=room)
     stream = torch.cuda.current_stream().cuda_stream
-    build("sm90/topk_kept.cu").topk_listed(bytes(scored), bytes(tokens), rows, stream)
+    build("topk_kept").topk_listed(bytes(scored), bytes(tokens), rows, stream)
 
 
 def _best_on_cpu(logits: torch.Tensor, k: int) -> torch.Tensor:

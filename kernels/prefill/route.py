@@ -20,7 +20,7 @@ holds up to 128 (query, head) columns against tiles of 64 pooled keys, and only 
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import triton
@@ -133,6 +133,11 @@ def block_scores_fwd_kernel(
             tl.store(p_row_scores[None, :] + o_block[:, None], b_none, mask=m_score)
 
 
+def module(index_heads: int) -> Any:
+    """The compiled kernels for a model's H."""
+    return build("route", index_heads=index_heads)
+
+
 @overload
 def route(
     index_q: torch.Tensor,
@@ -217,7 +222,7 @@ def route(
             router=ROUTERS.index("weight" if heads == index_heads else router),
         )
         stream = torch.cuda.current_stream(index_q.device).cuda_stream
-        build("sm90/route.cu", MISA_INDEX_HEADS=index_heads).route(bytes(call), stream)
+        module(index_heads).route(bytes(call), stream)
     return head_ids if others is None else (head_ids, others)
 
 

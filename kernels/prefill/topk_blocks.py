@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sglang_misa.kernels.build import Target, build
@@ -10,6 +12,11 @@ from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE
 from sglang_misa.kernels.structs import BlockChoice, Inputs, ResidualColumn
 
 MAX_KEPT = 49152  # tokens of (blocks + 1) · block_size, and k / 2: what one thread block's shared memory lists
+
+
+def module(index_heads: int) -> Any:
+    """The compiled kernels for a model's H."""
+    return build("topk_blocks", index_heads=index_heads)
 
 
 def topk_blocks(
@@ -76,6 +83,5 @@ def topk_blocks(
         )
         choice = BlockChoice(scores=block_scores, pitch=block_scores.shape[1], size=block_size, kept=blocks, room=kept)
         stream = torch.cuda.current_stream(index_q.device).cuda_stream
-        module = build("sm90/topk_blocks.cu", MISA_INDEX_HEADS=heads)
-        module.topk(bytes(inputs), bytes(target.struct()), bytes(choice), stream)
+        module(heads).topk(bytes(inputs), bytes(target.struct()), bytes(choice), stream)
     return out

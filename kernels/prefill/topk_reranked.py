@@ -4,7 +4,7 @@
 
 where a residual, if there is one, adds its column to `routed`.
 
-In passes over a bounded number of rows: 1. `sample` and 2. `threshold` as in score_ragged, for C; 3. `mark` scores all
+In passes over a bounded number of rows: 1. `sample` and 2. `threshold` as in topk_routed, for C; 3. `mark` scores all
 keys with the routed heads and sets one bit for each that passes; 4. `rerank`, a thread block a row, lists the marked
 keys, gathers each once from L2 and multiplies it with all heads, the routed ones first, so that both scores fall out
 of one product; it cuts the list to the best C by the one and takes the top k by the other. 5. `redo` marks the rows
@@ -57,8 +57,7 @@ def module(columns: int, index_heads: int, residual: bool = False) -> Any:
             f"heads: expected h of {ROUTED_HEADS}, a residual counted, at most H of {INDEX_HEADS}, got h={columns}, "
             f"H={index_heads}; choose another h"
         )
-    defines = {"MISA_HEADS": columns, "MISA_RESIDUAL": int(residual), "MISA_INDEX_HEADS": index_heads}
-    return build("sm90/topk_reranked.cu", **defines)
+    return build("topk_reranked", columns=columns, residual=residual, index_heads=index_heads)
 
 
 def listable(blocks: int) -> int:
@@ -68,7 +67,7 @@ def listable(blocks: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Division of one call's work into passes of `rows` rows; `divide.cuh` divides a pass among thread blocks."""
+    """Division of one call's work into passes of `rows` rows; `scheduler.cuh` divides a pass among thread blocks."""
 
     rows: int
     stride: int  # one key in so many is sampled

@@ -35,7 +35,7 @@ def module(columns: int, residual: bool = False) -> Any:
             f"head_ids: expected one of {ROUTED_HEADS} columns a row, got {columns - residual} routed heads"
             f"{' and a residual' if residual else ''}; choose another h"
         )
-    return build("sm90/topk_routed.cu", MISA_HEADS=columns, MISA_RESIDUAL=int(residual))
+    return build("topk_routed", columns=columns, residual=residual)
 
 
 class Ragged(Call):

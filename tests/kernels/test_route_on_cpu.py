@@ -19,8 +19,7 @@ pytestmark = COMPILER
 
 @pytest.fixture(scope="module", params=[32, 64], ids="H={}".format)
 def kernels(request, tmp_path_factory) -> tuple[ctypes.CDLL, int]:
-    flag = f"-DMISA_INDEX_HEADS={request.param}"
-    loaded = compiled(tmp_path_factory.mktemp("simt"), "route", flag)
+    loaded = compiled(tmp_path_factory.mktemp("simt"), "route", index_heads=request.param)
     loaded.route_rows.restype = loaded.residuals.restype = ctypes.c_bool
     return loaded, request.param
 

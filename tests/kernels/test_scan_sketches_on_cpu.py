@@ -22,9 +22,7 @@ from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 def test_the_scan_scores_every_sketched_key(tmp_path: pathlib.Path, bits: int, columns: int, residual: bool) -> None:
     lens = (0, 64, 128, 191, 192, 5 * PAGE, 23 * PAGE + 5, 40 * PAGE)
     batch = sketched(lens, bits, "cpu", heads=max(columns, 32), width=44)
-    library = compiled(
-        tmp_path, "sketch_scan", f"-DMISA_SKETCH_BITS={bits}", f"-DMISA_COLUMN_TILES={max(1, columns // 8)}"
-    )
+    library = compiled(tmp_path, "sketch_scan", sketch_bits=bits, columns=columns)
     library.scan_rows.restype = ctypes.c_bool
     random = torch.Generator().manual_seed(0)
     numbers = torch.randint(-127, 128, (len(lens), columns, HEAD_DIM), dtype=torch.int8, generator=random)
@@ -65,7 +63,7 @@ def test_the_scan_scores_every_sketched_key(tmp_path: pathlib.Path, bits: int, c
 def test_a_nan_page_scores_below_all_others(tmp_path: pathlib.Path) -> None:
     batch = sketched((6 * PAGE,), 2, "cpu")
     batch.page_means[batch.page_table[0, 2].long()] = torch.nan
-    library = compiled(tmp_path, "sketch_scan")
+    library = compiled(tmp_path, "sketch_scan", sketch_bits=2, columns=8)
     library.scan_rows.restype = ctypes.c_bool
     got = aligned(np.full((1, 6 * PAGE), 0xABCD), np.uint16)
     operands = [

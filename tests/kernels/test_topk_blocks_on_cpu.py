@@ -12,7 +12,7 @@ pytestmark = COMPILER
 
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory) -> ctypes.CDLL:
-    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_blocks", "-DMISA_INDEX_HEADS=32")
+    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_blocks", index_heads=32)
     loaded.select_rows.restype = ctypes.c_bool
     return loaded
 

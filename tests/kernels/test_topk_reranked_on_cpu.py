@@ -20,8 +20,8 @@ pytestmark = COMPILER
 )
 def reranking(request, tmp_path_factory) -> tuple[ctypes.CDLL, tuple[int, int, int]]:
     all_heads, columns, residual = request.param
-    flags = (f"-DMISA_INDEX_HEADS={all_heads}", f"-DMISA_HEADS={columns}", f"-DMISA_RESIDUAL={residual}")
-    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_reranked", *flags)
+    shape = {"index_heads": all_heads, "columns": columns, "residual": residual}
+    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_reranked", **shape)
     loaded.rerank_rows.restype = ctypes.c_bool
     return loaded, request.param
 

@@ -20,11 +20,11 @@ pytestmark = COMPILER
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> ctypes.CDLL:
-    return routed(tmp_path_factory.mktemp("simt"))
+    return routed(tmp_path_factory.mktemp("simt"), 8)
 
 
-def routed(folder: pathlib.Path, *flags: str) -> ctypes.CDLL:
-    loaded = compiled(folder, "topk_routed", *flags)
+def routed(folder: pathlib.Path, columns: int, residual: bool = False) -> ctypes.CDLL:
+    loaded = compiled(folder, "topk_routed", columns=columns, residual=residual)
     for name in ("divide_rows", "walk", "thresholds", "select_rows", "topk_rows"):
         getattr(loaded, name).restype = ctypes.c_bool
     return loaded
@@ -32,8 +32,7 @@ def routed(folder: pathlib.Path, *flags: str) -> ctypes.CDLL:
 
 @pytest.fixture(scope="module", params=[4, 8, 16], ids="{} columns".format)
 def with_residual(request, tmp_path_factory) -> tuple[ctypes.CDLL, int]:
-    flags = (f"-DMISA_HEADS={request.param}", "-DMISA_RESIDUAL=1")
-    return routed(tmp_path_factory.mktemp("simt"), *flags), request.param
+    return routed(tmp_path_factory.mktemp("simt"), request.param, residual=True), request.param
 
 
 def sampled_keys(kernels, keys: int, stride: int) -> np.ndarray:

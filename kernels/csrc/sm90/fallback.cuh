@@ -4,6 +4,7 @@
 #include "select.cuh"
 
 namespace misa {
+namespace {
 
 using Redoers = Select<CONSUMERS>;
 
@@ -79,4 +80,5 @@ __device__ __forceinline__ void best_of(Redoers::Smem& s, const float* scores, i
   Redoers::top<IN_FLIGHT>(s, cut, key, [](int j) { return j; }, n, [](int j) { return j; }, emit);
 }
 
+}  // namespace
 }  // namespace misa

@@ -4,17 +4,14 @@
 #include <climits>
 
 #include "ptx.cuh"
-
-#ifndef MISA_INDEX_HEADS
-#define MISA_INDEX_HEADS 64  // H: 32 or 64
-#endif
+#include "shape.cuh"
 
 namespace misa {
+namespace {
 
-constexpr int DIM = 128;  // head dimension
-constexpr int HEADS = MISA_INDEX_HEADS;
-constexpr int WARP_HEADS = HEADS / 32;  // of a lane when a warp ranks
-constexpr int ROW_THREADS = 256;        // of the kernels that take one warp a row
+constexpr int DIM = 128;                      // head dimension
+constexpr int WARP_HEADS = INDEX_HEADS / 32;  // of a lane when a warp ranks
+constexpr int ROW_THREADS = 256;              // of the kernels that take one warp a row
 
 // Integers in the order of the numbers: -0 equals 0, and a NaN is below them all.
 __device__ __forceinline__ int order(float x) {
@@ -56,9 +53,9 @@ __global__ void __launch_bounds__(ROW_THREADS)
   const int lane = threadIdx.x % 32, piece = lane % PIECES, part = lane / PIECES;
   float sum[16] = {};
 #pragma unroll 8
-  for (int j = part; j < HEADS; j += PARTS) {
-    const float gate = __ldg(gates + t * HEADS + j);
-    const uint4 bytes = __ldg(reinterpret_cast<const uint4*>(q + (t * HEADS + j) * DIM) + piece);
+  for (int j = part; j < INDEX_HEADS; j += PARTS) {
+    const float gate = __ldg(gates + t * INDEX_HEADS + j);
+    const uint4 bytes = __ldg(reinterpret_cast<const uint4*>(q + (t * INDEX_HEADS + j) * DIM) + piece);
     const uint32_t words[4] = {sm90::no_nan(bytes.x), sm90::no_nan(bytes.y), sm90::no_nan(bytes.z), sm90::no_nan(bytes.w)};
 #pragma unroll
     for (int pair = 0; pair < 8; ++pair) {
@@ -84,4 +81,5 @@ __global__ void __launch_bounds__(ROW_THREADS)
   if (lane == 0) scale[t] = step;
 }
 
+}  // namespace
 }  // namespace misa

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 namespace misa {
+namespace {
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) TVM_FFI_THROW(RuntimeError) << what << ": " << cudaGetErrorString(status);
@@ -66,4 +67,5 @@ inline CUtensorMap tensor_map(const void* address, CUtensorMapDataType type, int
   return map;
 }
 
+}  // namespace
 }  // namespace misa

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 namespace misa {
+namespace {
 
 // What stands for the heads that are not routed: one more query, with neither ReLU nor gate.
 struct ResidualColumn {
@@ -23,4 +24,5 @@ struct Inputs {
   int rows, index_heads, keys;
 };
 
+}  // namespace
 }  // namespace misa

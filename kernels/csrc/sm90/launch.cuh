@@ -4,6 +4,7 @@
 #include "host.cuh"
 
 namespace misa {
+namespace {
 
 // ---- host
 
@@ -25,4 +26,5 @@ void launch_behind(const char* name, void (*kernel)(Arguments), int blocks, int 
   check(cudaLaunchKernelEx(&config, kernel, arguments), name);
 }
 
+}  // namespace
 }  // namespace misa

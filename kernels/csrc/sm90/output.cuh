@@ -3,6 +3,7 @@
 #include "host.cuh"
 
 namespace misa {
+namespace {
 
 constexpr int PAGE = 64;
 
@@ -34,4 +35,5 @@ struct Output {
   }
 };
 
+}  // namespace
 }  // namespace misa

@@ -9,6 +9,7 @@
 #include "select.cuh"
 
 namespace misa {
+namespace {
 
 constexpr int RANKERS = 256;    // threads of a block: two warpgroups, each with its own tiles
 constexpr int RANK_BLOCKS = 2;  // on a multiprocessor: one gathers while the other selects
@@ -129,7 +130,7 @@ struct Rescorer {
   };
 
   // Both halves of a key, 64 bytes apart. Every row of a call reads the keys, so they are what L2 shall keep: without the policy
-  // half of the gathers missed it on an H100, though 16.8 MB of keys are a third of its size.
+  // half of the gathers miss it, though it could hold the keys three times.
   static __device__ void gather(uint4 (&half)[2], const uint8_t* p) {
     const uint64_t policy = sm90::evict_last();
     half[0] = sm90::load_through(p, policy), half[1] = sm90::load_through(p + 64, policy);
@@ -220,8 +221,8 @@ struct Rescorer {
     const uint64_t b = sm90::tile_descriptor(sm90::smem_address(s.select.bins));
     const uint8_t* from = in.k + c * 16;
     asm volatile("" : "+l"(from));  // not to be computed again
-    // Held in registers, for which a second tile on its way has none left: read from shared memory for each tile they cost more than
-    // that brought (one H100, 8192 rows of 10,464 keys: 2990 and 2530 us).
+    // Held in registers, for which a second tile on its way has none left: reading them from shared memory for each tile costs more
+    // than that would bring.
     float4 weight[OWN / 4];
 #pragma unroll
     for (int i = 0; i < OWN / 4; ++i) weight[i] = sm90::load16(sm90::smem_address(s.gates[c]) + i * 16);
@@ -295,4 +296,5 @@ inline Keys keys_of(const Inputs& in) {
   return {in.index_q, in.head_gates, in.head_ids, in.index_k, in.k_scale, in.ks, in.ke, in.keys, 0, in.residual};
 }
 
+}  // namespace
 }  // namespace misa

@@ -21,9 +21,10 @@
 #include "statistics.cuh"
 
 namespace misa {
+namespace {
 
 constexpr int LINES = 64;                         // rows of a matrix product: (query, head)
-constexpr int QUERIES = LINES / HEADS;            // of a unit, which a warpgroup takes at once
+constexpr int QUERIES = LINES / INDEX_HEADS;            // of a unit, which a warpgroup takes at once
 constexpr int TILE_BYTES = TILE * DIM * 2;
 constexpr int GROUPS = 3;                         // consumer warpgroups
 constexpr int DEPTH = 2;                          // units on their way to each
@@ -35,11 +36,11 @@ constexpr int HELP_REGISTERS = 56, FOLD_REGISTERS = 152;
 enum Router : int { MEAN, PEAK, SIGNED, WEIGHT };
 
 struct Task {
-  const float* gates;        // [T, HEADS]
+  const float* gates;        // [T, INDEX_HEADS]
   const int32_t* row_batch;  // [T]
   const int32_t* row_len;    // [T]
   int32_t* head_ids;         // [T, heads]
-  float* residual_gates;     // [T, HEADS] of the heads in the residual, 0 for the others; or null
+  float* residual_gates;     // [T, INDEX_HEADS] of the heads in the residual, 0 for the others; or null
   int rows, share, max_blocks, block_size, heads, router;
 
   // Pooled keys that row t sees.
@@ -151,7 +152,7 @@ struct Feeder {
         sm90::barrier_arrive(places.given(group, way));
       } else {
         sm90::barrier_arrive_expect(places.given(group, way), LINES * DIM);
-        sm90::copy_box(places.queries(group, way), q_map, places.given(group, way), 0, unit.row * HEADS);
+        sm90::copy_box(places.queries(group, way), q_map, places.given(group, way), 0, unit.row * INDEX_HEADS);
       }
     }
     issued += lane == group;
@@ -223,7 +224,7 @@ __device__ __forceinline__ void load_queries(uint32_t (&a)[DIM / 16][4], const u
 template <class Fold>
 __device__ __forceinline__ void consume(Smem<Fold>& s) {
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // seen by the compiler as the same in all lanes
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, query = warp * 16 / HEADS;
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, query = warp * 16 / INDEX_HEADS;
   const Places<Smem<Fold>> places(s);
   const uint64_t b_tile = sm90::tile_descriptor(places.keys(0));
 
@@ -306,7 +307,7 @@ __device__ __forceinline__ void settle(const Task& task, int64_t t, const int (&
 #pragma unroll
   for (int i = 0; i < WARP_HEADS; ++i) {
     const float own = gate[i] * share[i];
-    task.residual_gates[t * HEADS + i * 32 + threadIdx.x % 32] = !chosen[i] && fabsf(own) <= FLT_MAX ? own : 0.f;
+    task.residual_gates[t * INDEX_HEADS + i * 32 + threadIdx.x % 32] = !chosen[i] && fabsf(own) <= FLT_MAX ? own : 0.f;
   }
 }
 
@@ -324,7 +325,7 @@ __device__ __forceinline__ void rank(const Task& task, const Smem<Fold>& s, int 
 #pragma unroll
       for (int q = 0; q < QUERIES; ++q)
 #pragma unroll
-        for (int i = 0; i < WARP_HEADS; ++i) values[value][q][i] = s.values[value][group][report.place][q * HEADS + i * 32 + lane];
+        for (int i = 0; i < WARP_HEADS; ++i) values[value][q][i] = s.values[value][group][report.place][q * INDEX_HEADS + i * 32 + lane];
     __syncwarp();
     if (lane == 0) sm90::barrier_arrive(places.ranked(group));
 #pragma unroll
@@ -336,7 +337,7 @@ __device__ __forceinline__ void rank(const Task& task, const Smem<Fold>& s, int 
       float gates[WARP_HEADS], share[WARP_HEADS];
 #pragma unroll
       for (int i = 0; i < WARP_HEADS; ++i) {
-        const float gate = task.gates[t * HEADS + i * 32 + lane], weight = task.router == SIGNED ? gate : fabsf(gate);
+        const float gate = task.gates[t * INDEX_HEADS + i * 32 + lane], weight = task.router == SIGNED ? gate : fabsf(gate);
         key[i] = order(blocks > 0 && task.router != WEIGHT ? weight * values[0][q][i] : fabsf(gate));
         gates[i] = gate, share[i] = 0.5f;
         if constexpr (Fold::MOMENTS)
@@ -372,20 +373,20 @@ __global__ void __launch_bounds__(ROW_THREADS) weight_kernel(const __grid_consta
   float gate[WARP_HEADS], share[WARP_HEADS];
 #pragma unroll
   for (int i = 0; i < WARP_HEADS; ++i) {
-    gate[i] = task.gates[t * HEADS + i * 32 + threadIdx.x % 32];
+    gate[i] = task.gates[t * INDEX_HEADS + i * 32 + threadIdx.x % 32];
     key[i] = order(fabsf(gate[i])), share[i] = 0.5f;
   }
   settle(task, t, key, gate, share);
 }
 
 struct Route {
-  const uint8_t* index_q;     // [rows, HEADS, DIM] e4m3
-  const float* head_gates;    // [rows, HEADS]
+  const uint8_t* index_q;     // [rows, INDEX_HEADS, DIM] e4m3
+  const float* head_gates;    // [rows, INDEX_HEADS]
   const void* block_means;    // [requests, max_blocks, DIM] bf16
   const int32_t* row_batch;   // [rows]
   const int32_t* row_len;     // [rows]
   int32_t* head_ids;          // [rows, heads]
-  float* residual_gates;      // [rows, HEADS] where a residual is wanted, or null
+  float* residual_gates;      // [rows, INDEX_HEADS] where a residual is wanted, or null
   uint32_t* residual_query;   // [rows, DIM] e4m3
   float* residual_scale;      // [rows]
   int rows, requests, max_blocks, block_size, heads, router;
@@ -399,7 +400,7 @@ void launch_route(Task task, const Route& in, cudaStream_t stream) {
   const int rounds = (units + blocks * UNITS - 1) / (blocks * UNITS);
   task.share = (units + blocks * rounds - 1) / (blocks * rounds) * QUERIES;
   const int shares = (task.rows + task.share - 1) / task.share;
-  const CUtensorMap q_map = tensor_map(in.index_q, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, int64_t(task.rows) * HEADS, LINES);
+  const CUtensorMap q_map = tensor_map(in.index_q, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, int64_t(task.rows) * INDEX_HEADS, LINES);
   const CUtensorMap k_map = tensor_map(in.block_means, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, int64_t(in.requests) * in.max_blocks, TILE);
   const auto kernel = route_kernel<Fold>;
   allow_shared(kernel, sizeof(Smem<Fold>));
@@ -428,6 +429,7 @@ void route(Bytes call, int64_t stream_address) {
   check(cudaGetLastError(), "residual_kernel");
 }
 
+}  // namespace
 }  // namespace misa
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(route, misa::route);

@@ -3,6 +3,7 @@
 #include "scorer.cuh"
 
 namespace misa {
+namespace {
 
 constexpr int GATHER_THREADS = 256, KEY_CHUNKS = DIM / 16;
 
@@ -38,4 +39,5 @@ inline void launch_gather(const Task& whole, const uint8_t* k, const Sample& to,
   check(cudaGetLastError(), "gather_kernel");
 }
 
+}  // namespace
 }  // namespace misa

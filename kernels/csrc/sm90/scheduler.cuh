@@ -1,9 +1,10 @@
-// Makes the division of a task's tiles among the scorer's thread blocks (score.cuh, Items), on the device, where the windows are.
+// Makes the division of a task's tiles among the scorer's thread blocks (scorer.cuh, Items), on the device, where the windows are.
 #pragma once
 #include "scorer.cuh"
 #include "warp.cuh"
 
 namespace misa {
+namespace {
 
 constexpr int SECTOR = 4;  // entries that L2 takes as fast as one: it writes whole sectors
 
@@ -13,7 +14,7 @@ struct Buffers {
   float sigmas;  // standard deviations of room above that
   float rank;    // of the row's threshold in its sample: the fewer, the more a row's hits vary
   int spare;     // entries beyond those: a tile's, and what the scratch has left, for hits that come in clusters
-  int room;      // entries of one buffer, summed over thread blocks; mirrored by topk_routed.py
+  int room;      // entries of one buffer, summed over thread blocks; mirrored by plan.py
 
   // For tiles that are `part` of a row's (or of several rows').
   __device__ int capacity(float part) const {
@@ -83,4 +84,5 @@ __device__ __forceinline__ void divide(const Task& task, int k, const Divide& to
   }
 }
 
+}  // namespace
 }  // namespace misa

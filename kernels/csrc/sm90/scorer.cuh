@@ -6,8 +6,7 @@
 //
 // A product is 64 keys (rows) × 256 columns, the columns being the (query, head) pairs of one warpgroup's QUERIES queries,
 // ordered so that in the m64n256 accumulator fragment a thread holds every head of its own queries: no lane is shuffled.
-// One warp feeds a ring of key tiles; every warpgroup reads each tile for its own queries and runs at its own pace. (Making
-// them take turns at the tensor cores changed nothing: while one multiplies, the other's FP32 instructions take 2.4 cycles.)
+// One warp feeds a ring of key tiles; every warpgroup reads each tile for its own queries and runs at its own pace.
 #pragma once
 #include <algorithm>
 #include <climits>
@@ -16,25 +15,19 @@
 #include "inputs.cuh"
 #include "output.cuh"
 #include "ptx.cuh"
-
-#ifndef MISA_HEADS
-#define MISA_HEADS 8  // columns a query: its routed heads and a residual, together 4, 8, 16, 32 or 64
-#endif
-#ifndef MISA_RESIDUAL
-#define MISA_RESIDUAL 0  // whether the last column is the residual of the heads that are not routed
-#endif
+#include "shape.cuh"
 
 namespace misa {
+namespace {
 
 constexpr int DIM = 128;                              // head dimension = bytes of a key
-constexpr int HEADS = MISA_HEADS;
-constexpr int ROUTED_HEADS = HEADS - MISA_RESIDUAL;   // the residual, if there is one, is the column behind them
-constexpr int COLUMNS = HEADS > 4 ? 256 : 128;        // of one product: 16 queries' settings a thread would not fit
+constexpr int ROUTED_HEADS = COLUMNS - RESIDUAL;      // the residual, if there is one, is the column behind them
+constexpr int PRODUCT_COLUMNS = COLUMNS > 4 ? 256 : 128;  // of one product: 16 queries' settings a thread would not fit
 constexpr int KEYS = 64;                              // rows of one product
-constexpr int QUERIES = COLUMNS / HEADS;              // of a warpgroup
+constexpr int QUERIES = PRODUCT_COLUMNS / COLUMNS;    // of a warpgroup
 constexpr int LANE_QUERIES = QUERIES / 4;             // of a thread
-constexpr int PAIRS = HEADS / 2;
-constexpr int GROUPS = HEADS > 4 ? 2 : 3;             // warpgroups that multiply and fold
+constexpr int PAIRS = COLUMNS / 2;
+constexpr int GROUPS = COLUMNS > 4 ? 2 : 3;           // warpgroups that multiply and fold
 constexpr int ROWS = GROUPS * QUERIES;                // of a block
 constexpr int TILE = 128;                             // keys of a ring stage
 constexpr int STAGES = 4;
@@ -52,7 +45,7 @@ struct Task {
   const int32_t* ends;      // [T]
   const int32_t* row_list;  // or null
   const int32_t* division;  // a Division, or null: all row blocks alike
-  ResidualColumn residual;  // if MISA_RESIDUAL
+  ResidualColumn residual;  // if RESIDUAL
   int first, rows, all_heads, keys, stride;
 
   __host__ __device__ int scored() const { return (keys + stride - 1) / stride; }
@@ -88,7 +81,7 @@ struct Task {
 };
 
 struct Smem {
-  alignas(1024) uint8_t queries[GROUPS][COLUMNS * DIM];
+  alignas(1024) uint8_t queries[GROUPS][PRODUCT_COLUMNS * DIM];
   alignas(1024) uint8_t keys[STAGES][TILE * DIM];
   float scale[STAGES][TILE];
   int2 window[GROUPS][QUERIES];
@@ -176,7 +169,7 @@ struct Item {
   }
 };
 
-// How the tiles of a task are divided, in a table in memory (divide.cuh makes it): all row blocks' tiles, one's after another's, are
+// How the tiles of a task are divided, in a table in memory (scheduler.cuh makes it): all row blocks' tiles, one's after another's, are
 // cut into equal shares, one a thread block. So none waits for rows that see more keys, nor for a last wave. Where is what:
 struct Division {
   static constexpr int SHARE = 0;                                        // tiles of each
@@ -225,7 +218,7 @@ struct Seat {
   __device__ int key(int half) const { return warp * 16 + half * 8 + lane_row; }
   __device__ static Seat of(int first, int thread) { return {first, thread / 32 % 4, thread % 32 / 4, thread % 4}; }
   // The same, but unknown to the compiler: what follows from it after an item's tiles is not made before them, to wait in registers
-  // and predicates that the tiles want (for which queries there are, it took six of seven predicates: 2260 us instead of 1965).
+  // and predicates that the tiles want.
   __device__ Seat anew() const { return of(first, sm90::thread()); }
 };
 
@@ -257,7 +250,7 @@ __device__ __forceinline__ void feed(const Task& task, const CUtensorMap* map, S
 // Column n belongs to query (n/8 / PAIRS)·4 + (n%8)/2 and head slot (n/8 % PAIRS)·2 + n%2.
 __device__ __forceinline__ void load_queries(const Task& task, int first, uint8_t* smem) {
 #pragma unroll
-  for (int n = threadIdx.x % 128; n < COLUMNS; n += 128) {
+  for (int n = threadIdx.x % 128; n < PRODUCT_COLUMNS; n += 128) {
     const int query = first + n / 8 / PAIRS * 4 + n % 8 / 2, slot = n / 8 % PAIRS * 2 + n % 2;
     const uint4* source = nullptr;
     if (query < task.rows) source = reinterpret_cast<const uint4*>(task.query(task.row(query), slot));
@@ -279,7 +272,7 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // seen by the compiler as one value for the warp
   const int lane = threadIdx.x % 32;
   const Places places(s);
-  const uint64_t b = sm90::tile_descriptor(places.base + group * COLUMNS * DIM);
+  const uint64_t b = sm90::tile_descriptor(places.base + group * PRODUCT_COLUMNS * DIM);
   const uint64_t a_tile = sm90::tile_descriptor(places.keys(0));
 
   typename Sink::Lane lane_sink(sink, shared.sink, task);
@@ -295,13 +288,13 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
     sm90::fence_async_shared();
     sm90::named_barrier(1 + group, 128);
 
-    float weight[LANE_QUERIES][HEADS];
+    float weight[LANE_QUERIES][COLUMNS];
 #pragma unroll
     for (int q = 0; q < LANE_QUERIES; ++q) {
       const bool live = seat.query(q) < task.rows;
       const int64_t t = live ? task.row(seat.query(q)) : 0;
 #pragma unroll
-      for (int j = 0; j < HEADS; ++j) weight[q][j] = live ? task.weight(t, j) : 0.f;
+      for (int j = 0; j < COLUMNS; ++j) weight[q][j] = live ? task.weight(t, j) : 0.f;
     }
     if (lane_sink.begin(seat)) extent.all_lo = INT_MAX;
 
@@ -314,7 +307,7 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
         const float* scale = s.scale[ring.stage] + product * KEYS;
         const float scales[2] = {scale[seat.key(0)], scale[seat.key(1)]};
         const uint64_t a = a_tile + (ring.stage * TILE + product * KEYS) * DIM / 16;
-        float d[COLUMNS / 2];
+        float d[PRODUCT_COLUMNS / 2];
         sm90::mma_fence();
         sm90::mma(d, a, b);
 #pragma unroll
@@ -329,7 +322,7 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
         }
         float score[LANE_QUERIES][2] = {};
 #pragma unroll
-        for (int n = 0; n < COLUMNS / 8; ++n)
+        for (int n = 0; n < PRODUCT_COLUMNS / 8; ++n)
 #pragma unroll
           for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -420,4 +413,5 @@ void launch_score(const Task& task, const uint8_t* k, const Sink& sink, int work
   check(cudaGetLastError(), "score_kernel");
 }
 
+}  // namespace
 }  // namespace misa

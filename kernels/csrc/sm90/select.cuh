@@ -5,6 +5,7 @@
 #include "warp.cuh"
 
 namespace misa {
+namespace {
 
 // Order-preserving: larger score, larger key; -0 equals +0; NaN is below everything, and ~0 above.
 __device__ __forceinline__ uint32_t number_key(float score) {  // of what is not NaN
@@ -225,4 +226,5 @@ struct Select {
   }
 };
 
+}  // namespace
 }  // namespace misa

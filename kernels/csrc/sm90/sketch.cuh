@@ -5,6 +5,7 @@
 #include <cstdint>
 
 namespace misa {
+namespace {
 
 // Complete pages whose sketches a row of `length` tokens reads: not the newest, which this step or its drafts may have completed.
 __device__ __forceinline__ int sketched_pages(int length) { return max(length / 64 - 1, 0); }
@@ -18,4 +19,5 @@ __device__ __forceinline__ uint32_t score_key(float score) {
   return score != score ? 0 : key;
 }
 
+}  // namespace
 }  // namespace misa

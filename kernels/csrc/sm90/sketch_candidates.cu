@@ -10,6 +10,7 @@
 #include "warp.cuh"
 
 namespace misa {
+namespace {
 
 constexpr int BLOCKS = 8, THREADS = 512, WARPS = THREADS / 32, PAGE = 64;  // of a cluster, and of each of its blocks
 constexpr int EACH = 8;                                                   // keys that a lane loads at once
@@ -183,6 +184,7 @@ void candidates(Bytes call, int64_t rows, int64_t stream) {
   launch_behind("candidates_kernel", candidates_kernel, int(rows) * BLOCKS, THREADS, stream_at(stream), in, BLOCKS, bytes);
 }
 
+}  // namespace
 }  // namespace misa
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(candidates, misa::candidates);

@@ -11,18 +11,13 @@
 
 #include "launch.cuh"
 #include "mma_sync.cuh"
+#include "shape.cuh"
 #include "sketch.cuh"
 
-#ifndef MISA_SKETCH_BITS
-#define MISA_SKETCH_BITS 2  // bits a coordinate: 1 or 2
-#endif
-#ifndef MISA_COLUMN_TILES
-#define MISA_COLUMN_TILES 1  // of 8 columns
-#endif
-
 namespace misa {
+namespace {
 
-constexpr int BITS = MISA_SKETCH_BITS, TILES = MISA_COLUMN_TILES;
+constexpr int BITS = SKETCH_BITS, TILES = (COLUMNS + 7) / 8;  // of 8 columns, which one product takes
 constexpr int PAGE = 64, DIM = 128;
 constexpr int CODE_BYTES = PAGE * DIM * BITS / 8, SKETCH_BYTES = CODE_BYTES + PAGE * 2;
 constexpr int WARPS = 4;          // of a thread block
@@ -191,6 +186,7 @@ void scan(Bytes call, int64_t rows, int64_t stream) {
   launch_behind("scan_kernel", scan_kernel, int(rows) * in.blocks, WARPS * 32, stream_at(stream), in);
 }
 
+}  // namespace
 }  // namespace misa
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(scan, misa::scan);

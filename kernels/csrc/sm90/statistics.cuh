@@ -5,6 +5,7 @@
 #include <cfloat>
 
 namespace misa {
+namespace {
 
 constexpr int TILE = 128;  // pooled keys of a matrix product
 
@@ -55,4 +56,5 @@ __device__ __forceinline__ float positive_share(float sum, float squares, int n)
   return mean > 0.f ? 1.f : mean < 0.f ? 0.f : 0.5f;
 }
 
+}  // namespace
 }  // namespace misa

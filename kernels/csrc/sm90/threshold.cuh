@@ -5,6 +5,7 @@
 #include "select.cuh"
 
 namespace misa {
+namespace {
 
 constexpr int CUT_THREADS = 256;
 
@@ -122,4 +123,5 @@ inline void launch_threshold(const Task& sampling, const Logits& sample, int ran
   check(cudaGetLastError(), "threshold_kernel");
 }
 
+}  // namespace
 }  // namespace misa

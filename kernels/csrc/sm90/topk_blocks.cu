@@ -2,14 +2,10 @@
 #include <cfloat>
 
 #include "rescorer.cuh"
-
-#ifndef MISA_INDEX_HEADS
-#define MISA_INDEX_HEADS 64  // H: 32 or 64
-#endif
+#include "shape.cuh"
 
 namespace misa {
-
-constexpr int ALL_HEADS = MISA_INDEX_HEADS;
+namespace {
 
 struct BlockChoice {
   const float* scores;  // [T, pitch] of complete blocks
@@ -39,12 +35,12 @@ struct Pages {
 };
 
 // Shared memory of a block that lists `room` tokens and chooses k.
-constexpr int blocks_bytes(int room, int k) { return int(sizeof(RankSmem<ALL_HEADS>)) + room * 4 + (room + PAGE - 1) / PAGE * 4 + k * 2; }
+constexpr int blocks_bytes(int room, int k) { return int(sizeof(RankSmem<INDEX_HEADS>)) + room * 4 + (room + PAGE - 1) / PAGE * 4 + k * 2; }
 
 __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __grid_constant__ Blocks job) {
   extern __shared__ __align__(1024) uint8_t raw[];
-  using Scorer = Rescorer<ALL_HEADS, 0>;
-  RankSmem<ALL_HEADS>& s = *reinterpret_cast<RankSmem<ALL_HEADS>*>(raw);
+  using Scorer = Rescorer<INDEX_HEADS, 0>;
+  RankSmem<INDEX_HEADS>& s = *reinterpret_cast<RankSmem<INDEX_HEADS>*>(raw);
   uint32_t* full = reinterpret_cast<uint32_t*>(raw + sizeof(s));
   int* pages = reinterpret_cast<int*>(full + job.choice.room);
   uint16_t* chosen = reinterpret_cast<uint16_t*>(pages + (job.choice.room + PAGE - 1) / PAGE);
@@ -101,6 +97,7 @@ void topk(Bytes inputs, Bytes output, Bytes choice, int64_t stream) {
   check(cudaGetLastError(), "blocks_kernel");
 }
 
+}  // namespace
 }  // namespace misa
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk, misa::topk);

@@ -10,6 +10,7 @@
 #include "warp.cuh"
 
 namespace misa {
+namespace {
 
 constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 2048, CANDIDATES = 1024, PAGE = 64, MAX_GROUPS = 8;
 static_assert(BINS == 2 * THREADS, "a thread scans two bins");
@@ -282,6 +283,7 @@ void topk(Bytes scored, Bytes tokens, int64_t rows, int64_t stream) {
   launch(Rows<Tokens>{unpack<Scored>(scored), unpack<Tokens>(tokens)}, rows, stream);
 }
 
+}  // namespace
 }  // namespace misa
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk_kept, misa::topk<misa::Kept>);

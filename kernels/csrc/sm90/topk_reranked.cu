@@ -6,15 +6,12 @@
 // holds, are scored into memory, marked again with exactly their best C, and go through (3) once more.
 #include "fallback.cuh"
 #include "rescorer.cuh"
+#include "shape.cuh"
 #include "threshold.cuh"
 
-#ifndef MISA_INDEX_HEADS
-#define MISA_INDEX_HEADS 64  // H: 32 or 64
-#endif
-
 namespace misa {
+namespace {
 
-constexpr int ALL_HEADS = MISA_INDEX_HEADS;
 constexpr int SEGMENT = 1 << 16, SEGMENTS = 64;  // keys are listed by their low 16 bits, segment by segment
 constexpr int WORD_KEYS = 32;                    // neighbouring keys whose marks lie in 16 bytes
 constexpr int BATCH_WORDS = 8;                   // a thread's, of a segment
@@ -79,7 +76,7 @@ struct Mark {
   };
 };
 
-struct RerankSmem : RankSmem<ALL_HEADS> {
+struct RerankSmem : RankSmem<INDEX_HEADS> {
   int ends[SEGMENTS];  // of each segment in the list
   int counted;
 };
@@ -206,7 +203,7 @@ static_assert(sizeof(RerankSmem) <= FIXED_BYTES);
 
 __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __grid_constant__ Rerank job) {
   extern __shared__ __align__(1024) uint8_t raw[];
-  using Scorer = Rescorer<ALL_HEADS, HEADS, MISA_RESIDUAL>;
+  using Scorer = Rescorer<INDEX_HEADS, COLUMNS, RESIDUAL>;
   RerankSmem& s = *reinterpret_cast<RerankSmem*>(raw);
   uint32_t* full = reinterpret_cast<uint32_t*>(raw + FIXED_BYTES);
   uint16_t* low = reinterpret_cast<uint16_t*>(full + job.room);
@@ -395,6 +392,7 @@ void topk(Bytes inputs, Bytes output, Bytes division, int64_t stages, int64_t st
   }
 }
 
+}  // namespace
 }  // namespace misa
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk, misa::topk);

@@ -1,11 +1,12 @@
 // Exact top k of routed-head scores (scorer.cuh) without a score matrix: (1) score a sample of the keys, (2) take a quantile of
 // it, by score and then position, as the row's threshold, (3) score all keys and append what passes to buffers that each thread owns alone,
 // (4) take the exact top k of the appended, (5) rows that came out short or overflowed are scored into memory and selected
-// there. See topk_routed.py for the statistics.
+// there. See plan.py for the statistics.
 #include "fallback.cuh"
 #include "threshold.cuh"
 
 namespace misa {
+namespace {
 
 // What passed: (score, key) in buffers that threads own alone, so that there are no atomics.
 struct HitBuffers {
@@ -136,7 +137,7 @@ struct FewHits : HitBuffers {
   };
 };
 
-// The same, gathered in shared memory and written by sectors: appends of 8 bytes stop at 25 G/s on an H100, which is what
+// The same, gathered in shared memory and written by sectors: scattered appends of 8 bytes are what
 // limits the scorer where many pass. Neighbouring lanes divide their queries, for there is no room for a sector of each.
 struct ManyHits : HitBuffers {
   static constexpr int OWNERS = LANE_QUERIES > 1 ? 2 : 1;
@@ -262,9 +263,8 @@ using Selection = Select<SELECT_THREADS>;
 
 // Brings row i's entries together in shared memory, in any order: what makes whole 16 bytes of each buffer by a copy, then the odd
 // ones. Behind an odd number of them stands `filler`. Returns how many lie there with it; 0 where they cannot answer for the top k.
-__device__ __forceinline__ int gather(Selection::Smem& s, const HitBuffers& hits, int i, int2 workers, uint2 filler, int k, int room,
-                                      uint2* entries) {
-  __shared__ uint64_t landed;
+__device__ __forceinline__ int gather(Selection::Smem& s, uint64_t& landed, const HitBuffers& hits, int i, int2 workers, uint2 filler, int k,
+                                      int room, uint2* entries) {
   const uint32_t barrier = sm90::smem_address(&landed);
   if (threadIdx.x == 0) {
     s.listed = 0;
@@ -309,6 +309,7 @@ __global__ void __launch_bounds__(SELECT_THREADS, SELECT_BLOCKS)
                   int room, const __grid_constant__ Failed failed) {
   extern __shared__ __align__(16) uint2 entries[];
   __shared__ Selection::Smem smem;
+  __shared__ uint64_t landed;
   const int i = blockIdx.x, t = task.first + i, k = output.k;
   const int start = max(task.starts[t], 0), length = max(min(task.ends[t], task.keys) - start, 0);
   const OutputRow row = output.row(t);
@@ -322,7 +323,7 @@ __global__ void __launch_bounds__(SELECT_THREADS, SELECT_BLOCKS)
   const uint32_t lowest = rank_key(threshold), highest = rank_key(INFINITY);
   const int shift = threshold > 0.f ? 24 - Selection::LOG_BINS : Selection::shift_over(highest - lowest);
   Selection::clear(smem);
-  const int n = gather(smem, hits, i, Items::workers(task, i), {__float_as_uint(threshold), 0}, k, room, entries);
+  const int n = gather(smem, landed, hits, i, Items::workers(task, i), {__float_as_uint(threshold), 0}, k, room, entries);
   if (n == 0) {
     if (threadIdx.x == 0) failed.add(t);
     return;
@@ -430,6 +431,7 @@ void topk(Bytes inputs, Bytes output, Bytes division, int64_t stages, int64_t st
   }
 }
 
+}  // namespace
 }  // namespace misa
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(logits, misa::logits);

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 namespace misa {
+namespace {
 
 // Inclusive sum over the lanes.
 template <class T>
@@ -15,4 +16,5 @@ __device__ __forceinline__ T warp_sum_up(T value, int lane) {
   return value;
 }
 
+}  // namespace
 }  // namespace misa

@@ -2,15 +2,19 @@
 #include "route.cu"
 
 namespace misa {
+namespace {
+
 alignas(1024) uint8_t raw[sizeof(Smem<Folded<true, false>>) + sizeof(Smem<Folded<true, true>>)];
 
 template <class Fold>
 bool launch(const Task& task, const uint8_t* q, const uint16_t* pooled, int requests, int workers) {
-  const CUtensorMap q_map{reinterpret_cast<const char*>(q), task.rows * HEADS, DIM, LINES};
+  const CUtensorMap q_map{reinterpret_cast<const char*>(q), task.rows * INDEX_HEADS, DIM, LINES};
   const CUtensorMap k_map{reinterpret_cast<const char*>(pooled), requests * task.max_blocks, DIM * 2, TILE, 2};
   return simt::launch(workers, THREADS, [&] { route_kernel<Fold>(task, q_map, k_map); });
 }
-}
+
+}  // namespace
+}  // namespace misa
 
 using namespace misa;
 

@@ -2,10 +2,10 @@
 #pragma once
 
 namespace misa {
+namespace {
+
 alignas(16) uint32_t staged[1 << 14];
 alignas(1024) uint8_t raw[256 << 10];
-
-namespace {
 
 Task rows_of(const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, const int32_t* division) {
   Task task{};

@@ -2,8 +2,10 @@
 #include "topk_blocks.cu"
 
 namespace misa {
+namespace {
 alignas(1024) uint8_t raw[64 << 10];
 }
+}  // namespace misa
 
 using namespace misa;
 

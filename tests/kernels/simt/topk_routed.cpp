@@ -3,8 +3,10 @@
 #include "run.h"
 
 namespace misa {
+namespace {
 alignas(16) uint2 entries[1 << 14];
 }
+}  // namespace misa
 
 using namespace misa;
 
