@@ -21,20 +21,19 @@ struct HitBuffers {
 };
 
 // The private buffers of a thread: those of one number in all rows of its thread block. Threads hand them on in turn, for keys whose
-// period shares a factor with the product's 64 keys bring all their hits to a few threads. No registers are left for what is read
-// once a tile or less, so it lies in shared memory.
+// period shares a factor with the product's 64 keys bring all their hits to a few threads. What is read once an item or turn lies in
+// shared memory, for registers are few.
 template <int BUFFERS, int OWN>  // of a row and thread block, and queries of a thread
 struct OwnBuffers {
   static constexpr int TURN = 8;                // tiles, after which they change hands
   static constexpr int SHARING = 32 / BUFFERS;  // lane rows that divide their queries
 
-  uint2 extent[CONSUMERS];         // of what each thread has now: the first query's first entry, and how many a buffer holds
-  int seat[CONSUMERS];             // the thread that began with it
+  int seat[CONSUMERS];             // the thread that began with what each has now
   uint32_t first[OWN][CONSUMERS];  // entries of the item, by that seat
   uint32_t places[OWN][CONSUMERS];
 
-  struct Extent {
-    uint32_t begin, capacity;
+  struct alignas(8) Extent {
+    uint32_t begin, capacity;  // the first query's first entry, and how many a buffer holds
     __device__ uint32_t first(int q) const { return begin + q * (4 * BUFFERS) * capacity; }
     __device__ uint32_t end(int q) const { return first(q) + capacity; }
   };
@@ -45,23 +44,19 @@ struct OwnBuffers {
     const int32_t* held = task.division + Division::held(task.blocks(), gridDim.x) + blockIdx.x;
     const uint32_t capacity = held[1] - held[0], begin = (held[0] * ROWS + row * capacity) * BUFFERS + number(threadIdx.x) * capacity;
     seat[threadIdx.x] = threadIdx.x;
-    extent[threadIdx.x] = {begin, capacity};
     return {begin, capacity};
-  }
-  __device__ Extent own() const {
-    const uint2 at = extent[sm90::thread()];
-    return {at.x, at.y};
   }
   __device__ int own_number() const { return number(seat[sm90::thread()]); }
   __device__ uint32_t& own_first(int q) { return first[q][seat[sm90::thread()]]; }
-  // Hands the places of the next entries on, after a tile behind which `left` come, and takes another thread's, of the same queries.
-  __device__ void turn(int left, uint32_t (&place)[OWN]) {
+  // Hands the buffers and the places of their next entries on, after a tile behind which `left` come, and takes another thread's, of
+  // the same queries.
+  __device__ void turn(int left, uint32_t (&place)[OWN], Extent& own) {
     if (left % TURN) return;
     const int thread = sm90::thread(), old = seat[thread], now = old / 128 * 128 + (old + 4 * SHARING) % 128;
 #pragma unroll
     for (int q = 0; q < OWN; ++q) places[q][old] = place[q];
     seat[thread] = now;
-    extent[thread].x += (number(now) - number(old)) * extent[thread].y;
+    own.begin += (number(now) - number(old)) * own.capacity;
     sm90::named_barrier(1 + now / 128, 128);
 #pragma unroll
     for (int q = 0; q < OWN; ++q) place[q] = places[q][now];
@@ -74,7 +69,9 @@ struct FewHits : HitBuffers {
   static constexpr int BURST = 2 * TILE / KEYS;  // entries that one tile may bring to a buffer
   static constexpr float SIGMAS = 6.5f;
 
-  using Shared = OwnBuffers<BUFFERS, LANE_QUERIES>;
+  struct Shared : OwnBuffers<BUFFERS, LANE_QUERIES> {
+    Extent extent[CONSUMERS];  // of what each thread has now, for which no registers are left
+  };
 
   struct Lane {
     const HitBuffers& to;
@@ -86,18 +83,19 @@ struct FewHits : HitBuffers {
 
     __device__ Lane(const FewHits& sink, Shared& shared, const Task& task)
         : to(sink), shared(shared), rows(task.rows) {
-      const auto own = shared.init(task, threadIdx.x / 128 * QUERIES + threadIdx.x % 4);
+      const auto own = this->own() = shared.init(task, threadIdx.x / 128 * QUERIES + threadIdx.x % 4);
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) place[q] = address(own.first(q));
     }
     __device__ uint32_t address(uint32_t entry) const { return uint32_t(reinterpret_cast<uintptr_t>(to.entries)) + entry * sizeof(uint2); }
+    __device__ Shared::Extent& own() const { return shared.extent[sm90::thread()]; }
     // The last place from which a whole burst still fits.
     __device__ uint32_t limit(const Shared::Extent& own, int q) const { return address(own.end(q) - BURST); }
 
     __device__ bool begin(const Seat& at) {
       seat = at;
       bool splits = false;
-      const auto own = shared.own();
+      const auto own = this->own();
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
         place[q] = (place[q] + 15) / 16 * 16;  // entries are read in pairs
@@ -119,14 +117,14 @@ struct FewHits : HitBuffers {
     }
     // Ends collecting where a buffer might not hold the next burst.
     __device__ void settle(int left) {
-      shared.turn(left, place);
-      const auto own = shared.own();
+      shared.turn(left, place, own());
+      const auto own = this->own();
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) threshold[q] = place[q] > limit(own, q) ? INFINITY : threshold[q];
     }
     __device__ void finish() {
       const Seat at = seat.anew();
-      const auto own = shared.own();
+      const auto own = this->own();
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
         const uint32_t first = shared.own_first(q);
@@ -158,6 +156,7 @@ struct ManyHits : HitBuffers {
     const bool upper;        // which half of the pair's queries is this lane's
     const uint32_t waiting;  // shared-memory address of the first waiting entry
     Seat seat;
+    typename Shared::Extent own;
     float threshold[OWN];
     uint32_t slot[OWN];      // shared-memory address of the next entry
     uint32_t place[OWN];     // of the next sector; FULL: no room is left
@@ -167,7 +166,7 @@ struct ManyHits : HitBuffers {
     __device__ Lane(const ManyHits& sink, Shared& shared, const Task& task)
         : to(sink), shared(shared), rows(task.rows), upper(OWNERS == 2 && threadIdx.x / 4 % 2),
           waiting(sm90::smem_address(&shared.waiting[0][0][threadIdx.x])) {
-      const auto own = shared.init(task, threadIdx.x / 128 * QUERIES + threadIdx.x % 4 + (upper ? 4 * OWN : 0));
+      own = shared.init(task, threadIdx.x / 128 * QUERIES + threadIdx.x % 4 + (upper ? 4 * OWN : 0));
 #pragma unroll
       for (int q = 0; q < OWN; ++q) slot[q] = waiting + q * ROW, place[q] = own.first(q);
     }
@@ -207,7 +206,7 @@ struct ManyHits : HitBuffers {
         if (__any_sync(~0u, full)) flush(q, full);
       }
     }
-    __device__ void settle(int left) { shared.turn(left, place); }
+    __device__ void settle(int left) { shared.turn(left, place, own); }
     __device__ void flush(int q, bool full) {
       const uint32_t from = waiting + q * ROW;
       uint4 out[SECTOR / 2];
@@ -230,7 +229,7 @@ struct ManyHits : HitBuffers {
     }
     // Writes a sector; without room the row ends here.
     __device__ void write(int q, const uint4 (&out)[SECTOR / 2]) {
-      if (place[q] == FULL || place[q] + SECTOR > shared.own().end(q)) {
+      if (place[q] == FULL || place[q] + SECTOR > own.end(q)) {
         threshold[q] = INFINITY;
         place[q] = FULL;
         return;
