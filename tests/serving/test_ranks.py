@@ -19,7 +19,7 @@ from sglang_misa.procs import free_port
 
 RANKS = 2
 FAITHFUL = PRESETS["faithful"].prefill.label
-RUNG = re.compile(r'^sglang_misa:rung\{(?=.*layer="(\w+)")(?=.*phase="(\w+)")(?=.*[{,]rank="(\d)").*\} ([\d.]+)$', re.M)
+RUNG = re.compile(r'^sglang_misa:rung\{(?=.*layer="(\w+)")(?=.*phase="(\w+)")(?=.*tp_rank="(\d)").*\} ([\d.]+)$', re.M)
 STOP_LIMIT = 120  # seconds that a server may take to end once its ranks have parted
 
 pytestmark = [

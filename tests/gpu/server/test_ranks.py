@@ -42,7 +42,7 @@ START_LIMIT, END_LIMIT = 420, 120  # seconds
 NAMES = ("stock", "fast", "faithful", "hisa")
 OURS = NAMES[1:]
 PARTS = "hisa"  # the arm whose second rank parts in the end
-RUNG = re.compile(r'^sglang_misa:rung\{(?=.*layer="(\w+)")(?=.*phase="(\w+)")(?=.*[{,]rank="(\d)").*\} ([\d.]+)$', re.M)
+RUNG = re.compile(r'^sglang_misa:rung\{(?=.*layer="(\w+)")(?=.*phase="(\w+)")(?=.*tp_rank="(\d)").*\} ([\d.]+)$', re.M)
 
 
 @dataclass(frozen=True)
