@@ -198,8 +198,8 @@ def _peak(heads: int = 7, **axes: Any) -> SelectionPolicy:
     return SelectionPolicy(heads=heads, router="peak", residual=True, **axes)
 
 
-def _sketched(bits: Literal[1, 2]) -> SelectionPolicy:
-    return _peak(15, sketch=bits, candidates=8192, block_size=PAGE, min_len=65536, min_rows=16)
+def _sketched(bits: Literal[1, 2], heads: int) -> SelectionPolicy:
+    return _peak(heads, sketch=bits, candidates=8192, block_size=PAGE, min_len=65536, min_rows=32)
 
 
 # Each gate stands where the kernels have overtaken stock (docs/measured.md).
@@ -211,8 +211,8 @@ PRESETS: dict[str, MisaConfig] = {
     "hisa": MisaConfig(prefill=SelectionPolicy(blocks=64, block_size=128, min_len=24576), decode=HISA_DECODE),
     "misa-hisa": MisaConfig(prefill=SelectionPolicy(heads=8), decode=HISA_DECODE),
     # Ours (docs/quality.md).
-    "fast": MisaConfig(prefill=_peak(block_size=128), decode=_sketched(1)),
-    "faithful": MisaConfig(prefill=_peak(candidates=4096, block_size=128, min_len=16384), decode=_sketched(2)),
+    "fast": MisaConfig(prefill=_peak(block_size=128), decode=_sketched(1, 7)),
+    "faithful": MisaConfig(prefill=_peak(candidates=4096, block_size=128, min_len=16384), decode=_sketched(2, 15)),
     "exact": MisaConfig(prefill=SelectionPolicy(exact=True, min_len=16384)),
 }
 DEFAULT_PRESET = "faithful"

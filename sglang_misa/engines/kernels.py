@@ -160,6 +160,7 @@ def warm_up(runtime: Runtime) -> None:
         for number, rows in enumerate((64, 65, runtime.topk, runtime.topk - 1, 1)):
             engine.extend(*_made_up_extend(runtime, policy, table, rows, number % 2 == 0, device))
     for policy in filter(_is_active, runtime.config.policies("decode")):
+        engine.pages_written(0, torch.arange(pages * PAGE, device=device))
         for rows in (1, 4, 32, 64):  # each with its own launch sizes
             lens = torch.full((rows,), pages * PAGE, dtype=torch.int32, device=device)
             call = DecodeCall(
