@@ -4,8 +4,8 @@
 
 Writes README.md and the figures beside the CSVs, and, between the markers `<!-- NAME -->` and `<!-- /NAME -->` of a
 page that has them, the table NAME: `measured` in docs/measured.md and the README, `quality` and `needles` in
-docs/quality.md. A table of kernels holds one GPU and one commit, the last one in the file; the newest row of a case
-wins.
+docs/quality.md. A table of kernels holds one GPU and, of each preset, one commit, the last one in the file; the newest
+row of a case wins.
 """
 
 from __future__ import annotations
@@ -56,11 +56,15 @@ def read(path: Path) -> list[Record]:
 
 
 def newest(rows: Iterable[Record]) -> list[Record]:
-    """The right rows of the last commit of each GPU and phase, and of a case the last one."""
+    """The right rows of the last commit of each GPU, preset and table, and of a case the last one."""
+
+    def table(row: Record) -> tuple[str | bool, ...]:
+        return row["gpu"], row["phase"], row["preset"], row["inputs"].startswith("hostile")
+
     kept = [row for row in rows if row["correct"] == "True"]
-    last = {(row["gpu"], row["phase"]): row["commit"] for row in kept}
+    last = {table(row): row["commit"] for row in kept}
     case = ("gpu", "phase", "preset", "policy", "index_heads", "candidates", "blocks", "rows", "length", "inputs")
-    found = {tuple(row[c] for c in case): row for row in kept if row["commit"] == last[row["gpu"], row["phase"]]}
+    found = {tuple(row[c] for c in case): row for row in kept if row["commit"] == last[table(row)]}
     return list(found.values())
 
 

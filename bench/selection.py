@@ -197,8 +197,9 @@ def policies() -> list[tuple[Phase, SelectionPolicy]]:
         found.append(("prefill", SelectionPolicy(heads=heads, router=router, residual=residual, block_size=size)))
     found += [("decode", SelectionPolicy(blocks=blocks, block_size=size)) for blocks, size in HISA]
     for bits in BITS:
-        routed = SelectionPolicy(heads=7, router="peak", residual=True, block_size=PAGE)
-        found += [("decode", p.model_copy(update={"sketch": bits})) for p in (SelectionPolicy(block_size=PAGE), routed)]
+        for heads in (None, 7, 15):
+            routed = {} if heads is None else {"heads": heads, "router": "peak", "residual": True}
+            found.append(("decode", SelectionPolicy(sketch=bits, block_size=PAGE, **routed)))
     return found
 
 
