@@ -28,11 +28,4 @@ __device__ __forceinline__ T& shared_of(int rank) {
   return *other;
 }
 
-// What a launch has asked for beside it, 16-byte aligned.
-template <class T>
-__device__ __forceinline__ T* dynamic_shared() {
-  extern __shared__ __align__(16) uint8_t raw[];
-  return reinterpret_cast<T*>(raw);
-}
-
 }  // namespace sm90

@@ -1,5 +1,4 @@
-// The host's side of a launch that may begin while the one before it drains (programmatic dependent launch), maybe in clusters of blocks,
-// with `bytes` of dynamic shared memory each.
+// The host's side of a launch that may begin while the one before it drains (programmatic dependent launch), maybe in clusters of blocks.
 #pragma once
 #include "host.cuh"
 
@@ -10,7 +9,7 @@ namespace {
 
 template <class Arguments>
 void launch_behind(const char* name, void (*kernel)(Arguments), int blocks, int threads, cudaStream_t stream, const Arguments& arguments,
-                   int cluster = 1, int bytes = 0) {
+                   int cluster = 1) {
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -19,7 +18,6 @@ void launch_behind(const char* name, void (*kernel)(Arguments), int blocks, int 
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;

@@ -1,8 +1,8 @@
 // The candidates of decode rows: the C tokens of the highest score keys, the newest tokens always among them. One cluster a row.
 //
-// Each block copies its part of the row's keys to shared memory. Two histograms, summed over the cluster, find the key that the cut falls
-// on, its upper 11 bits first. Then each warp counts what it has above the cut and on it, and lists that in the order of positions, so
-// that among equal keys the earlier tokens are in.
+// Two histograms, summed over the cluster, find the key that the cut falls on, its upper 11 bits first. Then each warp counts what it
+// has above the cut and on it, and lists that in the order of positions, so that among equal keys the earlier tokens are in. (Keys staged
+// in shared memory took as long: reading them again from L2 is not what binds.)
 #include "cluster.cuh"
 #include "launch.cuh"
 #include "mma_sync.cuh"
@@ -36,16 +36,12 @@ struct Smem {
   uint32_t totals[BLOCKS];  // keys in the part of the bins that each block sums up
   uint32_t bin, above;      // where the cut is, and keys in higher bins
   Count warps[WARPS], blocks[BLOCKS];
-  uint64_t landed;
 };
 
 // Keys from `lo` on, `need` of which are wanted beside all above them.
 struct Cut {
   uint32_t lo, need;
 };
-
-// Of a row with so many sketched pages.
-__host__ __device__ __forceinline__ int pages_of_warp(int pages) { return (pages + BLOCKS * WARPS - 1) / (BLOCKS * WARPS); }
 
 __device__ __forceinline__ uint32_t key_of(const uint4& eight, int i) {
   const uint32_t pair = i < 2 ? eight.x : i < 4 ? eight.y : i < 6 ? eight.z : eight.w;
@@ -101,27 +97,17 @@ __global__ void __launch_bounds__(THREADS) candidates_kernel(const Candidates in
   for (int i = thread; i < length - scored; i += BLOCKS * THREADS) positions[wanted + i] = scored + i;
 
   // A warp has a run of whole pages, so of whole loads.
-  const int share = pages_of_warp(scored / PAGE) * PAGE, begin = min(rank * WARPS * share, scored), end = min(begin + WARPS * share, scored);
-  const int from = min(begin + warp * share, end), to = min(from + share, end);
-  const uint4* keys = sm90::dynamic_shared<uint4>();
-  const uint32_t landed = sm90::smem_address(&s.landed);
-  if (threadIdx.x == 0) {
-    sm90::barrier_init(landed, 1);
-    sm90::barrier_init_fence();
-    const uint32_t bytes = (end - begin) * sizeof(uint16_t);
-    sm90::barrier_arrive_expect(landed, bytes);
-    if (bytes) sm90::copy_run(sm90::smem_address(keys), in.scores + row * in.room + begin, bytes, landed);
-  }
-  const auto eight_at = [&](int base) { return keys[(base - begin) / EACH]; };
+  const uint16_t* scores = in.scores + row * in.room;
+  const int share = (scored / PAGE + BLOCKS * WARPS - 1) / (BLOCKS * WARPS) * PAGE;
+  const int from = min((rank * WARPS + warp) * share, scored), to = min(from + share, scored);
   const auto each = [&](const auto& visit) {
-    for (int base = from + lane * EACH; base < to; base += 32 * EACH) visit(eight_at(base));
+    for (int base = from + lane * EACH; base < to; base += 32 * EACH) visit(__ldcg(reinterpret_cast<const uint4*>(scores + base)));
   };
   Cut cut{0, uint32_t(wanted)};
 #pragma unroll
   for (int shift = FINE_BITS; shift >= 0; shift -= FINE_BITS) {
     for (int i = threadIdx.x; i < BINS; i += THREADS) s.bins[i] = 0;
     __syncthreads();
-    if (shift == FINE_BITS) sm90::barrier_wait(landed, 0);
     each([&](const uint4& eight) {
 #pragma unroll
       for (int i = 0; i < EACH; ++i) {
@@ -155,7 +141,7 @@ __global__ void __launch_bounds__(THREADS) candidates_kernel(const Candidates in
   for (int first = from; first < to; first += 32 * EACH) {
     const int base = first + lane * EACH;
     uint4 eight{};
-    if (base < to) eight = eight_at(base);
+    if (base < to) eight = __ldcg(reinterpret_cast<const uint4*>(scores + base));
     uint32_t own = 0;  // above in the lower half, ties in the upper one
     if (base < to) {
 #pragma unroll
@@ -178,10 +164,7 @@ __global__ void __launch_bounds__(THREADS) candidates_kernel(const Candidates in
 // ---- host
 
 void candidates(Bytes call, int64_t rows, int64_t stream) {
-  const auto in = unpack<Candidates>(call);
-  const int bytes = pages_of_warp(int(in.room / PAGE)) * WARPS * PAGE * sizeof(uint16_t);
-  allow_shared(candidates_kernel, bytes);
-  launch_behind("candidates_kernel", candidates_kernel, int(rows) * BLOCKS, THREADS, stream_at(stream), in, BLOCKS, bytes);
+  launch_behind("candidates_kernel", candidates_kernel, int(rows) * BLOCKS, THREADS, stream_at(stream), unpack<Candidates>(call), BLOCKS);
 }
 
 }  // namespace

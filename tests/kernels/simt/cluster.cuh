@@ -18,10 +18,4 @@ T& shared_of(int rank) {
 template <class T>
 T& shared() { return shared_of<T>(cluster_rank()); }
 
-template <class T>
-T* dynamic_shared() {
-  alignas(16) static char blocks[BLOCKS_AT_MOST][1 << 16];
-  return reinterpret_cast<T*>(blocks[cluster_rank()]);
-}
-
 }  // namespace sm90
