@@ -121,10 +121,10 @@ class Needles(Common):
     """a list to put the results into, in the place of those of the same model, arm, length and depth"""
 
     def measure(self, collector: Collector, arms: Sequence[Arm], commit: str) -> list[Section]:
-        listed = _listed(self.json)
+        _listed(self.json)  # or it is refused now
         found = self.of_answers(collector, arms, commit)
         if self.json is not None:
-            rows = {tuple(row[name] for name in CELL): row for row in [*listed, *found[0].rows]}
+            rows = {tuple(row[name] for name in CELL): row for row in [*_listed(self.json), *found[0].rows]}
             lines = ",\n ".join(json.dumps(row) for row in rows.values())
             self.json.write_text(f"[\n {lines}\n]\n", encoding="utf-8")
         return found

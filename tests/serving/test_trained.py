@@ -91,11 +91,11 @@ def test_the_model_finds_needles_at_every_depth(server, tmp_path):
 
 
 def test_a_policy_is_calibrated_on_what_the_server_dumps(server, folder, tmp_path, monkeypatch):
-    few = [each for each in selection.policies() if each[1].heads in (None, 7) and each[1].block_size == 64]
+    few = [each for each in selection.policies() if (each[1].heads, each[1].router) == (7, "peak")]
     monkeypatch.setattr(selection, "policies", lambda: few)
     prompts, out, target = tmp_path / "prompts.jsonl", tmp_path / "policy.json", 0.95
     prompts.write_text("".join(json.dumps({"text": prose(seed, 4000)}) + "\n" for seed in range(2)))
-    words = f"--server http://127.0.0.1:{server.port} --dump {folder}/dump --prompts {prompts} --costs model --rows 16"
+    words = f"--server http://127.0.0.1:{server.port} --dump {folder}/dump --prompts {prompts} --costs model --rows 8"
     words += f" --length 1024 --min-len {TOPK} --target {target} --out {out}"
     assert calibrate.main(words.split()) == 0
     file = PolicyFile.read(str(out))
