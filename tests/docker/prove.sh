@@ -166,8 +166,8 @@ load() {
 recovery() {
   local name victim
   name=$(container server)
-  victim=$(docker exec "$name" sh -c 'grep -l "sglang::scheduler" /proc/[0-9]*/cmdline | cut -d/ -f3 | head -n 1')
-  docker exec "$name" kill -9 "$victim"
+  victim=$(docker exec "$name" sh -c 'grep -l "[s]glang::scheduler" /proc/[0-9]*/cmdline | cut -d/ -f3 | head -n 1')
+  docker exec "$name" sh -c "kill -9 ${victim:?no scheduler}"
   for _ in $(seq 60); do [ "$(docker inspect -f '{{.RestartCount}}' "$name")" = 1 ] && break; sleep 1; done
   [ "$(docker inspect -f '{{.RestartCount}}' "$name")" = 1 ] || fail "not restarted"
   healthy server "$START"
