@@ -203,11 +203,11 @@ refusals() { # each by its message, with nothing half-started
   install -d -m 777 "$W/open"
   launch_refused "TRITON_CACHE_DIR: expected a folder that others cannot write" "${model[@]}" -v "$W/open:/cache/triton" -- --model-path=/model
   [ -z "$(ls -A "$W/open")" ] || fail "something was written to the open cache"
+  compose --profile serve down 2>> "$W/up.log" # so that the next ones have a container to make
   DOCKER_API_VERSION=1.43 refuses "start interval.* requires API version 1.44" "$W/refusal.log" compose --profile serve up -d --no-build
   MODEL=./nowhere refuses "bind source path does not exist: .*/docker/nowhere" "$W/refusal.log" compose --profile serve up -d --no-build
   [ ! -e docker/nowhere ] || fail "the folder of the model was created"
   (unset MODEL; refuses "MODEL-is-not-set" "$W/refusal.log" compose --profile serve up -d --no-build)
-  compose --profile serve down 2>> "$W/up.log"
   (unset MODEL; compose --profile monitoring config -q; compose logs > /dev/null; compose down 2>> "$W/up.log")
   say "monitoring, logs and down need no MODEL"
 }
