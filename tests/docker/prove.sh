@@ -166,8 +166,8 @@ load() {
 recovery() {
   local name victim
   name=$(container server)
-  victim=$(docker exec "$name" sh -c 'grep -l "sglang::scheduler" /proc/[0-9]*/cmdline | cut -d/ -f3 | head -n 1')
-  docker exec "$name" kill -9 "$victim"
+  victim=$(docker exec "$name" sh -c 'grep -l "[s]glang::scheduler" /proc/[0-9]*/cmdline | cut -d/ -f3 | head -n 1')
+  docker exec "$name" sh -c "kill -9 ${victim:?no scheduler}"
   for _ in $(seq 60); do [ "$(docker inspect -f '{{.RestartCount}}' "$name")" = 1 ] && break; sleep 1; done
   [ "$(docker inspect -f '{{.RestartCount}}' "$name")" = 1 ] || fail "not restarted"
   healthy server "$START"
@@ -187,7 +187,7 @@ launch_refused() { # MESSAGE FLAGS… -- WORDS…: the launcher as in compose.ya
   local message=$1 flags=(); shift
   while [ "$1" != -- ]; do flags+=("$1"); shift; done
   refuses "$message" "$W/refusal.log" docker run --rm --read-only --tmpfs /tmp --cap-drop ALL -v "$SITE:/opt/site:ro" \
-    -e PYTHONPATH=/opt/site "${flags[@]}" "sglang-misa:$VERSION" --misa-preset=fast --misa-allow-unverified "${@:2}"
+    -e PYTHONPATH=/opt/site "${flags[@]}" "sglang-misa:$VERSION" --misa-preset=faithful --misa-allow-unverified "${@:2}"
 }
 
 refusals() { # each by its message, with nothing half-started
@@ -203,11 +203,11 @@ refusals() { # each by its message, with nothing half-started
   install -d -m 777 "$W/open"
   launch_refused "TRITON_CACHE_DIR: expected a folder that others cannot write" "${model[@]}" -v "$W/open:/cache/triton" -- --model-path=/model
   [ -z "$(ls -A "$W/open")" ] || fail "something was written to the open cache"
+  compose --profile serve down 2>> "$W/up.log" # so that the next ones have a container to make
   DOCKER_API_VERSION=1.43 refuses "start interval.* requires API version 1.44" "$W/refusal.log" compose --profile serve up -d --no-build
   MODEL=./nowhere refuses "bind source path does not exist: .*/docker/nowhere" "$W/refusal.log" compose --profile serve up -d --no-build
   [ ! -e docker/nowhere ] || fail "the folder of the model was created"
   (unset MODEL; refuses "MODEL-is-not-set" "$W/refusal.log" compose --profile serve up -d --no-build)
-  compose --profile serve down 2>> "$W/up.log"
   (unset MODEL; compose --profile monitoring config -q; compose logs > /dev/null; compose down 2>> "$W/up.log")
   say "monitoring, logs and down need no MODEL"
 }
