@@ -17,6 +17,8 @@ from docker_monitoring import GPU_ONLY, METRIC, alerts, panels
 
 SERVER, PROMETHEUS = "http://127.0.0.1:30000", "http://127.0.0.1:9090"
 SCRAPES = 40.0  # seconds: two of them, so that rates have data
+SCRAPES_AT_MOST = 240.0  # where the machine is too busy to answer each of them in time
+SERVED = "rate(sglang:generation_tokens_total[5m])"
 PROMPT = "A long text about nothing in particular. " * 40
 GENERATE = {"text": PROMPT, "sampling_params": {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}}
 JOINED = (
@@ -57,6 +59,12 @@ def read_keys() -> dict[str, str | None]:
     return {"none": None, "wrong": "wrong", "user": user, "admin": admin}
 
 
+def evaluate(expression: str) -> list[Any]:
+    status, text = request(f"{PROMETHEUS}/api/v1/query?" + urllib.parse.urlencode({"query": expression}))
+    assert status == 200, f"{expression}: {text!r}"
+    return json.loads(text)["data"]["result"]
+
+
 def keys() -> None:
     """Every endpoint of MATRIX with every key: the status, and no key in any answer."""
     given = read_keys()
@@ -72,10 +80,10 @@ def keys() -> None:
 
 
 def load() -> None:
-    """A few prompts, short, long, repeated and streamed, over two scrapes."""
+    """A few prompts, short, long, repeated and streamed, until two scrapes have seen them."""
     key = read_keys()["user"]
-    end = time.monotonic() + SCRAPES
-    while time.monotonic() < end:
+    began = time.monotonic()
+    while (took := time.monotonic() - began) < SCRAPES or (not evaluate(SERVED) and took < SCRAPES_AT_MOST):
         for body in (GENERATE, GENERATE | {"stream": True}, GENERATE | {"text": "Short."}):
             status, text = request(f"{SERVER}/generate", body, key)
             assert status == 200, text
@@ -99,12 +107,6 @@ def scraped() -> None:
 
 def queries() -> None:
     """Every query of the dashboard and of the alerts; the dashboard's return data, but for what only GPUs count."""
-
-    def evaluate(expression: str) -> list[Any]:
-        status, text = request(f"{PROMETHEUS}/api/v1/query?" + urllib.parse.urlencode({"query": expression}))
-        assert status == 200, f"{expression}: {text!r}"
-        return json.loads(text)["data"]["result"]
-
     answers = {f"{title}: {expression}": (expression, evaluate(expression)) for title, expression in panels()}
     gpu = {query for query, (expression, _) in answers.items() if set(METRIC.findall(expression)) & set(GPU_ONLY)}
     empty = [query for query, (_, found) in answers.items() if not found and query not in gpu]
