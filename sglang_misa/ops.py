@@ -45,7 +45,7 @@ from sglang_misa.kernels.prefill import route as routing
 from sglang_misa.kernels.prefill import topk_blocks as prefill_blocks
 from sglang_misa.kernels.prefill import topk_reranked as prefill_reranked
 from sglang_misa.kernels.prefill import topk_routed as prefill_routed
-from sglang_misa.kernels.prefill.residual import Residual
+from sglang_misa.kernels.prefill.operands import Keys, Residual, RoutedHeads, Rows
 
 __all__ = [
     "Backend",
@@ -102,8 +102,10 @@ def route(
     ("peak"), w·mean ("signed") or |w| ("weight"). heads < H, so that a residual has a head to stand for.
     """
     if _on_kernels(backend, index_q):
-        rows = (index_q, head_gates, block_means, row_batch, row_len)
-        return routing.route(*rows, heads, block_size, router, residual=True)
+        blocks = routing.Blocks(block_means, block_size, row_batch, row_len)
+        routed = routing.route(index_q, head_gates, blocks, heads, router, residual=True)
+        assert routed.residual is not None
+        return routed.head_ids, routed.residual
     return twins.route(index_q, head_gates, block_means, row_batch, row_len, heads, block_size, router)
 
 
@@ -119,7 +121,7 @@ def block_scores(
 ) -> Tensor:
     """Scores fp32 [T, M] of the blocks by all heads, -inf where a block is not complete (arXiv 2603.28458)."""
     if _on_kernels(backend, index_q):
-        return routing.block_scores(index_q, head_gates, block_means, row_batch, row_len, block_size)
+        return routing.block_scores(index_q, head_gates, routing.Blocks(block_means, block_size, row_batch, row_len))
     return twins.block_scores(index_q, head_gates, block_means, row_batch, row_len, block_size)
 
 
@@ -145,7 +147,9 @@ def topk_routed(
     tensors = (index_q, head_gates, head_ids, index_k, k_scale, ks, ke)
     output = _output(ks, k, page_table, row_batch)
     if _on_kernels(backend, index_q):
-        return prefill_routed.topk_routed(*tensors, k, residual=residual, **output.target())
+        rows, keys = Rows(index_q, head_gates, ks, ke), Keys(index_k, k_scale)
+        prefill_routed.topk_routed(rows, keys, RoutedHeads(head_ids, residual), output)
+        return output.ids
     twins.topk_routed(*tensors, residual, output)
     return output.ids
 
@@ -173,7 +177,9 @@ def topk_reranked(
     tensors = (index_q, head_gates, head_ids, index_k, k_scale, ks, ke)
     output = _output(ks, k, page_table, row_batch)
     if _on_kernels(backend, index_q):
-        return prefill_reranked.topk_reranked(*tensors, candidates, k, residual=residual, **output.target())
+        rows, keys = Rows(index_q, head_gates, ks, ke), Keys(index_k, k_scale)
+        prefill_reranked.topk_reranked(rows, keys, RoutedHeads(head_ids, residual), candidates, output)
+        return output.ids
     twins.topk_reranked(*tensors, candidates, residual, output)
     return output.ids
 
@@ -201,7 +207,9 @@ def topk_blocks(
     tensors = (index_q, head_gates, index_k, k_scale, block_scores, ks, ke)
     output = _output(ks, k, page_table, row_batch)
     if _on_kernels(backend, index_q):
-        return prefill_blocks.topk_blocks(*tensors, blocks, block_size, k, **output.target())
+        rows, keys = Rows(index_q, head_gates, ks, ke), Keys(index_k, k_scale)
+        prefill_blocks.topk_blocks(rows, keys, block_scores, blocks, block_size, output)
+        return output.ids
     twins.topk_blocks(*tensors, blocks, block_size, output)
     return output.ids
 

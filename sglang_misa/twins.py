@@ -14,7 +14,7 @@ from sglang_misa import reference
 from sglang_misa.call import Output
 from sglang_misa.config import Router, SelectionPolicy
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, sketch_bytes
-from sglang_misa.kernels.prefill.residual import Residual
+from sglang_misa.kernels.prefill.operands import Residual
 
 
 def page_statistics(

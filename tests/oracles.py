@@ -16,7 +16,7 @@ from sglang_misa.bench.check import PRECISION, Scores, flaw, row_scores
 from sglang_misa.bench.inputs import FP8, Inputs, unpack_pages
 from sglang_misa.kernels.decode.keep_blocks import KeptPages
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
-from sglang_misa.kernels.prefill.residual import Residual
+from sglang_misa.kernels.prefill.operands import Keys, Residual, RoutedHeads, Rows
 
 OUTSIDE, IS_NAN, LOWEST = -1e302, -1e301, -1e300  # ranks of what is no number, in fp64
 FP32 = 2.0**-20  # `precision` of kernels that multiply in fp32: of Triton's interpreter
@@ -76,8 +76,14 @@ class Extend:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order of `topk_routed`."""
+        """All of them, in the order of `ops.topk_routed`."""
         return self.index_q, self.head_gates, self.head_ids, self.index_k, self.k_scale, self.ks, self.ke
+
+    @property
+    def operands(self) -> tuple[Rows, Keys, RoutedHeads]:
+        """The same, as the kernels take them."""
+        rows = Rows(self.index_q, self.head_gates, self.ks, self.ke)
+        return rows, Keys(self.index_k, self.k_scale), RoutedHeads(self.head_ids, self.residual)
 
     def inside(self, rows: slice) -> Tensor:
         """Mask bool [rows, S] of the keys that each row sees."""
