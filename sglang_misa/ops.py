@@ -40,6 +40,7 @@ from sglang_misa.config import Router, SelectionPolicy
 from sglang_misa.kernels import page_means as statistics
 from sglang_misa.kernels.decode import topk_blocks as decode_blocks
 from sglang_misa.kernels.decode import topk_sketched as decode_sketched
+from sglang_misa.kernels.decode.operands import Chosen, PagedRows, PageSketch, SketchPolicy
 from sglang_misa.kernels.layout import PAGE, sketch_bytes
 from sglang_misa.kernels.prefill import route as routing
 from sglang_misa.kernels.prefill import topk_blocks as prefill_blocks
@@ -236,7 +237,8 @@ def decode_topk_blocks(
     if _on_kernels(backend, index_q):
         rows, width = page_table.shape
         room = decode_blocks.DecodeScratch.allocate(rows, width, blocks, block_size, out.device)
-        decode_blocks.decode_topk(*tensors, block_size=block_size, scratch=room, out=out)
+        queries = PagedRows(index_q, head_gates, index_k_pages, page_table, seq_lens)
+        decode_blocks.decode_topk(queries, page_means, scratch=room, out=Chosen(out))
     else:
         twins.decode_topk(SelectionPolicy(blocks=blocks, block_size=block_size, min_len=0), *tensors, out)
     return out
@@ -269,10 +271,10 @@ def decode_topk_sketched(
     out = torch.empty(len(seq_lens), k, dtype=torch.int32, device=seq_lens.device)
     if _on_kernels(backend, index_q):
         rows, width = page_table.shape
-        step = decode_sketched.SketchPolicy(heads, router, residual, candidates)
+        step = SketchPolicy(heads, router, residual, candidates)
         room = decode_sketched.SketchScratch.allocate(rows, width, index_q.shape[1], step, out.device)
-        stats = decode_sketched.PageSketch(page_means, sketches)
-        decode_sketched.sketch_topk(*tensors, stats, page_table, seq_lens, scratch=room, out=out)
+        queries = PagedRows(index_q, head_gates, index_k_pages, page_table, seq_lens)
+        decode_sketched.sketch_topk(queries, PageSketch(page_means, sketches), scratch=room, out=Chosen(out))
     else:
         policy = SelectionPolicy(
             heads=heads,

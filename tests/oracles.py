@@ -15,6 +15,7 @@ from torch import Tensor
 from sglang_misa.bench.check import PRECISION, Scores, flaw, row_scores
 from sglang_misa.bench.inputs import FP8, Inputs, unpack_pages
 from sglang_misa.kernels.decode.keep_blocks import KeptPages
+from sglang_misa.kernels.decode.operands import PagedRows
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 from sglang_misa.kernels.prefill.operands import Keys, Residual, RoutedHeads, Rows
 
@@ -261,6 +262,11 @@ class Paged:
     @property
     def rows(self) -> int:
         return len(self.seq_lens)
+
+    @property
+    def operands(self) -> PagedRows:
+        """Its rows as the kernels take them."""
+        return PagedRows(self.index_q, self.head_gates, self.index_k_pages, self.page_table, self.seq_lens)
 
     def pages(self, row: int) -> Tensor:
         """Ids int64 of the pages that a row's tokens lie in."""

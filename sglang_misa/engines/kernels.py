@@ -12,8 +12,9 @@ from sglang_misa import ladder
 from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, Span
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels import page_means
+from sglang_misa.kernels.decode.operands import Chosen, PagedRows, PageSketch, SketchPolicy
 from sglang_misa.kernels.decode.topk_blocks import DecodeScratch, decode_topk
-from sglang_misa.kernels.decode.topk_sketched import PageSketch, SketchPolicy, SketchScratch, sketch_topk
+from sglang_misa.kernels.decode.topk_sketched import SketchScratch, sketch_topk
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES
 from sglang_misa.kernels.prefill.operands import Keys, RoutedHeads, Rows
 from sglang_misa.kernels.prefill.route import Blocks, block_scores, route
@@ -85,22 +86,20 @@ class KernelEngine:
     def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
         self.behind = True
         out = torch.empty_like(call.ids) if call.positions else call.ids
-        positions = call.ids if call.positions else None
-        tensors = (call.index_q, call.head_gates.contiguous(), call.index_k_pages)
-        place = {"out": out, "positions": positions}
+        chosen = Chosen(out, call.ids if call.positions else None)
+        queries = PagedRows(
+            call.index_q, call.head_gates.contiguous(), call.index_k_pages, call.page_table, call.seq_lens
+        )
         rows, width = len(call.ids), -(-self.runtime.context_len // PAGE)
         sketches = self.stats.sketch(call.layer)
         if policy.sketch is not None and sketches is not None:
             stats = PageSketch(self.stats.means[call.layer], sketches)
             scratch = _sketch_room(_rounded(rows), width, self.runtime.index_heads, policy, call.ids.device)
-            sketch_topk(*tensors, stats, call.page_table, call.seq_lens, scratch=scratch.first(rows), **place)
+            sketch_topk(queries, stats, scratch=scratch.first(rows), out=chosen)
             return
         assert policy.blocks is not None
         room = _block_room(_rounded(rows), width, policy.blocks, policy.block_size, call.ids.device).first(rows)
-        means = self.stats.means[call.layer]
-        decode_topk(
-            *tensors, means, call.page_table, call.seq_lens, block_size=policy.block_size, scratch=room, **place
-        )
+        decode_topk(queries, self.stats.means[call.layer], scratch=room, out=chosen)
 
     def pages_written(self, layer: int, slots: Tensor) -> None:
         page_means.update_slots(self.index_k_pages[layer], self.stats.means[layer], slots, self.stats.sketch(layer))
