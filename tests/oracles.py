@@ -76,13 +76,8 @@ class Extend:
         return (self.ke.clamp(max=self.keys) - self.ks.clamp(min=0)).clamp(min=0)
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order of `ops.topk_routed`."""
-        return self.index_q, self.head_gates, self.head_ids, self.index_k, self.k_scale, self.ks, self.ke
-
-    @property
     def operands(self) -> tuple[Rows, Keys, RoutedHeads]:
-        """The same, as the kernels take them."""
+        """All of them, as the kernels take them."""
         rows = Rows(self.index_q, self.head_gates, self.ks, self.ke)
         return rows, Keys(self.index_k, self.k_scale), RoutedHeads(self.head_ids, self.residual)
 

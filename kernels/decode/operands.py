@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from sglang_misa.kernels.layout import MAX_CANDIDATES, PAGE, ROUTED_HEADS, SKETCH_BITS, sketch_bytes
+from sglang_misa.kernels.checks import expect
+from sglang_misa.kernels.layout import HEAD_DIM, MAX_CANDIDATES, PAGE, PAGE_BYTES, ROUTED_HEADS, sketch_bits
 from sglang_misa.kernels.prefill.route import ROUTERS, Router
 
 MIN_CANDIDATES = 2 * PAGE  # the newest complete page and the one behind it have no sketch to read yet
@@ -40,6 +43,16 @@ class PagedRows:
     def interpreted(self) -> bool:
         """Whether Triton's interpreter stands in for a GPU."""
         return bool(self.index_q.device.type == "cpu")
+
+    def check(self, page_means: Tensor) -> None:
+        """Raise ValueError unless all this is as above, and page_means those of its pages."""
+        rows, pages = len(self), len(self.index_k_pages)
+        expect("index_q", self.index_q, (rows, self.index_heads, HEAD_DIM), torch.float8_e4m3fn)
+        expect("head_gates", self.head_gates, (rows, self.index_heads), torch.float32)
+        expect("index_k_pages", self.index_k_pages, (pages, PAGE_BYTES), torch.uint8)
+        expect("page_table", self.page_table, (rows, None), torch.int32, row_stride=True)
+        expect("seq_lens", self.seq_lens, (rows,), torch.int32)
+        expect("page_means", page_means, (pages, HEAD_DIM), torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -82,9 +95,9 @@ class PageSketch:
     sketches: Tensor
 
     @property
-    def bits(self) -> int:
+    def bits(self) -> Literal[1, 2]:
         """Bits a coordinate."""
-        return next(bits for bits in SKETCH_BITS if sketch_bytes(bits) == self.sketches.shape[1])
+        return sketch_bits(int(self.sketches.shape[1]))
 
 
 @dataclass(frozen=True)

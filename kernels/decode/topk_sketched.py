@@ -76,14 +76,8 @@ def sketch_topk(rows: PagedRows, stats: PageSketch, *, scratch: SketchScratch, o
     scratch: of R rows (`first`); it also says heads, router, residual and candidates
     """
     count, width, policy = len(rows), rows.page_table.shape[1], scratch.policy
-    pages = len(rows.index_k_pages)
-    expect("index_q", rows.index_q, (count, rows.index_heads, HEAD_DIM), torch.float8_e4m3fn)
-    expect("head_gates", rows.head_gates, (count, rows.index_heads), torch.float32)
-    expect("index_k_pages", rows.index_k_pages, (pages, PAGE_BYTES), torch.uint8)
-    expect("stats.means", stats.means, (pages, HEAD_DIM), torch.bfloat16)
-    expect("stats.sketches", stats.sketches, (pages, sketch_bytes(stats.bits)), torch.uint8)
-    expect("page_table", rows.page_table, (count, None), torch.int32, row_stride=True)
-    expect("seq_lens", rows.seq_lens, (count,), torch.int32)
+    rows.check(stats.means)
+    expect("sketches", stats.sketches, (len(rows.index_k_pages), sketch_bytes(stats.bits)), torch.uint8)
     if len(scratch.keys) != count or scratch.keys.shape[1] < width * PAGE:
         raise ValueError(
             f"scratch: expected {count} rows of at least {width} pages, got {len(scratch.keys)} of "

@@ -92,6 +92,11 @@ class Output:
     row_batch: Tensor | None = None
     offsets: Tensor | None = None
 
+    @classmethod
+    def empty(cls, rows: Rows, k: int, page_table: Tensor | None = None, row_batch: Tensor | None = None) -> Output:
+        """Room for k tokens of each row."""
+        return cls(torch.empty(len(rows), k, dtype=torch.int32, device=rows.device), page_table, row_batch)
+
     @property
     def topk(self) -> int:
         return int(self.ids.shape[1])

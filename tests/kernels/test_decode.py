@@ -167,6 +167,20 @@ def test_one_scratch_serves_every_step(device: str) -> None:
         assert not scratch.kept.done.any()
 
 
+def test_wrong_tensors_are_named(device: str) -> None:
+    batch = make((300,), device=device)
+    for name, wrong in (
+        ("index_q", batch.index_q.float()),
+        ("head_gates", batch.head_gates[:, ::2]),
+        ("index_k_pages", batch.index_k_pages[:, :-1]),
+        ("page_means", batch.page_means[1:]),
+        ("page_table", batch.page_table.long()),
+        ("seq_lens", batch.seq_lens[:0]),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected .*, got "):
+            run(replace(batch, **{name: wrong}), blocks=4)
+
+
 def test_too_few_blocks_for_k_is_refused(device: str) -> None:
     batch = make((300,), device=device)
     with pytest.raises(ValueError, match="change the number of blocks"):
