@@ -21,21 +21,14 @@ from torch import Tensor
 from sglang_misa.bench.layer import LAYERS, TOPK, Layer, Shape
 from sglang_misa.bench.timing import graph_us
 from sglang_misa.kernels.decode.keep_blocks import KeepTuning
-from sglang_misa.kernels.decode.topk_blocks import DecodeScratch, ScoreTuning, decode_topk
+from sglang_misa.kernels.decode.operands import Chosen, PagedRows
+from sglang_misa.kernels.decode.topk_blocks import Cut, DecodeScratch, ScoreTuning, decode_topk
 from sglang_misa.kernels.layout import HEAD_DIM
 from sglang_misa.kernels.page_means import Layers, update_last_page_means, update_slots
 
 BLOCKS, BLOCK_SIZE = 64, 128
 SHAPES = [(1, 131072), (4, 131072), (16, 131072), (64, 131072), (1, 32768)]  # rows, length
 COPIES = 4  # of the inputs
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How the launches of a step are cut; None: the default for the rows."""
-
-    keep: KeepTuning | None = None
-    score: ScoreTuning | None = None
 
 
 CUTS = {
@@ -64,8 +57,8 @@ class Step:
 
     def select(self, cut: Cut) -> None:
         la = self.layer
-        tensors = (la.index_q, la.head_gates, la.index_k_pages, self.means, la.page_table, la.seq_lens)
-        decode_topk(*tensors, block_size=BLOCK_SIZE, scratch=self.scratch, out=self.out, keep=cut.keep, score=cut.score)
+        rows = PagedRows(la.index_q, la.head_gates, la.index_k_pages, la.page_table, la.seq_lens)
+        decode_topk(rows, self.means, scratch=self.scratch, out=Chosen(self.out), cut=cut)
 
 
 def cuts(stage: str) -> Iterator[str]:

@@ -25,15 +25,14 @@ ks = torch.zeros_like(ke)
 row_batch = torch.zeros_like(ke)  # one request
 block_means = (index_k.float() * k_scale[:, None]).view(1, -1, BLOCK, 128).mean(2).bfloat16()
 
-head_ids, residual = ops.route(
-    index_q, head_gates, block_means, row_batch, ke, 7, BLOCK, router="peak", backend=backend
-)
-fast = ops.topk_routed(
-    index_q, head_gates, head_ids, index_k, k_scale, ks, ke, TOPK, residual=residual, backend=backend
-)
+queries, pool = ops.Rows(index_q, head_gates, ks, ke), ops.Keys(index_k, k_scale)
+blocks = ops.Blocks(block_means, BLOCK, row_batch, ke)
+routed = ops.route(index_q, head_gates, blocks, 7, router="peak", backend=backend)
+fast = ops.topk_routed(queries, pool, routed, ops.Output.empty(queries, TOPK), backend=backend)
 every_head = torch.arange(HEADS, dtype=torch.int32, device=device).expand(rows, -1).contiguous()
-dsa = ops.topk_routed(index_q, head_gates, every_head, index_k, k_scale, ks, ke, TOPK, backend=backend)
+exact = ops.RoutedHeads(every_head)
+dsa = ops.topk_routed(queries, pool, exact, ops.Output.empty(queries, TOPK), backend=backend)
 
 kept = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(fast, dsa, strict=True)) / (rows * TOPK)
-print(f"{backend} on {device}: row 0 is routed to heads {head_ids[0].tolist()} and a residual")
+print(f"{backend} on {device}: row 0 is routed to heads {routed.head_ids[0].tolist()} and a residual")
 print(f"{kept:.1%} of DSA's tokens are kept; on random inputs, which say nothing about a trained model")

@@ -1,7 +1,9 @@
-"""Layout of SGLang's index-K pool and the limits of the kernels: the one place for both. Imports nothing.
+"""Layout of SGLang's index-K pool and the limits of the kernels: the one place for both. Imports no package.
 
 A page is one uint8 row of PAGE_BYTES: PAGE keys of HEAD_DIM fp8 e4m3, then their PAGE fp32 scales.
 """
+
+from typing import Literal
 
 PAGE = 64  # tokens
 HEAD_DIM = 128  # of an index head; bytes of a key
@@ -27,3 +29,12 @@ def sketch_bytes(bits: int) -> int:
     The odd key's code follows the even one's. Scales are ordered [r, g, odd].
     """
     return PAGE * (HEAD_DIM * bits // 8 + 2)
+
+
+def sketch_bits(width: int) -> Literal[1, 2]:
+    """Bits a coordinate of sketches of `width` bytes a page. Raises ValueError where none are so wide."""
+    for bits in (1, 2):
+        if width == sketch_bytes(bits):
+            return bits
+    widths = " or ".join(str(sketch_bytes(bits)) for bits in SKETCH_BITS)
+    raise ValueError(f"sketches: expected uint8 [P, {widths}], got {width} bytes a page; allocate sketch_bytes(bits)")

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from sglang_misa.kernels.checks import expect
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES, SKETCH_BITS, SKETCH_STEP, sketch_bytes
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES, SKETCH_STEP, sketch_bits
 
 _WARPS = 4  # 64 bytes of keys a thread: four 16-byte loads in flight
 
@@ -288,14 +288,8 @@ def _sketch_bits(index_k_pages: torch.Tensor, sketches: torch.Tensor | None) -> 
     """Bits a coordinate of `sketches`, 0 without any."""
     if sketches is None:
         return 0
-    for bits in SKETCH_BITS:
-        if sketches.shape[1:] == (sketch_bytes(bits),):
-            expect("sketches", sketches, (index_k_pages.shape[0], sketch_bytes(bits)), torch.uint8)
-            return bits
-    raise ValueError(
-        f"sketches: expected uint8 [P, {' or '.join(str(sketch_bytes(bits)) for bits in SKETCH_BITS)}], "
-        f"got {tuple(sketches.shape)}; allocate sketch_bytes(bits) a page"
-    )
+    expect("sketches", sketches, (index_k_pages.shape[0], None), torch.uint8)
+    return sketch_bits(int(sketches.shape[1]))
 
 
 def _options(bits: int) -> dict[str, object]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sglang_misa.kernels.layout import PAGE
+from sglang_misa.kernels.prefill.operands import Output
+
+__all__ = ["DecodeCall", "ExtendCall", "Output", "Run", "Span", "spans"]
 
 
 @dataclass(frozen=True)
@@ -75,53 +76,6 @@ class Run:
     def longest(self) -> int:
         """Keys that a row sees, at most."""
         return max(span.seen_by(min(self.last, span.last_row) - 1) for span in self.spans)
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where the chosen tokens go, and what stands for one: its slot, its place among the gathered keys, or itself.
-
-    ids [T, k] int32, -1 behind the last; page_table [requests, W] int32 with row_batch [T] int32: physical slots;
-    offsets [T] int32: position + offset; neither: the position in the row.
-    """
-
-    ids: Tensor
-    page_table: Tensor | None = None
-    row_batch: Tensor | None = None
-    offsets: Tensor | None = None
-
-    @property
-    def topk(self) -> int:
-        return int(self.ids.shape[1])
-
-    def rows(self, rows: slice) -> Output:
-        """The same output for some rows."""
-        return Output(
-            self.ids[rows],
-            self.page_table,
-            None if self.row_batch is None else self.row_batch[rows],
-            None if self.offsets is None else self.offsets[rows],
-        )
-
-    def target(self) -> dict[str, Any]:
-        """The output as arguments of the kernels that select in prefill."""
-        return {
-            "out": self.ids,
-            "page_table": self.page_table,
-            "row_batch": self.row_batch,
-            "offsets": self.offsets,
-        }
-
-    def of(self, positions: Tensor) -> Tensor:
-        """What stands for positions [T, n] int64 of the rows; -1 stays."""
-        result = positions
-        if self.page_table is not None and self.row_batch is not None:
-            table = self.page_table[self.row_batch.long()].long()
-            page = (positions.clamp_min(0) // PAGE).clamp_max(table.shape[1] - 1)
-            result = table.gather(1, page) * PAGE + positions % PAGE
-        elif self.offsets is not None:
-            result = positions + self.offsets.unsqueeze(1)
-        return torch.where(positions >= 0, result, -1).int()
 
 
 @dataclass(frozen=True)

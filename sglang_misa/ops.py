@@ -1,7 +1,8 @@
 """The operations of token selection, for use without SGLang: statistics of pages, routing, and the top k.
 
 Every function runs our kernels on tensors of a Hopper GPU, or with `backend="reference"` its twin in plain PyTorch on
-any device. The same names stand for the same tensors throughout:
+any device. Tensors that belong together come as one object: `Rows` with their `Keys`, `RoutedHeads` and `Output` in
+prefill, `PagedRows` and `PageSketch` in decode. The same names stand for the same tensors throughout:
 
     index_q        [T, H, 128] fp8 e4m3   index queries; H = 32 or 64 heads
     head_gates     [T, H] fp32            their gates w, the scales of query and softmax folded in
@@ -18,8 +19,8 @@ any device. The same names stand for the same tensors throughout:
     head_ids       [T, h] int32           routed heads, ascending
 
 A key's score is k_scale · Σ_j w_j · ReLU(q_j · k) over the heads that score it, and a residual's column beside them.
-Selections come as int32 [T, k] with -1 behind the last: prefill's positions from ks[t] on, in no order, or physical
-slots where `page_table` and `row_batch` are given; decode's slots 64 · page + offset, in the order of the row. A row of
+Selections are int32 [T, k] with -1 behind the last: prefill's positions from ks[t] on, in no order, or what its
+`Output` says; decode's slots 64 · page + offset, in the order of the row. A row of
 at most k tokens gets them all. Among equal scores the earlier token wins; NaN loses to every number. Nothing waits for
 the GPU. All raise ValueError where a shape, dtype, device or limit is another: what was expected, what came.
 
@@ -35,21 +36,30 @@ import triton
 from torch import Tensor
 
 from sglang_misa import twins
-from sglang_misa.call import Output
 from sglang_misa.config import Router, SelectionPolicy
 from sglang_misa.kernels import page_means as statistics
 from sglang_misa.kernels.decode import topk_blocks as decode_blocks
 from sglang_misa.kernels.decode import topk_sketched as decode_sketched
+from sglang_misa.kernels.decode.operands import Chosen, PagedRows, PageSketch, SketchPolicy
 from sglang_misa.kernels.layout import PAGE, sketch_bytes
 from sglang_misa.kernels.prefill import route as routing
 from sglang_misa.kernels.prefill import topk_blocks as prefill_blocks
 from sglang_misa.kernels.prefill import topk_reranked as prefill_reranked
 from sglang_misa.kernels.prefill import topk_routed as prefill_routed
-from sglang_misa.kernels.prefill.residual import Residual
+from sglang_misa.kernels.prefill.operands import Keys, Output, Residual, RoutedHeads, Rows
+from sglang_misa.kernels.prefill.route import Blocks
 
 __all__ = [
     "Backend",
+    "Blocks",
+    "Keys",
+    "Output",
+    "PageSketch",
+    "PagedRows",
     "Residual",
+    "RoutedHeads",
+    "Rows",
+    "SketchPolicy",
     "block_scores",
     "decode_topk_blocks",
     "decode_topk_sketched",
@@ -87,200 +97,121 @@ def page_statistics(
 def route(
     index_q: Tensor,
     head_gates: Tensor,
-    block_means: Tensor,
-    row_batch: Tensor,
-    row_len: Tensor,
+    blocks: Blocks,
     heads: int,
-    block_size: int,
     *,
     router: Router = "mean",
     backend: Backend = "kernels",
-) -> tuple[Tensor, Residual]:
-    """The `heads` heads that score each row, head_ids, and the others as one linear column.
+) -> RoutedHeads:
+    """The `heads` heads that score each row, and the others as one linear column.
 
     router ranks the heads by |w|·mean ReLU(q·k̃) over the row's complete blocks ("mean", arXiv 2605.07363), its maximum
     ("peak"), w·mean ("signed") or |w| ("weight"). heads < H, so that a residual has a head to stand for.
     """
     if _on_kernels(backend, index_q):
-        rows = (index_q, head_gates, block_means, row_batch, row_len)
-        return routing.route(*rows, heads, block_size, router, residual=True)
-    return twins.route(index_q, head_gates, block_means, row_batch, row_len, heads, block_size, router)
+        return routing.route(index_q, head_gates, blocks, heads, router, residual=True)
+    return twins.route(index_q, head_gates, blocks, heads, router)
 
 
-def block_scores(
-    index_q: Tensor,
-    head_gates: Tensor,
-    block_means: Tensor,
-    row_batch: Tensor,
-    row_len: Tensor,
-    block_size: int,
-    *,
-    backend: Backend = "kernels",
-) -> Tensor:
+def block_scores(index_q: Tensor, head_gates: Tensor, blocks: Blocks, *, backend: Backend = "kernels") -> Tensor:
     """Scores fp32 [T, M] of the blocks by all heads, -inf where a block is not complete (arXiv 2603.28458)."""
     if _on_kernels(backend, index_q):
-        return routing.block_scores(index_q, head_gates, block_means, row_batch, row_len, block_size)
-    return twins.block_scores(index_q, head_gates, block_means, row_batch, row_len, block_size)
+        return routing.block_scores(index_q, head_gates, blocks)
+    return twins.block_scores(index_q, head_gates, blocks)
 
 
-def topk_routed(
-    index_q: Tensor,
-    head_gates: Tensor,
-    head_ids: Tensor,
-    index_k: Tensor,
-    k_scale: Tensor,
-    ks: Tensor,
-    ke: Tensor,
-    k: int,
-    *,
-    residual: Residual | None = None,
-    page_table: Tensor | None = None,
-    row_batch: Tensor | None = None,
-    backend: Backend = "kernels",
-) -> Tensor:
+def topk_routed(rows: Rows, keys: Keys, heads: RoutedHeads, output: Output, *, backend: Backend = "kernels") -> Tensor:
     """Exact top k by the routed heads and, where given, the residual: MISA (arXiv 2605.07363), without a score matrix.
 
     h and the residual's column are one of `layout.ROUTED_HEADS` together. head_ids of all heads are DSA itself.
+    Returns output.ids.
     """
-    tensors = (index_q, head_gates, head_ids, index_k, k_scale, ks, ke)
-    output = _output(ks, k, page_table, row_batch)
-    if _on_kernels(backend, index_q):
-        return prefill_routed.topk_routed(*tensors, k, residual=residual, **output.target())
-    twins.topk_routed(*tensors, residual, output)
+    run = prefill_routed.topk_routed if _on_kernels(backend, rows.index_q) else twins.topk_routed
+    run(rows, keys, heads, output)
     return output.ids
 
 
 def topk_reranked(
-    index_q: Tensor,
-    head_gates: Tensor,
-    head_ids: Tensor,
-    index_k: Tensor,
-    k_scale: Tensor,
-    ks: Tensor,
-    ke: Tensor,
-    candidates: int,
-    k: int,
-    *,
-    residual: Residual | None = None,
-    page_table: Tensor | None = None,
-    row_batch: Tensor | None = None,
-    backend: Backend = "kernels",
+    rows: Rows, keys: Keys, heads: RoutedHeads, candidates: int, output: Output, *, backend: Backend = "kernels"
 ) -> Tensor:
     """Of each row's best `candidates` keys as in `topk_routed`, the exact top k by all heads: MISA† of the same paper.
 
-    k ≤ candidates ≤ `layout.MAX_CANDIDATES`.
+    k ≤ candidates ≤ `layout.MAX_CANDIDATES`. Returns output.ids.
     """
-    tensors = (index_q, head_gates, head_ids, index_k, k_scale, ks, ke)
-    output = _output(ks, k, page_table, row_batch)
-    if _on_kernels(backend, index_q):
-        return prefill_reranked.topk_reranked(*tensors, candidates, k, residual=residual, **output.target())
-    twins.topk_reranked(*tensors, candidates, residual, output)
+    run = prefill_reranked.topk_reranked if _on_kernels(backend, rows.index_q) else twins.topk_reranked
+    run(rows, keys, heads, candidates, output)
     return output.ids
 
 
 def topk_blocks(
-    index_q: Tensor,
-    head_gates: Tensor,
-    index_k: Tensor,
-    k_scale: Tensor,
+    rows: Rows,
+    keys: Keys,
     block_scores: Tensor,
-    ks: Tensor,
-    ke: Tensor,
     blocks: int,
     block_size: int,
-    k: int,
+    output: Output,
     *,
-    page_table: Tensor | None = None,
-    row_batch: Tensor | None = None,
     backend: Backend = "kernels",
 ) -> Tensor:
     """Exact top k by all heads among the tokens of each row's best `blocks` complete blocks and its tail: HISA.
 
-    block_scores fp32 [T, M] as `block_scores` returns them. The first and the newest complete block stay in any case.
+    block_scores as `block_scores` finds them. The first and the newest complete block stay in any case; tokens of the
+    blocks are at least k. Returns output.ids.
     """
-    tensors = (index_q, head_gates, index_k, k_scale, block_scores, ks, ke)
-    output = _output(ks, k, page_table, row_batch)
-    if _on_kernels(backend, index_q):
-        return prefill_blocks.topk_blocks(*tensors, blocks, block_size, k, **output.target())
-    twins.topk_blocks(*tensors, blocks, block_size, output)
+    run = prefill_blocks.topk_blocks if _on_kernels(backend, rows.index_q) else twins.topk_blocks
+    run(rows, keys, block_scores, blocks, block_size, output)
     return output.ids
 
 
 def decode_topk_blocks(
-    index_q: Tensor,
-    head_gates: Tensor,
-    index_k_pages: Tensor,
-    page_means: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    blocks: int,
-    block_size: int,
-    k: int,
-    *,
-    backend: Backend = "kernels",
+    rows: PagedRows, page_means: Tensor, blocks: int, block_size: int, k: int, *, backend: Backend = "kernels"
 ) -> Tensor:
     """Slots of the top k by all heads among the tokens of each row's best blocks, on pages: HISA in decode.
 
-    One row a query: T = B. Tokens of the blocks are at least k.
+    page_means [P, 128] bf16. Tokens of the blocks are at least k.
     """
-    tensors = (index_q, head_gates, index_k_pages, page_means, page_table, seq_lens)
-    out = torch.empty(len(seq_lens), k, dtype=torch.int32, device=seq_lens.device)
-    if _on_kernels(backend, index_q):
-        rows, width = page_table.shape
-        room = decode_blocks.DecodeScratch.allocate(rows, width, blocks, block_size, out.device)
-        decode_blocks.decode_topk(*tensors, block_size=block_size, scratch=room, out=out)
+    out = _slots(rows, k)
+    if _on_kernels(backend, rows.index_q):
+        count, width = rows.page_table.shape
+        room = decode_blocks.DecodeScratch.allocate(count, width, blocks, block_size, out.device)
+        decode_blocks.decode_topk(rows, page_means, scratch=room, out=Chosen(out))
     else:
-        twins.decode_topk(SelectionPolicy(blocks=blocks, block_size=block_size, min_len=0), *tensors, out)
+        policy = SelectionPolicy(blocks=blocks, block_size=block_size, min_len=0)
+        twins.decode_topk(policy, rows, page_means, out)
     return out
 
 
 def decode_topk_sketched(
-    index_q: Tensor,
-    head_gates: Tensor,
-    index_k_pages: Tensor,
-    page_means: Tensor,
-    sketches: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    candidates: int,
-    k: int,
-    *,
-    heads: int | None = None,
-    router: Router = "peak",
-    residual: bool = False,
-    backend: Backend = "kernels",
+    rows: PagedRows, stats: PageSketch, policy: SketchPolicy, k: int, *, backend: Backend = "kernels"
 ) -> Tensor:
-    """Slots of the top k by all heads among each row's best `candidates` tokens on sketches, on pages.
+    """Slots of the top k by all heads among each row's best candidates on sketches, on pages.
 
-    One row a query: T = B. sketches as `page_statistics` writes them. The sketches are scored by all heads, or by
-    `heads` routed ones (`router` as in `route`, over pages) and the `residual` of the others. The newest complete page
-    and what is behind it are always candidates. The kernels rank sketched scores by 16 bits, so candidates whose scores
-    differ by less than 2⁻⁹ may be others than the reference's.
+    stats as `page_statistics` writes them. The sketches are scored by all heads, or by routed ones (`router` as in
+    `route`, over pages) and the residual of the others. The newest complete page and what is behind it are always
+    candidates. The kernels rank sketched scores by 16 bits, so candidates whose scores differ by less than 2⁻⁹ may be
+    others than the reference's.
     """
-    tensors = (index_q, head_gates, index_k_pages)
-    out = torch.empty(len(seq_lens), k, dtype=torch.int32, device=seq_lens.device)
-    if _on_kernels(backend, index_q):
-        rows, width = page_table.shape
-        step = decode_sketched.SketchPolicy(heads, router, residual, candidates)
-        room = decode_sketched.SketchScratch.allocate(rows, width, index_q.shape[1], step, out.device)
-        stats = decode_sketched.PageSketch(page_means, sketches)
-        decode_sketched.sketch_topk(*tensors, stats, page_table, seq_lens, scratch=room, out=out)
+    out = _slots(rows, k)
+    if _on_kernels(backend, rows.index_q):
+        count, width = rows.page_table.shape
+        room = decode_sketched.SketchScratch.allocate(count, width, rows.index_heads, policy, out.device)
+        decode_sketched.sketch_topk(rows, stats, scratch=room, out=Chosen(out))
     else:
-        policy = SelectionPolicy(
-            heads=heads,
-            router=router,
-            residual=residual,
-            sketch=twins.sketch_bits(sketches),
-            candidates=candidates,
+        wanted = SelectionPolicy(
+            heads=policy.heads,
+            router=policy.router,
+            residual=policy.residual,
+            sketch=stats.bits,
+            candidates=policy.candidates,
             block_size=PAGE,
             min_len=0,
         )
-        twins.decode_topk(policy, *tensors, page_means, page_table, seq_lens, out)
+        twins.decode_topk(wanted, rows, stats.means, out)
     return out
 
 
-def _output(ks: Tensor, k: int, page_table: Tensor | None, row_batch: Tensor | None) -> Output:
-    return Output(torch.empty(len(ks), k, dtype=torch.int32, device=ks.device), page_table, row_batch)
+def _slots(rows: PagedRows, k: int) -> Tensor:
+    return torch.empty(len(rows), k, dtype=torch.int32, device=rows.seq_lens.device)
 
 
 def _on_kernels(backend: Backend, tensor: Tensor) -> bool:

@@ -51,73 +51,79 @@ def page_statistics(backend: ops.Backend, device: str) -> Found:
     return tuple(found)
 
 
-def _routing(device: str) -> tuple[Tensor, ...]:
+def _routing(device: str) -> tuple[Tensor, Tensor, ops.Blocks]:
     x = rows(device)
     means = integers(1, 3 * 24, scales=1, seed=3, device=device).index_k.view(3, 24, HEAD_DIM).to(torch.bfloat16)
     batch = ints([0] * 70 + [1] * 40 + [2] * 2, device)
-    return x.index_q, x.head_gates, means, batch, x.lens.int()
+    return x.index_q, x.head_gates, ops.Blocks(means, SIZE, batch, x.lens.int())
 
 
 def route(backend: ops.Backend, device: str) -> Found:
     found: list[Tensor] = []
     for router in ("mean", "peak", "signed", "weight"):
-        head_ids, residual = ops.route(*_routing(device), 7, SIZE, router=router, backend=backend)
-        found += [head_ids, residual.scale]
+        routed = ops.route(*_routing(device), 7, router=router, backend=backend)
+        assert routed.residual is not None
+        found += [routed.head_ids, routed.residual.scale]
     return tuple(found)
 
 
 def block_scores(backend: ops.Backend, device: str) -> Found:
-    return (ops.block_scores(*_routing(device), SIZE, backend=backend),)
+    return (ops.block_scores(*_routing(device), backend=backend),)
 
 
-def _slots(x: Extend) -> dict[str, Tensor]:
+def output(x: Extend) -> ops.Output:
+    """Positions."""
+    return ops.Output.empty(x.operands[0], TOPK)
+
+
+def _slots(x: Extend) -> ops.Output:
     device = str(x.ks.device)
     table = torch.randperm(3 * 30, generator=torch.Generator().manual_seed(4)).int().view(3, 30)
-    return {"page_table": table.to(device), "row_batch": ints([0] * 70 + [1] * 40 + [2] * 2, device)}
+    return ops.Output.empty(x.operands[0], TOPK, table.to(device), ints([0] * 70 + [1] * 40 + [2] * 2, device))
 
 
 def topk_routed(backend: ops.Backend, device: str) -> Found:
     plain, mixed = rows(device), rows(device, residual=True)
     return (
-        ops.topk_routed(*plain.tensors, TOPK, backend=backend),
-        ops.topk_routed(*mixed.tensors, TOPK, residual=mixed.residual, **_slots(mixed), backend=backend),
+        ops.topk_routed(*plain.operands, output(plain), backend=backend),
+        ops.topk_routed(*mixed.operands, _slots(mixed), backend=backend),
     )
 
 
 def topk_reranked(backend: ops.Backend, device: str) -> Found:
     plain, mixed = rows(device), rows(device, residual=True)
     return (
-        ops.topk_reranked(*plain.tensors, 256, TOPK, backend=backend),
-        ops.topk_reranked(*mixed.tensors, 256, TOPK, residual=mixed.residual, **_slots(mixed), backend=backend),
+        ops.topk_reranked(*plain.operands, 256, output(plain), backend=backend),
+        ops.topk_reranked(*mixed.operands, 256, _slots(mixed), backend=backend),
     )
 
 
 def topk_blocks(backend: ops.Backend, device: str) -> Found:
     x = rows(device)
     scores = integers(len(x.ks), 24, device="cpu").k_scale.expand(len(x.ks), 24).contiguous().to(device)
-    tensors = (x.index_q, x.head_gates, x.index_k, x.k_scale, scores, x.ks, x.ke)
-    return tuple(ops.topk_blocks(*tensors, 4, SIZE, TOPK, backend=backend, **place) for place in ({}, _slots(x)))
+    queries, keys, _ = x.operands
+    places = output(x), _slots(x)
+    return tuple(ops.topk_blocks(queries, keys, scores, 4, SIZE, place, backend=backend) for place in places)
 
 
-def _decoding(device: str) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The tensors of a decode call, sketches apart."""
+def _decoding(device: str) -> tuple[ops.PagedRows, ops.PageSketch]:
     pool, table, lens = pages(device)
     x = integers(len(lens), 1, seed=7, device=device)
     means = torch.zeros(len(pool), HEAD_DIM, dtype=torch.bfloat16, device=device)
     sketches = torch.zeros(len(pool), sketch_bytes(2), dtype=torch.uint8, device=device)
     ops.page_statistics(pool, table, lens, PAGE, page_means=means, sketches=sketches, backend="reference")
-    return (x.index_q, x.head_gates, pool, means, table, lens), sketches
+    return ops.PagedRows(x.index_q, x.head_gates, pool, table, lens), ops.PageSketch(means, sketches)
 
 
 def decode_topk_blocks(backend: ops.Backend, device: str) -> Found:
-    tensors, _ = _decoding(device)
-    return (ops.decode_topk_blocks(*tensors, 4, SIZE, TOPK, backend=backend),)
+    queries, stats = _decoding(device)
+    return (ops.decode_topk_blocks(queries, stats.means, 4, SIZE, TOPK, backend=backend),)
 
 
 def decode_topk_sketched(backend: ops.Backend, device: str) -> Found:
     """Candidates for all: those of fewer are chosen by 16 bits of a score."""
-    (*tensors, table, lens), sketches = _decoding(device)
-    return (ops.decode_topk_sketched(*tensors, sketches, table, lens, 1536, TOPK, heads=8, backend=backend),)
+    policy = ops.SketchPolicy(heads=8, router="peak", residual=False, candidates=1536)
+    return (ops.decode_topk_sketched(*_decoding(device), policy, TOPK, backend=backend),)
 
 
 ON_TRITON: tuple[Callable[[ops.Backend, str], Found], ...] = (

@@ -15,8 +15,9 @@ from torch import Tensor
 from sglang_misa.bench.check import PRECISION, Scores, flaw, row_scores
 from sglang_misa.bench.inputs import FP8, Inputs, unpack_pages
 from sglang_misa.kernels.decode.keep_blocks import KeptPages
+from sglang_misa.kernels.decode.operands import PagedRows
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
-from sglang_misa.kernels.prefill.residual import Residual
+from sglang_misa.kernels.prefill.operands import Keys, Residual, RoutedHeads, Rows
 
 OUTSIDE, IS_NAN, LOWEST = -1e302, -1e301, -1e300  # ranks of what is no number, in fp64
 FP32 = 2.0**-20  # `precision` of kernels that multiply in fp32: of Triton's interpreter
@@ -75,9 +76,10 @@ class Extend:
         return (self.ke.clamp(max=self.keys) - self.ks.clamp(min=0)).clamp(min=0)
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order of `topk_routed`."""
-        return self.index_q, self.head_gates, self.head_ids, self.index_k, self.k_scale, self.ks, self.ke
+    def operands(self) -> tuple[Rows, Keys, RoutedHeads]:
+        """All of them, as the kernels take them."""
+        rows = Rows(self.index_q, self.head_gates, self.ks, self.ke)
+        return rows, Keys(self.index_k, self.k_scale), RoutedHeads(self.head_ids, self.residual)
 
     def inside(self, rows: slice) -> Tensor:
         """Mask bool [rows, S] of the keys that each row sees."""
@@ -255,6 +257,11 @@ class Paged:
     @property
     def rows(self) -> int:
         return len(self.seq_lens)
+
+    @property
+    def operands(self) -> PagedRows:
+        """Its rows as the kernels take them."""
+        return PagedRows(self.index_q, self.head_gates, self.index_k_pages, self.page_table, self.seq_lens)
 
     def pages(self, row: int) -> Tensor:
         """Ids int64 of the pages that a row's tokens lie in."""

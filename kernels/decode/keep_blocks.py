@@ -1,4 +1,4 @@
-"""Which token blocks of a paged row are worth reading: scored on the means of their keys, best `blocks` kept.
+"""The token blocks of a paged row that are worth reading: scored on the means of their keys, best `blocks` kept.
 
 One launch. The programs of a row score its blocks; the last one to finish picks the best and lists their pages.
 Bytes: 256 for every 64 tokens of prefix, where the keys themselves are 8448.
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from sglang_misa.kernels.decode.operands import PagedRows
 from sglang_misa.kernels.decode.rank_select import MAX_ROW, kth_largest, places, ranked, wins_and_ties
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
@@ -55,6 +56,11 @@ class KeptPages:
             done=torch.zeros(rows, **ints),
         )
 
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return int(self.pages.shape[1] * PAGE // self.blocks.shape[1])
+
     def first(self, rows: int) -> KeptPages:
         """The same memory for the first `rows` rows."""
         return KeptPages(*(getattr(self, field.name)[:rows] for field in fields(self)))
@@ -69,32 +75,19 @@ class KeepTuning:
 
 
 def keep_blocks(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    page_means: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    block_size: int,
-    out: KeptPages,
-    tuning: KeepTuning = KeepTuning(),
+    rows: PagedRows, page_means: torch.Tensor, *, out: KeptPages, tuning: KeepTuning = KeepTuning()
 ) -> None:
     """Fill `out` with the best blocks of every row: the block filter of HISA (arXiv 2603.28458) on page means.
 
-    A block of B = `block_size` tokens scores Σ_j w_j · ReLU(q_j · k̃_b) over all H heads, k̃_b the mean of its page means
-    in bf16, as in prefill. Of a row's len // B complete blocks the first and the newest are kept and the best between
-    them, up to nb in all; the tail behind them always. So len // B <= nb keeps everything. Ties fall to the older
-    block, NaN never wins.
+    A block of B tokens scores Σ_j w_j · ReLU(q_j · k̃_b) over all H heads, k̃_b the mean of its page means in bf16, as in
+    prefill. Of a row's len // B complete blocks the first and the newest are kept and the best between them, up to nb
+    in all; the tail behind them always. So len // B <= nb keeps everything. Ties fall to the older block, NaN never
+    wins. B and nb are those of `out`.
 
-    index_q:    float8_e4m3fn [R, H, 128], contiguous; H = 16, 32, 64, …
-    head_gates: fp32 [R, H], contiguous
-    page_means: bf16 [num_pages, 128], contiguous; read for the blocks between the first and the newest complete one
-    page_table: int32 [R, W], unit column stride; entries past ceil(len / 64) are never followed
-    seq_lens:   int32 [R], 0 <= len <= 64 · W
+    page_means: bf16 [P, 128], contiguous; read for the blocks between the first and the newest complete one
     """
-    rows, heads, _ = index_q.shape
-    width, room = page_table.shape[1], out.scores.shape[1]
-    pages = block_size // PAGE
+    width, room = rows.page_table.shape[1], out.scores.shape[1]
+    pages = out.block_size // PAGE
     blocks = triton.cdiv(width, pages)
     if not blocks <= room <= MAX_ROW:
         raise ValueError(
@@ -102,22 +95,21 @@ def keep_blocks(
             "or scratch for this table"
         )
     tile = max(MIN_TILE, tuning.pages // triton.next_power_of_2(pages))
-    interpreted = index_q.device.type == "cpu"
-    grid = (triton.cdiv(blocks, tile), rows)
+    grid = (triton.cdiv(blocks, tile), len(rows))
     _keep_kernel[grid](
-        index_q,
-        head_gates,
+        rows.index_q,
+        rows.head_gates,
         page_means,
-        page_table,
-        seq_lens,
+        rows.page_table,
+        rows.seq_lens,
         out.scores,
         out.blocks,
         out.pages,
         out.lens,
         out.done,
-        page_table.stride(0),
+        rows.page_table.stride(0),
         width,
-        HEADS=heads,
+        HEADS=rows.index_heads,
         DIM=HEAD_DIM,
         PAGES=pages,
         PAGES_PAD=triton.next_power_of_2(pages),
@@ -127,8 +119,8 @@ def keep_blocks(
         ROOM=room,
         SHORT=min(room, SHORT_ROW),
         WIDE=tuning.warps * WIDE_LOAD,
-        EXACT=interpreted,
-        **launch_options(interpreted, tuning.warps),
+        EXACT=rows.interpreted,
+        **launch_options(rows.interpreted, tuning.warps),
     )
 
 

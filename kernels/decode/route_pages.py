@@ -16,9 +16,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sglang_misa.kernels.decode.keep_blocks import last_of, launch_options
+from sglang_misa.kernels.decode.operands import PagedRows, SketchPolicy
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+from sglang_misa.kernels.prefill.route import ROUTERS
 
-ROUTERS = ("mean", "peak", "signed", "weight")
 INT8_MAX = tl.constexpr(127.0)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 CHUNK = 32
@@ -75,20 +76,8 @@ def tuning_of(rows: int) -> RouteTuning:
     return next((MANY_ROWS[least] for least in sorted(MANY_ROWS, reverse=True) if rows >= least), FEW_ROWS)
 
 
-def route_pages(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    page_means: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    heads: int | None,
-    router: str,
-    residual: bool,
-    longer_than: int,
-    out: Columns,
-) -> None:
-    """Fill `out` with the columns of every row of more than `longer_than` tokens.
+def route_pages(rows: PagedRows, page_means: torch.Tensor, policy: SketchPolicy, *, out: Columns) -> None:
+    """Fill `out` with the columns of every row of more tokens than the policy's candidates.
 
     `heads` None takes all of them. Fewer rank by |w| · mean ReLU(q·k̃) (`mean`), |w| · max ReLU(q·k̃) (`peak`),
     w · mean ReLU(q·k̃) (`signed`) or |w| (`weight`), over the means k̃ of the row's complete pages but the newest; ties
@@ -96,42 +85,36 @@ def route_pages(
     The residual is Σ w · Φ(μ/σ) · q of the heads that are not routed, μ and σ of their products; a head whose μ, σ or
     w is not finite adds nothing. NaN in a query counts as 0.
 
-    index_q:    float8_e4m3fn [R, H, 128], contiguous
-    head_gates: fp32 [R, H], contiguous
-    page_means: bf16 [num_pages, 128], contiguous
-    page_table: int32 [R, W], unit column stride; entries past a row's pages are never followed
-    seq_lens:   int32 [R], 0 <= len <= 64 · W; `longer_than` is at least 128
+    page_means: bf16 [P, 128], contiguous
     """
-    rows, index_heads, _ = index_q.shape
-    width = page_table.shape[1]
-    tuning = tuning_of(rows)
-    programs = 1 if heads is None else triton.cdiv(width, tuning.pages)
-    interpreted = index_q.device.type == "cpu"
-    _route_kernel[(programs, rows)](
-        index_q,
-        head_gates,
+    width = rows.page_table.shape[1]
+    tuning = tuning_of(len(rows))
+    programs = 1 if policy.heads is None else triton.cdiv(width, tuning.pages)
+    _route_kernel[(programs, len(rows))](
+        rows.index_q,
+        rows.head_gates,
         page_means,
-        page_table,
-        seq_lens,
+        rows.page_table,
+        rows.seq_lens,
         out.queries,
         out.gates,
         out.partial,
         out.done,
-        page_table.stride(0),
+        rows.page_table.stride(0),
         width,
         out.partial.stride(0),
-        longer_than,
-        HEADS=index_heads,
-        ROUTED=index_heads if heads is None else heads,
-        ROUTER=ROUTERS.index(router),
-        RESIDUAL=residual,
+        policy.candidates,
+        HEADS=rows.index_heads,
+        ROUTED=rows.index_heads if policy.heads is None else policy.heads,
+        ROUTER=ROUTERS.index(policy.router),
+        RESIDUAL=policy.residual,
         DIM=HEAD_DIM,
         PAGE=PAGE,
         PAGES=tuning.pages,
         TILE=min(tuning.pages, TILE),
         CHUNK=CHUNK,
-        EXACT=interpreted,
-        **launch_options(interpreted, tuning.warps),
+        EXACT=rows.interpreted,
+        **launch_options(rows.interpreted, tuning.warps),
     )
 
 

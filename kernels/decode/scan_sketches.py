@@ -6,6 +6,8 @@ import torch
 import triton
 
 from sglang_misa.kernels.build import build
+from sglang_misa.kernels.decode.operands import PagedRows, PageSketch, SketchPolicy
+from sglang_misa.kernels.decode.route_pages import Columns
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 from sglang_misa.kernels.structs import Candidates, Scan
 
@@ -16,56 +18,44 @@ KEY_EXPONENT, KEY_SHIFT = 95, 14  # a score's key: exponents above 2⁻³², and
 
 
 def scan_sketches(
-    queries: torch.Tensor,
-    gates: torch.Tensor,
-    page_means: torch.Tensor,
-    sketches: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    bits: int,
-    residual: bool,
-    longer_than: int,
-    scores: torch.Tensor,
+    columns: Columns, rows: PagedRows, stats: PageSketch, policy: SketchPolicy, *, scores: torch.Tensor
 ) -> None:
-    """Write `score_keys` of Σ_c gate · ReLU(q · k̂) of every sketched key k̂, in rows of more than `longer_than` tokens.
+    """Write `score_keys` of Σ_c gate · ReLU(q · k̂) of every sketched key k̂, in rows of more tokens than candidates.
 
-    The last column has no ReLU where it is a `residual`. Of a key mean + scale · (code - z) the product with z is
+    The last column has no ReLU where it is a residual. Of a key mean + scale · (code - z) the product with z is
     rounded down to a whole number.
 
-    queries:    int8 [R, columns, 128]; columns = 4, 8, 16, 32 or 64
-    gates:      fp32 [R, columns]
-    page_means: bf16 [P, 128]; sketches: uint8 [P, sketch_bytes(bits)]; page_table: int32 [R, W]; seq_lens: int32 [R]
-    scores:     uint16 [R, room], room a multiple of 64 that holds the row
+    columns: 4, 8, 16, 32 or 64 of a row
+    rows:    only their page table and lengths are read
+    scores:  uint16 [R, room], room a multiple of 64 that holds the row
 
     On the GPU only the launch before it may still be writing what it reads: the columns.
     """
-    rows, columns, _ = queries.shape
-    if queries.device.type == "cpu":
-        _scan_on_cpu(queries, gates, page_means, sketches, page_table, seq_lens, bits, residual, longer_than, scores)
+    if rows.interpreted:
+        _scan_on_cpu(columns, rows, stats, policy, scores)
         return
-    if rows == 0:
+    if len(rows) == 0:
         return
-    width = page_table.shape[1]
-    span = next((span for span in reversed(SPANS) if rows * triton.cdiv(width, span) >= FULL), SPANS[0])
-    module = build("sketch_scan", sketch_bits=bits, columns=columns)
+    count, width = columns.queries.shape[1], rows.page_table.shape[1]
+    span = next((span for span in reversed(SPANS) if len(rows) * triton.cdiv(width, span) >= FULL), SPANS[0])
+    module = build("sketch_scan", sketch_bits=stats.bits, columns=count)
     call = Scan(
-        queries=queries,
-        gates=gates,
-        means=page_means,
-        sketches=sketches,
-        pages=page_table,
-        lens=seq_lens,
+        queries=columns.queries,
+        gates=columns.gates,
+        means=stats.means,
+        sketches=stats.sketches,
+        pages=rows.page_table,
+        lens=rows.seq_lens,
         scores=scores,
-        pitch=page_table.stride(0),
+        pitch=rows.page_table.stride(0),
         room=scores.stride(0),
-        columns=columns,
-        residual=int(residual),
-        candidates=longer_than,
+        columns=count,
+        residual=int(policy.residual),
+        candidates=policy.candidates,
         span=span,
         blocks=triton.cdiv(width, span * WARPS),
     )
-    module.scan(bytes(call), rows, torch.cuda.current_stream().cuda_stream)
+    module.scan(bytes(call), len(rows), torch.cuda.current_stream().cuda_stream)
 
 
 def list_candidates(scores: torch.Tensor, seq_lens: torch.Tensor, *, positions: torch.Tensor) -> None:
@@ -113,22 +103,22 @@ def unpack(sketches: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _scan_on_cpu(
-    queries: torch.Tensor, gates: torch.Tensor, page_means: torch.Tensor, sketches: torch.Tensor,
-    page_table: torch.Tensor, seq_lens: torch.Tensor, bits: int, residual: bool, longer_than: int, scores: torch.Tensor,
-) -> None:  # fmt: skip
+    columns: Columns, rows: PagedRows, stats: PageSketch, policy: SketchPolicy, scores: torch.Tensor
+) -> None:
     """The same in PyTorch: what the interpreted kernels around it are tested with."""
-    floor = torch.zeros(queries.shape[1], 1)
-    if residual:
+    floor = torch.zeros(columns.queries.shape[1], 1)
+    if policy.residual:
         floor[-1] = -torch.inf
-    for row, length in enumerate(seq_lens.tolist()):
-        if length <= longer_than:
+    for row, length in enumerate(rows.seq_lens.tolist()):
+        if length <= policy.candidates:
             continue
-        pages = page_table[row, : length // PAGE - 1].long()
-        codes, scales = unpack(sketches[pages], bits)
-        query, mean = queries[row].float(), page_means[pages].float() @ queries[row].float().T  # [pages, columns]
-        levels = codes.float() @ query.T - ((2**bits - 1) / 2 * query.sum(1)).floor()
+        pages = rows.page_table[row, : length // PAGE - 1].long()
+        codes, scales = unpack(stats.sketches[pages], stats.bits)
+        query = columns.queries[row].float()
+        mean = stats.means[pages].float() @ query.T  # [pages, columns]
+        levels = codes.float() @ query.T - ((2**stats.bits - 1) / 2 * query.sum(1)).floor()
         products = (mean.unsqueeze(1) + scales.float().unsqueeze(-1) * levels).flatten(0, 1)  # [tokens, columns]
-        score = torch.maximum(products.T, floor).T @ gates[row]
+        score = torch.maximum(products.T, floor).T @ columns.gates[row]
         scores[row, : len(score)] = score_keys(score).to(torch.uint16)
 
 

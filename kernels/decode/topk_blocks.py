@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sglang_misa.kernels.decode.keep_blocks import KeepTuning, KeptPages, keep_blocks, launch_options
+from sglang_misa.kernels.decode.operands import Chosen, PagedRows
 from sglang_misa.kernels.decode.topk_kept import MAX_ROW, topk_kept
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
@@ -51,111 +52,70 @@ class ScoreTuning:
     warps: int = 4
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How the launches of a step are cut; None: the default for the rows."""
+
+    keep: KeepTuning | None = None
+    score: ScoreTuning | None = None
+
+
 def decode_topk(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    index_k_pages: torch.Tensor,
-    page_means: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    block_size: int,
-    scratch: DecodeScratch,
-    out: torch.Tensor,
-    positions: torch.Tensor | None = None,
-    keep: KeepTuning | None = None,
-    score: ScoreTuning | None = None,
+    rows: PagedRows, page_means: torch.Tensor, *, scratch: DecodeScratch, out: Chosen, cut: Cut = Cut()
 ) -> None:
     """Top k of the tokens in the best blocks of every row, as physical slots: decode with HISA's block filter.
 
-    Stands in for DeepGEMM's `fp8_paged_mqa_logits` and SGLang's `topk_transform_512_v2`. The number of blocks nb is the
-    scratch's; see `keep_blocks` for which are kept. A row with len // B <= nb equals DSA, one with len <= k gets its
-    tokens exactly. There is no room for other exact rows: a length gate above nb · B + B - 1 is the caller's to refuse.
-    The launches and grids depend on shapes alone: safe to capture in a CUDA graph.
+    Stands in for DeepGEMM's `fp8_paged_mqa_logits` and SGLang's `topk_transform_512_v2`. The number of blocks nb and
+    their size B are the scratch's; see `keep_blocks` for which are kept. A row with len // B <= nb equals DSA, one with
+    len <= k gets its tokens exactly. There is no room for other exact rows: a length gate above nb · B + B - 1 is the
+    caller's to refuse. The launches and grids depend on shapes alone: safe to capture in a CUDA graph.
 
-    index_q:       float8_e4m3fn [R, H, 128], contiguous; one row a query, so verify rows bring their own length
-    head_gates:    fp32 [R, H], contiguous; the query's scale and the softmax scale folded in
-    index_k_pages: uint8 [num_pages, 8448]: 64 keys of 128 fp8, then their 64 fp32 scales
-    page_means:    bf16 [num_pages, 128]; valid for complete pages
-    page_table:    int32 [R, W]; entries past ceil(len / 64) are stale and never followed
-    seq_lens:      int32 [R], 0 <= len <= 64 · W
-    out:           int32 [R, k]: page · 64 + offset, in the order of the row, -1 behind the last
-    positions:     int32 [R, k], optional: the same tokens as positions in the row
+    page_means: bf16 [P, 128]; valid for complete pages
     """
-    rows, topk = index_q.shape[0], out.shape[1]
-    room = scratch.logits.shape[1]
-    if not topk <= room - block_size <= MAX_ROW - block_size:
+    rows.check(page_means)
+    room, block_size = scratch.logits.shape[1], scratch.kept.block_size
+    if not out.topk <= room - block_size <= MAX_ROW - block_size:
         raise ValueError(
-            f"blocks · block_size: expected k = {topk} to {MAX_ROW - block_size} tokens, got {room - block_size}; "
+            f"blocks · block_size: expected k = {out.topk} to {MAX_ROW - block_size} tokens, got {room - block_size}; "
             "change the number of blocks"
         )
-    keep_blocks(
-        index_q,
-        head_gates,
-        page_means,
-        page_table,
-        seq_lens,
-        block_size=block_size,
-        out=scratch.kept,
-        tuning=keep or keep_tuning(rows),
-    )
-    score_kept(
-        index_q,
-        head_gates,
-        index_k_pages,
-        seq_lens,
-        block_size=block_size,
-        topk=topk,
-        scratch=scratch,
-        tuning=score or ScoreTuning(),
-    )
-    topk_kept(scratch.logits, scratch.kept, block_size=block_size, out=out, positions=positions)
+    keep_blocks(rows, page_means, out=scratch.kept, tuning=cut.keep or keep_tuning(len(rows)))
+    score_kept(rows, topk=out.topk, scratch=scratch, tuning=cut.score or ScoreTuning())
+    topk_kept(scratch.logits, scratch.kept, out)
 
 
 def keep_tuning(rows: int) -> KeepTuning:
-    """The measured choice for `rows` rows on an H100: small programs spread a few rows over all multiprocessors."""
+    """The choice for `rows` rows: small programs spread a few rows over all multiprocessors."""
     if rows < 4:
         return KeepTuning(pages=64, warps=8)
     return KeepTuning(pages=64 if rows < 32 else 128, warps=4)
 
 
-def score_kept(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    index_k_pages: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    block_size: int,
-    topk: int,
-    scratch: DecodeScratch,
-    tuning: ScoreTuning = ScoreTuning(),
-) -> None:
+def score_kept(rows: PagedRows, *, topk: int, scratch: DecodeScratch, tuning: ScoreTuning = ScoreTuning()) -> None:
     """Write scratch.logits: I[s] = k_scale[s] · Σ_j w_j · ReLU(q_j · k_s) of the tokens on `scratch.kept.pages`.
 
-    Rows that keep no more than `topk` tokens need no scores and get none. Shapes and dtypes as in `decode_topk`.
+    Rows that keep no more than `topk` tokens need no scores and get none.
     """
-    rows, heads, _ = index_q.shape
     kept = scratch.kept
-    interpreted = index_q.device.type == "cpu"
     programs = triton.cdiv(kept.pages.shape[1], tuning.pages)
-    _score_kernel[(programs, rows)](
-        index_q,
-        head_gates,
-        index_k_pages.view(torch.float8_e4m3fn),
-        index_k_pages.view(torch.float32),
-        seq_lens,
+    _score_kernel[(programs, len(rows))](
+        rows.index_q,
+        rows.head_gates,
+        rows.index_k_pages.view(torch.float8_e4m3fn),
+        rows.index_k_pages.view(torch.float32),
+        rows.seq_lens,
         kept.pages,
         scratch.logits,
-        HEADS=heads,
+        HEADS=rows.index_heads,
         DIM=HEAD_DIM,
         PAGE=PAGE,
-        PAGE_BYTES=index_k_pages.stride(0),
-        BLOCK=block_size,
+        PAGE_BYTES=rows.index_k_pages.stride(0),
+        BLOCK=kept.block_size,
         KEEP=kept.blocks.shape[1] - 1,
         ROOM=scratch.logits.shape[1],
         TOPK=topk,
         TILE_PAGES=tuning.pages,
-        **launch_options(interpreted, tuning.warps),
+        **launch_options(rows.interpreted, tuning.warps),
     )
 
 

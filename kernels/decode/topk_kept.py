@@ -6,6 +6,7 @@ import torch
 
 from sglang_misa.kernels.build import build
 from sglang_misa.kernels.decode.keep_blocks import KeptPages
+from sglang_misa.kernels.decode.operands import Chosen
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.kernels.structs import Kept, Listed, Scored
 
@@ -13,47 +14,30 @@ MAX_ROW = 32768  # scores of a row: a thread block holds them in registers
 LOWEST = torch.finfo(torch.float32).min
 
 
-def topk_kept(
-    logits: torch.Tensor,
-    kept: KeptPages,
-    *,
-    block_size: int,
-    out: torch.Tensor,
-    positions: torch.Tensor | None = None,
-) -> None:
-    """Write the slots of the k best of each row's first `kept.lens` scores, in the row's order, then -1.
+def topk_kept(logits: torch.Tensor, kept: KeptPages, out: Chosen) -> None:
+    """Write the k best of each row's first `kept.lens` scores.
 
     Exact: ties fall to the older token; NaN and -inf rank as the lowest finite number. Rows with no more than k tokens
     get all of them, their scores are not read. It reads lengths and pages before it waits for the launch in front of
     it, so nothing but the scoring may come between it and `keep_blocks`.
 
-    logits:    fp32 [R, room], contiguous, room = (blocks + 1) · block_size <= MAX_ROW
-    kept:      the pages that the scores belong to
-    out:       int32 [R, k], contiguous: page · 64 + offset
-    positions: int32 [R, k], contiguous, optional: the same tokens as positions in the row
+    logits: fp32 [R, room], contiguous, room = (blocks + 1) · block_size <= MAX_ROW
+    kept:   the pages that the scores belong to
 
     Mirrors SGLang's `topk_transform_512_v2` with `out_raw_indices`.
     """
     if logits.device.type == "cpu":
-        _topk_on_cpu(logits, kept, block_size, out, positions)
+        _topk_on_cpu(logits, kept, out)
         return
     rows, room = logits.shape
-    if rows == 0:
-        return
-    scored = Scored(scores=logits, lens=kept.lens, slots=out, positions=positions, k=out.shape[1])
-    tokens = Kept(pages=kept.pages, blocks=kept.blocks, room=room, block=block_size)
-    stream = torch.cuda.current_stream().cuda_stream
-    build("topk_kept").topk_kept(bytes(scored), bytes(tokens), rows, stream)
+    if rows:
+        tokens = Kept(pages=kept.pages, blocks=kept.blocks, room=room, block=kept.block_size)
+        stream = torch.cuda.current_stream().cuda_stream
+        build("topk_kept").topk_kept(bytes(_scored(logits, kept.lens, out)), bytes(tokens), rows, stream)
 
 
 def topk_listed(
-    logits: torch.Tensor,
-    listed: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    out: torch.Tensor,
-    positions: torch.Tensor | None = None,
+    logits: torch.Tensor, listed: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, out: Chosen
 ) -> None:
     """The same of the scores of listed tokens: those at a row's first min(len, C) positions, which ascend.
 
@@ -62,15 +46,17 @@ def topk_listed(
     page_table: int32 [R, W], unit column stride; seq_lens: int32 [R]
     """
     if logits.device.type == "cpu":
-        _topk_listed_on_cpu(logits, listed, page_table, seq_lens, out, positions)
+        _topk_listed_on_cpu(logits, listed, page_table, seq_lens, out)
         return
     rows, room = logits.shape
-    if rows == 0:
-        return
-    scored = Scored(scores=logits, lens=seq_lens, slots=out, positions=positions, k=out.shape[1])
-    tokens = Listed(positions=listed, table=page_table, pitch=page_table.stride(0), room=room)
-    stream = torch.cuda.current_stream().cuda_stream
-    build("topk_kept").topk_listed(bytes(scored), bytes(tokens), rows, stream)
+    if rows:
+        tokens = Listed(positions=listed, table=page_table, pitch=page_table.stride(0), room=room)
+        stream = torch.cuda.current_stream().cuda_stream
+        build("topk_kept").topk_listed(bytes(_scored(logits, seq_lens, out)), bytes(tokens), rows, stream)
+
+
+def _scored(logits: torch.Tensor, lens: torch.Tensor, out: Chosen) -> Scored:
+    return Scored(scores=logits, lens=lens, slots=out.slots, positions=out.positions, k=out.topk)
 
 
 def _best_on_cpu(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -82,29 +68,19 @@ def _best_on_cpu(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _topk_listed_on_cpu(
-    logits: torch.Tensor, listed: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor,
-    out: torch.Tensor, positions: torch.Tensor | None,
-) -> None:  # fmt: skip
-    """The same in PyTorch: what the interpreted kernels around it are tested with."""
-    out.fill_(-1)
-    if positions is not None:
-        positions.fill_(-1)
-    for row, length in enumerate(seq_lens.tolist()):
-        token = listed[row, _best_on_cpu(logits[row, :length], out.shape[1])]
-        out[row, : len(token)] = page_table[row, token // PAGE] * PAGE + token % PAGE
-        if positions is not None:
-            positions[row, : len(token)] = token
-
-
-def _topk_on_cpu(
-    logits: torch.Tensor, kept: KeptPages, block_size: int, out: torch.Tensor, positions: torch.Tensor | None
+    logits: torch.Tensor, listed: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, out: Chosen
 ) -> None:
     """The same in PyTorch: what the interpreted kernels around it are tested with."""
-    out.fill_(-1)
-    if positions is not None:
-        positions.fill_(-1)
+    out.clear()
+    for row, length in enumerate(seq_lens.tolist()):
+        token = listed[row, _best_on_cpu(logits[row, :length], out.topk)]
+        out.write(row, page_table[row, token // PAGE] * PAGE + token % PAGE, token)
+
+
+def _topk_on_cpu(logits: torch.Tensor, kept: KeptPages, out: Chosen) -> None:
+    """The same in PyTorch."""
+    out.clear()
     for row, count in enumerate(kept.lens.tolist()):
-        token = _best_on_cpu(logits[row, :count], out.shape[1])
-        out[row, : len(token)] = kept.pages[row, token // PAGE] * PAGE + token % PAGE
-        if positions is not None:
-            positions[row, : len(token)] = kept.blocks[row, token // block_size] * block_size + token % block_size
+        token = _best_on_cpu(logits[row, :count], out.topk)
+        position = kept.blocks[row, token // kept.block_size] * kept.block_size + token % kept.block_size
+        out.write(row, kept.pages[row, token // PAGE] * PAGE + token % PAGE, position)

@@ -1,8 +1,8 @@
 """Decode over page sketches: the pipeline of a step, and all-head scores of the candidates.
 
 A step is five launches, each overlapping the end of the one before: `route_pages` chooses the columns of a row on
-page means, `scan_sketches` scores every sketched token by them, `list_candidates`
-takes the best C, `rescore` scores those with all heads on the stored keys, `topk_listed` selects.
+page means, `scan_sketches` scores every sketched token by them, `list_candidates` takes the best C, `rescore` scores
+those with all heads on the stored keys, `topk_listed` selects.
 Bytes of a row: 4 a token of prefix for the router, 4 + 16 · bits + 2 for the scan, 132 a candidate.
 """
 
@@ -17,68 +17,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.decode.keep_blocks import launch_options
-from sglang_misa.kernels.decode.route_pages import ROUTERS, Columns, route_pages
+from sglang_misa.kernels.decode.operands import Chosen, PagedRows, PageSketch, SketchPolicy
+from sglang_misa.kernels.decode.route_pages import Columns, route_pages
 from sglang_misa.kernels.decode.scan_sketches import list_candidates, scan_sketches
 from sglang_misa.kernels.decode.topk_kept import topk_listed
-from sglang_misa.kernels.layout import (
-    HEAD_DIM,
-    MAX_CANDIDATES,
-    PAGE,
-    PAGE_BYTES,
-    ROUTED_HEADS,
-    SKETCH_BITS,
-    sketch_bytes,
-)
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES, sketch_bytes
 
-MIN_CANDIDATES = 2 * PAGE  # the newest complete page and the one behind it have no sketch to read yet
 TILE, WARPS = 256, 4  # candidates and warps of a program that scores them
-
-
-@dataclass(frozen=True)
-class PageSketch:
-    """Statistics of an index-K pool's pages in one layer, by physical page. Valid for complete pages.
-
-    means:    bf16 [P, 128]
-    sketches: uint8 [P, sketch_bytes(bits)], see `layout.sketch_bytes`
-    """
-
-    means: torch.Tensor
-    sketches: torch.Tensor
-
-    @property
-    def bits(self) -> int:
-        """Bits a coordinate."""
-        return next(bits for bits in SKETCH_BITS if sketch_bytes(bits) == self.sketches.shape[1])
-
-
-@dataclass(frozen=True)
-class SketchPolicy:
-    """What a step does, fixed for all its calls.
-
-    heads:      routed heads h, or None: all heads score the sketches; h + residual is one of ROUTED_HEADS
-    router:     "mean", "peak", "signed" or "weight", see `route_pages`
-    residual:   whether the other heads score too, as one linear column
-    candidates: tokens C that all heads score on the stored keys, k <= C
-    """
-
-    heads: int | None
-    router: str
-    residual: bool
-    candidates: int
-
-    def __post_init__(self) -> None:
-        columns = None if self.heads is None else self.heads + self.residual
-        if columns is None and self.residual:
-            raise ValueError("residual: expected routed heads beside it, got all heads; leave it out")
-        if columns is not None and columns not in ROUTED_HEADS:
-            raise ValueError(f"heads + residual: expected one of {ROUTED_HEADS}, got {columns}")
-        if self.router not in ROUTERS:
-            raise ValueError(f"router: expected one of {ROUTERS}, got {self.router!r}")
-        if not MIN_CANDIDATES <= self.candidates <= MAX_CANDIDATES or self.candidates % PAGE:
-            raise ValueError(
-                f"candidates: expected a multiple of {PAGE} from {MIN_CANDIDATES} to {MAX_CANDIDATES}, "
-                f"got {self.candidates}"
-            )
 
 
 @dataclass(frozen=True)
@@ -117,18 +62,7 @@ class SketchScratch:
         return SketchScratch(self.policy, columns, self.keys[:rows], self.positions[:rows], self.logits[:rows])
 
 
-def sketch_topk(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    index_k_pages: torch.Tensor,
-    stats: PageSketch,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    scratch: SketchScratch,
-    out: torch.Tensor,
-    positions: torch.Tensor | None = None,
-) -> None:
+def sketch_topk(rows: PagedRows, stats: PageSketch, *, scratch: SketchScratch, out: Chosen) -> None:
     """Top k, by all heads, of each row's C best tokens on its pages' sketches, as physical slots.
 
     Stands in for DeepGEMM's `fp8_paged_mqa_logits` and SGLang's `topk_transform_512_v2`. A row of at most C tokens
@@ -137,97 +71,51 @@ def sketch_topk(
     request's rows, a token and its drafts, are at most 64. Launches and grids depend on shapes alone: safe to capture
     in a CUDA graph.
 
-    index_q:       float8_e4m3fn [R, H, 128], contiguous; one row a query, so verify rows bring their own length
-    head_gates:    fp32 [R, H], contiguous; the query's scale and the softmax scale folded in
-    index_k_pages: uint8 [P, 8448]: 64 keys of 128 fp8, then their 64 fp32 scales
-    stats:         of the same pages
-    page_table:    int32 [R, W], W at most the scratch's; entries past ceil(len / 64) are stale and never followed
-    seq_lens:      int32 [R], 0 <= len <= 64 · W
-    scratch:       of at least R rows (`first`); it also says heads, router, residual and candidates
-    out:           int32 [R, k]: page · 64 + offset, in the order of the row, -1 behind the last
-    positions:     int32 [R, k], optional: the same tokens as positions in the row
+    rows:    their page table is at most as wide as the scratch's
+    stats:   of the same pages
+    scratch: of R rows (`first`); it also says heads, router, residual and candidates
     """
-    rows, heads, _ = index_q.shape
-    policy, topk = scratch.policy, out.shape[1]
-    expect("index_q", index_q, (rows, heads, HEAD_DIM), torch.float8_e4m3fn)
-    expect("head_gates", head_gates, (rows, heads), torch.float32)
-    expect("index_k_pages", index_k_pages, (None, PAGE_BYTES), torch.uint8)
-    expect("stats.means", stats.means, (len(index_k_pages), HEAD_DIM), torch.bfloat16)
-    expect("stats.sketches", stats.sketches, (len(index_k_pages), sketch_bytes(stats.bits)), torch.uint8)
-    expect("page_table", page_table, (rows, None), torch.int32, row_stride=True)
-    expect("seq_lens", seq_lens, (rows,), torch.int32)
-    if len(scratch.keys) != rows or scratch.keys.shape[1] < page_table.shape[1] * PAGE:
+    count, width, policy = len(rows), rows.page_table.shape[1], scratch.policy
+    rows.check(stats.means)
+    expect("sketches", stats.sketches, (len(rows.index_k_pages), sketch_bytes(stats.bits)), torch.uint8)
+    if len(scratch.keys) != count or scratch.keys.shape[1] < width * PAGE:
         raise ValueError(
-            f"scratch: expected {rows} rows of at least {page_table.shape[1]} pages, got {len(scratch.keys)} of "
-            f"{scratch.keys.shape[1] // PAGE}; allocate it for the widest page table and pass scratch.first({rows})"
+            f"scratch: expected {count} rows of at least {width} pages, got {len(scratch.keys)} of "
+            f"{scratch.keys.shape[1] // PAGE}; allocate it for the widest page table and pass scratch.first({count})"
         )
-    if topk > policy.candidates:
-        raise ValueError(f"candidates: expected at least k = {topk}, got {policy.candidates}; raise the candidates")
-    columns = scratch.columns
-    route_pages(
-        index_q,
-        head_gates,
-        stats.means,
-        page_table,
-        seq_lens,
-        heads=policy.heads,
-        router=policy.router,
-        residual=policy.residual,
-        longer_than=policy.candidates,
-        out=columns,
-    )
-    scan_sketches(
-        columns.queries,
-        columns.gates,
-        stats.means,
-        stats.sketches,
-        page_table,
-        seq_lens,
-        bits=stats.bits,
-        residual=policy.residual,
-        longer_than=policy.candidates,
-        scores=scratch.keys,
-    )
-    list_candidates(scratch.keys, seq_lens, positions=scratch.positions)
-    rescore(index_q, head_gates, index_k_pages, page_table, seq_lens, topk=topk, scratch=scratch)
-    topk_listed(scratch.logits, scratch.positions, page_table, seq_lens, out=out, positions=positions)
+    if out.topk > policy.candidates:
+        raise ValueError(f"candidates: expected at least k = {out.topk}, got {policy.candidates}; raise the candidates")
+    route_pages(rows, stats.means, policy, out=scratch.columns)
+    scan_sketches(scratch.columns, rows, stats, policy, scores=scratch.keys)
+    list_candidates(scratch.keys, rows.seq_lens, positions=scratch.positions)
+    rescore(rows, topk=out.topk, scratch=scratch)
+    topk_listed(scratch.logits, scratch.positions, rows.page_table, rows.seq_lens, out)
 
 
-def rescore(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    index_k_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    topk: int,
-    scratch: SketchScratch,
-) -> None:
+def rescore(rows: PagedRows, *, topk: int, scratch: SketchScratch) -> None:
     """Write scratch.logits: I[s] = k_scale[s] · Σ_j w_j · ReLU(q_j · k_s) of the tokens s at `scratch.positions`.
 
-    Rows of no more than `topk` tokens need no scores and get none. Shapes and dtypes as in `sketch_topk`.
+    Rows of no more than `topk` tokens need no scores and get none.
     """
-    rows, heads, _ = index_q.shape
     candidates = scratch.policy.candidates
-    interpreted = index_q.device.type == "cpu"
-    _rescore_kernel[(triton.cdiv(candidates, TILE), rows)](
-        index_q,
-        head_gates,
-        index_k_pages.view(torch.float8_e4m3fn),
-        index_k_pages.view(torch.float32),
-        page_table,
-        seq_lens,
+    _rescore_kernel[(triton.cdiv(candidates, TILE), len(rows))](
+        rows.index_q,
+        rows.head_gates,
+        rows.index_k_pages.view(torch.float8_e4m3fn),
+        rows.index_k_pages.view(torch.float32),
+        rows.page_table,
+        rows.seq_lens,
         scratch.positions,
         scratch.logits,
-        page_table.stride(0),
-        HEADS=heads,
+        rows.page_table.stride(0),
+        HEADS=rows.index_heads,
         DIM=HEAD_DIM,
         PAGE=PAGE,
         PAGE_BYTES=PAGE_BYTES,
         CANDIDATES=candidates,
         TOPK=topk,
         TILE=TILE,
-        **launch_options(interpreted, WARPS),
+        **launch_options(rows.interpreted, WARPS),
     )
 
 

@@ -20,7 +20,8 @@ holds up to 128 (query, head) columns against tiles of 64 pooled keys, and only 
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import triton
@@ -29,7 +30,7 @@ import triton.language as tl
 from sglang_misa.kernels.build import build
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS
-from sglang_misa.kernels.prefill.residual import Residual
+from sglang_misa.kernels.prefill.operands import Residual, RoutedHeads
 from sglang_misa.kernels.structs import Route
 
 Router = Literal["mean", "peak", "signed", "weight"]
@@ -138,52 +139,44 @@ def module(index_heads: int) -> Any:
     return build("route", index_heads=index_heads)
 
 
-@overload
-def route(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    block_means: torch.Tensor,
-    row_batch: torch.Tensor,
-    row_len: torch.Tensor,
-    heads: int,
-    block_size: int,
-    router: Router = ...,
-    residual: Literal[False] = ...,
-) -> torch.Tensor: ...
+@dataclass(frozen=True)
+class Blocks:
+    """Pooled keys of all requests, and what each row has of them: the blocks complete at its own length.
 
+    block_means [B, M, 128] bf16 from `update_page_means`, with anything beyond a request's complete blocks; block_size:
+    tokens of a block; row_batch [T] int32: the request of each row, best in order; row_len [T] int32: the tokens that
+    it sees.
+    """
 
-@overload
-def route(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    block_means: torch.Tensor,
-    row_batch: torch.Tensor,
-    row_len: torch.Tensor,
-    heads: int,
-    block_size: int,
-    router: Router = ...,
-    *,
-    residual: Literal[True],
-) -> tuple[torch.Tensor, Residual]: ...
+    block_means: torch.Tensor
+    block_size: int
+    row_batch: torch.Tensor
+    row_len: torch.Tensor
+
+    def check(self, index_q: torch.Tensor, head_gates: torch.Tensor, *, cuda: bool) -> None:
+        """Raise ValueError unless the rows of index_q and head_gates have all this, on a GPU if `cuda`."""
+        rows, index_heads = index_q.shape[:2]
+        if index_heads not in INDEX_HEADS:
+            raise ValueError(f"index_q: expected {' or '.join(map(str, INDEX_HEADS))} index heads, got {index_heads}")
+        expect("index_q", index_q, (rows, index_heads, HEAD_DIM), torch.float8_e4m3fn, cuda=cuda)
+        expect("head_gates", head_gates, (rows, index_heads), torch.float32, cuda=cuda)
+        expect("block_means", self.block_means, (None, None, HEAD_DIM), torch.bfloat16, cuda=cuda)
+        expect("row_batch", self.row_batch, (rows,), torch.int32, cuda=cuda)
+        expect("row_len", self.row_len, (rows,), torch.int32, cuda=cuda)
 
 
 def route(
     index_q: torch.Tensor,
     head_gates: torch.Tensor,
-    block_means: torch.Tensor,
-    row_batch: torch.Tensor,
-    row_len: torch.Tensor,
+    blocks: Blocks,
     heads: int,
-    block_size: int,
     router: Router = "mean",
     residual: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, Residual]:
-    """The h index heads each query is scored with, int32 [T, h], ascending; with `residual` also that of the others.
+) -> RoutedHeads:
+    """The h index heads each query is scored with; with `residual` also that of the others.
 
-    index_q [T, H, 128] fp8 e4m3; head_gates [T, H] fp32; block_means [B, M, 128] bf16 from `update_page_means`, with
-    anything beyond a request's complete blocks; row_batch [T] int32, the request of each row, best in order; row_len
-    [T] int32, the tokens each row sees; heads h ≤ H ∈ {32, 64}, below H where a residual is wanted. One launch or two,
-    which a CUDA graph can hold.
+    index_q [T, H, 128] fp8 e4m3; head_gates [T, H] fp32; heads h ≤ H ∈ {32, 64}, below H where a residual is wanted.
+    One launch or two, which a CUDA graph can hold.
     A residual's scale is the largest |q̄| / 448; where that is 0 or not finite, it is 1 and the query 0.
     Raises ValueError for another layout.
     """
@@ -197,18 +190,18 @@ def route(
         raise ValueError(f"heads: expected 1 to {most}, got {heads}")
     if router not in ROUTERS:
         raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
-    _check_rows(index_q, head_gates, block_means, row_batch, row_len, cuda=True)
+    blocks.check(index_q, head_gates, cuda=True)
     head_ids = torch.empty(rows, heads, dtype=torch.int32, device=index_q.device)
     others = Residual.empty(rows, index_q.device) if residual else None
     gates = torch.empty_like(head_gates) if residual else None
     if rows:
-        requests, max_blocks, _ = block_means.shape
+        requests, max_blocks, _ = blocks.block_means.shape
         call = Route(
             index_q=index_q,
             head_gates=head_gates,
-            block_means=block_means,
-            row_batch=row_batch,
-            row_len=row_len,
+            block_means=blocks.block_means,
+            row_batch=blocks.row_batch,
+            row_len=blocks.row_len,
             head_ids=head_ids,
             residual_gates=gates,
             residual_query=others and others.query,
@@ -216,30 +209,23 @@ def route(
             rows=rows,
             requests=requests,
             max_blocks=max_blocks,
-            block_size=block_size,
+            block_size=blocks.block_size,
             heads=heads,
             # all heads are chosen whatever their statistic
             router=ROUTERS.index("weight" if heads == index_heads else router),
         )
-        stream = torch.cuda.current_stream(index_q.device).cuda_stream
-        module(index_heads).route(bytes(call), stream)
-    return head_ids if others is None else (head_ids, others)
+        module(index_heads).route(bytes(call), torch.cuda.current_stream(index_q.device).cuda_stream)
+    return RoutedHeads(head_ids, others)
 
 
-def block_scores(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    block_means: torch.Tensor,
-    row_batch: torch.Tensor,
-    row_len: torch.Tensor,
-    block_size: int,
-) -> torch.Tensor:
+def block_scores(index_q: torch.Tensor, head_gates: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     """Block scores S fp32 [T, M], -inf where a block is not complete, for policies that prune tokens.
 
-    Arguments as in `route`. Few rows are split over blocks, to fill the GPU. Raises ValueError for another layout.
+    Rows as in `route`. Few of them are split over blocks, to fill the GPU. Raises ValueError for another layout.
     """
-    rows, index_heads = _check_rows(index_q, head_gates, block_means, row_batch, row_len)
-    max_blocks = block_means.shape[1]
+    blocks.check(index_q, head_gates, cuda=False)
+    rows, index_heads = index_q.shape[:2]
+    max_blocks = blocks.block_means.shape[1]
     scores = torch.empty(rows, max_blocks, dtype=torch.float32, device=index_q.device)
     wide = rows >= _WIDE_FROM
     rows_each, span = (_WIDE_COLUMNS // index_heads, max_blocks) if wide else (1, _TILE)
@@ -247,14 +233,14 @@ def block_scores(
         block_scores_fwd_kernel[(triton.cdiv(rows, rows_each), triton.cdiv(max_blocks, span))](
             index_q,
             head_gates,
-            block_means,
-            row_batch,
-            row_len,
+            blocks.block_means,
+            blocks.row_batch,
+            blocks.row_len,
             scores,
             rows,
             max_blocks,
             span,
-            BLOCK_SIZE=block_size,
+            BLOCK_SIZE=blocks.block_size,
             H=index_heads,
             ROWS=rows_each,
             TILE=_TILE,
@@ -264,24 +250,3 @@ def block_scores(
             maxnreg=_REGISTERS,
         )
     return scores
-
-
-def _check_rows(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    block_means: torch.Tensor,
-    row_batch: torch.Tensor,
-    row_len: torch.Tensor,
-    *,
-    cuda: bool = False,
-) -> tuple[int, int]:
-    """T and H of a well-formed call."""
-    rows, index_heads, _ = index_q.shape
-    if index_heads not in INDEX_HEADS:
-        raise ValueError(f"index_q: expected {' or '.join(map(str, INDEX_HEADS))} index heads, got {index_heads}")
-    expect("index_q", index_q, (rows, index_heads, HEAD_DIM), torch.float8_e4m3fn, cuda=cuda)
-    expect("head_gates", head_gates, (rows, index_heads), torch.float32, cuda=cuda)
-    expect("block_means", block_means, (None, None, HEAD_DIM), torch.bfloat16, cuda=cuda)
-    expect("row_batch", row_batch, (rows,), torch.int32, cuda=cuda)
-    expect("row_len", row_len, (rows,), torch.int32, cuda=cuda)
-    return rows, index_heads

@@ -22,10 +22,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from sglang_misa.kernels.build import Target, build
-from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, ROUTED_HEADS
+from sglang_misa.kernels.build import build
+from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, MAX_CANDIDATES, ROUTED_HEADS
+from sglang_misa.kernels.prefill.operands import Keys, Output, RoutedHeads, Rows
 from sglang_misa.kernels.prefill.plan import (
     SAMPLED_AT_MOST,
     SCRATCH_BYTES,
@@ -35,11 +34,9 @@ from sglang_misa.kernels.prefill.plan import (
     block_rows,
     division_bytes,
 )
-from sglang_misa.kernels.prefill.residual import Residual
-from sglang_misa.kernels.prefill.workspace import Call, Problem, multiprocessors
+from sglang_misa.kernels.prefill.workspace import Call, multiprocessors
 from sglang_misa.kernels.structs import RerankedPlan, Sample
 
-CANDIDATES = 16384  # C at most
 KEYS = 1 << 22  # of a call at most: 64 segments
 
 SAMPLE = 4096  # keys of a row that are sampled, unless the stride's bounds say otherwise
@@ -143,18 +140,26 @@ def _most_hits(candidates: int, stride: int) -> float:
     return (rank + SIGMAS * math.sqrt(rank)) * stride
 
 
-class Reranked(Call):
+class RerankedCall(Call):
     """One `topk_reranked` call."""
 
-    def __init__(self, problem: Problem, candidates: int, target: Target, budget: int = SCRATCH_BYTES):
-        self.candidates = candidates
-        self.processors = multiprocessors(problem.device)
-        self.plan = plan(problem.rows, problem.keys, candidates, block_rows(problem.columns), self.processors, budget)
-        super().__init__(problem, target, self.plan.rows, max(budget, self.plan.scores_offset + 4 * self.plan.ld))
+    def __init__(
+        self,
+        rows: Rows,
+        keys: Keys,
+        heads: RoutedHeads,
+        candidates: int,
+        output: Output,
+        budget: int = SCRATCH_BYTES,
+    ):
+        super().__init__(rows, keys, heads, output)
+        self.candidates, self.processors = candidates, multiprocessors(rows.device)
+        rows_each = block_rows(heads.columns)
+        self.plan = plan(len(rows), len(keys), candidates, rows_each, self.processors, budget)
+        self.reserve(self.plan.rows, max(budget, self.plan.scores_offset + 4 * self.plan.ld))
 
     def module(self) -> Any:
-        problem = self.problem
-        return module(problem.columns, int(problem.head_gates.shape[1]), problem.residual is not None)
+        return module(self.heads.columns, self.rows.index_heads, self.heads.residual is not None)
 
     def division(self) -> RerankedPlan:
         p = self.plan
@@ -177,43 +182,24 @@ class Reranked(Call):
 
 
 def topk_reranked(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    head_ids: torch.Tensor,
-    index_k: torch.Tensor,
-    k_scale: torch.Tensor,
-    ks: torch.Tensor,
-    ke: torch.Tensor,
-    candidates: int,
-    k: int,
-    *,
-    residual: Residual | None = None,
-    out: torch.Tensor | None = None,
-    page_table: torch.Tensor | None = None,
-    row_batch: torch.Tensor | None = None,
-    offsets: torch.Tensor | None = None,
-    budget: int = SCRATCH_BYTES,
-) -> torch.Tensor:
-    """Of each row's best C = `candidates` keys by its routed heads, the exact top k by all heads; int32 [T, k].
+    rows: Rows, keys: Keys, heads: RoutedHeads, candidates: int, output: Output, *, budget: int = SCRATCH_BYTES
+) -> None:
+    """Write, of each row's best C = `candidates` keys by its routed heads, the exact top k by all heads.
 
-    `residual` adds its own column to the score by the routed heads, and counts as one of them in `ROUTED_HEADS`.
-    Tensors, windows [ks, ke), what is returned and scratch as in `topk_routed.topk_routed`, but head_ids ascend in
-    each row and H is one of `INDEX_HEADS`. k ≤ C ≤ `CANDIDATES`, at most `KEYS` keys. Rows of at most C keys are scored
-    with all heads throughout. Ties: the smaller position wins, and NaN scores come last, in either choice. Never
-    synchronises. Raises ValueError on shapes, dtypes, layout or limits.
+    A residual adds its own column to the score by the routed heads, and counts as one of them in `ROUTED_HEADS`.
+    Windows, what is written and scratch as in `topk_routed.topk_routed`, but head_ids ascend in each row and H is one
+    of `INDEX_HEADS`. k ≤ C ≤ `MAX_CANDIDATES`, at most `KEYS` keys. Rows of at most C keys are scored with all heads
+    throughout. Ties: the smaller position wins, and NaN scores come last, in either choice. Never synchronises.
+    Raises ValueError on shapes, dtypes, layout or limits.
     Mirrors SGLang's fp8_mqa_logits + topk_transform; MISA (2605.07363).
     """
-    problem = Problem(index_q, head_gates, head_ids, index_k, k_scale, ks, ke, residual)
-    if not k <= candidates <= CANDIDATES:
-        raise ValueError(f"candidates: expected k={k} to {CANDIDATES}, got {candidates}; choose another C")
-    if problem.keys > KEYS:
-        raise ValueError(f"index_k: expected at most {KEYS} keys, got {problem.keys}; score them with all heads")
-    if out is None:
-        out = torch.empty(problem.rows, k, dtype=torch.int32, device=problem.device)
-    target = Target(out, page_table, row_batch, offsets)
-    target.check(problem.rows, k)
-    if problem.keys == 0:
-        return out.fill_(-1)
-    if problem.rows > 0:
-        Reranked(problem, candidates, target, budget).run()
-    return out
+    if not output.topk <= candidates <= MAX_CANDIDATES:
+        raise ValueError(
+            f"candidates: expected k={output.topk} to {MAX_CANDIDATES}, got {candidates}; choose another C"
+        )
+    if len(keys) > KEYS:
+        raise ValueError(f"index_k: expected at most {KEYS} keys, got {len(keys)}; score them with all heads")
+    if not len(keys):
+        output.ids.fill_(-1)
+    elif len(rows):
+        RerankedCall(rows, keys, heads, candidates, output, budget).run()

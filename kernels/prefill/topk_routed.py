@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from sglang_misa.kernels.build import Target, build
+from sglang_misa.kernels.build import build
 from sglang_misa.kernels.layout import ROUTED_HEADS
+from sglang_misa.kernels.prefill.operands import Keys, Output, RoutedHeads, Rows, inputs
 from sglang_misa.kernels.prefill.plan import SCRATCH_BYTES, aligned, plan
-from sglang_misa.kernels.prefill.residual import Residual
-from sglang_misa.kernels.prefill.workspace import Call, Problem, multiprocessors
+from sglang_misa.kernels.prefill.workspace import Call, multiprocessors
 from sglang_misa.kernels.structs import RoutedPlan, Sample
 
 
@@ -38,21 +38,29 @@ def module(columns: int, residual: bool = False) -> Any:
     return build("topk_routed", columns=columns, residual=residual)
 
 
-class Ragged(Call):
+class RoutedCall(Call):
     """One `topk_routed` call."""
 
-    def __init__(self, problem: Problem, target: Target, budget: int = SCRATCH_BYTES, longest: int | None = None):
+    def __init__(
+        self,
+        rows: Rows,
+        keys: Keys,
+        heads: RoutedHeads,
+        output: Output,
+        longest: int | None = None,
+        budget: int = SCRATCH_BYTES,
+    ):
         """longest: keys that a row sees at most; all, unless given."""
-        self.k = int(target.out.shape[1])
-        longest = problem.keys if longest is None else min(longest, problem.keys)
-        processors = multiprocessors(problem.device)
-        self.plan = plan(problem.rows, longest, self.k, problem.columns, processors, budget, problem.keys)
+        super().__init__(rows, keys, heads, output)
+        longest = len(keys) if longest is None else min(longest, len(keys))
+        processors = multiprocessors(rows.device)
+        self.plan = plan(len(rows), longest, output.topk, heads.columns, processors, budget, len(keys))
         self.ld = aligned(longest, 4)  # of scores that `redo` writes
         # The whole budget at once: a warm-up before the KV pool is sized then leaves nothing to grow while serving.
-        super().__init__(problem, target, problem.rows, max(budget, self.plan.bulk_offset + 4 * self.ld))
+        self.reserve(len(rows), max(budget, self.plan.bulk_offset + 4 * self.ld))
 
     def module(self) -> Any:
-        return module(self.problem.columns, self.problem.residual is not None)
+        return module(self.heads.columns, self.heads.residual is not None)
 
     def division(self) -> RoutedPlan:
         p = self.plan
@@ -77,74 +85,39 @@ class Ragged(Call):
 
 
 def topk_routed(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    head_ids: torch.Tensor,
-    index_k: torch.Tensor,
-    k_scale: torch.Tensor,
-    ks: torch.Tensor,
-    ke: torch.Tensor,
-    k: int,
+    rows: Rows,
+    keys: Keys,
+    heads: RoutedHeads,
+    output: Output,
     *,
-    residual: Residual | None = None,
-    out: torch.Tensor | None = None,
-    page_table: torch.Tensor | None = None,
-    row_batch: torch.Tensor | None = None,
-    offsets: torch.Tensor | None = None,
     longest: int | None = None,
     budget: int = SCRATCH_BYTES,
-) -> torch.Tensor:
-    """Exact top k of k_scale[l] · Σ_{j in head_ids[t]} head_gates[t, j] · ReLU(index_q[t, j] · index_k[l]).
+) -> None:
+    """Write the exact top k of k_scale[l] · Σ_{j in head_ids[t]} head_gates[t, j] · ReLU(index_q[t, j] · index_k[l]).
 
-    `residual` adds its own column to the sum, which then counts as one of the h in `ROUTED_HEADS`.
-    l runs over [ks[t], ke[t]); index_q fp8 e4m3 [T, H, 128], head_gates fp32 [T, H], head_ids int32 [T, h] with h in
-    `ROUTED_HEADS`, index_k fp8 [S, 128], k_scale fp32 [S], ks and ke int32 [T]; out int32 [T, k].
-    Returns, in no order, positions relative to ks[t]; with `page_table` [B, W] and `row_batch` [T] the slots
-    64 · page_table[row_batch[t], position // 64] + position % 64; with `offsets` [T] position + offsets[t]. Rows of at
-    most k keys get all of them and -1 behind. Among equal scores the smaller position wins; NaN scores come last.
-    `longest`, at least as large as every window, spares time where requests share a call. Scratch, held per device, is
-    at most `budget` bytes plus the row lists and one row of scores. Never synchronises.
-    Raises ValueError on shapes, dtypes or layout.
+    l runs over [ks[t], ke[t]). A residual adds its own column to the sum, and counts as one of the h in `ROUTED_HEADS`.
+    `output` gets, in no order, positions relative to ks[t], or what stands for them there: slots are
+    64 · page_table[row_batch[t], position // 64] + position % 64. Rows of at most k keys get all of them and -1 behind.
+    Among equal scores the smaller position wins; NaN scores come last. `longest`, at least as large as every window,
+    spares time where requests share a call. Scratch, held per device, is at most `budget` bytes plus the row lists and
+    one row of scores. Never synchronises. Raises ValueError on shapes, dtypes or layout.
     Mirrors SGLang's fp8_mqa_logits + topk_transform; MISA (2605.07363).
     """
-    problem = Problem(index_q, head_gates, head_ids, index_k, k_scale, ks, ke, residual)
-    if out is None:
-        out = torch.empty(problem.rows, k, dtype=torch.int32, device=problem.device)
-    target = Target(out, page_table, row_batch, offsets)
-    target.check(problem.rows, k)
-    if problem.keys == 0:
-        return out.fill_(-1)
-    if problem.rows > 0:
-        Ragged(problem, target, budget, longest).run()
-    return out
+    if not len(keys):
+        output.ids.fill_(-1)
+    elif len(rows):
+        RoutedCall(rows, keys, heads, output, longest, budget).run()
 
 
-def routed_logits(
-    index_q: torch.Tensor,
-    head_gates: torch.Tensor,
-    head_ids: torch.Tensor,
-    index_k: torch.Tensor,
-    k_scale: torch.Tensor,
-    ks: torch.Tensor,
-    ke: torch.Tensor,
-    *,
-    residual: Residual | None = None,
-    first: int = 0,
-    rows: int | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The scores that `topk_routed` ranks, fp32 [rows, S], bit for bit; -inf outside [ks[t], ke[t]). Inputs as there.
+def routed_logits(rows: Rows, keys: Keys, heads: RoutedHeads, first: int, count: int) -> torch.Tensor:
+    """The scores that `topk_routed` ranks, fp32 [count, S], bit for bit; -inf outside [ks[t], ke[t]).
 
-    `first` and `rows` choose query rows, so that a caller bounds the matrix. `out`, if given, must be filled with what
-    the columns outside the windows shall hold.
+    Of `count` rows from `first` on, so that a caller bounds the matrix.
     """
-    problem = Problem(index_q, head_gates, head_ids, index_k, k_scale, ks, ke, residual)
-    rows = problem.rows - first if rows is None else rows
-    if out is None:
-        out = torch.full((rows, aligned(problem.keys, 4)), -math.inf, device=problem.device)[:, : problem.keys]
-    if rows > 0 and problem.keys > 0:
-        stream = torch.cuda.current_stream(problem.device).cuda_stream
-        module(problem.columns, residual is not None).logits(
-            bytes(problem.struct()), first, rows, out.data_ptr(), out.stride(0), stream
-        )
+    out = torch.full((count, aligned(len(keys), 4)), -math.inf, device=rows.device)[:, : len(keys)]
+    if count and len(keys):
+        stream = torch.cuda.current_stream(rows.device).cuda_stream
+        call = bytes(inputs(rows, keys, heads))
+        kernels = module(heads.columns, heads.residual is not None)
+        kernels.logits(call, first, count, out.data_ptr(), out.stride(0), stream)
     return out

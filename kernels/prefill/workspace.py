@@ -1,20 +1,16 @@
-"""A prefill call's inputs, its scratch, and the launches that go through both."""
+"""A prefill call's scratch, and the launches that go through it."""
 
 from __future__ import annotations
 
 import abc
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sglang_misa.kernels.build import Target
-from sglang_misa.kernels.checks import expect
-from sglang_misa.kernels.layout import HEAD_DIM
+from sglang_misa.kernels.prefill.operands import Keys, Output, RoutedHeads, Rows, inputs
 from sglang_misa.kernels.prefill.plan import aligned
-from sglang_misa.kernels.prefill.residual import Residual
-from sglang_misa.kernels.structs import Failed, Inputs, ResidualColumn, Struct
+from sglang_misa.kernels.structs import Failed, Struct
 
 MOST_BYTES = 1 << 30  # whatever the budget
 LISTS_BYTES = 1 << 20  # step in which the row lists grow
@@ -63,75 +59,19 @@ def scratch_of(device: torch.device, size: int) -> torch.Tensor:
     return _scratch[device]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The inputs of one call, checked. Shapes and dtypes as in `topk_routed`."""
-
-    index_q: torch.Tensor
-    head_gates: torch.Tensor
-    head_ids: torch.Tensor
-    index_k: torch.Tensor
-    k_scale: torch.Tensor
-    ks: torch.Tensor
-    ke: torch.Tensor
-    residual: Residual | None = None
-
-    def __post_init__(self) -> None:
-        rows, heads = self.head_gates.shape
-        fp8 = (torch.float8_e4m3fn, torch.uint8)
-        expect("index_q", self.index_q, (rows, heads, HEAD_DIM), *fp8, cuda=True)
-        expect("head_gates", self.head_gates, (rows, heads), torch.float32, cuda=True)
-        expect("head_ids", self.head_ids, (rows, None), torch.int32, cuda=True)
-        expect("index_k", self.index_k, (None, HEAD_DIM), *fp8, cuda=True)
-        expect("k_scale", self.k_scale, (self.index_k.shape[0],), torch.float32, cuda=True)
-        expect("ks", self.ks, (rows,), torch.int32, cuda=True)
-        expect("ke", self.ke, (rows,), torch.int32, cuda=True)
-        if self.residual is not None:
-            self.residual.check(rows)
-
-    @property
-    def rows(self) -> int:
-        return int(self.head_ids.shape[0])
-
-    @property
-    def columns(self) -> int:
-        return int(self.head_ids.shape[1]) + (self.residual is not None)
-
-    @property
-    def keys(self) -> int:
-        return int(self.index_k.shape[0])
-
-    @property
-    def device(self) -> torch.device:
-        return self.index_q.device
-
-    def struct(self) -> Inputs:
-        residual = self.residual
-        return Inputs(
-            index_q=self.index_q,
-            head_gates=self.head_gates,
-            head_ids=self.head_ids,
-            index_k=self.index_k,
-            k_scale=self.k_scale,
-            ks=self.ks,
-            ke=self.ke,
-            residual=ResidualColumn(query=residual and residual.query, scale=residual and residual.scale),
-            rows=self.rows,
-            index_heads=self.head_gates.shape[1],
-            keys=self.keys,
-        )
-
-
 class Call(abc.ABC):
-    """A call's scratch and its launches, so that a check can look between the stages."""
+    """A call, checked, with its scratch and its launches, so that a test can look between the stages."""
 
-    def __init__(self, problem: Problem, target: Target, listed: int, size: int):
-        """listed: rows that may fail at once; size: bytes of scratch for the plan's parts."""
-        self.problem, self.target = problem, target
+    def __init__(self, rows: Rows, keys: Keys, heads: RoutedHeads, output: Output):
+        self.rows, self.keys, self.heads, self.output = rows, keys, heads, output
+        self.structs = inputs(rows, keys, heads), output.struct(len(rows))
+
+    def reserve(self, listed: int, size: int) -> None:
+        """Take scratch. listed: rows that may fail at once; size: bytes for the plan's parts."""
         # [number of failed rows, their list …, meeting counter of `redo`] then the plan's parts.
         self.listed, self.lists = listed, aligned(4 * (listed + 2), LISTS_BYTES)
-        self.scratch = scratch_of(problem.device, self.lists + size)
-        self.slow_rows = slow_rows(problem.device)
+        self.scratch = scratch_of(self.rows.device, self.lists + size)
+        self.slow_rows = slow_rows(self.rows.device)
 
     @abc.abstractmethod
     def module(self) -> Any:
@@ -151,7 +91,7 @@ class Call(abc.ABC):
             list=self.scratch,
             meeting=self.scratch.data_ptr() + 4 * (self.listed + 1),
             ever=self.slow_rows,
-            at_once=min(self.problem.rows, int(self.scratch.numel() - self.lists - offset) // (4 * ld)),
+            at_once=min(len(self.rows), int(self.scratch.numel() - self.lists - offset) // (4 * ld)),
         )
 
     def redone(self) -> int:
@@ -160,7 +100,5 @@ class Call(abc.ABC):
 
     def run(self, stages: int = ALL_STAGES) -> None:
         """Launch everything in one call of the host's side; `stages` is a sum of *_STAGE."""
-        problem = self.problem
-        stream = torch.cuda.current_stream(problem.device).cuda_stream
-        call = (problem.struct(), self.target.struct(), self.division())
-        self.module().topk(*map(bytes, call), stages, stream)
+        stream = torch.cuda.current_stream(self.rows.device).cuda_stream
+        self.module().topk(*map(bytes, (*self.structs, self.division())), stages, stream)

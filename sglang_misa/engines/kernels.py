@@ -12,10 +12,12 @@ from sglang_misa import ladder
 from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, Span
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels import page_means
+from sglang_misa.kernels.decode.operands import Chosen, PagedRows, PageSketch, SketchPolicy
 from sglang_misa.kernels.decode.topk_blocks import DecodeScratch, decode_topk
-from sglang_misa.kernels.decode.topk_sketched import PageSketch, SketchPolicy, SketchScratch, sketch_topk
+from sglang_misa.kernels.decode.topk_sketched import SketchScratch, sketch_topk
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES
-from sglang_misa.kernels.prefill.route import block_scores, route
+from sglang_misa.kernels.prefill.operands import Keys, RoutedHeads, Rows
+from sglang_misa.kernels.prefill.route import Blocks, block_scores, route
 from sglang_misa.kernels.prefill.topk_blocks import topk_blocks
 from sglang_misa.kernels.prefill.topk_reranked import topk_reranked
 from sglang_misa.kernels.prefill.topk_routed import topk_routed
@@ -63,52 +65,41 @@ class KernelEngine:
 
     def _select(self, call: ExtendCall, policy: SelectionPolicy, run: Run, block_means: Tensor) -> None:
         rows, keys, output = run.rows, run.keys, call.output.rows(run.rows)
-        index_q, gates = call.index_q[rows], call.head_gates[rows].contiguous()
-        seq_lens, row_batch = call.seq_lens[rows], call.row_batch[rows]
+        index_q, gates, seq_lens = call.index_q[rows], call.head_gates[rows].contiguous(), call.seq_lens[rows]
         ks = call.ks[rows] - keys.start if keys.start else call.ks[rows]
-        found = (index_q, gates, block_means, row_batch, seq_lens)
-        scored = (call.index_k[keys], call.k_scale[keys])
-        target = output.target()
+        queries, scored = Rows(index_q, gates, ks, ks + seq_lens), Keys(call.index_k[keys], call.k_scale[keys])
+        blocks = Blocks(block_means, policy.block_size, call.row_batch[rows], seq_lens)
         if policy.blocks is not None:
-            scores = block_scores(*found, policy.block_size)
-            windows = (ks, ks + seq_lens)
-            topk_blocks(
-                index_q, gates, *scored, scores, *windows, policy.blocks, policy.block_size, output.topk, **target
-            )
+            scores = block_scores(index_q, gates, blocks)
+            topk_blocks(queries, scored, scores, policy.blocks, policy.block_size, output)
             return
-        residual = None
         if policy.heads is None:
             every = torch.arange(gates.shape[1], dtype=torch.int32, device=gates.device)
-            head_ids = every.expand_as(gates).contiguous()
-        elif policy.residual:
-            head_ids, residual = route(*found, policy.heads, policy.block_size, policy.router, residual=True)
+            heads = RoutedHeads(every.expand_as(gates).contiguous())
         else:
-            head_ids = route(*found, policy.heads, policy.block_size, policy.router)
-        routed = (index_q, gates, head_ids, *scored, ks, ks + seq_lens)
+            heads = route(index_q, gates, blocks, policy.heads, policy.router, policy.residual)
         if policy.candidates is None:
-            topk_routed(*routed, output.topk, residual=residual, longest=run.longest, **target)
+            topk_routed(queries, scored, heads, output, longest=run.longest)
         else:
-            topk_reranked(*routed, policy.candidates, output.topk, residual=residual, **target)
+            topk_reranked(queries, scored, heads, policy.candidates, output)
 
     def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
         self.behind = True
         out = torch.empty_like(call.ids) if call.positions else call.ids
-        positions = call.ids if call.positions else None
-        tensors = (call.index_q, call.head_gates.contiguous(), call.index_k_pages)
-        place = {"out": out, "positions": positions}
+        chosen = Chosen(out, call.ids if call.positions else None)
+        queries = PagedRows(
+            call.index_q, call.head_gates.contiguous(), call.index_k_pages, call.page_table, call.seq_lens
+        )
         rows, width = len(call.ids), -(-self.runtime.context_len // PAGE)
         sketches = self.stats.sketch(call.layer)
         if policy.sketch is not None and sketches is not None:
             stats = PageSketch(self.stats.means[call.layer], sketches)
             scratch = _sketch_room(_rounded(rows), width, self.runtime.index_heads, policy, call.ids.device)
-            sketch_topk(*tensors, stats, call.page_table, call.seq_lens, scratch=scratch.first(rows), **place)
+            sketch_topk(queries, stats, scratch=scratch.first(rows), out=chosen)
             return
         assert policy.blocks is not None
         room = _block_room(_rounded(rows), width, policy.blocks, policy.block_size, call.ids.device).first(rows)
-        means = self.stats.means[call.layer]
-        decode_topk(
-            *tensors, means, call.page_table, call.seq_lens, block_size=policy.block_size, scratch=room, **place
-        )
+        decode_topk(queries, self.stats.means[call.layer], scratch=room, out=chosen)
 
     def pages_written(self, layer: int, slots: Tensor) -> None:
         page_means.update_slots(self.index_k_pages[layer], self.stats.means[layer], slots, self.stats.sketch(layer))

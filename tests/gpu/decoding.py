@@ -9,6 +9,7 @@ from oracles import Paged, ints
 from torch import Tensor
 
 from sglang_misa.bench.inputs import FP8, pack_pages
+from sglang_misa.kernels.decode.operands import Chosen
 from sglang_misa.kernels.decode.topk_blocks import DecodeScratch, decode_topk
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES
 
@@ -80,6 +81,5 @@ class Call:
         return cls(batch, scratch, out, out.clone())
 
     def run(self) -> None:
-        b = self.batch
-        tensors = (b.index_q, b.head_gates, b.index_k_pages, b.page_means, b.page_table, b.seq_lens)
-        decode_topk(*tensors, block_size=BLOCK_SIZE, scratch=self.scratch, out=self.out, positions=self.positions)
+        chosen = Chosen(self.out, self.positions)
+        decode_topk(self.batch.operands, self.batch.page_means, scratch=self.scratch, out=chosen)

@@ -7,6 +7,7 @@ import torch
 from gpu.decoding import BLOCK_SIZE, BLOCKS, DEVICE, POOL_PAGES, TOPK, Call, Pool
 from oracles import assert_block_filter
 
+from sglang_misa.kernels.decode.operands import Chosen
 from sglang_misa.kernels.decode.topk_kept import topk_kept
 from sglang_misa.kernels.layout import PAGE
 
@@ -109,7 +110,7 @@ def test_the_selection_alone_is_a_stable_sort_of_hostile_scores(name: str) -> No
         logits[row, length:] = torch.nan
     out = torch.full((len(LENS), TOPK), -7, dtype=torch.int32, device=DEVICE)
     positions = out.clone()
-    topk_kept(logits, kept, block_size=BLOCK_SIZE, out=out, positions=positions)
+    topk_kept(logits, kept, Chosen(out, positions))
     for row, length in enumerate(LENS):
         token = clean[row, :length].sort(descending=True, stable=True).indices[:TOPK].sort().values
         wanted = torch.full((TOPK,), -1)

@@ -11,7 +11,7 @@ from sglang_misa import reference
 from sglang_misa.bench.inputs import FP8
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 from sglang_misa.kernels.page_means import update_page_means
-from sglang_misa.kernels.prefill.route import ROUTERS, Router, block_scores, route
+from sglang_misa.kernels.prefill.route import ROUTERS, Blocks, Router, block_scores, route
 
 DEVICE = "cuda"
 ROWS, LENGTH, BLOCK, HEADS = 8192, 131072, 256, 8
@@ -19,6 +19,11 @@ BLOCKS = LENGTH // BLOCK
 ORACLE_ROWS = 256
 INF, NAN = torch.inf, torch.nan
 Call = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # index_q, head_gates, block means, row_batch, row_lens
+
+
+def operands(call: Call, block_size: int) -> tuple[Tensor, Tensor, Blocks]:
+    index_q, gates, pooled, batch, lens = call
+    return index_q, gates, Blocks(pooled, block_size, batch, lens)
 
 
 def rows_of(rows: int, heads: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -54,7 +59,7 @@ full_size = pytest.mark.parametrize(
 def assert_heads(call: Call, heads: int, block_size: int, router: Router) -> None:
     """The kernel first, then the reference: h ascending heads, and the best h but for near ties."""
     index_q, gates, pooled, batch, lens = call
-    head_ids = route(*call, heads, block_size, router)
+    head_ids = route(*operands(call, block_size), heads, router).head_ids
     assert head_ids.shape == (len(lens), heads)
     assert (head_ids[:, 1:] > head_ids[:, :-1]).all(), "heads do not ascend"
     assert ((head_ids >= 0) & (head_ids < gates.shape[1])).all(), "no head"
@@ -118,13 +123,15 @@ def ones(rows: int = 6) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("router", ["mean", "peak", "signed"])
 def test_nan_loses_to_every_number_and_ties_go_to_the_lower_head(router: Router) -> None:
     (index_q, pooled, batch), (gates, expected) = ones(), hostile_gates()
-    assert torch.equal(route(index_q, gates, pooled, batch, ints([128] * 6, DEVICE), 4, PAGE, router), expected)
+    call = index_q, gates, pooled, batch, ints([128] * 6, DEVICE)
+    assert torch.equal(route(*operands(call, PAGE), 4, router).head_ids, expected)
 
 
 @pytest.mark.parametrize("length", [64, 63, 0])
 def test_the_same_by_weight_where_there_is_no_block(length: int) -> None:
     (index_q, pooled, batch), (gates, expected) = ones(), hostile_gates()
-    assert torch.equal(route(index_q, gates.abs(), pooled, batch, ints([length] * 6, DEVICE), 4, PAGE), expected)
+    call = index_q, gates.abs(), pooled, batch, ints([length] * 6, DEVICE)
+    assert torch.equal(route(*operands(call, PAGE), 4).head_ids, expected)
 
 
 def test_a_nan_query_loses() -> None:
@@ -133,7 +140,8 @@ def test_a_nan_query_loses() -> None:
     queries = queries.float()
     queries[:, 40] = NAN
     gates = torch.ones(6, 64, device=DEVICE)
-    got = route(queries.to(FP8), gates, pooled, batch, ints([128] * 6, DEVICE), 63, PAGE)
+    call = queries.to(FP8), gates, pooled, batch, ints([128] * 6, DEVICE)
+    got = route(*operands(call, PAGE), 63).head_ids
     assert torch.equal(got, ints([[j for j in range(64) if j != 40]] * 6, DEVICE))
 
 
@@ -143,7 +151,7 @@ def test_full_size(calls: str, index_heads: int) -> None:
     for router in ROUTERS:
         assert_heads(call, HEADS, BLOCK, router)
     index_q, gates, pooled, batch, lens = call
-    scores = block_scores(*call, BLOCK)
+    scores = block_scores(*operands(call, BLOCK))
     for start in range(0, ROWS, ORACLE_ROWS):
         part = slice(start, start + ORACLE_ROWS)
         q, w, blocks = index_q[part].float(), gates[part, :, None], lens[part, None] // BLOCK
@@ -159,9 +167,9 @@ def test_one_call_is_its_chunks_its_rows_and_its_repeats_to_the_bit(calls: str, 
     index_q, gates, pooled, batch, lens = CALLS[calls](index_heads)
 
     def results(rows: slice) -> dict[str, Tensor]:
-        part = (index_q[rows], gates[rows], pooled, batch[rows], lens[rows])
-        heads = {f"{h} heads": route(*part, h, BLOCK) for h in (HEADS, 1, 31)}
-        return {**heads, "block scores": block_scores(*part, BLOCK)}
+        part = operands((index_q[rows], gates[rows], pooled, batch[rows], lens[rows]), BLOCK)
+        heads = {f"{h} heads": route(*part, h).head_ids for h in (HEADS, 1, 31)}
+        return {**heads, "block scores": block_scores(*part)}
 
     whole = results(slice(0, ROWS))
     for size in (4097, 1023, 777):
@@ -186,8 +194,8 @@ def test_a_graph_follows_lengths_that_change_between_replays(index_heads: int, p
     index_q, gates = rows_of(rows, index_heads)
 
     def step() -> tuple[Tensor, Tensor]:
-        call = (index_q, gates, update_page_means(pool, means, tables, lens, BLOCK), batch, lens)
-        return route(*call, HEADS, BLOCK), block_scores(*call, BLOCK)
+        call = operands((index_q, gates, update_page_means(pool, means, tables, lens, BLOCK), batch, lens), BLOCK)
+        return route(*call, HEADS).head_ids, block_scores(*call)
 
     step()
     torch.cuda.synchronize()
@@ -206,8 +214,10 @@ def test_a_graph_follows_lengths_that_change_between_replays(index_heads: int, p
 def test_the_residual_is_the_references_but_for_a_rounding(calls: str, index_heads: int, router: Router) -> None:
     call = CALLS[calls](index_heads)
     index_q, gates, pooled, batch, lens = call
-    head_ids, residual = route(*call, 7, BLOCK, router, residual=True)
-    assert torch.equal(head_ids, route(*call, 7, BLOCK, router))
+    routed = route(*operands(call, BLOCK), 7, router, residual=True)
+    head_ids, residual = routed.head_ids, routed.residual
+    assert residual is not None
+    assert torch.equal(head_ids, route(*operands(call, BLOCK), 7, router).head_ids)
     for rows in torch.arange(ROWS, device=DEVICE)[::61].split(64):
         complete = (lens[rows] // BLOCK).clamp(max=pooled.shape[1])
         of_row = pooled[batch[rows].long()].float()
@@ -230,7 +240,9 @@ def test_a_broken_head_leaves_the_residual_of_the_others() -> None:
     gates[2] = NAN
     values = queries.float()
     values[1, 20] = NAN
-    _, residual = route(values.to(FP8), gates, pooled, batch, ints([128] * 3, DEVICE), 7, PAGE, residual=True)
+    call = values.to(FP8), gates, pooled, batch, ints([128] * 3, DEVICE)
+    residual = route(*operands(call, PAGE), 7, residual=True).residual
+    assert residual is not None
     left = residual.query.float() * residual.scale[:, None]
     assert torch.isfinite(left).all()
     assert (left[:2] > 0).all()

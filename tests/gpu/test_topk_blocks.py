@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sglang_misa import reference
 from sglang_misa.kernels.prefill import topk_blocks as kernel
+from sglang_misa.kernels.prefill.operands import Output
 
 DEVICE = "cuda"
 SIZES = [  # rows, keys, blocks, block size, k, index heads
@@ -25,9 +26,9 @@ SIZES = [  # rows, keys, blocks, block size, k, index heads
 
 def assert_exact(x: Extend, block_scores: Tensor, blocks: int, size: int, k: int) -> None:
     """Positions of all rows: the stable top k by all heads of the best blocks' tokens and of the tail."""
-    tensors = (x.index_q, x.head_gates, x.index_k, x.k_scale, block_scores, x.ks, x.ke)
+    query_rows, keys, _ = x.operands
     out = torch.full((x.rows, k), -7, dtype=torch.int32, device=DEVICE)
-    kernel.topk_blocks(*tensors, blocks, size, k, out=out)
+    kernel.topk_blocks(query_rows, keys, block_scores, blocks, size, Output(out))
     assert_filled(out, x.lens.clamp(max=k))
     complete = x.lens // size
     kept = reference.keep_blocks(block_scores[None], complete[None], blocks)[0]

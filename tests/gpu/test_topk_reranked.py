@@ -21,6 +21,7 @@ from torch import Tensor
 from sglang_misa.bench import inputs
 from sglang_misa.bench.check import Scores, flaw
 from sglang_misa.kernels.prefill import topk_reranked as kernel
+from sglang_misa.kernels.prefill.operands import Output
 from sglang_misa.kernels.prefill.plan import SCRATCH_BYTES
 
 DEVICE, K, C = "cuda", 2048, 8192
@@ -44,9 +45,10 @@ SIZES = [  # rows, keys, candidates, k, index heads, scored columns
 REQUESTS = [(1, 1), (5, 40), (20, 3000), (40, 20000), (3, 3), (30, 8192), (31, 8193), (4, 20000), (20, 8000)]
 
 
-def select(x: Extend, candidates: int = C, k: int = K, budget: int = SCRATCH_BYTES, **target) -> Tensor:
+def select(x: Extend, candidates: int = C, k: int = K, budget: int = SCRATCH_BYTES, **place: Tensor) -> Tensor:
     out = torch.full((x.rows, k), -7, dtype=torch.int32, device=DEVICE)
-    return kernel.topk_reranked(*x.tensors, candidates, k, residual=x.residual, out=out, budget=budget, **target)
+    kernel.topk_reranked(*x.operands, candidates, Output(out, **place), budget=budget)
+    return out
 
 
 def assert_exact(x: Extend, out: Tensor, candidates: int, k: int) -> None:

@@ -22,10 +22,10 @@ from oracles import (
 from torch import Tensor
 
 from sglang_misa.bench import inputs
-from sglang_misa.kernels.build import Target
 from sglang_misa.kernels.prefill import plan as plans
 from sglang_misa.kernels.prefill import topk_routed as kernel
 from sglang_misa.kernels.prefill import workspace
+from sglang_misa.kernels.prefill.operands import Output
 
 DEVICE, K = "cuda", 2048
 CHUNK = 512  # rows that are compared at once
@@ -47,7 +47,7 @@ def make(
 
 def logits_of(x: Extend, rows: slice) -> Tensor:
     lo, hi, _ = rows.indices(x.rows)
-    return kernel.routed_logits(*x.tensors, residual=x.residual, first=lo, rows=hi - lo)
+    return kernel.routed_logits(*x.operands, lo, hi - lo)
 
 
 def assert_logits(x: Extend) -> None:
@@ -58,9 +58,10 @@ def assert_logits(x: Extend) -> None:
     assert ((got >= want.low) & (got <= want.high))[inside].all(), "a score that fp32 does not explain"
 
 
-def select(x: Extend, k: int = K, **target: object) -> Tensor:
+def select(x: Extend, k: int = K, longest: int | None = None, **place: Tensor) -> Tensor:
     out = torch.full((x.rows, k), -7, dtype=torch.int32, device=DEVICE)
-    return kernel.topk_routed(*x.tensors, k, residual=x.residual, out=out, **target)
+    kernel.topk_routed(*x.operands, Output(out, **place), longest=longest)
+    return out
 
 
 def assert_top_k(x: Extend, out: Tensor, k: int = K) -> None:
@@ -176,9 +177,9 @@ def test_full_size() -> None:
     assert_top_k(x, select(x))
 
 
-def counted(run: kernel.Ragged, rows: int) -> Tensor:
+def counted(run: kernel.RoutedCall, rows: int) -> Tensor:
     """Hits [rows, runs, buffers] of the last pass, whose rows these are; -1 where a buffer overflowed."""
-    plan, base, block = run.plan, run.lists, plans.block_rows(run.problem.columns)
+    plan, base, block = run.plan, run.lists, plans.block_rows(run.heads.columns)
 
     def words(offset: int, count: int) -> Tensor:
         return run.scratch[base + offset :][: 4 * count].view(torch.int32)
@@ -200,7 +201,7 @@ def counted(run: kernel.Ragged, rows: int) -> Tensor:
 def test_each_stage_does_its_part(rows: int, keys: int, seed: int) -> None:
     """The sample, the thresholds and the collected hits of one pass, against the kernel's own scores."""
     x = make(rows, keys, seed=seed)
-    run = kernel.Ragged(workspace.Problem(*x.tensors), Target(torch.empty(rows, K, dtype=torch.int32, device=DEVICE)))
+    run = kernel.RoutedCall(*x.operands, Output(torch.empty(rows, K, dtype=torch.int32, device=DEVICE)))
     plan = run.plan
     assert rows <= plan.rows, "one pass"
 

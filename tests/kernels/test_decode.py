@@ -11,7 +11,8 @@ from paged_rows import PRECISION, make
 from torch import Tensor
 
 from sglang_misa.kernels.decode.keep_blocks import SHORT_ROW, KeepTuning
-from sglang_misa.kernels.decode.topk_blocks import DecodeScratch, ScoreTuning, decode_topk
+from sglang_misa.kernels.decode.operands import Chosen
+from sglang_misa.kernels.decode.topk_blocks import Cut, DecodeScratch, ScoreTuning, decode_topk
 from sglang_misa.kernels.layout import HEAD_DIM as DIM
 from sglang_misa.kernels.layout import PAGE
 
@@ -42,27 +43,13 @@ def run(
     block_size: int = 128,
     k: int = 256,
     scratch: DecodeScratch | None = None,
-    keep: KeepTuning | None = None,
-    score: ScoreTuning | None = None,
+    cut: Cut | None = None,
 ) -> Result:
     rows, width = batch.page_table.shape
     scratch = scratch or DecodeScratch.allocate(rows, width, blocks, block_size, batch.index_k_pages.device)
     out = torch.empty(rows, k, dtype=torch.int32, device=batch.index_k_pages.device)
     positions = torch.empty_like(out)
-    decode_topk(
-        batch.index_q,
-        batch.head_gates,
-        batch.index_k_pages,
-        batch.page_means,
-        batch.page_table,
-        batch.seq_lens,
-        block_size=block_size,
-        scratch=scratch,
-        out=out,
-        positions=positions,
-        keep=keep,
-        score=score,
-    )
+    decode_topk(batch.operands, batch.page_means, scratch=scratch, out=Chosen(out, positions), cut=cut or Cut())
     return Result(out, positions, scratch)
 
 
@@ -93,7 +80,7 @@ def test_rows_of_every_length_match_the_oracle(device: str, heads: int, blocks: 
 def test_the_cut_of_a_launch_changes_nothing(device: str, keep: KeepTuning, score: ScoreTuning) -> None:
     batch = make((2049, 700, 64), device=device)
     expected = run(batch, blocks=5)
-    result = run(batch, blocks=5, keep=keep, score=score)
+    result = run(batch, blocks=5, cut=Cut(keep, score))
     assert torch.equal(result.positions, expected.positions)
     assert torch.equal(result.slots, expected.slots)
 
@@ -178,6 +165,20 @@ def test_one_scratch_serves_every_step(device: str) -> None:
         for row in range(2):
             check_row(batch, result, row, 4, 128, 256)
         assert not scratch.kept.done.any()
+
+
+def test_wrong_tensors_are_named(device: str) -> None:
+    batch = make((300,), device=device)
+    for name, wrong in (
+        ("index_q", batch.index_q.float()),
+        ("head_gates", batch.head_gates[:, ::2]),
+        ("index_k_pages", batch.index_k_pages[:, :-1]),
+        ("page_means", batch.page_means[1:]),
+        ("page_table", batch.page_table.long()),
+        ("seq_lens", batch.seq_lens[:0]),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected .*, got "):
+            run(replace(batch, **{name: wrong}), blocks=4)
 
 
 def test_too_few_blocks_for_k_is_refused(device: str) -> None:

@@ -32,8 +32,8 @@ def positions(found: Tensor, row: int) -> Tensor:
 def test_the_twins_of_prefill_are_the_oracles(residual: bool) -> None:
     """The CUDA kernels themselves are held to these oracles on the CPU (test_topk_*_on_cpu) and on GPUs."""
     x: Extend = op_cases.rows("cpu", residual=residual)
-    routed = ops.topk_routed(*x.tensors, op_cases.TOPK, residual=x.residual, backend="reference")
-    reranked = ops.topk_reranked(*x.tensors, 256, op_cases.TOPK, residual=x.residual, backend="reference")
+    routed = ops.topk_routed(*x.operands, op_cases.output(x), backend="reference")
+    reranked = ops.topk_reranked(*x.operands, 256, op_cases.output(x), backend="reference")
     for row in range(0, x.rows, 3):
         cheap, full = (x.exact_scores(row, routed=word) for word in (True, False))
         assert torch.equal(positions(routed, row), stable_best(cheap, op_cases.TOPK) - x.ks[row])
@@ -46,10 +46,10 @@ def test_the_twins_of_prefill_are_the_oracles(residual: bool) -> None:
 def test_all_heads_and_all_blocks_are_dsa() -> None:
     x = op_cases.rows("cpu")
     every = torch.arange(64, dtype=torch.int32).expand(x.rows, -1).contiguous()
-    tensors = (x.index_q, x.head_gates, x.index_k, x.k_scale)
-    exact = ops.topk_routed(*tensors[:2], every, *tensors[2:], x.ks, x.ke, op_cases.TOPK, backend="reference")
+    queries, keys, _ = x.operands
+    exact = ops.topk_routed(queries, keys, ops.RoutedHeads(every), op_cases.output(x), backend="reference")
     scores = torch.zeros(x.rows, 24)
-    blocks = ops.topk_blocks(*tensors, scores, x.ks, x.ke, 24, 64, op_cases.TOPK, backend="reference")
+    blocks = ops.topk_blocks(queries, keys, scores, 24, 64, op_cases.output(x), backend="reference")
     for row in range(0, x.rows, 5):
         best = stable_best(x.exact_scores(row, routed=False), op_cases.TOPK) - x.ks[row]
         assert torch.equal(positions(exact, row), best)
@@ -57,23 +57,23 @@ def test_all_heads_and_all_blocks_are_dsa() -> None:
 
 
 def test_routing_follows_the_statistic_of_the_paper() -> None:
-    index_q, gates, means, batch, lens = op_cases._routing("cpu")
-    head_ids, residual = ops.route(index_q, gates, means, batch, lens, 7, 64, backend="reference")
-    row = 69
-    count = min(int(lens[row]) // 64, means.shape[1])
-    products = (index_q[row].float() @ means[batch[row], :count].float().T).relu()
+    index_q, gates, blocks = op_cases._routing("cpu")
+    routed = ops.route(index_q, gates, blocks, 7, backend="reference")
+    row, means = 69, blocks.block_means
+    count = min(int(blocks.row_len[row]) // 64, means.shape[1])
+    products = (index_q[row].float() @ means[blocks.row_batch[row], :count].float().T).relu()
     best = (gates[row].abs() * products.mean(1)).sort(descending=True, stable=True).indices[:7].sort().values
-    assert torch.equal(head_ids[row].long(), best)
-    assert (residual.scale > 0).all()
+    assert torch.equal(routed.head_ids[row].long(), best)
+    assert (routed.residual.scale > 0).all()
 
 
 def test_a_wrong_backend_and_a_wrong_device_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     x = op_cases.rows("cpu")
     with pytest.raises(ValueError, match='expected "kernels" or "reference", got \'gpu\''):
-        ops.topk_routed(*x.tensors, 96, backend="gpu")  # type: ignore[arg-type]
+        ops.topk_routed(*x.operands, op_cases.output(x), backend="gpu")  # type: ignore[arg-type]
     monkeypatch.setattr(ops.triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match='got cpu; move them, or pass backend="reference"'):
-        ops.topk_routed(*x.tensors, 96)
+        ops.topk_routed(*x.operands, op_cases.output(x))
 
 
 def test_sglang_is_not_needed() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from sglang_misa.kernels.layout import HEAD_DIM
 from sglang_misa.kernels.prefill import route as routing
-from sglang_misa.kernels.prefill.route import block_scores, route
+from sglang_misa.kernels.prefill.route import Blocks, block_scores, route
 
 INF, NAN = float("inf"), float("nan")
 
@@ -40,7 +40,7 @@ def check(
     block_size: int,
 ) -> None:
     """Kernel first, then the oracle."""
-    scores = block_scores(index_q, gates, blocks, batch, lens, block_size)
+    scores = block_scores(index_q, gates, Blocks(blocks, block_size, batch, lens))
     assert scores.shape == (len(index_q), blocks.shape[1])
     for t in range(len(index_q)):
         count = min(int(lens[t]) // block_size, blocks.shape[1])
@@ -92,9 +92,8 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_the_launch(
         monkeypatch.setattr(routing, "_WIDE_FROM", wide)
         for step in (12, 5, 1):
             chunks = [slice(i, i + step) for i in range(0, 12, step)]
-            results.append(
-                torch.cat([block_scores(index_q[c], gates[c], blocks, batch[c], lens[c], 64) for c in chunks])
-            )
+            parts = [block_scores(index_q[c], gates[c], Blocks(blocks, 64, batch[c], lens[c])) for c in chunks]
+            results.append(torch.cat(parts))
     for scores in results[1:]:
         if device == "cuda":
             assert torch.equal(scores, results[0])
@@ -111,23 +110,24 @@ def test_a_nan_of_another_row_stays_there(device: str) -> None:
 def test_no_rows_and_no_blocks(device: str) -> None:
     index_q, gates = make_rows(2, 64, device)
     nothing = torch.empty(1, 0, HEAD_DIM, dtype=torch.bfloat16, device=device)
-    assert block_scores(index_q, gates, nothing, ints([0, 0], device), ints([50, 9], device), 64).shape == (2, 0)
-    blocks = make_blocks([640], 64, 10, device)
-    assert block_scores(index_q[:0], gates[:0], blocks, ints([], device), ints([], device), 64).shape == (0, 10)
+    none = Blocks(nothing, 64, ints([0, 0], device), ints([50, 9], device))
+    assert block_scores(index_q, gates, none).shape == (2, 0)
+    blocks = Blocks(make_blocks([640], 64, 10, device), 64, ints([], device), ints([], device))
+    assert block_scores(index_q[:0], gates[:0], blocks).shape == (0, 10)
 
 
 def test_wrong_arguments_are_named(device: str) -> None:
     index_q, gates = make_rows(2, 64, device)
-    blocks = make_blocks([640], 64, 10, device)
     rows = ints([0, 0], device)
+    blocks = Blocks(make_blocks([640], 64, 10, device), 64, rows, rows)
     with pytest.raises(ValueError, match="heads: expected 1 to the model's 64 index heads, got 65"):
-        route(index_q, gates, blocks, rows, rows, 65, 64)
+        route(index_q, gates, blocks, 65)
     with pytest.raises(ValueError, match="router: expected one of mean, peak, signed, weight, got 'qnorm'"):
-        route(index_q, gates, blocks, rows, rows, 8, 64, "qnorm")
+        route(index_q, gates, blocks, 8, "qnorm")
     with pytest.raises(ValueError, match="expected 1 to 63, which leaves a head to the residual, got 64"):
-        route(index_q, gates, blocks, rows, rows, 64, 64, residual=True)
+        route(index_q, gates, blocks, 64, residual=True)
     with pytest.raises(ValueError, match="head_gates"):
-        block_scores(index_q, gates.bfloat16(), blocks, rows, rows, 64)
+        block_scores(index_q, gates.bfloat16(), blocks)
     if device == "cpu":
         with pytest.raises(ValueError, match="contiguous, on a GPU, got"):
-            route(index_q, gates, blocks, rows, rows, 8, 64)
+            route(index_q, gates, blocks, 8)

@@ -11,6 +11,8 @@ import torch
 from on_cpu import COMPILER, aligned, call, compiled
 from sketched_rows import cheap_scores, sketched
 
+from sglang_misa.kernels.decode.operands import SketchPolicy
+from sglang_misa.kernels.decode.route_pages import Columns
 from sglang_misa.kernels.decode.scan_sketches import list_candidates, scan_sketches, score_keys
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
@@ -28,7 +30,7 @@ def test_the_scan_scores_every_sketched_key(tmp_path: pathlib.Path, bits: int, c
     numbers = torch.randint(-127, 128, (len(lens), columns, HEAD_DIM), dtype=torch.int8, generator=random)
     queries = aligned(numbers.numpy(), np.int8)
     gates = batch.head_gates[:, :columns].contiguous()
-    longest, span, rows = 150, 4, len(lens)
+    longest, span, rows = 128, 4, len(lens)
     blocks, room = -(-44 // (span * 4)), 44 * PAGE
     got = aligned(np.full((rows, room), 0xABCD), np.uint16)
     means = aligned(batch.page_means.view(torch.uint8).numpy(), np.uint8)
@@ -39,10 +41,9 @@ def test_the_scan_scores_every_sketched_key(tmp_path: pathlib.Path, bits: int, c
         int(residual), longest, span, blocks, rows,
     )  # fmt: skip
     on_cpu = torch.full((rows, room), 0xABCD, dtype=torch.int32).to(torch.uint16)
-    scan_sketches(
-        numbers, gates, batch.page_means, batch.sketches, batch.page_table, batch.seq_lens,
-        bits=bits, residual=residual, longer_than=longest, scores=on_cpu,
-    )  # fmt: skip
+    policy = SketchPolicy(columns - residual, "peak", residual, longest)
+    own = Columns(numbers, gates, partial=torch.empty(0), done=torch.empty(0))
+    scan_sketches(own, batch.operands, batch.stats, policy, scores=on_cpu)
     for row, length in enumerate(lens):
         scored = (length // PAGE - 1) * PAGE if length > longest else 0
         assert (got[row, scored:] == 0xABCD).all()

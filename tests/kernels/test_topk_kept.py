@@ -8,6 +8,7 @@ import torch
 from on_cpu import COMPILER, aligned, call, compiled
 
 from sglang_misa.kernels.decode.keep_blocks import KeptPages
+from sglang_misa.kernels.decode.operands import Chosen
 from sglang_misa.kernels.decode.topk_kept import topk_kept, topk_listed
 from sglang_misa.kernels.layout import PAGE
 
@@ -55,7 +56,8 @@ def test_kept_tokens(library, name, placed):
     expected, places = torch.empty(2, len(LENS), K, dtype=torch.int32)
     held = map(torch.from_numpy, (pages, blocks, lens))
     kept = KeptPages(*held, scores=torch.empty(0), done=torch.empty(0))
-    topk_kept(torch.from_numpy(logits), kept, block_size=BLOCK, out=expected, positions=places)
+    assert kept.block_size == BLOCK
+    topk_kept(torch.from_numpy(logits), kept, Chosen(expected, places))
     assert np.array_equal(got, expected.numpy())
     assert not placed or np.array_equal(at, places.numpy())
 
@@ -72,6 +74,6 @@ def test_listed_tokens(library, name):
 
     tensors = [torch.from_numpy(array) for array in (logits, listed, table, lens)]
     expected, places = torch.empty(2, len(LENS), K, dtype=torch.int32)
-    topk_listed(*tensors, out=expected, positions=places)
+    topk_listed(*tensors, Chosen(expected, places))
     assert np.array_equal(got, expected.numpy())
     assert np.array_equal(at, places.numpy())

@@ -16,7 +16,7 @@ H100 = 132
 @given(
     rows=st.integers(1, 20000),
     keys=st.integers(1, rerank.KEYS),
-    candidates=st.sampled_from([512, 2048, 8192, 12000, rerank.CANDIDATES]),
+    candidates=st.sampled_from([512, 2048, 8192, 12000, layout.MAX_CANDIDATES]),
     heads=st.sampled_from(layout.ROUTED_HEADS),
 )
 def test_plan_fits_its_budget_and_what_a_block_lists(rows: int, keys: int, candidates: int, heads: int) -> None:
@@ -36,7 +36,7 @@ def test_plan_fits_its_budget_and_what_a_block_lists(rows: int, keys: int, candi
 
 
 @pytest.mark.parametrize("keys", [1 << 15, 1 << 17])
-@pytest.mark.parametrize("candidates", [2048, 8192, rerank.CANDIDATES])
+@pytest.mark.parametrize("candidates", [2048, 8192, layout.MAX_CANDIDATES])
 def test_marks_of_keys_in_random_order_are_enough_and_can_be_listed(candidates: int, keys: int) -> None:
     generator = torch.Generator().manual_seed(candidates)
     p = rerank.plan(8192, keys, candidates, plans.block_rows(8), H100)

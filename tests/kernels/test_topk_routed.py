@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sglang_misa.kernels import layout
 from sglang_misa.kernels.prefill import plan as plans
-from sglang_misa.kernels.prefill.workspace import Problem
+from sglang_misa.kernels.prefill.operands import Keys, RoutedHeads, Rows, inputs
 
 H100 = 132
 SWEEPS, TURN = 17, 8  # as in scorer.cuh and topk_routed.cu
@@ -123,17 +123,11 @@ def test_thresholds_neither_starve_nor_overflow(k):
 
 def test_inputs_are_refused_with_what_was_expected():
     rows, heads, keys = 3, 64, 100
-    tensors = [
-        torch.zeros(rows, heads, 128, dtype=torch.uint8),
-        torch.zeros(rows, heads),
-        torch.zeros(rows, 8, dtype=torch.int32),
-        torch.zeros(keys, 128, dtype=torch.uint8),
-        torch.zeros(keys),
-        torch.zeros(rows, dtype=torch.int32),
-        torch.zeros(rows, dtype=torch.int32),
-    ]
+    windows = torch.zeros(2, rows, dtype=torch.int32)
+    queries = Rows(torch.zeros(rows, heads, 128, dtype=torch.uint8), torch.zeros(rows, heads), *windows)
+    pool = Keys(torch.zeros(keys, 128, dtype=torch.uint8), torch.zeros(keys))
     with pytest.raises(ValueError, match=r"index_q: expected .* on a GPU, got .* on cpu"):
-        Problem(*tensors)
+        inputs(queries, pool, RoutedHeads(torch.zeros(rows, 8, dtype=torch.int32)))
 
 
 def sampled_keys(keys: int, stride: int) -> np.ndarray:

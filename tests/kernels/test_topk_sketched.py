@@ -11,7 +11,8 @@ from paged_rows import PRECISION
 from sketched_rows import Sketched, cheap_scores, sketched
 from torch import Tensor
 
-from sglang_misa.kernels.decode.topk_sketched import SketchPolicy, SketchScratch, sketch_topk
+from sglang_misa.kernels.decode.operands import Chosen, SketchPolicy
+from sglang_misa.kernels.decode.topk_sketched import SketchScratch, sketch_topk
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, SKETCH_BITS
 from sglang_misa.kernels.page_means import Layers, update_last_page_means, update_page_means, update_slots
 
@@ -32,10 +33,7 @@ def run(batch: Sketched, policy: SketchPolicy, scratch: SketchScratch | None = N
     scratch = scratch or SketchScratch.allocate(rows, batch.page_table.shape[1], heads, policy, device)
     out = torch.empty(rows, k, dtype=torch.int32, device=device)
     positions = torch.empty_like(out)
-    sketch_topk(
-        batch.index_q, batch.head_gates, batch.index_k_pages, batch.stats, batch.page_table, batch.seq_lens,
-        scratch=scratch, out=out, positions=positions,
-    )  # fmt: skip
+    sketch_topk(batch.operands, batch.stats, scratch=scratch, out=Chosen(out, positions))
     return Result(out, positions, scratch)
 
 

@@ -12,6 +12,7 @@ from transformers import DeepseekV3Config, LlamaConfig
 
 from sglang_misa import admission, versions
 from sglang_misa.config import PRESETS, MisaConfig, SelectionPolicy
+from sglang_misa.kernels.prefill.operands import Keys, Output, Rows
 from sglang_misa.kernels.prefill.topk_blocks import topk_blocks
 from sglang_misa.policy_file import LayerPolicy, ModelIdentity, PolicyFile
 
@@ -279,9 +280,10 @@ def test_prefill_blocks_are_those_that_the_kernel_takes():
         return not list(admission._prefill_kernels(SelectionPolicy(blocks=blocks, block_size=size), topk))
 
     def taken(blocks):
-        one = torch.empty(1)
+        rows, one = Rows(torch.empty(1, 64, 128), *[torch.empty(1)] * 3), torch.empty(1)
+        output = Output(torch.empty(1, topk, dtype=torch.int32))
         with pytest.raises(ValueError, match="expected") as caught:  # these are no tensors of a GPU
-            topk_blocks(one, torch.empty(1, 64), one, one, one, one, one, blocks, size, topk)
+            topk_blocks(rows, Keys(one, one), one, blocks, size, output)
         return not str(caught.value).startswith("blocks:")
 
     assert [admitted(blocks) for blocks in range(8, 300)] == [taken(blocks) for blocks in range(8, 300)]

@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LINKED = ("kernels", "patches", "bench")  # folders of the checkout that are linked into the package
 PYTHON_LINES, CUDA_LINES = 400, 450
+ARGUMENTS = 7
 ON_PATCHES = ("sglang_misa.patches.", "sglang_misa.plugin", "sglang_misa.launch_server", "sglang_misa.bench.")
 ON_SGLANG = (*ON_PATCHES, "sglang_misa.cpu")  # what starts SGLang, or is started by it
 TOOLS = ("sglang_misa.bench", "sglang_misa.calibrate")  # run by hand, on top of everything else
@@ -74,6 +75,20 @@ def test_nothing_below_imports_patches_or_tools() -> None:
 def test_no_two_modules_need_each_other() -> None:
     graph = {module: {name for name in imported(module) if name in MODULES and name != module} for module in MODULES}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+def test_what_belongs_together_comes_together() -> None:
+    """No function of the kernels and their faces takes more than seven arguments, programs of the GPU apart."""
+    many = {}
+    for module in MODULES:
+        if not module.startswith(("sglang_misa.kernels.", "sglang_misa.ops", "sglang_misa.twins")):
+            continue
+        for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and not any("jit" in ast.unparse(d) for d in node.decorator_list):
+                arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                if len([name for name in arguments if name != "self"]) > ARGUMENTS:
+                    many[f"{module}.{node.name}"] = arguments
+    assert many == {}
 
 
 def test_files_are_small() -> None:

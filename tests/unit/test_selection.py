@@ -15,6 +15,7 @@ from sglang_misa.config import Audit, MisaConfig, SelectionPolicy
 from sglang_misa.engines import kernels
 from sglang_misa.engines.reference import ReferenceEngine
 from sglang_misa.kernels.layout import PAGE
+from sglang_misa.kernels.prefill.operands import RoutedHeads
 from sglang_misa.metrics import Recorder
 from sglang_misa.selection import DSA, Selector
 
@@ -193,42 +194,29 @@ def test_outputs_say_the_same_tokens() -> None:
         assert sets(output.of(positions)) == sets(output.ids)
 
 
-def route_in_torch(index_q, head_gates, block_means, row_batch, row_len, heads, block_size, router):
+def route_in_torch(index_q, head_gates, blocks, heads, router, residual):
     """What `route` promises, by the reference: the kernel needs a GPU."""
-    statistics = reference.block_statistics(
-        index_q[:, None], head_gates[:, None], block_means[row_batch].float(), (row_len // block_size)[:, None], router
-    )
-    return reference.top_heads(statistics.heads, heads)[:, 0].int()
+    assert not residual
+    complete = (blocks.row_len // blocks.block_size)[:, None]
+    pooled = blocks.block_means[blocks.row_batch].float()
+    statistics = reference.block_statistics(index_q[:, None], head_gates[:, None], pooled, complete, router)
+    return RoutedHeads(reference.top_heads(statistics.heads, heads)[:, 0].int())
 
 
-def topk_in_torch(
-    index_q,
-    head_gates,
-    head_ids,
-    index_k,
-    k_scale,
-    ks,
-    ke,
-    k,
-    *,
-    residual,
-    longest,
-    out,
-    page_table,
-    row_batch,
-    offsets,
-):
+def topk_in_torch(rows, keys, heads, output, *, longest):
     """What `topk_routed` promises."""
-    assert offsets is residual is None
-    gates = torch.zeros_like(head_gates).scatter_(1, head_ids.long(), head_gates.gather(1, head_ids.long()))
-    for row, (start, end) in enumerate(zip(ks.tolist(), ke.tolist(), strict=True)):
-        assert 0 <= start < end <= len(index_k)
+    assert output.offsets is heads.residual is None
+    ids = heads.head_ids.long()
+    gates = torch.zeros_like(rows.head_gates).scatter_(1, ids, rows.head_gates.gather(1, ids))
+    for row, (start, end) in enumerate(zip(rows.ks.tolist(), rows.ke.tolist(), strict=True)):
+        assert 0 <= start < end <= len(keys)
         assert end - start <= longest
-        keys = index_k[start:end].float() * k_scale[start:end, None]
-        scores = reference.index_scores(index_q[row, None, None], gates[row, None, None], keys[None]).flatten()
-        best = scores.topk(min(k, end - start)).indices
-        out[row] = -1
-        out[row, : len(best)] = page_table[row_batch[row], best // PAGE] * PAGE + best % PAGE
+        seen = keys.index_k[start:end].float() * keys.k_scale[start:end, None]
+        scores = reference.index_scores(rows.index_q[row, None, None], gates[row, None, None], seen[None]).flatten()
+        best = scores.topk(min(output.topk, end - start)).indices
+        output.ids[row] = -1
+        pages = output.page_table[output.row_batch[row], best // PAGE]
+        output.ids[row, : len(best)] = pages * PAGE + best % PAGE
 
 
 def block_means_in_torch(index_k_pages, means, page_table, seq_lens, block_size, sketches):
