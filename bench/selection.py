@@ -197,9 +197,9 @@ def policies() -> list[tuple[Phase, SelectionPolicy]]:
         found.append(("prefill", SelectionPolicy(heads=heads, router=router, residual=residual, block_size=size)))
     found += [("decode", SelectionPolicy(blocks=blocks, block_size=size)) for blocks, size in HISA]
     for bits in BITS:
-        for heads in (None, 7, 15):
-            routed = {} if heads is None else {"heads": heads, "router": "peak", "residual": True}
-            found.append(("decode", SelectionPolicy(sketch=bits, block_size=PAGE, **routed)))
+        all_heads = SelectionPolicy(sketch=bits, block_size=PAGE)
+        peak = ({"heads": heads, "router": "peak", "residual": True} for heads in (7, 15))
+        found += [("decode", p) for p in (all_heads, *(all_heads.model_copy(update=axes) for axes in peak))]
     return found
 
 

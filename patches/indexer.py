@@ -68,7 +68,7 @@ def get_topk_paged(
     seq_lens = metadata.get_seqlens_expanded() if expanded else metadata.get_seqlens_int32()
     captured = "captured:" if q_fp8.is_cuda and torch.cuda.is_current_stream_capturing() else ""
     call = functools.partial(decode_call, pool, layer_id, seq_lens, q_fp8, weights, metadata)
-    reason = "policy-is-dsa"
+    reason: str | None = "policy-is-dsa"
     if policy.active:
         few = len(q_fp8) < policy.min_rows
         reason = decode_gate.why_stock(policy.min_len, longest(forward_batch), few_rows=few)
