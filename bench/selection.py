@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ ROUTERS: tuple[Router, ...] = ("mean", "peak", "signed", "weight")
 BLOCK_SIZES = (64, 128, 256, 512, 1024)
 COLUMNS = (4, 8, 16)  # scored columns, the residual counted
 HISA = ((64, 128), (128, 64), (256, 64), (512, 64))  # blocks, block size
-BITS = (1, 2)
+BITS: tuple[Literal[1, 2], ...] = (1, 2)
 FIELDS = (
     *("length", "phase", "heads", "router", "residual", "block_size", "blocks", "sketch", "candidates"),
     *("recall", "p10", "worst_layer", "columns", "flop", "bytes", "front"),
