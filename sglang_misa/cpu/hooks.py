@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pkgutil
 import sys
 from collections import defaultdict
@@ -95,7 +96,6 @@ def install_for_arguments() -> None:
 
 def install_for_models() -> None:
     """What a worker needs before it builds the model. Raises RuntimeError when a hook did not apply."""
-    from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
     from sglang.srt.distributed import parallel_state
     from sglang.srt.layers import dp_attention
     from sglang.srt.layers.attention import dsa_backend
@@ -110,7 +110,11 @@ def install_for_models() -> None:
         forward_batch_info._is_cpu = parallel_state._is_cpu = True
         backend = dsa_backend.DeepseekSparseAttnBackend
         backend.get_cpu_graph_seq_len_fill_value = backend.get_cuda_graph_seq_len_fill_value
-    MooncakeKVSender.supports_host_tensor_indices = False  # or page numbers are sent from pinned memory
+    if multiprocessing.parent_process() is not None:
+        # Never in the main process: this imports prometheus_client, which must first be told where to keep its metrics.
+        from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
+
+        MooncakeKVSender.supports_host_tensor_indices = False  # or page numbers are sent from pinned memory
     # Indexer.forward_cuda is the only full path; these are what it reads from its module and its class.
     dsa_indexer._is_cuda = True
     dsa_indexer.deep_gemm = sys.modules["deep_gemm"] = deep_gemm  # from 0.5.22 on it is imported at each call

@@ -73,6 +73,7 @@ def test_all_ranks_select_the_same_sets(
     first, *others = rungs(metrics)
     assert first
     assert others == [first]
+    assert "sglang:prompt_tokens_total" in metrics  # the HTTP process's own: prometheus_client was imported in time
     assert status["ranks_compared"] > 0
     assert status["page_stats_verified"]["mismatches"] == 0
     assert len(logs) == RANKS
