@@ -81,6 +81,7 @@ def test_the_check_sees_a_change(wheel):
     changed = [patch for patch in ENTRIES if len(patch.signatures) > 1]
     assert {patch.target.split(":")[1] for patch in changed} == {
         "DSATokenToKVPool.__init__",
+        "DSATokenToKVPool.load_cpu_copy",
         "DSAIndexerPoolHost.load_to_device_per_layer",
         "ForwardBatch.init_new",
     }
