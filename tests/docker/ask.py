@@ -16,9 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from docker_monitoring import GPU_ONLY, METRIC, alerts, panels
 
 SERVER, PROMETHEUS = "http://127.0.0.1:30000", "http://127.0.0.1:9090"
-SCRAPES = 40.0  # seconds: two of them, so that rates have data
-SCRAPES_AT_MOST = 240.0  # where the machine is too busy to answer each of them in time
-SERVED = "rate(sglang:generation_tokens_total[5m])"
+SCRAPES = 240.0  # seconds in which a busy machine answers two of them, so that rates have data
 PROMPT = "A long text about nothing in particular. " * 40
 GENERATE = {"text": PROMPT, "sampling_params": {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}}
 JOINED = (
@@ -80,10 +78,10 @@ def keys() -> None:
 
 
 def load() -> None:
-    """A few prompts, short, long, repeated and streamed, until two scrapes have seen them."""
+    """A few prompts, short, long, repeated and streamed, until every query of the dashboard has data."""
     key = read_keys()["user"]
-    began = time.monotonic()
-    while (took := time.monotonic() - began) < SCRAPES or (not evaluate(SERVED) and took < SCRAPES_AT_MOST):
+    end = time.monotonic() + SCRAPES
+    while empty() and time.monotonic() < end:
         for body in (GENERATE, GENERATE | {"stream": True}, GENERATE | {"text": "Short."}):
             status, text = request(f"{SERVER}/generate", body, key)
             assert status == 200, text
@@ -105,20 +103,27 @@ def scraped() -> None:
     raise AssertionError(f"expected every target up, got {[(t['scrapeUrl'], t['lastError']) for t in targets]}")
 
 
+def needs_gpu(expression: str) -> bool:
+    return not set(METRIC.findall(expression)).isdisjoint(GPU_ONLY)
+
+
+def empty() -> list[str]:
+    """The dashboard's queries without data, but for those of what only GPUs count."""
+    return [f"{name}: {query}" for name, query in panels() if not needs_gpu(query) and not evaluate(query)]
+
+
 def queries() -> None:
     """Every query of the dashboard and of the alerts; the dashboard's return data, but for what only GPUs count."""
-    answers = {f"{title}: {expression}": (expression, evaluate(expression)) for title, expression in panels()}
-    gpu = {query for query, (expression, _) in answers.items() if set(METRIC.findall(expression)) & set(GPU_ONLY)}
-    empty = [query for query, (_, found) in answers.items() if not found and query not in gpu]
-    assert not empty, "no data:\n" + "\n".join(empty)
-    for query in sorted(gpu):
-        print(f"  needs a GPU: {query}")
-    still = [query for query, (_, found) in answers.items() if all(float(one["value"][1]) == 0 for one in found)]
-    for query in sorted({*still} - gpu):
-        print(f"  0 throughout: {query}")
+    assert not empty(), "no data:\n" + "\n".join(empty())
+    for name, query in panels():
+        if needs_gpu(query):
+            print(f"  needs a GPU: {name}: {query}")
+        elif all(float(one["value"][1]) == 0 for one in evaluate(query)):
+            print(f"  0 throughout: {name}: {query}")
     assert evaluate(JOINED), f"our metrics do not join with SGLang's: {JOINED}"
     true = [name for name, expression in alerts() if evaluate(expression)]
-    print(f"  {len(answers) - len(gpu)} queries of the dashboard have data; alerts that are true: {true}")
+    served = [query for _, query in panels() if not needs_gpu(query)]
+    print(f"  {len(served)} queries of the dashboard have data; alerts that are true: {true}")
 
 
 if __name__ == "__main__":
