@@ -144,6 +144,12 @@ def _even_seed(clients: int, requests: int) -> int:
     raise ValueError(f"expected a seed for {clients} clients and {requests} requests, got none; ask for fewer")
 
 
+def _turns(clients: list[str], rounds: int) -> list[str]:
+    """A B C C B A, then B C A A C B …: a drift of the machine falls on no client alone."""
+    orders = [clients[i % len(clients) :] + clients[: i % len(clients)] for i in range(rounds)]
+    return [client for order in orders for client in (*order, *reversed(order))]
+
+
 def write_prompts(folder: Path, count: int, prompt_len: int, output_len: int) -> None:
     """The same prompts for all, in the two files that they read: a word is a token of the model."""
     rng = random.Random(0)
@@ -177,9 +183,9 @@ def table(rows: Sequence[dict[str, object]], clients: Sequence[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--guidellm", default="guidellm", help="its program, of an environment of its own")
-    parser.add_argument("--concurrencies", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--requests", type=int, nargs="+", default=[14, 20], help="of one run, for each concurrency")
-    parser.add_argument("--rounds", type=int, default=1, help="A B C C B A, so often")
+    parser.add_argument("--concurrencies", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--requests", type=int, nargs="+", default=[8, 12], help="of one run, for each concurrency")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of two for each client")
     parser.add_argument("--prompt-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("agreement.csv"))
@@ -198,7 +204,7 @@ def main() -> None:
             # A prefill delays all clients: the cycle of one has the prefills of all, and its own steps.
             cycle_s = (concurrency * alone.ttft_ms + options.output_len * alone.tpot_ms) / 1000
             load = Load(url, folder, requests, concurrency, cycle_s if concurrency > 1 else 0.0)
-            for turn, client in enumerate([*clients, *reversed(clients)] * options.rounds):
+            for turn, client in enumerate(_turns(list(clients), options.rounds)):
                 figures = clients[client](load)
                 rows.append({"client": client, "concurrency": concurrency, "turn": turn, **asdict(figures)})
                 print(rows[-1], flush=True)
