@@ -2,7 +2,7 @@
 
 `python tests/load/agreement.py --guidellm PATH`; the table in bench/load/README.md and bench/results/agreement.csv come
 from here. All three send the same prompts of as many words as tokens to /v1/completions of a server without a prefix
-cache. Medians are the ones that each client prints. Clients that start together stay in step, so here they start apart.
+cache. Medians are the ones that each client prints. Clients that start together stay in step: all are told not to.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ import csv
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from sglang_misa.bench.load.stats import geometric_mean
 from sglang_misa.bench.quality.words import NAMES, VALUES
 from sglang_misa.demo import MODEL
 from sglang_misa.procs import HOST, ServerProcess, free_port, is_healthy
 
 START_S = 300.0
+CONFIDENCE = 0.95
 SERVER = "--device cpu --sleep-on-idle --skip-server-warmup --disable-radix-cache --misa-preset dsa"
 ONE_THREAD = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 VALID, INVALID = 0, 3  # our exit codes: an invalid run is shown as one
@@ -94,7 +96,10 @@ def bench_serving(load: Load) -> Figures:
 
 
 def guidellm(program: str) -> Callable[[Load], Figures]:
-    """GuideLLM with one worker process; its ITL is what the other two call TPOT."""
+    """GuideLLM with one worker process; its ITL is what the other two call TPOT.
+
+    Its ramp (0.8.1) starts the last client together with the one before: these two stay in step.
+    """
 
     def run(load: Load) -> Figures:
         folder = Path(tempfile.mkdtemp(dir=load.folder))
@@ -161,23 +166,26 @@ def write_prompts(folder: Path, count: int, prompt_len: int, output_len: int) ->
     (folder / "conversations.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
 
 
-def table(rows: Sequence[dict[str, object]], clients: Sequence[str]) -> str:
-    """Means over the turns, half their range, and the difference to the first client's, in Markdown."""
+def table(rows: Sequence[dict[str, Any]], clients: Sequence[str]) -> str:
+    """Geometric means over the turns, and the ratio to the first client's with its 95 % interval, in Markdown."""
     columns = {"ttft_ms": "TTFT p50, ms", "tpot_ms": "TPOT p50, ms", "tokens_per_s": "output tokens/s"}
-    lines = ["| clients | by | " + " | ".join(columns.values()) + " |", "|---" * (2 + len(columns)) + "|"]
-    for concurrency in sorted({int(str(row["concurrency"])) for row in rows}):
-        first: dict[str, float] = {}
+    lines = ["| at once | client | " + " | ".join(columns.values()) + " |", "|---" * (2 + len(columns)) + "|"]
+    for concurrency in sorted({row["concurrency"] for row in rows}):
         for client in clients:
             cells = [str(concurrency), client]
             for column in columns:
-                of_cell = [r for r in rows if r["client"] == client and r["concurrency"] == concurrency]
-                values = [float(str(row[column])) for row in of_cell]
-                mean = statistics.fmean(values)
-                other = 100 * (mean / first.setdefault(column, mean) - 1)
-                told = "" if client == clients[0] else f" ({other:+.1f} %)"
-                cells.append(f"{mean:.4g} ± {(max(values) - min(values)) / 2:.2g}{told}")
+                values, first = (_turns_of(rows, concurrency, name, column) for name in (client, clients[0]))
+                cell = f"{geometric_mean(values, CONFIDENCE).value:.4g}"
+                if client != clients[0]:
+                    found = geometric_mean([v / f for v, f in zip(values, first, strict=True)], CONFIDENCE)
+                    cell += f", × {found.value:.3f} ({found.low:.2f}–{found.high:.2f})"
+                cells.append(cell)
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _turns_of(rows: Sequence[dict[str, Any]], concurrency: int, client: str, column: str) -> list[float]:
+    return [float(r[column]) for r in rows if r["concurrency"] == concurrency and r["client"] == client]
 
 
 def main() -> None:
@@ -195,7 +203,7 @@ def main() -> None:
     write_prompts(folder, max(options.requests), options.prompt_len, options.output_len)
     command = [sys.executable, "-m", "sglang_misa.launch_server", "--model-path", str(MODEL), *SERVER.split()]
     command += ["--host", HOST, "--port", str(port)]
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     with ServerProcess(command, folder / "server.log", environ={**os.environ, **ONE_THREAD}) as server:
         server.wait_ready(lambda: is_healthy(port), START_S)
         url = f"http://{HOST}:{port}"
@@ -206,7 +214,8 @@ def main() -> None:
             load = Load(url, folder, requests, concurrency, cycle_s if concurrency > 1 else 0.0)
             for turn, client in enumerate(_turns(list(clients), options.rounds)):
                 figures = clients[client](load)
-                rows.append({"client": client, "concurrency": concurrency, "turn": turn, **asdict(figures)})
+                run = {"concurrency": concurrency, "turn": turn, "client": client, "requests": requests}
+                rows.append(run | asdict(figures))
                 print(rows[-1], flush=True)
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
