@@ -187,10 +187,7 @@ def _cheap(policy: SelectionPolicy, row: Row, heads: Tensor | None, positive: Te
     if heads is not None:
         if policy.residual:
             others = index_q[None, None], gates[None, None], heads[None, None], positive
-            on_keys = policy.sketch is None
-            query, scale = (
-                reference.residual_query(*others) if on_keys else reference.to_int8(reference.fused_query(*others))
-            )
+            query, scale = reference.residual_query(*others, int8=policy.sketch is not None)
             residual = query.flatten(), scale.flatten()
         index_q, gates = index_q.float()[heads], gates[heads]
     if policy.sketch is not None:

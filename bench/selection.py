@@ -102,10 +102,7 @@ class Row:
         if policy.residual and statistics is not None:
             assert ids is not None
             rows = self.index_q[None, None], self.head_gates[None, None], ids, statistics.positive
-            if sketched is None:
-                query, scale = reference.residual_query(*rows)
-            else:
-                query, scale = reference.to_int8(reference.fused_query(*rows))
+            query, scale = reference.residual_query(*rows, int8=sketched is not None)
             scores = scores + scale[0, 0] * (scanned.keys @ query[0, 0])
         if policy.blocks is not None and statistics is not None:
             complete = torch.tensor([[len(self.keys) // policy.block_size]], device=scores.device)

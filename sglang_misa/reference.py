@@ -123,20 +123,20 @@ def _positive_share(dots: Tensor, count: Tensor, seen: Tensor) -> Tensor:
     return torch.where(torch.isfinite(mean) & torch.isfinite(variance), share, 0.0)
 
 
-def fused_query(index_q: Tensor, head_gates: Tensor, head_ids: Tensor, positive: Tensor) -> Tensor:
-    """The heads that are not routed as one linear query fp32 [N, T, 128]: Σ_{j not routed} w[t, j] · φ[t, j] · q[t, j].
+def residual_query(
+    index_q: Tensor, head_gates: Tensor, head_ids: Tensor, positive: Tensor, *, int8: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The heads that are not routed as one linear query: q̄ = Σ_{j not routed} w[t, j] · φ[t, j] · q[t, j].
 
-    index_q [N, T, H, 128], head_gates [N, T, H], head_ids [N, T, h], positive φ [N, T, H]. A head of no finite weight
-    adds nothing.
+    index_q [N, T, H, 128], head_gates [N, T, H], head_ids [N, T, h], positive φ [N, T, H]. Returns q̄ / scale, rounded
+    to fp8 e4m3, as fp32 [N, T, 128] and scale [N, T], amax |q̄| / 448; or both as `to_int8` has them, which is what
+    sketches are multiplied with. A head of no finite weight adds nothing.
     """
     weight = head_gates.float() * positive
     weight = torch.where(torch.isfinite(weight) & (positive > 0), weight, 0.0).scatter(2, head_ids, 0.0)
-    return torch.matmul(weight.unsqueeze(2), torch.nan_to_num(index_q.float())).squeeze(2)
-
-
-def residual_query(index_q: Tensor, head_gates: Tensor, head_ids: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """`fused_query` q̄ in fp8: q̄ / scale, rounded to e4m3, as fp32 [N, T, 128] and scale [N, T], amax |q̄| / 448."""
-    query = fused_query(index_q, head_gates, head_ids, positive)
+    query = torch.matmul(weight.unsqueeze(2), torch.nan_to_num(index_q.float())).squeeze(2)
+    if int8:
+        return to_int8(query)
     scale = query.abs().amax(-1) / FP8_MAX
     usable = torch.isfinite(scale) & (scale > 0)
     query = torch.where(usable.unsqueeze(-1), query / scale.unsqueeze(-1), 0.0)
@@ -252,8 +252,8 @@ def _cheap_scores(
         gates = gates * units
     scores = index_scores(columns, gates, keys)
     if policy.residual:
-        others = (index_q, head_gates, ids, statistics.positive)
-        query, scale = residual_query(*others) if policy.sketch is None else to_int8(fused_query(*others))
+        int8 = policy.sketch is not None
+        query, scale = residual_query(index_q, head_gates, ids, statistics.positive, int8=int8)
         scores += scale.unsqueeze(-1) * torch.matmul(query, keys.float().transpose(1, 2))
     return scores
 

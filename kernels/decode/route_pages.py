@@ -35,7 +35,7 @@ class RouteTuning:
 
 
 FEW_ROWS = RouteTuning(64, 8)  # spreads them over all multiprocessors
-MANY_ROWS = {16: RouteTuning(256, 4), 64: RouteTuning(512, 4)}  # from so many on, to read queries less often
+MANY_ROWS = ((64, RouteTuning(512, 4)), (16, RouteTuning(256, 4)))  # from so many on, to read queries less often
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Columns:
 
 
 def tuning_of(rows: int) -> RouteTuning:
-    return next((MANY_ROWS[least] for least in sorted(MANY_ROWS, reverse=True) if rows >= least), FEW_ROWS)
+    return next((tuning for least, tuning in MANY_ROWS if rows >= least), FEW_ROWS)
 
 
 def route_pages(rows: PagedRows, page_means: torch.Tensor, policy: SketchPolicy, *, out: Columns) -> None:

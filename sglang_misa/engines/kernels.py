@@ -152,7 +152,8 @@ def warm_up(runtime: Runtime) -> None:
             engine.extend(*_made_up_extend(runtime, policy, table, rows, number % 2 == 0, device))
     for policy in filter(_is_active, runtime.config.policies("decode")):
         engine.pages_written(0, torch.arange(pages * PAGE, device=device))
-        for rows in (1, 4, 32, 64):  # each with its own launch sizes
+        # Each with its own launch sizes, and none that stock selects.
+        for rows in dict.fromkeys(max(rows, policy.min_rows) for rows in (1, 4, 32, 64)):
             lens = torch.full((rows,), pages * PAGE, dtype=torch.int32, device=device)
             call = DecodeCall(
                 layer=0,
