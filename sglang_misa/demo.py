@@ -120,6 +120,7 @@ def scaled(policy: SelectionPolicy) -> SelectionPolicy:
         "blocks": None if kept is None else max(2, kept // size),
         "candidates": None if policy.candidates is None else policy.candidates * TOPK // PRESETS_TOPK,
         "min_len": min(policy.min_len, TOPK),
+        "min_rows": 1,  # the demo asks one question at a time
     }
     return policy.model_copy(update=changes)
 
