@@ -4,9 +4,10 @@
     python -m sglang_misa.calibrate --server URL --dump DIR [--prompts FILE…] --target 0.98 --out policy.json
 
 FILE: what a server wrote with --misa-dump. With --server, prompts (yours, or built-in texts) go through a server that
-was started with --misa-dump DIR on this machine, and the files that it writes are read. Half of the prompts, or of one
-prompt's rows, is held out: the choice does not see it, and its recall is in the policy file beside the target. A layer
-without a file stays with stock DSA.
+was started with --misa-dump DIR on this machine, and the files that it writes are read. Each prompt is sent again with
+its answer, so that decode is measured on what generated tokens ask; files alone hold the rows of prompts. Half of the
+prompts, or of one prompt's rows, is held out: the choice does not see it, and its recall is in the policy file beside
+the target. A layer without a file stays with stock DSA.
 """
 
 from __future__ import annotations
@@ -22,36 +23,37 @@ from safetensors import SafetensorError, safe_open
 
 from sglang_misa import __version__, key_mask
 from sglang_misa.calibrate import choice, picture, prompts
-from sglang_misa.calibrate.choice import DSA, Point
+from sglang_misa.calibrate.choice import DSA, Dumped, Point
 from sglang_misa.calibrate.costs import SHIPPED, Costs, Measured, Modelled
-from sglang_misa.config import PHASES, PRESETS, ConfigError, Phase
+from sglang_misa.config import PHASES, PRESETS, ConfigError, Phase, SelectionPolicy
 from sglang_misa.policy_file import LayerPolicy, ModelIdentity, PolicyFile
 from sglang_misa.refusal import Refusal
 from sglang_misa.text import ranges, table
 
 REFUSED = 2
-GATES: dict[Phase, int] = {"prefill": PRESETS["fast"].prefill.min_len, "decode": PRESETS["faithful"].decode.min_len}
+GATED: dict[Phase, SelectionPolicy] = {"prefill": PRESETS["fast"].prefill, "decode": PRESETS["faithful"].decode}
 Chosen = dict[int, dict[Phase, Point]]
 
 
 @dataclass(frozen=True)
 class Dumps:
-    """Dumped files of one model, by layer."""
+    """What was dumped of one model, by layer."""
 
     model: ModelIdentity
-    layers: Mapping[int, Sequence[Path]]
+    layers: Mapping[int, Sequence[Dumped]]
 
     @classmethod
-    def read(cls, files: Sequence[Path]) -> Dumps:
-        """Sort `files`. Raises ConfigError for a file that is no dump, and for files of several models."""
+    def read(cls, dumped: Sequence[Dumped]) -> Dumps:
+        """Sort `dumped`. Raises ConfigError for a file that is no dump, and for files of several models."""
         models: dict[ModelIdentity, Path] = {}
-        layers: dict[int, list[Path]] = {}
-        for path in sorted(files):
+        layers: dict[int, list[Dumped]] = {}
+        for each in sorted(dumped, key=lambda each: each.path):
+            path = each.path
             try:
                 with safe_open(path, "pt") as file:
                     facts = file.metadata() or {}
                 models.setdefault(ModelIdentity.model_validate_json(facts["model"]), path)
-                layers.setdefault(int(facts["layer"]), []).append(path)
+                layers.setdefault(int(facts["layer"]), []).append(each)
             except (OSError, KeyError, ValueError, ValidationError, SafetensorError) as error:
                 raise ConfigError(
                     [f"FILE: expected what --misa-dump writes, got {path} ({error!r}); dump it again"]
@@ -68,13 +70,13 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if given.out.exists():
             raise ConfigError([f"--out: expected a new file, got {given.out}; remove it, or name another"])
-        dumps = Dumps.read(_files(given))
+        dumps = Dumps.read(_dumped(given))
         costs = _costs(given, dumps.model)
         found = {}
-        for layer, files in sorted(dumps.layers.items()):
+        for layer, each in sorted(dumps.layers.items()):
             settings = {"length": given.length, "rows": given.rows, "device": given.device}
-            found[layer] = choice.points(files, dumps.model, costs, **settings)
-            print(f"layer {layer}: {len(files)} prompts", file=sys.stderr, flush=True)
+            found[layer] = choice.points(each, dumps.model, costs, **settings)
+            print(f"layer {layer}: {len(each)} files", file=sys.stderr, flush=True)
         chosen = _chosen(found, given.target)
         file = _policy_file(dumps.model, chosen, given)
         ConfigError.raise_if(file.problems())
@@ -104,10 +106,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", type=float, required=True, help="recall of DSA's tokens to keep in every layer")
     parser.add_argument("--length", type=int, default=131072, help="keys that a row sees, at most (default: 131072)")
     parser.add_argument("--rows", type=int, default=64, help="rows of each file (default: 64)")
-    gates = ", ".join(f"{phase} {gate}" for phase, gate in GATES.items())
+    gates = ", ".join(f"{phase} {policy.min_len}" for phase, policy in GATED.items())
     parser.add_argument(
         "--min-len", type=int, help=f"tokens up to which stock DSA selects (default: the presets', {gates})"
     )
+    parser.add_argument(
+        "--min-rows",
+        type=int,
+        default=GATED["decode"].min_rows,
+        help="rows under which stock DSA selects in a decode step (default: the presets', %(default)s)",
+    )
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens of an answer, for decode (default: 128)")
     parser.add_argument(
         "--costs", default=str(SHIPPED), metavar="FILE|model", help="a CSV of bench.kernels (default: ours), or a model"
     )
@@ -118,27 +127,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _files(given: argparse.Namespace) -> list[Path]:
-    """The files to read: those named, or those that the server writes for the prompts."""
+def _dumped(given: argparse.Namespace) -> list[Dumped]:
+    """What to read: the files that are named, or those that the server writes for the prompts."""
     if not 0 < given.target <= 1:
         raise ConfigError([f"--target: expected more than 0 and at most 1, got {given.target}"])
     if (given.server is None) != (given.dump is None) or (given.server is None) != bool(given.files):
         raise ConfigError(["expected files, or --server with its --dump, got neither or both; choose one"])
     if given.server is None:
-        return list(given.files)
+        return [Dumped(path) for path in given.files]
+    if given.new_tokens < 1:
+        raise ConfigError([f"--new-tokens: expected 1 or more, got {given.new_tokens}"])
     texts = prompts.read(given.prompts) if given.prompts else [*prompts.built_in(given.count, given.length)]
-    before = set(given.dump.glob("*.safetensors"))
     key = None if given.key_file is None else key_mask.read("--key-file", given.key_file)
-    prompts.send(given.server, texts, key)
-    new = sorted(set(given.dump.glob("*.safetensors")) - before)
-    if not new:
+    found: list[Dumped] = []
+    for number, text in enumerate(texts):
+        before = _in(given.dump)
+        answer = prompts.ask(given.server, number, text, given.new_tokens, key)
+        prompt = _in(given.dump)
+        prompts.ask(given.server, number, text + answer.text, 1, key)
+        found += [Dumped(path) for path in prompt - before]
+        found += [Dumped(path, answer.tokens) for path in _in(given.dump) - prompt]
+    if not found:
         raise ConfigError(
             [
                 f"--dump: expected new files in {given.dump}, got none; start the server with it as its --misa-dump, "
                 "raise --misa-dump-gib there, or send prompts longer than the model's top-k"
             ]
         )
-    return new
+    return found
+
+
+def _in(folder: Path) -> set[Path]:
+    return set(folder.glob("*.safetensors"))
 
 
 def _costs(given: argparse.Namespace, model: ModelIdentity) -> Costs:
@@ -163,9 +183,8 @@ def _chosen(found: Mapping[int, Mapping[Phase, Sequence[Point]]], target: float)
 def _policy_file(model: ModelIdentity, chosen: Chosen, given: argparse.Namespace) -> PolicyFile:
     layers = {str(layer): LayerPolicy() for layer in range(model.layers)}
     for layer, points in chosen.items():
-        gates = GATES if given.min_len is None else dict.fromkeys(PHASES, given.min_len)
         gated = {
-            phase: point.policy.model_copy(update={"min_len": gates[phase]}) if point.policy.active else DSA
+            phase: point.policy.model_copy(update=_gates(phase, given)) if point.policy.active else DSA
             for phase, point in points.items()
         }
         layers[str(layer)] = LayerPolicy(**gated, recall={phase: point.told() for phase, point in points.items()})
@@ -176,6 +195,12 @@ def _policy_file(model: ModelIdentity, chosen: Chosen, given: argparse.Namespace
         length=given.length,
         layers=layers,
     )
+
+
+def _gates(phase: Phase, given: argparse.Namespace) -> dict[str, int]:
+    """Under what stock DSA selects."""
+    gates = {"min_len": GATED[phase].min_len if given.min_len is None else given.min_len}
+    return gates | ({"min_rows": given.min_rows} if phase == "decode" else {})
 
 
 def _told(model: ModelIdentity, chosen: Chosen, costs: Costs, given: argparse.Namespace) -> Iterator[str]:

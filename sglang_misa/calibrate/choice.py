@@ -58,31 +58,50 @@ def _possible(phase: Phase, policy: SelectionPolicy, model: ModelIdentity) -> bo
     return not any(policy.problems(phase, index_heads=model.index_heads, topk=model.index_topk))
 
 
-def points(
-    files: Sequence[Path], model: ModelIdentity, costs: Costs, *, length: int, rows: int, device: str
-) -> dict[Phase, list[Point]]:
-    """Every candidate in one layer, measured on its `files` (a prompt each). Raises ConfigError for too few rows.
+@dataclass(frozen=True)
+class Dumped:
+    """A dumped prompt in one layer. answer: position of its first generated token, if it ends with an answer."""
 
-    Prompts are held out by turns; of a single one, rows are. A decode step sees the whole prompt, so decode is measured
-    on the rows that see nearly as much.
+    path: Path
+    answer: int | None = None
+
+
+def points(
+    dumps: Sequence[Dumped], model: ModelIdentity, costs: Costs, *, length: int, rows: int, device: str
+) -> dict[Phase, list[Point]]:
+    """Every candidate in one layer, measured on its `dumps`. Raises ConfigError for too few rows.
+
+    Prefill is measured on the rows of prompts, decode on those of answers; where there are none, on the rows that see
+    nearly a whole prompt, as a decode step does. Prompts are held out by turns; of a single one, rows are.
     """
     wanted = candidates(costs, model)
-    shares, late = [], []
-    for path in files:
-        layer = selection.Layer.load(path, rows, device)
-        shares.append(selection.measure(layer, length, wanted))
-        seen = (layer.positions + 1).clamp(max=length).cpu()
-        late.append(seen >= LATE * seen.max())
-    if sum(map(int, map(torch.sum, late))) < 2:
-        raise ConfigError([f"{files[0]}: expected two late rows or more, to hold one out, got fewer; dump more rows"])
+    answered = any(each.answer is not None for each in dumps)
     found: dict[Phase, list[Point]] = {phase: [] for phase in PHASES}
-    for phase, policy in shares[0]:
-        cost = costs.of(phase, policy)
-        if cost is not None and _possible(phase, policy, model):
-            kept = [each[phase, policy] for each in shares]
-            if phase == "decode":
-                kept = [part[chosen] for part, chosen in zip(kept, late, strict=True)]
-            found[phase].append(Point(policy, cost, *_halves(kept)))
+    for phase in {phase: None for phase, _ in wanted}:
+        of_phase = [each for each in wanted if each[0] == phase]
+        told = [each for each in dumps if (each.answer is not None) == (answered and phase == "decode")]
+        shares = []
+        for each in told:
+            layer = selection.Layer.load(each.path, rows, device)
+            seen = (layer.positions + 1).clamp(max=length).cpu()
+            if each.answer is not None:
+                chosen = layer.positions.cpu() >= each.answer
+            else:
+                chosen = seen >= (LATE * seen.max() if phase == "decode" else 0)
+            measured = selection.measure(layer, length, of_phase)
+            shares.append({policy: kept[chosen] for (_, policy), kept in measured.items()})
+        if sum(len(next(iter(each.values()), ())) for each in shares) < 2:
+            raise ConfigError(
+                [
+                    f"{dumps[0].path}: expected two rows or more of {phase}, to hold one out, got fewer; "
+                    "dump more rows, or longer prompts"
+                ]
+            )
+        found[phase] = [
+            Point(policy, cost, *_halves([each[policy] for each in shares]))
+            for policy in shares[0]
+            if (cost := costs.of(phase, policy)) is not None and _possible(phase, policy, model)
+        ]
     for phase in PHASES:
         for policy in (DSA, EXACT) if phase == "prefill" else (DSA,):
             cost = costs.of(phase, policy)

@@ -7,6 +7,7 @@ import random
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -52,22 +53,34 @@ def read(paths: Sequence[Path]) -> list[str]:
     return prompts
 
 
-def send(url: str, prompts: Sequence[str], key: str | None) -> None:
-    """Let a server read each prompt, and write one token. Raises ConfigError where it does not."""
-    for number, prompt in enumerate(prompts):
-        body = {"text": prompt, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
-        headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
-        request = urllib.request.Request(f"{url.rstrip('/')}/generate", json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                answer.read()
-        except urllib.error.HTTPError as error:
-            told = error.read(300).decode("utf-8", "replace")
-            raise ConfigError(
-                [
-                    f"--server: expected an answer to prompt {number}, got {error.code}: {told}; shorten it, or lower "
-                    "--length"
-                ]
-            ) from None
-        except OSError as error:
-            raise ConfigError([f"--server: expected SGLang at {url}, got {error}; check the address"]) from None
+@dataclass(frozen=True)
+class Answer:
+    """What a server said to a prompt of `tokens` tokens."""
+
+    text: str
+    tokens: int
+
+
+def ask(url: str, number: int, prompt: str, new_tokens: int, key: str | None) -> Answer:
+    """The greedy answer to prompt `number`. Raises ConfigError without one."""
+    body = {"text": prompt, "sampling_params": {"max_new_tokens": new_tokens, "temperature": 0}}
+    headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+    request = urllib.request.Request(f"{url.rstrip('/')}/generate", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            said = json.load(response)
+        return Answer(said["text"], said["meta_info"]["prompt_tokens"])
+    except urllib.error.HTTPError as error:
+        told = error.read(300).decode("utf-8", "replace")
+        raise ConfigError(
+            [
+                f"--server: expected an answer to prompt {number}, got {error.code}: {told}; shorten it, or lower "
+                "--length"
+            ]
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            [f"--server: expected SGLang's /generate at {url}, got another answer ({error!r}); check the address"]
+        ) from None
+    except OSError as error:
+        raise ConfigError([f"--server: expected SGLang at {url}, got {error}; check the address"]) from None

@@ -115,9 +115,15 @@ def test_decode_is_measured_where_a_row_sees_nearly_the_whole_prompt(tmp_path: P
     positions = torch.tensor([2100, 2500, 3000, 3071, 3072, 4095]).int()
     x = vars(inputs.make("topics", len(positions), 4096, 64, device="cpu")) | {"positions": positions}
     path = dumped(tmp_path / "a.safetensors", x, 0)
-    found = choice.points([path], IDENTITY, Modelled(64, 4096), length=4096, rows=len(positions), device="cpu")
+    settings = {"length": 4096, "rows": len(positions), "device": "cpu"}
+    found = choice.points([choice.Dumped(path)], IDENTITY, Modelled(64, 4096), **settings)
     rows = {phase: len(points[0].calibrated) + len(points[0].held_out) for phase, points in found.items()}
     assert rows == {"prefill": 6, "decode": 3}
+
+    dumps = [choice.Dumped(path), choice.Dumped(path, answer=3072)]
+    found = choice.points(dumps, IDENTITY, Modelled(64, 4096), **settings)
+    rows = {phase: len(points[0].calibrated) + len(points[0].held_out) for phase, points in found.items()}
+    assert rows == {"prefill": 6, "decode": 2}, "the rows of answers alone"
 
 
 def test_all_layers_sketch_alike() -> None:
