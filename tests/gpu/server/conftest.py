@@ -45,9 +45,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for key, value in EXACT_ENV.items():
             patch.setenv(key, value)
         try:
-            for i, arm in enumerate(setup.arms):
-                flags = [*EXACT_TOPK, *setup.flags]
-                servers[arm] = Server(ARMS[arm], folder / f"{arm}.log", 31000 + i, flags)
+            for arm in setup.arms:
+                servers[arm] = Server(ARMS[arm], folder / f"{arm}.log", [*EXACT_TOPK, *setup.flags])
             _ask_all(result, servers, prompts)
         finally:
             stop(servers.values())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sglang_misa import random_model
-from sglang_misa.procs import ServerProcess
+from sglang_misa.procs import HOST, ServerProcess, free_port
 
 HERE = pathlib.Path(__file__).parent
 TAIL = 128  # rows of each request whose selections come back
@@ -65,21 +65,22 @@ def get(url: str, timeout: float = 30) -> Any:
 
 
 class Server:
-    """One SGLang server on `ranks` GPUs."""
+    """One SGLang server on `ranks` GPUs, at `port` or a free one."""
 
     def __init__(
         self,
         config: dict[str, Any] | None,
         log: pathlib.Path,
-        port: int,
         extra: list[str],
         *,
+        port: int | None = None,
         ranks: int = 1,
         shape: random_model.Shape = SHAPE,
         environ: Mapping[str, str] | None = None,
     ):
         model = random_model.ensure(random_model.cache(), shape)
-        self.url, self.log, self.ranks = f"http://127.0.0.1:{port}", log, ranks
+        port = port or free_port()  # suites may run side by side
+        self.url, self.log, self.ranks = f"http://{HOST}:{port}", log, ranks
         env = os.environ | ENV | (PARALLEL_ENV if ranks > 1 else {}) | dict(environ or {})
         env.pop("SGLANG_MISA_CONFIG", None)
         self._digests = log.with_suffix(".digests")
@@ -90,7 +91,7 @@ class Server:
         if config is not None:
             env["SGLANG_MISA_CONFIG"] = json.dumps(config)
         command = f"""{sys.executable} {HERE / "serve_tail.py"} --model-path {model}
-            --skip-tokenizer-init --host 127.0.0.1 --port {port} --context-length 140000 --mem-fraction-static 0.8
+            --skip-tokenizer-init --host {HOST} --port {port} --context-length 140000 --mem-fraction-static 0.8
             --chunked-prefill-size 8192 --dsa-prefill-backend flashmla_sparse --dsa-decode-backend flashmla_sparse
             --kv-cache-dtype bfloat16 --grammar-backend none --sampling-backend pytorch --skip-server-warmup
             --cuda-graph-backend-prefill disabled --cuda-graph-max-bs-decode 4 --max-running-requests 4

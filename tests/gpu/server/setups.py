@@ -16,6 +16,8 @@ DRAFTS = (
     "--speculative-algorithm EAGLE --speculative-num-steps 3 --speculative-eagle-topk 1 "
     "--speculative-num-draft-tokens 4"
 )
+# Extends of several requests then read their selection as offsets into a copy of their keys (SGLang's RAGGED top-k).
+FP8_KV = "--kv-cache-dtype fp8_e4m3 --dsa-decode-backend flashmla_kv"
 
 ALL_HEADS = {"heads": 64, "min_len": 0}
 PAPER = {"heads": 8, "min_len": 0}
@@ -62,6 +64,9 @@ SETUPS = {
         (4096, 32768, 65536),
         (*PREFILL_GRAPHS.split(), "--max-total-tokens", "131072"),
         prefill_graphs=True,
+    ),
+    "fp8-kv": Setup(
+        ("stock", "exact", "fast", "fast-torch"), (4096, 40960), (*FP8_KV.split(), "--max-total-tokens", "131072")
     ),
     "ours": Setup(
         ("stock", "exact", "fast", "fast-torch", "faithful", "faithful-torch"),

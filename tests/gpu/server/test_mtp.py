@@ -32,7 +32,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     try:
         for name, flags in ((arm, []), (f"{arm}-mtp", DRAFTS.split())):
             shape = replace(SHAPE, draft_layers=1)
-            servers.append(Server(ARMS[arm], folder / f"{name}.log", 31100 + len(servers), flags, shape=shape))
+            servers.append(Server(ARMS[arm], folder / f"{name}.log", flags, shape=shape))
         for server in servers:
             server.wait()
             ask(server, [[5] * 3000], 4, tail=False)

@@ -133,8 +133,8 @@ def wave(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             servers[name] = Server(
                 arm.config,
                 folder / f"{name}.log",
-                31000 + 20 * number,  # a server with replicas takes some ports behind its own
                 f"{POOL} {arm.words}".split(),
+                port=31000 + 20 * number,  # a server with replicas takes some ports behind its own
                 ranks=RANKS,
                 shape=replace(SHAPE, draft_layers=1),
                 environ=EXACT_ENV | spoiled.get(name, {}),
