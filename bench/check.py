@@ -23,6 +23,7 @@ NEAR = 2.0**-7  # relative gap under which two head statistics or block scores c
 RESIDUAL = 2.0**-8  # of |q̄|·|k|: a coordinate or two of q̄ may round to the neighbouring fp8 number
 SKETCH = 2.0**-8  # relative: sketched scores are ranked by nine bits of their fraction
 MOST_TIES = 32  # sets of routed heads that are tried, where heads tie at the cut
+FAINT = 2.0**-118  # means that nowhere reach it have lost bits: 2^-126 is the smallest normal number of bf16
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -61,10 +62,11 @@ class Scores:
             return among, among
         return among & (self.low > kth(self.high, among, count)), among & (self.high >= kth(self.low, among, count))
 
-    def numbers(self) -> Scores:
-        """Any number that has a score may have any; the others stay the lowest."""
-        there = self.high > LOWEST
-        return Scores(torch.where(there, LOWEST / 2, LOWEST), torch.where(there, -LOWEST, LOWEST))
+    def numbers(self, k_scale: Tensor) -> Scores:
+        """Any number that has a score may have any, and the others stay the lowest; any may a key of infinite scale."""
+        there, infinite = self.high > LOWEST, k_scale.isinf()
+        low = torch.where(there & ~infinite, LOWEST / 2, LOWEST)
+        return Scores(low, torch.where(there | infinite, -LOWEST, LOWEST))
 
     def anything(self) -> Scores:
         """Any key may have any score."""
@@ -128,8 +130,8 @@ def selection_flaw(policy: SelectionPolicy, row: Row, chosen: Tensor, topk: int)
     """What is wrong with `chosen` [topk] int (-1 behind the last) as the policy's top k; None if it may be right.
 
     Where heads tie at the cut, the selection by any of them is right; raises Undecided where too many do. Where a mean
-    of a page is not finite, nothing says which heads and blocks are best: any positions are right, but for keys of no
-    finite score in the place of others.
+    of a page is not finite, or all are too small for bf16, nothing says which heads and blocks are best: any positions
+    are right, but for keys of no finite score in the place of others.
     """
     if (chosen >= 0).sum() != min(topk, len(row)):
         return f"expected {min(topk, len(row))} positions, got {int((chosen >= 0).sum())}"
@@ -146,8 +148,11 @@ def selection_flaw(policy: SelectionPolicy, row: Row, chosen: Tensor, topk: int)
         k_tilde = reference.block_means(row.means[None], policy.block_size // PAGE)
         rows = row.index_q[None, None], row.head_gates[None, None]
         statistics = reference.block_statistics(*rows, k_tilde, blocks, policy.router)
-        if not (statistics.heads.isfinite().all() and statistics.blocks[..., :complete].isfinite().all()):
-            return flaw(positions, every, every, full.numbers() if policy.blocks is None else full.anything(), topk)
+        finite = statistics.heads.isfinite().all() and statistics.blocks[..., :complete].isfinite().all()
+        faint = bool(complete) and 0 < float(row.means.abs().max()) < FAINT
+        if faint or not finite:
+            bounds = full.numbers(row.k_scale) if policy.blocks is None else full.anything()
+            return flaw(positions, every, every, bounds, topk)
         allowed, problem = _allowed(policy, statistics.blocks.flatten(), positions, len(row))
         if problem is not None:
             return problem
@@ -249,8 +254,6 @@ def _allowed(policy: SelectionPolicy, block_scores: Tensor, chosen: Tensor, leng
 
 
 def recall(row: Row, chosen: Tensor, topk: int) -> float:
-    """Share of DSA's fp32 top k among `chosen` [topk] int (-1 behind the last)."""
-    k = row.index_k.float() * row.k_scale[:, None]
-    dense = reference.index_scores(row.index_q[None, None], row.head_gates[None, None], k[None]).flatten()
-    wanted = dense.topk(min(topk, len(row))).indices
+    """Share of DSA's fp32 top k among `chosen` [topk] int (-1 behind the last); NaN never wins."""
+    wanted = row_scores(*_tensors(row), precision=0).high.topk(min(topk, len(row))).indices
     return float(torch.isin(wanted, chosen).float().mean())

@@ -56,6 +56,32 @@ def test_keys_that_are_nan_win_no_place_whatever_heads_are_routed(name: str) -> 
     assert "below the cut" in check.selection_flaw(POLICIES[name], row, torch.cat([broken, finite[: TOPK - 1]]), TOPK)
 
 
+def test_keys_of_infinite_scale_may_have_any_place_and_nan_none() -> None:
+    row, _ = case(POLICIES["misa"], "hostile:inf-keys")
+    infinite, finite = (mask.nonzero()[:, 0] for mask in (row.k_scale.isinf(), row.k_scale.isfinite()))
+    assert len(infinite) > 10
+    assert check.selection_flaw(POLICIES["misa"], row, torch.cat([infinite, finite])[:TOPK], TOPK) is None
+    assert check.selection_flaw(POLICIES["misa"], row, finite[:TOPK], TOPK) is None
+
+
+def test_means_too_small_for_bf16_say_nothing_of_heads_and_blocks() -> None:
+    row, _ = case(POLICIES["hisa"], "hostile:denormal-scales")
+    assert check.selection_flaw(POLICIES["hisa"], row, torch.arange(TOPK), TOPK) is None
+    row, _ = case(POLICIES["hisa"])
+    assert check.selection_flaw(POLICIES["hisa"], row, torch.arange(TOPK), TOPK)
+
+
+@pytest.mark.parametrize("name", ["random", "hostile:nan-keys", "hostile:negative-scales"])
+def test_recall_is_of_the_scores_that_stock_computes(name: str) -> None:
+    """The scale is outside the ReLU, and NaN is the worst score: torch.topk takes it for the best."""
+    row, _ = case(POLICIES["misa"], name)
+    dots = (row.index_q.float() @ row.index_k.float().T).relu()
+    scores = ((row.head_gates @ dots) * row.k_scale).nan_to_num(nan=-torch.inf)
+    best = scores.topk(TOPK).indices
+    assert check.recall(row, best, TOPK) == 1
+    assert check.recall(row, torch.cat([best[: TOPK // 2], scores.topk(TOPK, largest=False).indices]), TOPK) == 0.5
+
+
 @pytest.mark.parametrize("name", ["one-key", "distinct-64", "zero-scores", "zero-scales", "denormal-scales"])
 def test_any_of_equal_keys_may_be_taken(name: str) -> None:
     policy = POLICIES["misa"]
