@@ -10,7 +10,6 @@ import torch
 from sglang.srt.layers.attention.dsa import dsa_indexer
 from torch import Tensor
 
-from sglang_misa import decode_gate
 from sglang_misa.call import spans
 from sglang_misa.metrics import recorder
 from sglang_misa.patches.forward_batch import ends, longest
@@ -62,16 +61,13 @@ def get_topk_paged(
 ) -> Tensor:
     """Indexer._get_topk_paged: decode, target_verify and draft_extend rows, eager or captured. The gate chooses."""
     pool = dsa_indexer.get_token_to_kv_pool()
-    selector, mode = pool.misa_selector, forward_batch.forward_mode
-    policy = selector.policy("decode", layer_id - pool.start_layer)
+    selector, layer, mode = pool.misa_selector, layer_id - pool.start_layer, forward_batch.forward_mode
     expanded = mode.is_target_verify() or mode.is_draft_extend_v2()
     seq_lens = metadata.get_seqlens_expanded() if expanded else metadata.get_seqlens_int32()
     captured = "captured:" if q_fp8.is_cuda and torch.cuda.is_current_stream_capturing() else ""
     call = functools.partial(decode_call, pool, layer_id, seq_lens, q_fp8, weights, metadata)
-    reason: str | None = "policy-is-dsa"
-    if policy.active:
-        few = len(q_fp8) < policy.min_rows
-        reason = decode_gate.why_stock(policy.min_len, longest(forward_batch), few_rows=few)
+    policy = selector.policy("decode", layer)
+    reason = selector.why_stock_decodes(layer, len(q_fp8), longest(forward_batch))
     if reason is not None:
         recorder.ran("decode", captured + "dsa")
         ids = original(self, forward_batch, layer_id, q_fp8, weights, metadata)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from sglang_misa import audit
+from sglang_misa import audit, decode_gate
 from sglang_misa.agreement import agreement_for
 from sglang_misa.call import DecodeCall, ExtendCall, Run, Span
 from sglang_misa.dump import dumper
@@ -72,6 +72,13 @@ class Selector:
         if sum(over) < self.engine.least_rows * len(over):
             return "few-rows"
         return None
+
+    def why_stock_decodes(self, layer: int, rows: int, longest: int | None) -> str | None:
+        """The reason for which stock DSA takes a decode call of `rows` rows, or None. longest: tokens, if known."""
+        policy = self.policy("decode", layer)
+        if not policy.active:
+            return "policy-is-dsa"
+        return decode_gate.why_stock(policy.min_len, longest, few_rows=rows < policy.min_rows)
 
     def extend(self, call: ExtendCall) -> None:
         """Select for all rows of `call` into its output. For a call that `why_stock` has no reason against."""
