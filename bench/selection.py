@@ -71,17 +71,24 @@ class Row:
         return (self.head_gates @ self.products).topk(min(self.topk, len(self.keys))).indices
 
     @cached_property
-    def _found(self) -> dict[tuple[int, Router], reference.BlockStatistics]:
+    def _found(self) -> dict[tuple[int, int, Router], reference.BlockStatistics]:
         return {}
 
-    def statistics(self, block_size: int, router: Router) -> reference.BlockStatistics:
-        """The router's view of the row, over blocks of `block_size` tokens; computed once."""
-        if (block_size, router) not in self._found:
-            complete = torch.tensor([[len(self.keys) // block_size]], device=self.keys.device)
-            k_tilde = reference.block_means(self.means[None], block_size // PAGE)
+    def known(self, policy: SelectionPolicy) -> int:
+        """Tokens whose pages have statistics: over sketches all before the newest complete page, as when serving."""
+        pages = len(self.keys) // PAGE
+        return PAGE * (pages if policy.sketch is None else max(pages - 1, 0))
+
+    def statistics(self, policy: SelectionPolicy) -> reference.BlockStatistics:
+        """The router's view of the row, over blocks of the policy's size; computed once."""
+        complete = self.known(policy) // policy.block_size
+        key = complete, policy.block_size, policy.router
+        if key not in self._found:
+            k_tilde = reference.block_means(self.means[None], policy.block_size // PAGE)
             rows = self.index_q[None, None], self.head_gates[None, None]
-            self._found[block_size, router] = reference.block_statistics(*rows, k_tilde, complete, router)
-        return self._found[block_size, router]
+            counts = torch.tensor([[complete]], device=self.keys.device)
+            self._found[key] = reference.block_statistics(*rows, k_tilde, counts, policy.router)
+        return self._found[key]
 
     def scores(self, policy: SelectionPolicy, sketched: Row | None = None) -> Tensor:
         """The policy's scores [L] before candidates are scored again, -inf where a token is not kept.
@@ -89,7 +96,7 @@ class Row:
         sketched: the same row with the keys that its pages' sketches stand for.
         """
         scanned = self if sketched is None else sketched
-        statistics = self.statistics(policy.block_size, policy.router) if policy.pooled else None
+        statistics = self.statistics(policy) if policy.pooled else None
         ids = None
         if policy.heads is not None and statistics is not None:
             ids = reference.top_heads(statistics.heads, policy.heads)
@@ -105,14 +112,14 @@ class Row:
             query, scale = reference.residual_query(*rows, int8=sketched is not None)
             scores = scores + scale[0, 0] * (scanned.keys @ query[0, 0])
         if policy.blocks is not None and statistics is not None:
-            complete = torch.tensor([[len(self.keys) // policy.block_size]], device=scores.device)
+            complete = torch.tensor([[self.known(policy) // policy.block_size]], device=scores.device)
             kept = reference.keep_blocks(statistics.blocks, complete, policy.blocks)[0, 0]
             tokens = kept.repeat_interleave(policy.block_size)
             scores = scores.clone()
             scores[: len(tokens)].masked_fill_(~tokens, -torch.inf)
-        if policy.sketch is not None:  # the page that is not complete has none: its tokens are always candidates
+        if policy.sketch is not None:  # what has no sketch yet is always among the candidates
             scores = scores.clone()
-            scores[len(scores) // PAGE * PAGE :] = torch.inf
+            scores[self.known(policy) :] = torch.inf
         return scores
 
     def kept(self, scores: Tensor, counts: Sequence[int]) -> list[float]:

@@ -46,7 +46,7 @@ def test_a_share_is_that_of_the_references_selection(file: Path, policy: Selecti
         tensors = row.index_q[None, None], row.head_gates[None, None], row.keys[None], row.means[None]
         scores = reference.policy_scores(policy, *tensors, lens, keys).flatten()
         chosen = scores.topk(selection.TOPK).indices
-        assert float(share) == pytest.approx(torch.isin(row.wanted, chosen).float().mean().item(), abs=2e-3)
+        assert float(share) == pytest.approx(torch.isin(row.wanted, chosen).float().mean().item(), abs=1e-6)
 
 
 def test_a_row_sees_its_newest_keys_from_a_multiple_of_1024(file: Path) -> None:
