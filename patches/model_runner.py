@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from sglang.srt.arg_groups.overrides import resolved_view
 from sglang.srt.configs.model_config import is_deepseek_dsa
+from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
 from sglang.srt.runtime_context import get_parallel
 from torch import distributed, nn
 
@@ -89,6 +91,9 @@ def _serving_problems(runner: Any) -> Iterator[str]:
     ):
         if type(found) is not expected:
             yield f"{what}: expected SGLang's {expected.__name__}, got {type(found).__name__}; {_STOCK}"
+    row_len = runner.req_to_token_pool.req_to_token.shape[1]
+    if row_len > runtime.current().row_len:
+        yield f"table of requests: expected rows of {runtime.current().row_len} tokens, got {row_len}; {_STOCK}"
 
 
 def _arm(runner: Any) -> None:
@@ -109,7 +114,7 @@ def _arm(runner: Any) -> None:
         config=config,
         index_heads=model.index_n_heads,
         topk=model.index_topk,
-        context_len=runner.model_config.context_len,
+        row_len=_row_len(runner),
         device=runner.device,
         rank=0 if alone else distributed.get_rank(),
         ranks=1 if alone else distributed.get_world_size(),
@@ -128,6 +133,12 @@ def _arm(runner: Any) -> None:
     logger.info("sglang-misa selects the tokens of sparse attention: %s", names)
     if not verified:
         logger.warning("SGLang %s is not verified on this device; verified are %s", version, versions.known())
+
+
+def _row_len(runner: Any) -> int:
+    """Tokens of a row of SGLang's table of requests: more than the context, as drafts may be written past it."""
+    extra = get_req_to_token_extra_context_len  # takes the server's arguments until 0.5.22
+    return runner.model_config.context_len + extra(*[runner.server_args][: len(inspect.signature(extra).parameters)])
 
 
 def _peers() -> Any:

@@ -19,7 +19,7 @@ class Runtime:
     config: MisaConfig
     index_heads: int  # H
     topk: int  # k
-    context_len: int  # tokens of a request, at most
+    row_len: int  # tokens of a request that a page table holds, at most
     device: str
     rank: int
     ranks: int

@@ -40,7 +40,7 @@ def make_pool(pages: int, layers: int = 1, **arguments: Any) -> tuple[Any, Any]:
 
 def reference_runtime(config: MisaConfig, topk: int = 64) -> Runtime:
     """A rank of its own on the CPU."""
-    return Runtime(config, index_heads=32, topk=topk, context_len=1 << 20, device="cpu", rank=0, ranks=1)
+    return Runtime(config, index_heads=32, topk=topk, row_len=1 << 20, device="cpu", rank=0, ranks=1)
 
 
 def reference_engine(index_k_pages: Sequence[torch.Tensor]) -> ReferenceEngine:

@@ -90,7 +90,7 @@ class KernelEngine:
         queries = PagedRows(
             call.index_q, call.head_gates.contiguous(), call.index_k_pages, call.page_table, call.seq_lens
         )
-        rows, width = len(call.ids), -(-self.runtime.context_len // PAGE)
+        rows, width = len(call.ids), -(-self.runtime.row_len // PAGE)
         sketches = self.stats.sketch(call.layer)
         if policy.sketch is not None and sketches is not None:
             stats = PageSketch(self.stats.means[call.layer], sketches)
