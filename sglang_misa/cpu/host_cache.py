@@ -53,8 +53,10 @@ def allocate(dims: tuple[int, ...], dtype: Any, device: str, pin_memory: bool, a
 def install() -> None:
     """Give SGLang's host pools what they import where there is a GPU, and plain memory."""
     from sglang.srt.mem_cache.pool_host import common
+    from sglang.srt.mem_cache.pool_host.base import HostKVCache
 
     common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
+    HostKVCache.pin_memory = property(lambda _: False, lambda *_: None)  # CUDA's pinned memory, which pools ask for
     for name in filter(importlib.util.find_spec, _MODULES):
         module: Any = importlib.import_module(name)
         module.transfer_kv_direct = transfer_kv_direct

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from pools import make_pool, reference_engine, reference_runtime
+from pools import reference_engine, reference_runtime
 
 from sglang_misa import canary as canary_module
+from sglang_misa.bench.host_cache import make_pool
 from sglang_misa.canary import SAMPLE, Canary, StaleStatistics
 from sglang_misa.config import PRESETS, ConfigError, MisaConfig
 from sglang_misa.kernels.layout import PAGE, PAGE_BYTES

@@ -26,9 +26,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from pools import HostCache, make_pool, reference_runtime
+from pools import reference_runtime
 
 from sglang_misa import runtime, versions
+from sglang_misa.bench.host_cache import HostCache
 from sglang_misa.config import PRESETS
 from sglang_misa.cpu.kernels import set_index_keys
 from sglang_misa.kernels.layout import PAGE
@@ -36,7 +37,7 @@ from sglang_misa.patches import register
 from sglang_misa.patches.disaggregation import pop_transferred
 
 LAYERS, PAGES, WORDS = 2, 24, 6
-LAYOUTS = ("layer_first", "page_first_direct")
+BACKENDS = {"layer_first": "direct", "page_first_direct": "direct"}  # the copies that SGLang has for a layout
 ARMED = reference_runtime(PRESETS["misa-hisa"])
 
 
@@ -71,13 +72,13 @@ class Pool:
         runtime._runtime = ARMED
         register.apply(versions.installed())
         self.model = Model()
-        self.pool, self.allocator = make_pool(
-            PAGES, LAYERS, hicache_ratio=2.0, hicache_mem_layout=layout, hicache_io_backend="direct"
+        self.host = HostCache(
+            PAGES, LAYERS, hicache_ratio=2.0, hicache_mem_layout=layout, hicache_io_backend=BACKENDS[layout]
         )
+        self.pool, self.allocator = self.host.pool, self.host.allocator
         for buffer in self.pool.index_k_with_scale_buffer:
             buffer.random_(0, 256)  # freed pages hold anything, NaN included
         self.engine = self.pool.misa_selector.engine
-        self.host = HostCache(self.pool)
 
     def close(self) -> None:
         register.undo()
@@ -119,12 +120,15 @@ class Lifecycle(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.on.close()
 
-    def room(self, tokens: int) -> torch.Tensor | None:
+    def make_room(self, tokens: int) -> None:
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
+        if self.on.allocator.available_size() < tokens:
+            self.radix.evict(EvictParams(num_tokens=tokens))
+
+    def room(self, tokens: int) -> torch.Tensor | None:
         need = -(-tokens // PAGE) * PAGE
-        if self.on.allocator.available_size() < need:
-            self.radix.evict(EvictParams(num_tokens=need))
+        self.make_room(need)
         return self.on.allocator.alloc(need) if need else torch.empty(0, dtype=torch.int64)
 
     def grow(self, request: dict[str, Any], tokens: list[int]) -> bool:
@@ -222,11 +226,12 @@ class Lifecycle(RuleBasedStateMachine):
     def load_back(self) -> None:
         """They come back to other pages, which hold the bytes and statistics of whoever was there."""
         tokens, host_slots = self.swapped[-1]
-        slots = self.room(len(tokens))
+        self.make_room(len(tokens))
+        slots = self.on.host.load_back(host_slots)
         if slots is None:
             return
         self.swapped.pop()
-        self.on.host.load_back(host_slots, slots)
+        self.on.host.pools.free(host_slots)
         self.start(tokens, slots)
 
     @rule(family=st.integers(0, 2), length=st.integers(1, 300))
@@ -276,7 +281,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.live, self.swapped = [], []
         self.radix.reset()
         self.on.allocator.clear()
-        self.on.host.group.clear()
+        self.on.host.pools.clear()
         self.on.model.weights += update
 
     @invariant()
@@ -289,7 +294,7 @@ Lifecycle.TestCase.settings = settings(max_examples=12, stateful_step_count=20, 
 TestLifecycle = Lifecycle.TestCase
 
 
-@pytest.fixture(params=LAYOUTS)
+@pytest.fixture(params=BACKENDS)
 def pool(request: pytest.FixtureRequest) -> Any:
     built = Pool(request.param)
     yield built
@@ -301,21 +306,26 @@ def tokens() -> list[int]:
     return [i * i % WORDS for i in range(5 * PAGE)]
 
 
-def test_load_back_computes_statistics_before_the_layers_event(pool: Any, tokens: list[int]) -> None:
+def test_load_back_computes_statistics_before_the_layers_event(
+    pool: Any, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.managers.cache_controller import LayerLoadingEvent
+
     slots = pool.allocator.alloc(len(tokens)).long()
     pool.prefill(tokens, slots, 0)
     host_slots = pool.host.offload(slots)
-    other = pool.allocator.alloc(len(tokens)).long().reshape(-1, PAGE).flip(0).flatten()
+    pool.engine.stats.means[0].fill_(float("nan"))
+    pool.engine.stats.means[1].fill_(float("nan"))
     seen = []
 
-    def done(layer: int) -> None:
+    def done(event: LayerLoadingEvent, layer: int) -> None:
+        means = pool.engine.stats.means[layer]
+        (pages,) = means.isfinite().all(1).nonzero(as_tuple=True)
+        assert torch.equal(means[pages], pool.model.means(layer, tokens))
         seen.append(layer)
-        pages = other[::PAGE] // PAGE
-        assert torch.equal(pool.engine.stats.means[layer][pages], pool.model.means(layer, tokens))
 
-    pool.host.engine.submit_host_to_device(
-        pool.host._transfers(host_slots, other), transfer_layer_id_max=LAYERS, on_layer_done=done
-    )
+    monkeypatch.setattr(LayerLoadingEvent, "complete", done)
+    other = pool.host.load_back(host_slots)
     assert seen == list(range(LAYERS))
     pool.check(tokens, other)
 
@@ -324,10 +334,31 @@ def test_load_back_without_the_hook_leaves_stale_statistics(pool: Any, tokens: l
     slots = pool.allocator.alloc(len(tokens)).long()
     pool.prefill(tokens, slots, 0)
     host_slots = pool.host.offload(slots)
-    other = pool.allocator.alloc(len(tokens)).long()
     register.undo()
-    pool.host.load_back(host_slots, other)
+    other = pool.host.load_back(host_slots)
     pages = other[::PAGE] // PAGE
     assert torch.equal(*(pool.pool.index_k_with_scale_buffer[0][each[::PAGE] // PAGE] for each in (slots, other)))
     assert not torch.equal(pool.engine.stats.means[0][pages], pool.model.means(0, tokens))
     register.apply(versions.installed())
+
+
+def test_kernels_take_the_slots_of_pages_that_come_back(pool: Any, tokens: list[int]) -> None:
+    """From the host cache and from a retracted request's copy; kernels want other tensors than the reference."""
+    from sglang_misa.engines.kernels import KernelEngine
+
+    engine = KernelEngine(reference_runtime(PRESETS["faithful"]), pool.pool.index_k_with_scale_buffer)
+    pool.pool.misa_selector.engine = engine
+    slots = pool.allocator.alloc(len(tokens)).long()
+    pool.store(tokens, slots, 0)
+    host_slots = pool.host.offload(slots)
+    loaded = pool.host.load_back(host_slots)
+    swapped = pool.allocator.alloc(len(tokens)).long()
+    with mock.patch("torch.cuda.synchronize"):
+        pool.pool.load_cpu_copy(pool.pool.get_cpu_copy(slots), swapped)
+    for back in (loaded, swapped):
+        pages = back[::PAGE] // PAGE
+        for layer in range(LAYERS):
+            for stored, expected in zip(engine.stats.of(layer, pages), engine.recomputed(layer, pages), strict=True):
+                assert torch.equal(stored, expected)
+            means = engine.stats.means[layer][pages]  # rounded down by Triton's interpreter
+            torch.testing.assert_close(means, pool.model.means(layer, tokens), rtol=2**-7, atol=1e-6)
