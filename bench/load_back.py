@@ -88,11 +88,14 @@ class LoadBack:
     def run(self, selector: Selector) -> tuple[float, float, Tensor]:
         """(ms of the copies, ms that the host was held, the slots they went to, free again)."""
         self.cache.pool.misa_selector = selector
+        allocator = self.cache.allocator
+        order = torch.randperm(len(allocator.free_pages), device=self.device)
+        allocator.free_pages = allocator.free_pages[order]  # those of a pool in use lie anywhere
         begin = time.perf_counter()
         slots = self.cache.load_back(self._host_slots)
         held = time.perf_counter()
         taken = self._wait(self.cache.controller.ack_load_queue)
-        self.cache.allocator.free(slots)
+        allocator.free(slots)
         return (taken or held - begin) * 1e3, (held - begin) * 1e3, slots
 
     @staticmethod
@@ -193,7 +196,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--io-backend", default="kernel", help="SGLang's --hicache-io-backend")
     parser.add_argument("--layout", default="page_first", help="SGLang's --hicache-mem-layout")
     parser.add_argument("--presets", nargs="+", default=PRESETS_TIMED)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--csv", type=Path, help="append the rows there")
     arguments = parser.parse_args(argv)
     found = rows(arguments)

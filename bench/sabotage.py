@@ -1,11 +1,13 @@
-"""Copied as sitecustomize.py beside a server under test: flips one bit of a live page's statistics, once told to.
+"""Copied as sitecustomize.py beside a server under test: flips one bit of a live page's statistics, and fills its disk.
 
 SOAK_SABOTAGE names a folder. When the file `now` lies there, the next step with a complete page is corrupted before the
-canary looks, and `steps` counts the steps from then on. Python imports this at start-up, before anything of SGLang.
+canary looks, and `steps` counts the steps from then on. After SOAK_DISK_PAGES pages the disk of SGLang's host cache has
+no space left. Python imports this at start-up, before anything of SGLang.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib.abc
 import importlib.util
 import os
@@ -13,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CANARY = "sglang_misa.canary"
+CANARY, STORAGE = "sglang_misa.canary", "sglang.srt.mem_cache.hicache_storage"
 
 
 def corrupting(step: Any, folder: Path) -> Any:
@@ -41,23 +43,54 @@ def _bytes() -> Any:
     return torch.uint8
 
 
+class NoSpace:
+    """A page that a full disk does not take."""
+
+    def __init__(self, page: Any):
+        self.numel, self.element_size = page.numel, page.element_size
+
+    def contiguous(self) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def filling(save: Any, pages: int) -> Any:
+    saved = 0
+
+    def wrapper(self: Any, key: str, value: Any = None, *args: Any, **kwargs: Any) -> Any:
+        nonlocal saved
+        saved += 1
+        return save(self, key, value if saved <= pages else NoSpace(value), *args, **kwargs)
+
+    return wrapper
+
+
+def sabotage(module: Any) -> None:
+    if module.__name__ == CANARY:
+        module.Canary.step = corrupting(module.Canary.step, Path(os.environ["SOAK_SABOTAGE"]))
+    else:
+        module.HiCacheFile.set = filling(module.HiCacheFile.set, int(os.environ["SOAK_DISK_PAGES"]))
+
+
 class AfterImport(importlib.abc.MetaPathFinder):
-    """Wraps the canary's step once its module has been executed."""
+    """Sabotages a module once it has been executed."""
+
+    def __init__(self) -> None:
+        self.left = {CANARY, STORAGE}
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != CANARY:
+        if name not in self.left:
             return None
-        sys.meta_path.remove(self)
+        self.left.remove(name)
         spec = importlib.util.find_spec(name)
         assert spec is not None
         assert spec.loader is not None
         execute = spec.loader.exec_module
 
-        def execute_and_wrap(module: Any) -> None:
+        def execute_and_sabotage(module: Any) -> None:
             execute(module)
-            module.Canary.step = corrupting(module.Canary.step, Path(os.environ["SOAK_SABOTAGE"]))
+            sabotage(module)
 
-        spec.loader.exec_module = execute_and_wrap  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_sabotage  # type: ignore[method-assign]
         return spec
 
 

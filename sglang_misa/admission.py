@@ -98,7 +98,7 @@ ARGUMENTS = (
 )
 DECODE_ARGUMENTS = (
     _Argument("disaggregation_mode", ("null", "decode"), "a prefill server decodes nothing"),
-    _Argument("hicache_storage_backend", (None,), "decode on pages from a host cache's storage is untested"),
+    _Argument("hicache_storage_backend", (None, "file"), "decode on pages from other storage than files is untested"),
     _Argument("hicache_host_memory_mode", ("cache",), "decode on pages that the host only buffers is untested"),
 )
 _BESIDE = "beside pages that a prefill server wrote it is untested"
