@@ -98,7 +98,7 @@ SCALES = {
         alike=100,
         found_within=64,
         flags="--misa-preset dsa --misa-decode-blocks 4 --misa-decode-block-size 64 --misa-decode-min-len 100 "
-        "--device cpu --hicache-io-backend direct --hicache-mem-layout page_first_direct",
+        "--device cpu",
     ),
     "gpu": Scale(
         shape=random_model.GPU,

@@ -37,7 +37,13 @@ from sglang_misa.patches import register
 from sglang_misa.patches.disaggregation import pop_transferred
 
 LAYERS, PAGES, WORDS = 2, 24, 6
-BACKENDS = {"layer_first": "direct", "page_first_direct": "direct"}  # the copies that SGLang has for a layout
+# SGLang's copies of a host cache for each layout of it; the first are its default on a GPU.
+COPIES = (
+    ("page_first", "kernel"),
+    ("layer_first", "kernel"),
+    ("layer_first", "direct"),
+    ("page_first_direct", "direct"),
+)
 ARMED = reference_runtime(PRESETS["misa-hisa"])
 
 
@@ -68,13 +74,11 @@ class Model:
 class Pool:
     """SGLang's pool under the hooks, and its requests: tokens, and the slots of their pages."""
 
-    def __init__(self, layout: str = "layer_first") -> None:
+    def __init__(self, layout: str = "page_first", backend: str = "kernel") -> None:
         runtime._runtime = ARMED
         register.apply(versions.installed())
         self.model = Model()
-        self.host = HostCache(
-            PAGES, LAYERS, hicache_ratio=2.0, hicache_mem_layout=layout, hicache_io_backend=BACKENDS[layout]
-        )
+        self.host = HostCache(PAGES, LAYERS, hicache_ratio=2.0, hicache_mem_layout=layout, hicache_io_backend=backend)
         self.pool, self.allocator = self.host.pool, self.host.allocator
         for buffer in self.pool.index_k_with_scale_buffer:
             buffer.random_(0, 256)  # freed pages hold anything, NaN included
@@ -294,9 +298,9 @@ Lifecycle.TestCase.settings = settings(max_examples=12, stateful_step_count=20, 
 TestLifecycle = Lifecycle.TestCase
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=COPIES, ids="-".join)
 def pool(request: pytest.FixtureRequest) -> Any:
-    built = Pool(request.param)
+    built = Pool(*request.param)
     yield built
     built.close()
 
