@@ -25,7 +25,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pools import reference_runtime
 
 from sglang_misa import runtime, versions
@@ -80,9 +80,14 @@ class Pool:
         self.model = Model()
         self.host = HostCache(PAGES, LAYERS, hicache_ratio=2.0, hicache_mem_layout=layout, hicache_io_backend=backend)
         self.pool, self.allocator = self.host.pool, self.host.allocator
-        for buffer in self.pool.index_k_with_scale_buffer:
-            buffer.random_(0, 256)  # freed pages hold anything, NaN included
         self.engine = self.pool.misa_selector.engine
+        self.scramble()
+
+    def scramble(self) -> None:
+        """Memory that holds anything, NaN included: keys and statistics."""
+        for buffer, means in zip(self.pool.index_k_with_scale_buffer, self.engine.stats.means, strict=True):
+            buffer.random_(0, 256)
+            means.view(torch.uint8).random_(0, 256)
 
     def close(self) -> None:
         register.undo()
@@ -107,12 +112,12 @@ class Pool:
 class Lifecycle(RuleBasedStateMachine):
     """Requests as the scheduler leads them: over the radix cache, in chunks, swapped out and back, flushed away."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    @initialize(copies=st.sampled_from(COPIES))
+    def begin(self, copies: tuple[str, str]) -> None:
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.radix_cache import RadixCache
 
-        self.on = Pool()
+        self.on = Pool(*copies)
         self.radix = RadixCache(
             CacheInitParams(
                 disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=self.on.allocator, page_size=PAGE
@@ -279,14 +284,17 @@ class Lifecycle(RuleBasedStateMachine):
         self.radix.inc_lock_ref(root)
         self.live.append({"tokens": tokens, "slots": slots.long(), "cached": 0, "node": root})
 
-    @rule(update=st.booleans())
-    def flush(self, update: bool) -> None:
-        """/flush_cache, and with it memory release or new weights: the same tokens have other keys from now on."""
+    @precondition(lambda self: len(self.live) > 1)
+    @rule(update=st.booleans(), release=st.booleans())
+    def flush(self, update: bool, release: bool) -> None:
+        """/flush_cache, and with it new weights, by which the same tokens have other keys, or memory release."""
         self.live, self.swapped = [], []
         self.radix.reset()
         self.on.allocator.clear()
         self.on.host.pools.clear()
         self.on.model.weights += update
+        if release:
+            self.on.scramble()
 
     @invariant()
     def statistics_are_those_of_the_model(self) -> None:
@@ -294,7 +302,8 @@ class Lifecycle(RuleBasedStateMachine):
             self.on.check(request["tokens"], request["slots"])
 
 
-Lifecycle.TestCase.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)
+LONG = settings.get_current_profile_name() == "long"  # pytest --hypothesis-profile long --hypothesis-seed N
+Lifecycle.TestCase.settings = settings() if LONG else settings(max_examples=12, stateful_step_count=20)
 TestLifecycle = Lifecycle.TestCase
 
 
