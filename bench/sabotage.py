@@ -1,8 +1,10 @@
-"""Copied as sitecustomize.py beside a server under test: flips one bit of a live page's statistics, and fills its disk.
+"""Copied as sitecustomize.py beside a server under test: flips a bit of a live page's statistics, fills its disk, and
+weighs its GPU memory.
 
 SOAK_SABOTAGE names a folder. When the file `now` lies there, the next step with a complete page is corrupted before the
-canary looks, and `steps` counts the steps from then on. After SOAK_DISK_PAGES pages the disk of SGLang's host cache has
-no space left. Python imports this at start-up, before anything of SGLang.
+canary looks, and `steps` counts the steps from then on. Each process tells there, after each step, the bytes of its
+tensors on GPUs. After SOAK_DISK_PAGES pages the disk of SGLang's host cache has no space left. Python imports this at
+start-up, before anything of SGLang.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 CANARY, STORAGE = "sglang_misa.canary", "sglang.srt.mem_cache.hicache_storage"
+FOLDER, DISK_PAGES = "SOAK_SABOTAGE", "SOAK_DISK_PAGES"
+NOW, STEPS, GPU_MEMORY = "now", "steps", "gpu_memory."  # files in the folder; the last one with a process id behind it
 
 
 def corrupting(step: Any, folder: Path) -> Any:
@@ -23,24 +27,29 @@ def corrupting(step: Any, folder: Path) -> Any:
 
     def wrapper(self: Any, req_to_token: Any, req_ids: Any, seq_lens: Any, requests: Any) -> None:
         nonlocal steps
+        import torch
+
         from sglang_misa.kernels.layout import PAGE
 
         row = next((row for row in range(len(requests)) if int(seq_lens[row]) >= PAGE), None)
-        if row is not None and (folder / "now").exists():
+        if row is not None and (folder / NOW).exists():
             if steps == 0:
                 page = int(req_to_token[req_ids[row], 0]) // PAGE
-                self.engine.stats.means[self.layers[-1]].view(dtype=_bytes())[page, 0] ^= 1
+                self.engine.stats.means[self.layers[-1]].view(torch.uint8)[page, 0] ^= 1
             steps += 1
-            (folder / "steps").write_text(str(steps))
+            (folder / STEPS).write_text(str(steps))
         step(self, req_to_token, req_ids, seq_lens, requests)
+        if req_to_token.is_cuda:
+            weigh(folder, torch.cuda.memory_allocated(req_to_token.device))
 
     return wrapper
 
 
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8
+def weigh(folder: Path, used: int) -> None:
+    """Tell a size, so that whoever reads it finds it whole."""
+    told = folder / f"{os.getpid()}.tmp"
+    told.write_text(str(used))
+    told.replace(folder / f"{GPU_MEMORY}{os.getpid()}")
 
 
 class NoSpace:
@@ -66,9 +75,9 @@ def filling(save: Any, pages: int) -> Any:
 
 def sabotage(module: Any) -> None:
     if module.__name__ == CANARY:
-        module.Canary.step = corrupting(module.Canary.step, Path(os.environ["SOAK_SABOTAGE"]))
+        module.Canary.step = corrupting(module.Canary.step, Path(os.environ[FOLDER]))
     else:
-        module.HiCacheFile.set = filling(module.HiCacheFile.set, int(os.environ["SOAK_DISK_PAGES"]))
+        module.HiCacheFile.set = filling(module.HiCacheFile.set, int(os.environ[DISK_PAGES]))
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
@@ -94,5 +103,5 @@ class AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "SOAK_SABOTAGE" in os.environ:
+if FOLDER in os.environ:
     sys.meta_path.insert(0, AfterImport())

@@ -4,8 +4,9 @@
 
 Without --model-path a random model is served from a pool that is too small for its load, in front of a host cache and
 a disk that fills up. The report has the minutes, requests, events by kind, mismatches, errors, and the memory at start
-and end in bytes: of the server's processes, and of the GPU. Exit status 1 where a kind of event was never seen, a
-statistic was wrong, a request failed, or memory grew by more than GROWTH.
+and end in bytes: resident in the server's processes, and in tensors of theirs on GPUs, whoever else is there. Exit
+status 1 where a kind of event was never seen, a statistic was wrong, a request failed, or memory grew by more than
+GROWTH.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 from sglang_misa import random_model
+from sglang_misa.bench import sabotage
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.procs import HOST, ServerProcess, free_port, is_healthy
 
@@ -146,7 +147,7 @@ class Report:
             )
         for what, start, end in (
             ("memory", self.memory_start, self.memory_end),
-            ("the GPU's memory", self.gpu_memory_start, self.gpu_memory_end),
+            ("memory on GPUs", self.gpu_memory_start, self.gpu_memory_end),
         ):
             if end > start * GROWTH:
                 found.append(f"expected {what} to stay, got {start} bytes at first and {end} last")
@@ -158,6 +159,7 @@ class Soak:
 
     def __init__(self, port: int, process: ServerProcess, scale: Scale):
         self.port, self.process, self.scale = port, process, scale
+        self.folder = process.log.parent
         self.report = Report(corruption_found_within=scale.found_within)
         self._lock = threading.Lock()
         self.prefixes = [self.prompt(random.Random(seed), scale.prefix) for seed in range(3)]
@@ -274,14 +276,9 @@ class Soak:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    @staticmethod
-    def gpu_memory() -> int:
-        """Bytes in use on all GPUs, by whomever; 0 without any."""
-        if shutil.which("nvidia-smi") is None:
-            return 0
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        used = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-        return sum(int(mib) for mib in used if mib.isdigit()) << 20
+    def gpu_memory(self) -> int:
+        """Bytes of the server's tensors on GPUs after its last step, as its processes say; 0 without any."""
+        return sum(int(told.read_text()) for told in self.folder.glob(f"{sabotage.GPU_MEMORY}*"))
 
     def load(self, seconds: float) -> None:
         """All clients for so long; halfway the server is stopped and goes on."""
@@ -322,15 +319,15 @@ class Soak:
         verified = self.ask("/server_info")[1]["internal_states"][0]["misa"]["page_stats_verified"]
         self.report.pages_verified, self.report.mismatches = verified["pages"], verified["mismatches"]
 
-    def corrupt(self, folder: Path) -> None:
+    def corrupt(self) -> None:
         """A statistic is corrupted while a request decodes: the server must stop and say why."""
-        (folder / "now").touch()
+        (self.folder / sabotage.NOW).touch()
         with contextlib.suppress(OSError, RuntimeError, http.client.HTTPException):
             self.generate(self.prompt(random.Random(-2), self.scale.long[0]), 4 * self.scale.found_within)
         with contextlib.suppress(Exception):
             self.process.wait(TIMEOUT_S)
         if "StaleStatistics" in self.process.log.read_text(errors="replace"):
-            self.report.corruption_found_after_steps = int((folder / "steps").read_text())
+            self.report.corruption_found_after_steps = int((self.folder / sabotage.STEPS).read_text())
 
 
 def body(tokens: list[int], new: int) -> dict[str, Any]:
@@ -341,11 +338,11 @@ def body(tokens: list[int], new: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def served(model: Path, folder: Path, scale: Scale, flags: Sequence[str], environ: dict[str, str]) -> Iterator[Soak]:
     """The clients of a server that answers; it stops in the end. `folder` takes its log, its disk and the saboteur."""
-    shutil.copy(Path(__file__).with_name("sabotage.py"), folder / "sitecustomize.py")
+    shutil.copy(sabotage.__file__, folder / "sitecustomize.py")
     port, path = free_port(), os.pathsep.join(filter(None, (str(folder), environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "sglang_misa.launch_server", *flags]
     command += ["--model-path", str(model), "--host", HOST, "--port", str(port)]
-    faults = {"SOAK_SABOTAGE": str(folder), "SOAK_DISK_PAGES": str(DISK_PAGES)}
+    faults = {sabotage.FOLDER: str(folder), sabotage.DISK_PAGES: str(DISK_PAGES)}
     disk = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(folder / "disk")}
     environ = {**environ, **RETRACT, **faults, **disk, "PYTHONPATH": path}
     with ServerProcess(command, folder / "log", environ=environ) as process:
@@ -360,7 +357,7 @@ def run(
     with served(model, folder, scale, flags, environ) as soak:
         try:
             soak.run(minutes * 60)
-            soak.corrupt(folder)
+            soak.corrupt()
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             soak.report.errors.append(f"{error!r}; the server's last lines: {' | '.join(soak.process.tail())}")
         return soak.report
