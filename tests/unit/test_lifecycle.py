@@ -1,22 +1,7 @@
-"""The life of a page, event by event: handled or refused by name, on SGLang's own pool, radix cache and host pools.
+"""The life of a page on SGLang's own pool, radix cache and host pools: docs/architecture.md has a row an event."""
 
-| event | what holds | proof |
-|---|---|---|
-| 1 prefill write, 2 chunk tail, 3 decode over a page's end | statistics when a page is complete | `TestLifecycle` |
-| 4 page freed and used again | overwritten when it is complete again | `TestLifecycle` |
-| 5 radix share, diverging tails | the page's statistics are its bytes', whoever reads it | `TestLifecycle` |
-| 6 move after a tree of drafts | refused | test_admission.py |
-| 7 rejected drafts | the length goes back, what is over it is written again | `TestLifecycle` |
-| 8 retract and prefill again, 9 abort in a chunk | pages freed, see 4 | `TestLifecycle`, test_soak.py |
-| 8 retract behind a prefill server | computed when the copy on the host is back | `TestLifecycle` |
-| 10 offload and load-back | computed on the load's stream, before its event | `TestLifecycle`, `test_load_back_*` |
-| 11 transfer commit (PD) | computed before the request enters a batch | `TestLifecycle`, test_disaggregation.py |
-| 12 CP, DCP, layer split | refused | test_admission.py |
-| 13 memory release and resume, 14 flush, 16 weight update | every page is free, see 4 | `TestLifecycle` |
-| 15 layers without an indexer | 0 rows, or never looked at | test_page_stats.py, test_canary.py |
-| graph replay with padded rows | length 1 on page 0 completes nothing | `TestLifecycle` |
-"""
-
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -305,6 +290,18 @@ class Lifecycle(RuleBasedStateMachine):
 LONG = settings.get_current_profile_name() == "long"  # pytest --hypothesis-profile long --hypothesis-seed N
 Lifecycle.TestCase.settings = settings() if LONG else settings(max_examples=12, stateful_step_count=20)
 TestLifecycle = Lifecycle.TestCase
+
+
+def test_the_table_of_events_names_rules_and_tests_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    table = (root / "docs/architecture.md").read_text().partition("## Life of a page")[2]
+    named = set(re.findall(r"`(?:Lifecycle\.)?(\w+(?:\.py)?)`", table))
+    rules = {rule.function.__name__ for rule in Lifecycle.setup_state().rules}
+    assert rules <= named
+    assert set(re.findall(r"`Lifecycle\.(\w+)`", table)) <= rules
+    files = {name for name in named if name.endswith(".py")}
+    assert files
+    assert files <= {path.name for path in (root / "tests").rglob("test_*.py")}
 
 
 @pytest.fixture(params=COPIES, ids="-".join)
