@@ -1,11 +1,15 @@
-"""Copied as sitecustomize.py beside a server under test: flips one bit of a live page's statistics, once told to.
+"""Copied as sitecustomize.py beside a server under test: flips a bit of a live page's statistics, fills its disk, and
+weighs its GPU memory.
 
 SOAK_SABOTAGE names a folder. When the file `now` lies there, the next step with a complete page is corrupted before the
-canary looks, and `steps` counts the steps from then on. Python imports this at start-up, before anything of SGLang.
+canary looks, and `steps` counts the steps from then on. Each process tells there, after each step, the bytes of its
+tensors on GPUs. After SOAK_DISK_PAGES pages the disk of SGLang's host cache has no space left. Python imports this at
+start-up, before anything of SGLang.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib.abc
 import importlib.util
 import os
@@ -13,7 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CANARY = "sglang_misa.canary"
+CANARY, STORAGE = "sglang_misa.canary", "sglang.srt.mem_cache.hicache_storage"
+FOLDER, DISK_PAGES = "SOAK_SABOTAGE", "SOAK_DISK_PAGES"
+NOW, STEPS, GPU_MEMORY = "now", "steps", "gpu_memory."  # files in the folder; the last one with a process id behind it
 
 
 def corrupting(step: Any, folder: Path) -> Any:
@@ -21,45 +27,81 @@ def corrupting(step: Any, folder: Path) -> Any:
 
     def wrapper(self: Any, req_to_token: Any, req_ids: Any, seq_lens: Any, requests: Any) -> None:
         nonlocal steps
+        import torch
+
         from sglang_misa.kernels.layout import PAGE
 
         row = next((row for row in range(len(requests)) if int(seq_lens[row]) >= PAGE), None)
-        if row is not None and (folder / "now").exists():
+        if row is not None and (folder / NOW).exists():
             if steps == 0:
                 page = int(req_to_token[req_ids[row], 0]) // PAGE
-                self.engine.stats.means[self.layers[-1]].view(dtype=_bytes())[page, 0] ^= 1
+                self.engine.stats.means[self.layers[-1]].view(torch.uint8)[page, 0] ^= 1
             steps += 1
-            (folder / "steps").write_text(str(steps))
+            (folder / STEPS).write_text(str(steps))
         step(self, req_to_token, req_ids, seq_lens, requests)
+        if req_to_token.is_cuda:
+            weigh(folder, torch.cuda.memory_allocated(req_to_token.device))
 
     return wrapper
 
 
-def _bytes() -> Any:
-    import torch
+def weigh(folder: Path, used: int) -> None:
+    """Tell a size, so that whoever reads it finds it whole."""
+    told = folder / f"{os.getpid()}.tmp"
+    told.write_text(str(used))
+    told.replace(folder / f"{GPU_MEMORY}{os.getpid()}")
 
-    return torch.uint8
+
+class NoSpace:
+    """A page that a full disk does not take."""
+
+    def __init__(self, page: Any):
+        self.numel, self.element_size = page.numel, page.element_size
+
+    def contiguous(self) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def filling(save: Any, pages: int) -> Any:
+    saved = 0
+
+    def wrapper(self: Any, key: str, value: Any = None, *args: Any, **kwargs: Any) -> Any:
+        nonlocal saved
+        saved += 1
+        return save(self, key, value if saved <= pages else NoSpace(value), *args, **kwargs)
+
+    return wrapper
+
+
+def sabotage(module: Any) -> None:
+    if module.__name__ == CANARY:
+        module.Canary.step = corrupting(module.Canary.step, Path(os.environ[FOLDER]))
+    else:
+        module.HiCacheFile.set = filling(module.HiCacheFile.set, int(os.environ[DISK_PAGES]))
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    """Wraps the canary's step once its module has been executed."""
+    """Sabotages a module once it has been executed."""
+
+    def __init__(self) -> None:
+        self.left = {CANARY, STORAGE}
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != CANARY:
+        if name not in self.left:
             return None
-        sys.meta_path.remove(self)
+        self.left.remove(name)
         spec = importlib.util.find_spec(name)
         assert spec is not None
         assert spec.loader is not None
         execute = spec.loader.exec_module
 
-        def execute_and_wrap(module: Any) -> None:
+        def execute_and_sabotage(module: Any) -> None:
             execute(module)
-            module.Canary.step = corrupting(module.Canary.step, Path(os.environ["SOAK_SABOTAGE"]))
+            sabotage(module)
 
-        spec.loader.exec_module = execute_and_wrap  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_sabotage  # type: ignore[method-assign]
         return spec
 
 
-if "SOAK_SABOTAGE" in os.environ:
+if FOLDER in os.environ:
     sys.meta_path.insert(0, AfterImport())

@@ -1,16 +1,19 @@
 """A mixed load on one server for minutes on end, its canary on `raise`, with faults injected.
 
-    python -m sglang_misa.bench.soak --minutes 30 --out soak.json [--model-path DIR] [flags of the launcher]
+    python -m sglang_misa.bench.soak --minutes 30 --out soak.json [--scale cpu|gpu] [--model-path DIR flags…]
 
-Without --model-path a tiny random model is served from a pool that is too small for its load. The report has the
-minutes, requests, events by kind, mismatches, errors, and the server's memory at start and end in bytes. Exit status 1
-where a kind of event was never seen, a statistic was wrong, a request failed, or memory grew by more than GROWTH.
+Without --model-path a random model is served from a pool that is too small for its load, in front of a host cache and
+a disk that fills up. The report has the minutes, requests, events by kind, mismatches, errors, and the memory at start
+and end in bytes: resident in the server's processes, and in tensors of theirs on GPUs, whoever else is there. Exit
+status 1 where a kind of event was never seen, a statistic was wrong, a request failed, or memory grew by more than
+GROWTH.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import http.client
 import itertools
 import json
@@ -29,28 +32,92 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sglang_misa import random_model
+from sglang_misa.bench import sabotage
+from sglang_misa.kernels.layout import PAGE
 from sglang_misa.procs import HOST, ServerProcess, free_port, is_healthy
 
-CLIENTS, POOL = 6, 1280  # requests at once, and tokens for all of them
-CONTEXT = 2048
-WORDS = range(2, 250)  # token ids of a prompt
-SHORT, LONG, PREFIX = (20, 100), (300, 600), 300
+CLIENTS = 6  # requests at once
+NEW = (10, 120)  # tokens of an answer
 PAUSE_S = 1.0  # between SIGSTOP and SIGCONT
-TIMEOUT_S, START_S = 120.0, 300.0
-GROWTH = 1.1  # of memory, after the first tenth of the time
-FOUND_WITHIN = 64  # steps: 20 times the pages of all layers of the request, a sample's size of them at each step
+TIMEOUT_S, START_S = 120.0, 600.0
+WARM_UP = 0.25  # share of the time before memory is looked at
+GROWTH = 1.1  # of memory, after that
+DISK_PAGES = 40  # that are saved before the disk is full
+STATE, PARENT, RSS = 0, 1, 21  # columns of /proc/*/stat behind the name
 TURNS = ("short", "long", "shared prefix", "next turn", "left mid-stream", "too long")
-KINDS = (*TURNS, "flushed", "stopped and continued", "retracted", "evicted", "restored from the host")
-SERVER = (
-    "--misa-preset dsa --misa-decode-blocks 4 --misa-decode-block-size 64 --misa-decode-min-len 100 "
-    "--misa-verify-stats raise --device cpu --enable-metrics --enable-cache-report --schedule-conservativeness 0 "
-    f"--max-total-tokens {POOL} --max-running-requests {CLIENTS} --context-length {CONTEXT} "
-    "--enable-hierarchical-cache --hicache-ratio 3 --hicache-io-backend direct --hicache-mem-layout page_first_direct"
-)
 # Beside retractions for want of room, after which SGLang admits fewer requests.
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
-COUNTED = {"evicted": "sglang:evicted_tokens_total", "restored from the host": "sglang:load_back_tokens_total"}
+COUNTED = {
+    "evicted": "sglang:evicted_tokens_total",
+    "restored from the host": "sglang:load_back_tokens_total",
+    "saved to disk": "sglang:backuped_tokens_total",
+    "read from disk": "sglang:prefetched_tokens_total",
+}
+LOGGED = {"retracted": r"#retracted_reqs: (\d+)", "disk full": r"(No) space left on device"}
+KINDS = (*TURNS, "flushed", "stopped and continued", *COUNTED, *LOGGED)
+HOST_CACHE = (
+    "--enable-hierarchical-cache --hicache-ratio 3 --hicache-storage-backend file "
+    '--hicache-storage-backend-extra-config {"prefetch_threshold":64}'
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A model and the sizes of its load, in tokens: on a GPU ours select past 2048, on the CPU all of it is small."""
+
+    shape: random_model.Shape
+    pool: int  # for all requests
+    context: int
+    words: range  # of a prompt
+    short: tuple[int, int]
+    long: tuple[int, int]
+    prefix: int  # that prompts share
+    alike: int  # of the probe's answer; a GPU adds up in another order each time
+    found_within: int  # steps: 20 times the pages of all layers of a request, a sample's size of them at each step
+    flags: str
+
+    @property
+    def server(self) -> list[str]:
+        """Flags of the server, the model's folder left out."""
+        sizes = f"--max-total-tokens {self.pool} --max-running-requests {CLIENTS} --context-length {self.context}"
+        common = "--misa-verify-stats raise --enable-metrics --enable-cache-report --schedule-conservativeness 0"
+        return f"{self.flags} {sizes} {common} {HOST_CACHE}".split()
+
+
+SCALES = {
+    "cpu": Scale(
+        shape=random_model.CPU,
+        pool=1280,
+        context=2048,
+        words=range(2, 250),
+        short=(20, 100),
+        long=(300, 600),
+        prefix=300,
+        alike=100,
+        found_within=64,
+        flags="--misa-preset dsa --misa-decode-blocks 4 --misa-decode-block-size 64 --misa-decode-min-len 100 "
+        "--device cpu",
+    ),
+    "gpu": Scale(
+        shape=random_model.GPU,
+        pool=24576,
+        context=16384,
+        words=range(2, random_model.GPU.vocab),
+        short=(500, 2500),
+        long=(5000, 11000),
+        prefix=5000,
+        alike=1,
+        found_within=640,
+        flags="--misa-preset fast --misa-prefill-min-len 2048 --misa-decode-min-len 2048 --misa-decode-min-rows 1 "
+        "--misa-decode-candidates 4096 --skip-tokenizer-init --mem-fraction-static 0.5 --chunked-prefill-size 2048 "
+        "--dsa-prefill-backend flashmla_sparse --dsa-decode-backend flashmla_sparse --kv-cache-dtype bfloat16 "
+        "--grammar-backend none --sampling-backend pytorch --skip-server-warmup --cuda-graph-backend-prefill disabled "
+        f"--cuda-graph-max-bs-decode {CLIENTS}",
+    ),
+}
 
 
 @dataclass
@@ -63,6 +130,9 @@ class Report:
     errors: list[str] = field(default_factory=list)
     memory_start: int = 0
     memory_end: int = 0
+    gpu_memory_start: int = 0
+    gpu_memory_end: int = 0
+    corruption_found_within: int = 0  # steps allowed
     corruption_found_after_steps: int = 0
 
     def problems(self) -> list[str]:
@@ -70,23 +140,32 @@ class Report:
         found = [f"expected the event {kind!r}, got none" for kind, seen in self.events.items() if not seen]
         if self.mismatches or not self.pages_verified:
             found.append(f"expected pages verified and no mismatch, got {self.pages_verified} and {self.mismatches}")
-        if not 0 < self.corruption_found_after_steps <= FOUND_WITHIN:
+        if not 0 < self.corruption_found_after_steps <= self.corruption_found_within:
             found.append(
-                f"expected a corrupted statistic found within {FOUND_WITHIN} steps, got "
+                f"expected a corrupted statistic found within {self.corruption_found_within} steps, got "
                 f"{self.corruption_found_after_steps} (0: never)"
             )
-        if self.memory_end > self.memory_start * GROWTH:
-            found.append(f"expected memory to stay, got {self.memory_start} bytes at first and {self.memory_end} last")
+        for what, start, end in (
+            ("memory", self.memory_start, self.memory_end),
+            ("memory on GPUs", self.gpu_memory_start, self.gpu_memory_end),
+        ):
+            if end > start * GROWTH:
+                found.append(f"expected {what} to stay, got {start} bytes at first and {end} last")
         return [*found, *self.errors]
 
 
 class Soak:
     """The clients of one server, and what they saw."""
 
-    def __init__(self, port: int, process: ServerProcess):
-        self.port, self.process, self.report = port, process, Report()
+    def __init__(self, port: int, process: ServerProcess, scale: Scale):
+        self.port, self.process, self.scale = port, process, scale
+        self.folder = process.log.parent
+        self.report = Report(corruption_found_within=scale.found_within)
         self._lock = threading.Lock()
-        self.prefixes = [prompt(random.Random(seed), PREFIX) for seed in range(3)]
+        self.prefixes = [self.prompt(random.Random(seed), scale.prefix) for seed in range(3)]
+
+    def prompt(self, numbers: random.Random, length: int) -> list[int]:
+        return [numbers.choice(self.scale.words) for _ in range(length)]
 
     def saw(self, kind: str) -> None:
         with self._lock:
@@ -124,7 +203,7 @@ class Soak:
         connection = http.client.HTTPConnection(HOST, self.port, timeout=TIMEOUT_S)
         with contextlib.closing(connection):
             self._requested("/generate")
-            connection.request("POST", "/generate", json.dumps(body(tokens, LONG[0]) | {"stream": True}))
+            connection.request("POST", "/generate", json.dumps(body(tokens, self.scale.long[0]) | {"stream": True}))
             connection.getresponse().read1(64)
 
     def client(self, seed: int, until: float) -> None:
@@ -141,23 +220,24 @@ class Soak:
                 return
 
     def _turn(self, numbers: random.Random, kind: str) -> None:
-        new, tail = numbers.randrange(10, 120), prompt(numbers, numbers.randrange(*SHORT))
+        scale, prompt = self.scale, functools.partial(self.prompt, numbers)
+        new, tail = numbers.randrange(*NEW), prompt(numbers.randrange(*scale.short))
         if kind == "left mid-stream":
-            self.leave(prompt(numbers, numbers.randrange(*LONG)))
+            self.leave(prompt(numbers.randrange(*scale.long)))
         elif kind == "too long":
-            status, answer = self.ask("/generate", body(prompt(numbers, CONTEXT + 1), new))
+            status, answer = self.ask("/generate", body(prompt(scale.context + 1), new))
             if status != 400:
                 raise RuntimeError(f"expected 400 for a prompt over the context, got {status} {str(answer)[:200]}")
         elif kind == "next turn":
             first, _ = self.generate(tail, new)
-            self.generate([*tail, *first, *prompt(numbers, SHORT[0])], new)
+            self.generate([*tail, *first, *prompt(scale.short[0])], new)
         elif kind == "shared prefix":
-            prefix = numbers.choice(self.prefixes)[: numbers.randrange(65, PREFIX)]
+            prefix = numbers.choice(self.prefixes)[: numbers.randrange(PAGE + 1, scale.prefix)]
             self.generate([*prefix, *tail], new)
             if not self.generate([*prefix, *tail[::-1]], new)[1]:
                 return  # somebody else's pages took its place
         else:
-            self.generate(prompt(numbers, numbers.randrange(*LONG)) if kind == "long" else tail, new)
+            self.generate(prompt(numbers.randrange(*scale.long)) if kind == "long" else tail, new)
         self.saw(kind)
 
     def metrics(self) -> dict[str, float]:
@@ -175,14 +255,30 @@ class Soak:
             raise RuntimeError(f"expected the cache flushed, got {status} {answer}")
         self.saw("flushed")
 
+    def processes(self) -> dict[int, list[str]]:
+        """The server's processes, whose sessions are several: their ids, and what /proc/*/stat has behind the name."""
+        stats: dict[int, list[str]] = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                stats[int(path.parent.name)] = path.read_text().rpartition(")")[2].split()
+        known = {self.process.group}
+        while found := {pid for pid, stat in stats.items() if int(stat[PARENT]) in known} - known:
+            known |= found
+        return {pid: stats[pid] for pid in known if pid in stats}
+
     def memory(self) -> int:
         """Resident bytes of the server's processes."""
-        pages = 0
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                fields = stat.read_text().rpartition(")")[2].split()
-                pages += int(fields[21]) if int(fields[2]) == self.process.group else 0
-        return pages * os.sysconf("SC_PAGESIZE")
+        return sum(int(stat[RSS]) for stat in self.processes().values()) * os.sysconf("SC_PAGESIZE")
+
+    def signal(self, number: int) -> None:
+        """Send a signal to each of the server's processes."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def gpu_memory(self) -> int:
+        """Bytes of the server's tensors on GPUs after its last step, as its processes say; 0 without any."""
+        return sum(int(told.read_text()) for told in self.folder.glob(f"{sabotage.GPU_MEMORY}*"))
 
     def load(self, seconds: float) -> None:
         """All clients for so long; halfway the server is stopped and goes on."""
@@ -191,49 +287,47 @@ class Soak:
         for client in clients:
             client.start()
         time.sleep(seconds / 2)
-        os.killpg(self.process.group, signal.SIGSTOP)
+        self.signal(signal.SIGSTOP)
         time.sleep(PAUSE_S)
-        os.killpg(self.process.group, signal.SIGCONT)
-        self.saw("stopped and continued")
+        if {stat[STATE] for stat in self.processes().values()} <= {"T", "Z"}:
+            self.saw("stopped and continued")
+        self.signal(signal.SIGCONT)
         for client in clients:
             client.join()
 
     def run(self, seconds: float) -> None:
         """The whole load: a probe asked before and after answers alike."""
-        probe = prompt(random.Random(-1), LONG[0])
-        before, _ = self.generate(probe, SHORT[1])
+        probe, alike = self.prompt(random.Random(-1), self.scale.long[0]), self.scale.alike
+        before, _ = self.generate(probe, alike)
         begin = time.monotonic()
-        self.load(seconds / 10)
-        self.report.memory_start = self.memory()
+        self.load(seconds * WARM_UP)
+        self.report.memory_start, self.report.gpu_memory_start = self.memory(), self.gpu_memory()
         self.flush()
-        self.load(seconds * 9 / 10)
+        self.load(seconds * (1 - WARM_UP))
         self.report.minutes = (time.monotonic() - begin) / 60
-        self.report.memory_end = self.memory()
+        self.report.memory_end, self.report.gpu_memory_end = self.memory(), self.gpu_memory()
+        self.flush()
+        after, _ = self.generate(probe, alike)
         metrics = self.metrics()
         for kind, name in COUNTED.items():
             self.report.events[kind] = int(metrics[name])
         log = self.process.log.read_text(errors="replace")
-        self.report.events["retracted"] = sum(map(int, re.findall(r"#retracted_reqs: (\d+)", log)))
-        self.flush()
-        after, _ = self.generate(probe, SHORT[1])
+        for kind, line in LOGGED.items():
+            self.report.events[kind] = sum(int(word) if word.isdigit() else 1 for word in re.findall(line, log))
         if after != before:
             self.report.errors.append("expected the probe's text of before, got another")
         verified = self.ask("/server_info")[1]["internal_states"][0]["misa"]["page_stats_verified"]
         self.report.pages_verified, self.report.mismatches = verified["pages"], verified["mismatches"]
 
-    def corrupt(self, folder: Path) -> None:
+    def corrupt(self) -> None:
         """A statistic is corrupted while a request decodes: the server must stop and say why."""
-        (folder / "now").touch()
+        (self.folder / sabotage.NOW).touch()
         with contextlib.suppress(OSError, RuntimeError, http.client.HTTPException):
-            self.generate(prompt(random.Random(-2), LONG[0]), 4 * FOUND_WITHIN)
+            self.generate(self.prompt(random.Random(-2), self.scale.long[0]), 4 * self.scale.found_within)
         with contextlib.suppress(Exception):
             self.process.wait(TIMEOUT_S)
         if "StaleStatistics" in self.process.log.read_text(errors="replace"):
-            self.report.corruption_found_after_steps = int((folder / "steps").read_text())
-
-
-def prompt(numbers: random.Random, length: int) -> list[int]:
-    return [numbers.choice(WORDS) for _ in range(length)]
+            self.report.corruption_found_after_steps = int((self.folder / sabotage.STEPS).read_text())
 
 
 def body(tokens: list[int], new: int) -> dict[str, Any]:
@@ -242,24 +336,28 @@ def body(tokens: list[int], new: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def served(model: Path, folder: Path, flags: Sequence[str], environ: dict[str, str]) -> Iterator[Soak]:
-    """The clients of a server that answers; it stops in the end. `folder` takes its log and the saboteur."""
-    shutil.copy(Path(__file__).with_name("sabotage.py"), folder / "sitecustomize.py")
+def served(model: Path, folder: Path, scale: Scale, flags: Sequence[str], environ: dict[str, str]) -> Iterator[Soak]:
+    """The clients of a server that answers; it stops in the end. `folder` takes its log, its disk and the saboteur."""
+    shutil.copy(sabotage.__file__, folder / "sitecustomize.py")
     port, path = free_port(), os.pathsep.join(filter(None, (str(folder), environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "sglang_misa.launch_server", *flags]
     command += ["--model-path", str(model), "--host", HOST, "--port", str(port)]
-    environ = {**environ, **RETRACT, "PYTHONPATH": path, "SOAK_SABOTAGE": str(folder)}
+    faults = {sabotage.FOLDER: str(folder), sabotage.DISK_PAGES: str(DISK_PAGES)}
+    disk = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(folder / "disk")}
+    environ = {**environ, **RETRACT, **faults, **disk, "PYTHONPATH": path}
     with ServerProcess(command, folder / "log", environ=environ) as process:
         process.wait_ready(lambda: is_healthy(port), START_S)
-        yield Soak(port, process)
+        yield Soak(port, process, scale)
 
 
-def run(model: Path, folder: Path, minutes: float, flags: Sequence[str], environ: dict[str, str]) -> Report:
+def run(
+    model: Path, folder: Path, minutes: float, scale: Scale, flags: Sequence[str], environ: dict[str, str]
+) -> Report:
     """The report of one soak. Raises ServerError where the server does not start."""
-    with served(model, folder, flags, environ) as soak:
+    with served(model, folder, scale, flags, environ) as soak:
         try:
             soak.run(minutes * 60)
-            soak.corrupt(folder)
+            soak.corrupt()
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             soak.report.errors.append(f"{error!r}; the server's last lines: {' | '.join(soak.process.tail())}")
         return soak.report
@@ -270,13 +368,17 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m sglang_misa.bench.soak", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--scale", choices=SCALES, default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model-path", type=Path, help="a DSA model; the flags that serve it follow")
     parser.add_argument("--out", type=Path, default=Path("soak.json"))
+    parser.add_argument("--log", type=Path, help="keep the server's log there")
     given, flags = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = given.model_path or random_model.ensure(folder / "model", random_model.CPU)
-        report = run(model, folder, given.minutes, flags or SERVER.split(), dict(os.environ))
+        folder, scale = Path(name), SCALES[given.scale]
+        model = given.model_path or random_model.ensure(random_model.cache(), scale.shape)
+        report = run(model, folder, given.minutes, scale, flags or scale.server, dict(os.environ))
+        if given.log is not None:
+            shutil.copy(folder / "log", given.log)
     given.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
     print(given.out.read_text(), *report.problems(), sep="\n")
     return 1 if report.problems() else 0

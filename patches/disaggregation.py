@@ -48,4 +48,4 @@ def _pages_written(pool: Any, last_slots: Tensor) -> None:
     if selector.ladders.decodes:
         for layer, pages in enumerate(pool.index_k_with_scale_buffer):
             if len(pages):
-                selector.engine.pages_written(layer, last_slots.long())
+                selector.engine.pages_written(layer, last_slots.long().contiguous())

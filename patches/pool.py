@@ -49,5 +49,15 @@ def load_to_device_per_layer(
     layer = 0 if is_draft else layer_id
     pages = device_pool.index_k_with_scale_buffer[layer]
     if len(pages) and device_pool.misa_selector.ladders.decodes:
-        last_slots = device_indices[PAGE - 1 :: PAGE].to(pages.device, torch.int64)
-        device_pool.misa_selector.engine.pages_written(layer, last_slots)
+        device_pool.misa_selector.engine.pages_written(layer, _last_slots(device_indices, pages.device))
+
+
+def _last_slots(slots: Tensor, device: torch.device) -> Tensor:
+    """The last one of each page of `slots` [n], int64 on the pool's `device`; the host waits for nothing.
+
+    SGLang's direct copies have their slots on the host, its kernels on the device.
+    """
+    last = slots[PAGE - 1 :: PAGE].to(torch.int64).contiguous()
+    if device.type != "cuda" or last.is_cuda:
+        return last
+    return last.pin_memory().to(device, non_blocking=True)

@@ -96,9 +96,12 @@ ARGUMENTS = (
     _Argument("enable_deterministic_inference", (False,), "the order of the selected tokens varies from run to run"),
     _Argument("enable_torch_compile", (False,), "Dynamo would trace through the hooks, untested"),
 )
+_COPIES = "decode on pages that other copies of a host cache restored is untested"
 DECODE_ARGUMENTS = (
     _Argument("disaggregation_mode", ("null", "decode"), "a prefill server decodes nothing"),
-    _Argument("hicache_storage_backend", (None,), "decode on pages from a host cache's storage is untested"),
+    _Argument("hicache_mem_layout", ("page_first", "layer_first", "page_first_direct"), _COPIES),
+    _Argument("hicache_io_backend", ("kernel", "direct"), _COPIES),
+    _Argument("hicache_storage_backend", (None, "file"), "decode on pages from other storage than files is untested"),
     _Argument("hicache_host_memory_mode", ("cache",), "decode on pages that the host only buffers is untested"),
 )
 _BESIDE = "beside pages that a prefill server wrote it is untested"

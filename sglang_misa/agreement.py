@@ -7,15 +7,14 @@ CUDA graphs too, and once in some steps all of them exchange the sums.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, distributed
 
 from sglang_misa.engines import Engine
-from sglang_misa.kernels.layout import PAGE
 from sglang_misa.metrics import recorder
+from sglang_misa.page_sample import PageSampler
 from sglang_misa.runtime import Runtime
 
 ROWS = 256  # of a call, evenly spread, that are digested
@@ -35,7 +34,7 @@ class Agreement:
         self.engine, self.every, self.peers = engine, every, peers
         means = engine.stats.means
         self._selected = torch.zeros(len(means), dtype=torch.int64, device=means[0].device)
-        self._random = random.Random(0)  # draws alike in all ranks
+        self._sampler = PageSampler(PAGES)
         self._steps = 0
 
     def selected(self, layer: int, ids: Tensor) -> None:
@@ -55,7 +54,7 @@ class Agreement:
         self._steps += 1
         if self._steps % self.every:
             return
-        pages = self._pages(req_to_token, req_ids[:requests], seq_lens[:requests])
+        pages = self._sampler.draw(req_to_token, req_ids[:requests], seq_lens[:requests]).where_drawn()
         stats = [self._statistics(layer, pages) for layer in range(len(self._selected))]
         mine = torch.stack((self._selected, torch.stack(stats))).cpu()
         self.forget()
@@ -72,16 +71,6 @@ class Agreement:
                 f"{' and '.join(told)}; serve with --misa-preset dsa, and report this with the model and the GPUs"
             )
         recorder.ranks_compared += 1
-
-    def _pages(self, req_to_token: Tensor, req_ids: Tensor, seq_lens: Tensor) -> Tensor:
-        """[n] int64: complete pages of the step's requests, PAGES at most."""
-        complete = seq_lens.long() // PAGE
-        ends = complete.cumsum(0)
-        total = int(ends[-1]) if len(ends) else 0
-        chosen = torch.tensor(self._random.sample(range(total), min(PAGES, total)), device=ends.device).long()
-        request = torch.searchsorted(ends, chosen, right=True)
-        position = chosen - (ends - complete)[request]
-        return req_to_token[req_ids[request].long(), position * PAGE].long() // PAGE
 
     def _statistics(self, layer: int, pages: Tensor) -> Tensor:
         if not len(self.engine.stats.means[layer]):

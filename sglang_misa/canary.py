@@ -19,8 +19,8 @@ from torch import Tensor
 from sglang_misa import runtime
 from sglang_misa.config import VerifyStats
 from sglang_misa.engines import Engine
-from sglang_misa.kernels.layout import PAGE
 from sglang_misa.metrics import recorder
+from sglang_misa.page_sample import PageSample, PageSampler
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +37,11 @@ class _Look:
 
     layer: int
     requests: Sequence[str]  # of the step
-    rows: list[int]  # request of each page
-    pages: Tensor
+    sample: PageSample
     stored: tuple[Tensor, ...]
     expected: tuple[Tensor, ...]
     wrong: Tensor
-    counts: Tensor  # int64 [2] on the host: complete pages, wrong ones
+    counts: Tensor  # int64 [2] on the host: pages, wrong ones
     done: torch.cuda.Event | None  # behind the copy of `counts`
 
     def problems(self) -> list[str]:
@@ -52,10 +51,11 @@ class _Look:
             stored = torch.cat([_bits(each[i]) for each in self.stored])
             expected = torch.cat([_bits(each[i]) for each in self.expected])
             (first, *more) = (stored != expected).nonzero().flatten().tolist()
+            page, request = int(self.sample.pages[i]), self.requests[int(self.sample.rows[i])]
             found.append(
-                f"page {int(self.pages[i])} of layer {self.layer}, request {self.requests[self.rows[i]]}: expected "
-                f"byte {first} of its statistics to be {int(expected[first])} as computed from the pool, got "
-                f"{int(stored[first])} (and {len(more)} more bytes differ)"
+                f"page {page} of layer {self.layer}, request {request}: expected byte {first} of its statistics to be "
+                f"{int(expected[first])} as computed from the pool, got {int(stored[first])} (and {len(more)} more "
+                "bytes differ)"
             )
         return found
 
@@ -66,7 +66,7 @@ class Canary:
     def __init__(self, engine: Engine, layers: Sequence[int], action: VerifyStats, seed: int = 0):
         """`layers`: those of the pool whose indexer runs; `action`: what a mismatch does, see `MisaConfig`."""
         self.engine, self.layers, self.action = engine, tuple(layers), action
-        self._random = random.Random(seed)
+        self._sampler, self._random = PageSampler(SAMPLE, seed), random.Random(seed)
         self._looks: deque[_Look] = deque()
 
     def step(self, req_to_token: Tensor, req_ids: Tensor, seq_lens: Tensor, requests: Sequence[str]) -> None:
@@ -82,23 +82,18 @@ class Canary:
             self._tell(self._looks.popleft())
 
     def _look(self, req_to_token: Tensor, req_ids: Tensor, seq_lens: Tensor, requests: Sequence[str]) -> _Look:
-        layer, device = self._random.choice(self.layers), req_to_token.device
-        rows = [self._random.randrange(len(requests)) for _ in range(SAMPLE)]
-        places = [self._random.random() for _ in range(SAMPLE)]
-        row = torch.tensor(rows, device=device)
-        complete = seq_lens[row] // PAGE
-        position = (torch.tensor(places, dtype=torch.float64, device=device) * complete).long() * PAGE
-        pages = torch.where(complete > 0, req_to_token[req_ids[row].long(), position].long() // PAGE, 0)
-        stored, expected = self.engine.stats.of(layer, pages), self.engine.recomputed(layer, pages)
+        layer = self._random.choice(self.layers)
+        sample = self._sampler.draw(req_to_token, req_ids[: len(requests)], seq_lens[: len(requests)])
+        stored, expected = self.engine.stats.of(layer, sample.pages), self.engine.recomputed(layer, sample.pages)
         differ = torch.stack([(_bits(s) != _bits(e)).any(1) for s, e in zip(stored, expected, strict=True)])
-        wrong = differ.any(0) & (complete > 0)
-        counts = torch.stack(((complete > 0).sum(), wrong.sum()))
+        wrong = differ.any(0) & sample.drawn
+        counts = torch.stack((sample.drawn.sum(), wrong.sum()))
         done = None
         if counts.is_cuda:
             counts = torch.empty_like(counts, device="cpu", pin_memory=True).copy_(counts, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        return _Look(layer, requests, rows, pages, stored, expected, wrong, counts, done)
+        return _Look(layer, requests, sample, stored, expected, wrong, counts, done)
 
     def _tell(self, look: _Look) -> None:
         seen, wrong = look.counts.tolist()

@@ -45,6 +45,17 @@ class Shape:
 
 
 CPU = Shape()
+# True indexer, attention and hidden sizes of one layer stack; the vocabulary is wide so that keys do not repeat.
+GPU = Shape(
+    hidden=2048,
+    layers=4,
+    heads=64,
+    q_rank=1536,
+    intermediate=4096,
+    dense_layers=4,
+    index_topk=2048,
+    vocab=32000,
+)
 
 
 def cache() -> Path:

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pools import make_pool
 from transformers import DeepseekV3Config
 
 from sglang_misa import runtime
+from sglang_misa.bench.host_cache import make_pool
 from sglang_misa.config import PRESETS
 from sglang_misa.metrics import Recorder
 from sglang_misa.page_stats import PageStats

@@ -12,7 +12,8 @@ MINUTES = 0.4
 
 
 def test_page_statistics_stay_those_of_the_keys(model: Path, environ: dict[str, str], tmp_path: Path) -> None:
-    report = soak.run(model, tmp_path, MINUTES, soak.SERVER.split(), environ)
+    scale = soak.SCALES["cpu"]
+    report = soak.run(model, tmp_path, MINUTES, scale, scale.server, environ)
     print(report)
     assert report.problems() == []
     assert report.pages_verified > 1000

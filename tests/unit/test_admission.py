@@ -74,6 +74,7 @@ ADMITTED = {
         for policy in ("write_through", "write_through_selective", "write_back")
         for layout in ("layer_first", "page_first", "page_first_direct")
     },
+    "HiCache on files with a decode policy": candidate(arguments=arguments(hicache_storage_backend="file")),
     "HiCache's storage while decode is stock": candidate(
         config=PRESETS["misa"], arguments=arguments(hicache_storage_backend="file")
     ),
@@ -209,7 +210,9 @@ REFUSED = {
             "enable_torch_compile": True,
             "pp_size": 2,
             "enable_pdmux": True,
-            "hicache_storage_backend": "file",
+            "hicache_mem_layout": "page_first_kv_split",
+            "hicache_io_backend": "kernel_ascend",
+            "hicache_storage_backend": "mooncake",
             "hicache_host_memory_mode": "buffer_only",
             "disaggregation_mode": "prefill",
         }.items()

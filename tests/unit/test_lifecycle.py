@@ -1,22 +1,7 @@
-"""The life of a page, event by event: handled or refused by name, on SGLang's own pool, radix cache and host pools.
+"""The life of a page on SGLang's own pool, radix cache and host pools: docs/architecture.md has a row an event."""
 
-| event | what holds | proof |
-|---|---|---|
-| 1 prefill write, 2 chunk tail, 3 decode over a page's end | statistics when a page is complete | `TestLifecycle` |
-| 4 page freed and used again | overwritten when it is complete again | `TestLifecycle` |
-| 5 radix share, diverging tails | the page's statistics are its bytes', whoever reads it | `TestLifecycle` |
-| 6 move after a tree of drafts | refused | test_admission.py |
-| 7 rejected drafts | the length goes back, what is over it is written again | `TestLifecycle` |
-| 8 retract and prefill again, 9 abort in a chunk | pages freed, see 4 | `TestLifecycle`, test_soak.py |
-| 8 retract behind a prefill server | computed when the copy on the host is back | `TestLifecycle` |
-| 10 offload and load-back | computed on the load's stream, before its event | `TestLifecycle`, `test_load_back_*` |
-| 11 transfer commit (PD) | computed before the request enters a batch | `TestLifecycle`, test_disaggregation.py |
-| 12 CP, DCP, layer split | refused | test_admission.py |
-| 13 memory release and resume, 14 flush, 16 weight update | every page is free, see 4 | `TestLifecycle` |
-| 15 layers without an indexer | 0 rows, or never looked at | test_page_stats.py, test_canary.py |
-| graph replay with padded rows | length 1 on page 0 completes nothing | `TestLifecycle` |
-"""
-
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -25,10 +10,11 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from pools import HostCache, make_pool, reference_runtime
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pools import reference_runtime
 
 from sglang_misa import runtime, versions
+from sglang_misa.bench.host_cache import HostCache
 from sglang_misa.config import PRESETS
 from sglang_misa.cpu.kernels import set_index_keys
 from sglang_misa.kernels.layout import PAGE
@@ -36,7 +22,13 @@ from sglang_misa.patches import register
 from sglang_misa.patches.disaggregation import pop_transferred
 
 LAYERS, PAGES, WORDS = 2, 24, 6
-LAYOUTS = ("layer_first", "page_first_direct")
+# SGLang's copies of a host cache for each layout of it; the first are its default on a GPU.
+COPIES = (
+    ("page_first", "kernel"),
+    ("layer_first", "kernel"),
+    ("layer_first", "direct"),
+    ("page_first_direct", "direct"),
+)
 ARMED = reference_runtime(PRESETS["misa-hisa"])
 
 
@@ -67,17 +59,20 @@ class Model:
 class Pool:
     """SGLang's pool under the hooks, and its requests: tokens, and the slots of their pages."""
 
-    def __init__(self, layout: str = "layer_first") -> None:
+    def __init__(self, layout: str = "page_first", backend: str = "kernel") -> None:
         runtime._runtime = ARMED
         register.apply(versions.installed())
         self.model = Model()
-        self.pool, self.allocator = make_pool(
-            PAGES, LAYERS, hicache_ratio=2.0, hicache_mem_layout=layout, hicache_io_backend="direct"
-        )
-        for buffer in self.pool.index_k_with_scale_buffer:
-            buffer.random_(0, 256)  # freed pages hold anything, NaN included
+        self.host = HostCache(PAGES, LAYERS, hicache_ratio=2.0, hicache_mem_layout=layout, hicache_io_backend=backend)
+        self.pool, self.allocator = self.host.pool, self.host.allocator
         self.engine = self.pool.misa_selector.engine
-        self.host = HostCache(self.pool)
+        self.scramble()
+
+    def scramble(self) -> None:
+        """Memory that holds anything, NaN included: keys and statistics."""
+        for buffer, means in zip(self.pool.index_k_with_scale_buffer, self.engine.stats.means, strict=True):
+            buffer.random_(0, 256)
+            means.view(torch.uint8).random_(0, 256)
 
     def close(self) -> None:
         register.undo()
@@ -102,12 +97,12 @@ class Pool:
 class Lifecycle(RuleBasedStateMachine):
     """Requests as the scheduler leads them: over the radix cache, in chunks, swapped out and back, flushed away."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    @initialize(copies=st.sampled_from(COPIES))
+    def begin(self, copies: tuple[str, str]) -> None:
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.radix_cache import RadixCache
 
-        self.on = Pool()
+        self.on = Pool(*copies)
         self.radix = RadixCache(
             CacheInitParams(
                 disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=self.on.allocator, page_size=PAGE
@@ -119,12 +114,15 @@ class Lifecycle(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.on.close()
 
-    def room(self, tokens: int) -> torch.Tensor | None:
+    def make_room(self, tokens: int) -> None:
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
+        if self.on.allocator.available_size() < tokens:
+            self.radix.evict(EvictParams(num_tokens=tokens))
+
+    def room(self, tokens: int) -> torch.Tensor | None:
         need = -(-tokens // PAGE) * PAGE
-        if self.on.allocator.available_size() < need:
-            self.radix.evict(EvictParams(num_tokens=need))
+        self.make_room(need)
         return self.on.allocator.alloc(need) if need else torch.empty(0, dtype=torch.int64)
 
     def grow(self, request: dict[str, Any], tokens: list[int]) -> bool:
@@ -222,11 +220,12 @@ class Lifecycle(RuleBasedStateMachine):
     def load_back(self) -> None:
         """They come back to other pages, which hold the bytes and statistics of whoever was there."""
         tokens, host_slots = self.swapped[-1]
-        slots = self.room(len(tokens))
+        self.make_room(len(tokens))
+        slots = self.on.host.load_back(host_slots)
         if slots is None:
             return
         self.swapped.pop()
-        self.on.host.load_back(host_slots, slots)
+        self.on.host.pools.free(host_slots)
         self.start(tokens, slots)
 
     @rule(family=st.integers(0, 2), length=st.integers(1, 300))
@@ -270,14 +269,17 @@ class Lifecycle(RuleBasedStateMachine):
         self.radix.inc_lock_ref(root)
         self.live.append({"tokens": tokens, "slots": slots.long(), "cached": 0, "node": root})
 
-    @rule(update=st.booleans())
-    def flush(self, update: bool) -> None:
-        """/flush_cache, and with it memory release or new weights: the same tokens have other keys from now on."""
+    @precondition(lambda self: len(self.live) > 1)
+    @rule(update=st.booleans(), release=st.booleans())
+    def flush(self, update: bool, release: bool) -> None:
+        """/flush_cache, and with it new weights, by which the same tokens have other keys, or memory release."""
         self.live, self.swapped = [], []
         self.radix.reset()
         self.on.allocator.clear()
-        self.on.host.group.clear()
+        self.on.host.pools.clear()
         self.on.model.weights += update
+        if release:
+            self.on.scramble()
 
     @invariant()
     def statistics_are_those_of_the_model(self) -> None:
@@ -285,13 +287,26 @@ class Lifecycle(RuleBasedStateMachine):
             self.on.check(request["tokens"], request["slots"])
 
 
-Lifecycle.TestCase.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)
+LONG = settings.get_current_profile_name() == "long"  # pytest --hypothesis-profile long --hypothesis-seed N
+Lifecycle.TestCase.settings = settings() if LONG else settings(max_examples=12, stateful_step_count=20)
 TestLifecycle = Lifecycle.TestCase
 
 
-@pytest.fixture(params=LAYOUTS)
+def test_the_table_of_events_names_rules_and_tests_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    table = (root / "docs/architecture.md").read_text().partition("## Life of a page")[2]
+    named = set(re.findall(r"`(?:Lifecycle\.)?(\w+(?:\.py)?)`", table))
+    rules = {rule.function.__name__ for rule in Lifecycle.setup_state().rules}
+    assert rules <= named
+    assert set(re.findall(r"`Lifecycle\.(\w+)`", table)) <= rules
+    files = {name for name in named if name.endswith(".py")}
+    assert files
+    assert files <= {path.name for path in (root / "tests").rglob("test_*.py")}
+
+
+@pytest.fixture(params=COPIES, ids="-".join)
 def pool(request: pytest.FixtureRequest) -> Any:
-    built = Pool(request.param)
+    built = Pool(*request.param)
     yield built
     built.close()
 
@@ -301,21 +316,26 @@ def tokens() -> list[int]:
     return [i * i % WORDS for i in range(5 * PAGE)]
 
 
-def test_load_back_computes_statistics_before_the_layers_event(pool: Any, tokens: list[int]) -> None:
+def test_load_back_computes_statistics_before_the_layers_event(
+    pool: Any, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.managers.cache_controller import LayerLoadingEvent
+
     slots = pool.allocator.alloc(len(tokens)).long()
     pool.prefill(tokens, slots, 0)
     host_slots = pool.host.offload(slots)
-    other = pool.allocator.alloc(len(tokens)).long().reshape(-1, PAGE).flip(0).flatten()
+    pool.engine.stats.means[0].fill_(float("nan"))
+    pool.engine.stats.means[1].fill_(float("nan"))
     seen = []
 
-    def done(layer: int) -> None:
+    def done(event: LayerLoadingEvent, layer: int) -> None:
+        means = pool.engine.stats.means[layer]
+        (pages,) = means.isfinite().all(1).nonzero(as_tuple=True)
+        assert torch.equal(means[pages], pool.model.means(layer, tokens))
         seen.append(layer)
-        pages = other[::PAGE] // PAGE
-        assert torch.equal(pool.engine.stats.means[layer][pages], pool.model.means(layer, tokens))
 
-    pool.host.engine.submit_host_to_device(
-        pool.host._transfers(host_slots, other), transfer_layer_id_max=LAYERS, on_layer_done=done
-    )
+    monkeypatch.setattr(LayerLoadingEvent, "complete", done)
+    other = pool.host.load_back(host_slots)
     assert seen == list(range(LAYERS))
     pool.check(tokens, other)
 
@@ -324,10 +344,31 @@ def test_load_back_without_the_hook_leaves_stale_statistics(pool: Any, tokens: l
     slots = pool.allocator.alloc(len(tokens)).long()
     pool.prefill(tokens, slots, 0)
     host_slots = pool.host.offload(slots)
-    other = pool.allocator.alloc(len(tokens)).long()
     register.undo()
-    pool.host.load_back(host_slots, other)
+    other = pool.host.load_back(host_slots)
     pages = other[::PAGE] // PAGE
     assert torch.equal(*(pool.pool.index_k_with_scale_buffer[0][each[::PAGE] // PAGE] for each in (slots, other)))
     assert not torch.equal(pool.engine.stats.means[0][pages], pool.model.means(0, tokens))
     register.apply(versions.installed())
+
+
+def test_kernels_take_the_slots_of_pages_that_come_back(pool: Any, tokens: list[int]) -> None:
+    """From the host cache and from a retracted request's copy; kernels want other tensors than the reference."""
+    from sglang_misa.engines.kernels import KernelEngine
+
+    engine = KernelEngine(reference_runtime(PRESETS["faithful"]), pool.pool.index_k_with_scale_buffer)
+    pool.pool.misa_selector.engine = engine
+    slots = pool.allocator.alloc(len(tokens)).long()
+    pool.store(tokens, slots, 0)
+    host_slots = pool.host.offload(slots)
+    loaded = pool.host.load_back(host_slots)
+    swapped = pool.allocator.alloc(len(tokens)).long()
+    with mock.patch("torch.cuda.synchronize"):
+        pool.pool.load_cpu_copy(pool.pool.get_cpu_copy(slots), swapped)
+    for back in (loaded, swapped):
+        pages = back[::PAGE] // PAGE
+        for layer in range(LAYERS):
+            for stored, expected in zip(engine.stats.of(layer, pages), engine.recomputed(layer, pages), strict=True):
+                assert torch.equal(stored, expected)
+            means = engine.stats.means[layer][pages]  # rounded down by Triton's interpreter
+            torch.testing.assert_close(means, pool.model.means(layer, tokens), rtol=2**-7, atol=1e-6)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from pools import make_pool, reference_engine
+from pools import reference_engine
 
 from sglang_misa import reference
+from sglang_misa.bench.host_cache import make_pool
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels.layout import PAGE
 

@@ -24,17 +24,7 @@ TAIL = 128  # rows of each request whose selections come back
 EQUAL = 0.999  # DeepGEMM multiplies fp8 with fewer accumulator bits than fp32: sets overlap by 0.9993 or more
 
 SKETCHED = 0.996  # scores of sketches have nine bits of fraction, so at the cut a few candidates are others
-# True indexer, attention and hidden sizes of one layer stack; the vocabulary is wide so that keys do not repeat.
-SHAPE = random_model.Shape(
-    hidden=2048,
-    layers=4,
-    heads=64,
-    q_rank=1536,
-    intermediate=4096,
-    dense_layers=4,
-    index_topk=2048,
-    vocab=32000,
-)
+SHAPE = random_model.GPU
 ENV = {
     "SELECTION_TAIL": str(TAIL),
     "SGLANG_DSA_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "0",
