@@ -255,11 +255,12 @@ def _arguments(candidate: Candidate) -> Iterator[str]:
 
 
 def _transferred(candidate: Candidate) -> Iterator[str]:
-    if candidate.is_transferred_to and candidate.device == "cuda" and not candidate.config.allow_unverified:
+    backend = getattr(candidate.arguments, "disaggregation_transfer_backend", "mooncake")
+    if candidate.is_transferred_to and backend != "mooncake" and not candidate.config.allow_unverified:
         yield (
-            "--disaggregation-mode: expected null with a decode policy on a GPU, got decode: page statistics behind a "
-            "prefill server were tried on a CPU only; add --misa-allow-unverified, or leave decode to stock DSA "
-            "(--misa-decode-heads all --misa-decode-blocks all)"
+            f"--disaggregation-transfer-backend: expected mooncake with a decode policy, got {backend}: no other was "
+            "tried; add --misa-allow-unverified, or leave decode to stock DSA (--misa-decode-heads all "
+            "--misa-decode-blocks all)"
         )
 
 

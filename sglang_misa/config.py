@@ -101,8 +101,8 @@ class MisaConfig(BaseModel):
     )
     allow_unverified: bool = Field(
         False,
-        description="serve on a GPU what was verified on a CPU only: a version of SGLang, or decode behind a prefill "
-        "server",
+        description="serve what was not verified: a version of SGLang on a GPU, where it was on a CPU only, or decode "
+        "behind a prefill server whose pages come by another way than Mooncake",
     )
 
     @field_validator("backend", mode="before")

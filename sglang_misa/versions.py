@@ -15,7 +15,7 @@ from importlib import metadata
 VERIFIED: Mapping[str, frozenset[str]] = {
     "0.5.17": frozenset({"cpu", "gpu"}),
     "0.5.22": frozenset({"cpu"}),
-    "0.5.23": frozenset({"cpu"}),
+    "0.5.23": frozenset({"cpu", "gpu"}),
 }
 SUPPORTED = tuple(VERIFIED)
 

@@ -187,7 +187,7 @@ launch_refused() { # MESSAGE FLAGS… -- WORDS…: the launcher as in compose.ya
   local message=$1 flags=(); shift
   while [ "$1" != -- ]; do flags+=("$1"); shift; done
   refuses "$message" "$W/refusal.log" docker run --rm --read-only --tmpfs /tmp --cap-drop ALL -v "$SITE:/opt/site:ro" \
-    -e PYTHONPATH=/opt/site "${flags[@]}" "sglang-misa:$VERSION" --misa-preset=faithful --misa-allow-unverified "${@:2}"
+    -e PYTHONPATH=/opt/site "${flags[@]}" "sglang-misa:$VERSION" --misa-preset=faithful "${@:2}"
 }
 
 refusals() { # each by its message, with nothing half-started

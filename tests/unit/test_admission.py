@@ -79,18 +79,18 @@ ADMITTED = {
         config=PRESETS["misa"], arguments=arguments(hicache_storage_backend="file")
     ),
     "a version verified on the CPU, with the user's word": candidate(
-        config=PRESETS["misa"].model_copy(update={"allow_unverified": True}), sglang="0.5.23"
+        config=PRESETS["misa"].model_copy(update={"allow_unverified": True}), sglang="0.5.22"
     ),
     **{f"preset {name}": candidate(config=preset) for name, preset in PRESETS.items()},
     "SGLang's own backend by name": candidate(arguments=arguments(attention_backend="dsa")),
     "prefill blocks up to what a row's top-k holds": candidate(config=policy(prefill={"blocks": 187})),
     "PD while decode is stock": candidate(config=PRESETS["misa"], arguments=arguments(disaggregation_mode="prefill")),
-    "decode behind a prefill server on a CPU": candidate(
-        arguments=arguments(disaggregation_mode="decode"), device="cpu", capability=None
+    "decode behind a prefill server": candidate(
+        arguments=arguments(disaggregation_mode="decode", disaggregation_transfer_backend="mooncake")
     ),
-    "decode behind a prefill server, with the user's word": candidate(
+    "decode behind a prefill server by another transfer, with the user's word": candidate(
         config=PRESETS["hisa"].model_copy(update={"allow_unverified": True}),
-        arguments=arguments(disaggregation_mode="decode"),
+        arguments=arguments(disaggregation_mode="decode", disaggregation_transfer_backend="nixl"),
     ),
 }
 
@@ -157,7 +157,7 @@ REFUSED = {
         candidate(config=policy(prefill={"blocks": 188})),
         "prefill.blocks: expected (blocks + 1) × block_size of at most 48128 tokens on GPU kernels, got 48384",
     ),
-    "a version verified on a CPU only": (candidate(sglang="0.5.23"), "or add --misa-allow-unverified"),
+    "a version verified on a CPU only": (candidate(sglang="0.5.22"), "or add --misa-allow-unverified"),
     "an unknown version": (
         candidate(config=policy(allow_unverified=True), sglang="0.5.18"),
         "got 0.5.18; install sglang==0.5.23",
@@ -231,9 +231,9 @@ REFUSED = {
             "disaggregation_decode_enable_offload_kvcache": True,
         }.items()
     },
-    "decode behind a prefill server on a GPU": (
-        candidate(arguments=arguments(disaggregation_mode="decode")),
-        "add --misa-allow-unverified",
+    "decode behind a prefill server by another transfer": (
+        candidate(arguments=arguments(disaggregation_mode="decode", disaggregation_transfer_backend="nixl")),
+        "--disaggregation-transfer-backend: expected mooncake with a decode policy, got nixl",
     ),
 }
 
@@ -296,7 +296,7 @@ def test_prefill_blocks_are_those_that_the_kernel_takes():
 def test_refuses_an_unknown_version(version):
     with pytest.raises(admission.AdmissionError) as caught:
         admission.check_version(version)
-    for words in ("0.5.17 (CPU and GPU)", "0.5.23 (CPU)", f"got {version}; install sglang==0.5.23"):
+    for words in ("0.5.17 (CPU and GPU)", "0.5.22 (CPU)", f"got {version}; install sglang==0.5.23"):
         assert words in str(caught.value)
 
 

@@ -37,7 +37,7 @@ def checked(capsys):
 
 
 def test_phases_gates_and_memory(checked, model):
-    status, out = checked("--misa-preset", "faithful", "--misa-allow-unverified", "--model-path", model)
+    status, out = checked("--misa-preset", "faithful", "--model-path", model)
     assert status == 0, out
     for words in (
         "up to 16384 tokens",
@@ -64,7 +64,7 @@ def test_every_reason_comes_with_exit_status_2(checked, model, monkeypatch):
     monkeypatch.setenv("SGLANG_PLUGINS", "another")
     status, out = checked(
         *("--misa-preset", "misa", "--misa-prefill-heads", "65", "--model-path", model, "--tp", "8", "--pp-size=2"),
-        *("--enable-mixed-chunk", "--attention-backend", "fa3", "--misa-allow-unverified"),
+        *("--enable-mixed-chunk", "--attention-backend", "fa3"),
         *("--misa-dump", "/"),
     )
     assert status == launch_server.REFUSED
@@ -80,7 +80,7 @@ def test_every_reason_comes_with_exit_status_2(checked, model, monkeypatch):
 
 
 def test_a_model_elsewhere_is_said_to_be_unknown(checked):
-    _, out = checked("--misa-preset", "misa", "--misa-allow-unverified", "--model-path", "owner/model")
+    _, out = checked("--misa-preset", "misa", "--model-path", "owner/model")
     assert "taken to be DeepSeek-V3.2's" in out
 
 

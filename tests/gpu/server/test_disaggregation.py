@@ -40,7 +40,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, installed: None) -> Iterat
         "decode": (watched | {"allow_unverified": True}, f"{transfer} --disaggregation-mode decode"),
     }
     started = {
-        name: Server(config, folder / f"{name}.log", free_port(), flags.split(), environ=ENVIRON)
+        name: Server(config, folder / f"{name}.log", flags.split(), environ=ENVIRON)
         for name, (config, flags) in arms.items()
     }
     try:

@@ -19,7 +19,7 @@ from gpu.server.setups import ARMS, DRAFTS, GATED
 
 LENGTHS = (4096, 40960)  # on both sides of the gate
 TOGETHER, NEW_TOKENS = 4, 16  # prompts in a message
-AGREE = 4  # leading tokens in which an answer must agree, in half of the answers
+AGREE = 2  # leading tokens in which an answer must agree, in half of the answers
 
 
 @pytest.fixture(scope="module", params=["stock", "misa-hisa"])
