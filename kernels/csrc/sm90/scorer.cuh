@@ -262,10 +262,17 @@ __device__ __forceinline__ void load_queries(const Task& task, int first, uint8_
   }
 }
 
-// A sink says what becomes of scores. Its Lane, made once a thread, is called as begin(seat) before an item's tiles, for each
-// product as take(scores[LANE_QUERIES][2], the product's first key, whether it may take all of them, windows[QUERIES]), as
-// settle(tiles left) after each tile and as finish() after the item's tiles. It may take all scores of a product whose keys are
-// inside all windows, unless begin() has said that the warpgroup's queries have more to look at.
+// When a sink takes a product's scores: what is fastest for it.
+enum class Taking {
+  ANY_TIME,     // and the compiler may have the next product open among what the sink does
+  BEFORE_NEXT,  // for stores that wait: an open product would wait with them
+  DURING_NEXT,  // for a few instructions that wait for nothing: the tensor cores work meanwhile
+};
+
+// A sink says what becomes of scores, and as TAKING when. Its Lane, made once a thread, is called as begin(seat) before an item's
+// tiles; for each product as take(scores[LANE_QUERIES][2], the product's first key, windows[QUERIES]), and as refuse() of the same
+// before it where some keys are outside some windows, or if begin() has said that the warpgroup's queries have more to look at; as
+// settle(tiles left) after each tile, unless it takes a product's scores during the next; and as finish() after the item's tiles.
 template <class Sink>
 __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shared<Sink>& shared, Ring& ring) {
   Smem& s = shared.scorer;
@@ -298,12 +305,13 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
     }
     if (lane_sink.begin(seat)) extent.all_lo = INT_MAX;
 
+    float score[LANE_QUERIES][2];
+    int key0 = -1;  // of the scores
     for (; item.more(); item.advance()) {
       if (!item.seen()) continue;
       sm90::barrier_wait(places.full(ring.stage), ring.parity);
 #pragma unroll
       for (int product = 0; product < TILE / KEYS; ++product) {
-        const int key0 = item.tile * TILE + product * KEYS;
         const float* scale = s.scale[ring.stage] + product * KEYS;
         const float scales[2] = {scale[seat.key(0)], scale[seat.key(1)]};
         const uint64_t a = a_tile + (ring.stage * TILE + product * KEYS) * DIM / 16;
@@ -313,6 +321,7 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
 #pragma unroll
         for (int k = 1; k < DIM / 32; ++k) sm90::mma_add(d, a + k * 2, b + k * 2);
         sm90::mma_commit();
+        if (Sink::TAKING == Taking::DURING_NEXT && key0 >= 0) lane_sink.take(score, key0, s.window[group]);
         sm90::mma_wait<0>();
         sm90::pin(d);
         if (product == TILE / KEYS - 1) {
@@ -320,7 +329,9 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
           if (lane == 0) sm90::barrier_arrive(places.empty(ring.stage));
           ring.advance();
         }
-        float score[LANE_QUERIES][2] = {};
+        key0 = item.tile * TILE + product * KEYS;
+#pragma unroll
+        for (int q = 0; q < LANE_QUERIES; ++q) score[q][0] = score[q][1] = 0.f;
 #pragma unroll
         for (int n = 0; n < PRODUCT_COLUMNS / 8; ++n)
 #pragma unroll
@@ -336,10 +347,14 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
         for (int q = 0; q < LANE_QUERIES; ++q)
 #pragma unroll
           for (int half = 0; half < 2; ++half) score[q][half] *= scales[half];
-        lane_sink.take(score, key0, key0 >= extent.all_lo && key0 + KEYS <= extent.all_hi, s.window[group]);
+        // Never so, but the compiler does not know, and opens no product above the branch.
+        if (Sink::TAKING == Taking::BEFORE_NEXT && key0 < 0) continue;
+        if (key0 < extent.all_lo || key0 + KEYS > extent.all_hi) lane_sink.refuse(score, key0, s.window[group]);
+        if (Sink::TAKING != Taking::DURING_NEXT) lane_sink.take(score, key0, s.window[group]);
       }
-      lane_sink.settle(item.left);
+      if constexpr (Sink::TAKING != Taking::DURING_NEXT) lane_sink.settle(item.left);
     }
+    if (Sink::TAKING == Taking::DURING_NEXT && key0 >= 0) lane_sink.take(score, key0, s.window[group]);
     lane_sink.finish();
   }
 }
@@ -349,6 +364,8 @@ struct Logits {
   float* out;  // [rows, ld]
   int64_t ld;
   bool from_start;
+
+  static constexpr Taking TAKING = Taking::ANY_TIME;
 
   struct Shared {};
 
@@ -360,7 +377,8 @@ struct Logits {
       seat = at;
       return false;
     }
-    __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool, const int2* windows) {
+    __device__ void refuse(float (&)[LANE_QUERIES][2], int, const int2*) {}
+    __device__ void take(const float (&score)[LANE_QUERIES][2], int key0, const int2* windows) {
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
         const int2 w = windows[q * 4 + seat.lane_query];

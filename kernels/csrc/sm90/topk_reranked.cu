@@ -31,6 +31,8 @@ struct Mark {
   const Threshold* thresholds;
   Marks marks;
 
+  static constexpr Taking TAKING = Taking::DURING_NEXT;
+
   struct Shared {};
 
   struct Lane {
@@ -61,8 +63,10 @@ struct Mark {
       to = lane < LANE_QUERIES && i < rows ? reinterpret_cast<uint2*>(sink.marks.group(i)) + seat.warp : nullptr;
       return __reduce_max_sync(~0u, int(splits)) > 0;
     }
-    __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool inside, const int2* windows) {
-      if (!inside) drop_refused(score, seat, key0, windows, sink.thresholds);
+    __device__ void refuse(float (&score)[LANE_QUERIES][2], int key0, const int2* windows) {
+      drop_refused(score, seat, key0, windows, sink.thresholds);
+    }
+    __device__ void take(const float (&score)[LANE_QUERIES][2], int key0, const int2*) {
       uint2 own{};
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
@@ -71,7 +75,6 @@ struct Mark {
       }
       if (to) to[key0 / KEYS * 4] = own;
     }
-    __device__ void settle(int) {}
     __device__ void finish() {}
   };
 };

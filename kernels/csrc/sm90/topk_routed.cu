@@ -65,6 +65,7 @@ struct OwnBuffers {
 
 // What is above the row's threshold goes to memory one by one: the cheapest for the scorer, as long as few pass.
 struct FewHits : HitBuffers {
+  static constexpr Taking TAKING = Taking::BEFORE_NEXT;
   static constexpr int BUFFERS = 32;  // 4 warps × 8 lane rows
   static constexpr int BURST = 2 * TILE / KEYS;  // entries that one tile may bring to a buffer
   static constexpr float SIGMAS = 6.5f;
@@ -106,8 +107,10 @@ struct FewHits : HitBuffers {
       }
       return __reduce_max_sync(~0u, int(splits)) > 0;
     }
-    __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool inside, const int2* windows) {
-      if (!inside) drop_refused(score, seat, key0, windows, to.thresholds);
+    __device__ void refuse(float (&score)[LANE_QUERIES][2], int key0, const int2* windows) {
+      drop_refused(score, seat, key0, windows, to.thresholds);
+    }
+    __device__ void take(const float (&score)[LANE_QUERIES][2], int key0, const int2*) {
       // Halves apart, since the address of a store is not to be changed before the store has read it.
       const uint32_t high = reinterpret_cast<uintptr_t>(to.entries) >> 32;
 #pragma unroll
@@ -138,6 +141,7 @@ struct FewHits : HitBuffers {
 // The same, gathered in shared memory and written by sectors: scattered appends of 8 bytes are what
 // limits the scorer where many pass. Neighbouring lanes divide their queries, for there is no room for a sector of each.
 struct ManyHits : HitBuffers {
+  static constexpr Taking TAKING = Taking::ANY_TIME;
   static constexpr int OWNERS = LANE_QUERIES > 1 ? 2 : 1;
   static constexpr int OWN = LANE_QUERIES / OWNERS;  // queries of which a thread appends the hits
   static constexpr int BUFFERS = 32 / OWNERS;
@@ -185,8 +189,10 @@ struct ManyHits : HitBuffers {
       return __reduce_max_sync(~0u, int(splits)) > 0;
     }
     __device__ void append(float score, int key, int q) { sm90::stage_above<STEP>(slot[q], score, threshold[q], key); }
-    __device__ void take(float (&score)[LANE_QUERIES][2], int key0, bool inside, const int2* windows) {
-      if (!inside) drop_refused(score, seat, key0, windows, to.thresholds);
+    __device__ void refuse(float (&score)[LANE_QUERIES][2], int key0, const int2* windows) {
+      drop_refused(score, seat, key0, windows, to.thresholds);
+    }
+    __device__ void take(const float (&score)[LANE_QUERIES][2], int key0, const int2*) {
 #pragma unroll
       for (int q = 0; q < OWN; ++q)
 #pragma unroll
