@@ -330,6 +330,8 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
           ring.advance();
         }
         key0 = item.tile * TILE + product * KEYS;
+        // Never so, but the compiler does not know, and moves nothing of one product into another.
+        if (Sink::TAKING != Taking::ANY_TIME && key0 < 0) continue;
 #pragma unroll
         for (int q = 0; q < LANE_QUERIES; ++q) score[q][0] = score[q][1] = 0.f;
 #pragma unroll
@@ -347,8 +349,6 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
         for (int q = 0; q < LANE_QUERIES; ++q)
 #pragma unroll
           for (int half = 0; half < 2; ++half) score[q][half] *= scales[half];
-        // Never so, but the compiler does not know, and opens no product above the branch.
-        if (Sink::TAKING == Taking::BEFORE_NEXT && key0 < 0) continue;
         if (key0 < extent.all_lo || key0 + KEYS > extent.all_hi) lane_sink.refuse(score, key0, s.window[group]);
         if (Sink::TAKING != Taking::DURING_NEXT) lane_sink.take(score, key0, s.window[group]);
       }
