@@ -1,8 +1,9 @@
 // The candidates of decode rows: the C tokens of the highest score keys, the newest tokens always among them. One cluster a row.
 //
-// Two histograms, summed over the cluster, find the key that the cut falls on, its upper 11 bits first. Then each warp counts what it
-// has above the cut and on it, and lists that in the order of positions, so that among equal keys the earlier tokens are in. (Keys staged
-// in shared memory took as long: reading them again from L2 is not what binds.)
+// A histogram of one key in eight gives a bound that the cut hardly lies below; a second one, of the few keys above it, finds the cut.
+// (Counting all keys was what bound this: they crowd in few bins.) Where the bound was too high, or the cut far above it, a histogram of
+// all keys gives another. Histograms are summed over the cluster. Then each warp counts what it has above the cut and on it, and lists
+// that in the order of positions, so that among equal keys the earlier tokens are in.
 #include "cluster.cuh"
 #include "launch.cuh"
 #include "mma_sync.cuh"
@@ -13,10 +14,11 @@ namespace misa {
 namespace {
 
 constexpr int BLOCKS = 8, THREADS = 512, WARPS = THREADS / 32, PAGE = 64;  // of a cluster, and of each of its blocks
+constexpr int RESIDENT = 4;                                               // blocks of a multiprocessor: 64 clusters run at once
 constexpr int EACH = 8;                                                   // keys that a lane loads at once
-constexpr int KEY_BITS = 16, COARSE_BITS = 11, FINE_BITS = KEY_BITS - COARSE_BITS;
-constexpr int BINS = 1 << COARSE_BITS, OWN_BINS = BINS / BLOCKS;
-static_assert(OWN_BINS <= THREADS && OWN_BINS % 32 == 0);
+constexpr int LOADS = 4;                                                  // whose keys a block keeps
+constexpr int COARSE_SHIFT = 5, BINS = 2048, OWN_BINS = BINS / BLOCKS;     // the coarse bins take keys of 16 bits
+static_assert(OWN_BINS <= THREADS && OWN_BINS % 32 == 0 && BINS << COARSE_SHIFT == 1 << 16);
 
 struct Candidates {
   const uint16_t* scores;  // [R, room]
@@ -31,16 +33,12 @@ struct Count {
 };
 
 struct Smem {
+  uint4 keys[LOADS][THREADS];
   uint32_t bins[BINS];      // of this block's keys
   uint32_t scan[WARPS];
   uint32_t totals[BLOCKS];  // keys in the part of the bins that each block sums up
-  uint32_t bin, above;      // where the cut is, and keys in higher bins
+  uint32_t bin, above, inside;  // where the wanted key is, and keys in higher bins and in that one
   Count warps[WARPS], blocks[BLOCKS];
-};
-
-// Keys from `lo` on, `need` of which are wanted beside all above them.
-struct Cut {
-  uint32_t lo, need;
 };
 
 __device__ __forceinline__ uint32_t key_of(const uint4& eight, int i) {
@@ -48,9 +46,9 @@ __device__ __forceinline__ uint32_t key_of(const uint4& eight, int i) {
   return i % 2 ? pair >> 16 : pair & 0xFFFF;
 }
 
-// The bin of the cluster's histogram in which the `need`-th largest key lies. Each block sums up a part of the bins, the first one the
-// highest; whose part holds the cut tells the others.
-__device__ Cut narrow(Smem& s, Cut cut, int shift) {
+// Finds the bin of the cluster's histogram in which the `need`-th largest key lies (s.bin, s.above, s.inside); the lowest one if there are fewer.
+// Each block sums up a part of the bins, the first one the highest; whose part holds the key tells the others.
+__device__ void find_bin(Smem& s, uint32_t need) {
   const int rank = sm90::cluster_rank(), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int bin = BINS - 1 - rank * OWN_BINS - int(threadIdx.x);
   sm90::cluster_sync();
@@ -70,18 +68,17 @@ __device__ Cut narrow(Smem& s, Cut cut, int shift) {
   sm90::cluster_sync();
   uint32_t before = upto - own;
   for (int b = 0; b < rank; ++b) before += s.totals[b];
-  if (threadIdx.x < OWN_BINS && before < cut.need && before + own >= cut.need) {
+  if (threadIdx.x < OWN_BINS && before < need && (before + own >= need || bin == 0)) {
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
       Smem& other = sm90::shared_of<Smem>(b);
-      other.bin = bin, other.above = before;
+      other.bin = bin, other.above = before, other.inside = own;
     }
   }
   sm90::cluster_sync();
-  return {cut.lo + (s.bin << shift), cut.need - s.above};
 }
 
-__global__ void __launch_bounds__(THREADS) candidates_kernel(const Candidates in) {
+__global__ void __launch_bounds__(THREADS, RESIDENT) candidates_kernel(const Candidates in) {
   Smem& s = sm90::shared<Smem>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = sm90::cluster_rank();
   const int row = blockIdx.x / BLOCKS, thread = rank * THREADS + threadIdx.x;  // of the cluster
@@ -93,35 +90,59 @@ __global__ void __launch_bounds__(THREADS) candidates_kernel(const Candidates in
     for (int i = thread; i < length; i += BLOCKS * THREADS) positions[i] = i;
     return;
   }
-  const int scored = sketched_pages(length) * PAGE, wanted = in.candidates - (length - scored);
+  const int scored = sketched_pages(length) * PAGE;
+  const uint32_t wanted = in.candidates - (length - scored);
   for (int i = thread; i < length - scored; i += BLOCKS * THREADS) positions[wanted + i] = scored + i;
 
   // A warp has a run of whole pages, so of whole loads.
   const uint16_t* scores = in.scores + row * in.room;
   const int share = (scored / PAGE + BLOCKS * WARPS - 1) / (BLOCKS * WARPS) * PAGE;
   const int from = min((rank * WARPS + warp) * share, scored), to = min(from + share, scored);
-  const auto each = [&](const auto& visit) {
-    for (int base = from + lane * EACH; base < to; base += 32 * EACH) visit(__ldcg(reinterpret_cast<const uint4*>(scores + base)));
-  };
-  Cut cut{0, uint32_t(wanted)};
+  const auto load = [&](int base) { return __ldcg(reinterpret_cast<const uint4*>(scores + base)); };
+  uint4 first[LOADS];
 #pragma unroll
-  for (int shift = FINE_BITS; shift >= 0; shift -= FINE_BITS) {
+  for (int i = 0; i < LOADS; ++i) first[i] = load(min(from + (i * 32 + lane) * EACH, scored - EACH));
+#pragma unroll
+  for (int i = 0; i < LOADS; ++i) s.keys[i][threadIdx.x] = first[i];
+  const auto keys_at = [&](int i, int base) { return i < LOADS ? s.keys[i][threadIdx.x] : load(base); };
+  const auto each = [&](const auto& visit) {
+    for (int i = 0, base = from + lane * EACH; base < to; ++i, base += 32 * EACH) visit(keys_at(i, base));
+  };
+  const auto clear = [&] {
     for (int i = threadIdx.x; i < BINS; i += THREADS) s.bins[i] = 0;
     __syncthreads();
+  };
+  // A key that `need` of every `step`-th one reach, but for the bits of a coarse bin.
+  const auto bound = [&](int step, uint32_t need) {
+    clear();
     each([&](const uint4& eight) {
 #pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        const uint32_t key = key_of(eight, i);
-        if (shift > 0 || key >> FINE_BITS == cut.lo >> FINE_BITS) atomicAdd(&s.bins[(key - cut.lo) >> shift], 1u);
-      }
+      for (int i = 0; i < EACH; ++i)
+        if (i % step == 0) atomicAdd(&s.bins[key_of(eight, i) >> COARSE_SHIFT], 1u);
     });
-    cut = narrow(s, cut, shift);
-  }
+    find_bin(s, need);
+    return s.bin << COARSE_SHIFT;
+  };
+  // Whether the cut lies less than BINS above `lo`: in s.bin then.
+  const auto cut_above = [&](uint32_t lo) {
+    clear();
+    each([&](const uint4& eight) {
+#pragma unroll
+      for (int i = 0; i < EACH; ++i)
+        if (key_of(eight, i) >= lo) atomicAdd(&s.bins[min(key_of(eight, i) - lo, BINS - 1u)], 1u);
+    });
+    find_bin(s, wanted);
+    return s.above + s.inside >= wanted && s.bin < BINS - 1;
+  };
+  const uint32_t expected = wanted / EACH;  // in a sample of every eighth key
+  uint32_t lo = bound(EACH, expected + 4 * uint32_t(sqrtf(expected)));
+  if (!cut_above(lo)) lo = bound(1, wanted), cut_above(lo);
+  const uint32_t cut = lo + s.bin, need = wanted - s.above;  // `need` keys equal to the cut, and all above it
 
   Count count{};
   each([&](const uint4& eight) {
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) count.above += key_of(eight, i) > cut.lo, count.ties += key_of(eight, i) == cut.lo;
+    for (int i = 0; i < EACH; ++i) count.above += key_of(eight, i) > cut, count.ties += key_of(eight, i) == cut;
   });
   count = {__reduce_add_sync(~0u, count.above), __reduce_add_sync(~0u, count.ties)};
   if (lane == 0) s.warps[warp] = count;
@@ -138,14 +159,13 @@ __global__ void __launch_bounds__(THREADS) candidates_kernel(const Candidates in
   const Count blocks = sum(s.blocks, rank), warps = sum(s.warps, warp);
   uint32_t above = blocks.above + warps.above, ties = blocks.ties + warps.ties;
 
-  for (int first = from; first < to; first += 32 * EACH) {
-    const int base = first + lane * EACH;
+  for (int i = 0, base = from + lane * EACH; base - lane * EACH < to; ++i, base += 32 * EACH) {
     uint4 eight{};
-    if (base < to) eight = __ldcg(reinterpret_cast<const uint4*>(scores + base));
+    if (base < to) eight = keys_at(i, base);
     uint32_t own = 0;  // above in the lower half, ties in the upper one
     if (base < to) {
 #pragma unroll
-      for (int i = 0; i < EACH; ++i) own += (key_of(eight, i) > cut.lo) + (key_of(eight, i) == cut.lo) * 0x10000u;
+      for (int i = 0; i < EACH; ++i) own += (key_of(eight, i) > cut) + (key_of(eight, i) == cut) * 0x10000u;
     }
     const uint32_t upto = warp_sum_up(own, lane), all = __shfl_sync(~0u, upto, 31);
     uint32_t before = above + ((upto - own) & 0xFFFF), equal = ties + ((upto - own) >> 16);
@@ -153,8 +173,8 @@ __global__ void __launch_bounds__(THREADS) candidates_kernel(const Candidates in
 #pragma unroll
       for (int i = 0; i < EACH; ++i) {
         const uint32_t key = key_of(eight, i);
-        if (key > cut.lo || (key == cut.lo && equal < cut.need)) positions[before + min(equal, cut.need)] = base + i;
-        before += key > cut.lo, equal += key == cut.lo;
+        if (key > cut || (key == cut && equal < need)) positions[before + min(equal, need)] = base + i;
+        before += key > cut, equal += key == cut;
       }
     }
     above += all & 0xFFFF, ties += all >> 16;
