@@ -231,11 +231,11 @@ def _route_kernel(
             o_i = chunk + tl.arange(0, CHUNK)[:, None]
             p_part = p_row + o_i * (3 * HEADS)
             total += tl.sum(tl.load(p_part, mask=o_i < n_programs, other=0.0, cache_modifier=".cg"), 0)
-            b_active = tl.load(p_part + 2 * HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
+            b_part = tl.load(p_part + 2 * HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
             if ROUTER == 1:
-                statistic = tl.maximum(statistic, tl.max(b_active, 0))
+                statistic = tl.maximum(statistic, tl.max(b_part, 0))
             else:
-                statistic += tl.sum(b_active, 0)
+                statistic += tl.sum(b_part, 0)
         mean = total / n
         if ROUTER != 1:
             statistic /= n
@@ -261,10 +261,10 @@ def _route_kernel(
                 o_i = chunk + tl.arange(0, CHUNK)[:, None]
                 p_part = p_row + o_i * (3 * HEADS)
                 n_part = tl.maximum(tl.minimum(n_pages - o_i * PAGES, PAGES), 1).to(tl.float32)
-                b_total = tl.load(p_part, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
-                off = b_total / n_part - mean[None, :]
-                b_apart = tl.load(p_part + HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
-                squares += tl.sum(b_apart + tl.where(o_i < n_programs, n_part * off * off, 0.0), 0)
+                b_sum = tl.load(p_part, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
+                off = b_sum / n_part - mean[None, :]
+                b_part = tl.load(p_part + HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
+                squares += tl.sum(b_part + tl.where(o_i < n_programs, n_part * off * off, 0.0), 0)
             weight = b_w * _positive_share(mean, squares / n)
             weight = tl.where(routed | ((tl.abs(weight) < float("inf")) == 0), 0.0, weight)
             b_rest = tl.sum(b_qf * weight[:, None], 0)[None, :]  # [1, DIM]
