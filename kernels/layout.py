@@ -24,8 +24,8 @@ def sketch_bytes(bits: int) -> int:
 
     The words lie as m16n8k32 tensor-core products read them: lane 4·r + c of a warp holds dimensions 32·c … 32·c + 31
     of keys 16·g + 2·r and 16·g + 2·r + 1, g = 0 … 3. With e, w < 4, u < 2, word [n / (8 / bits), u, lane, w] holds
-    dimensions 32·c + 16·u + 4·w + e of the keys n = 2·g + key % 2, from bit 8·e + bits · (n % (8 / bits)) on: so one mask
-    takes a key's codes of four dimensions. Scales are ordered [r, g, key % 2].
+    dimensions 32·c + 16·u + 4·w + e of the keys n = 2·g + key % 2, from bit 8·e + bits · (n % (8 / bits)) on: so one
+    mask takes a key's codes of four dimensions. Scales are ordered [r, g, key % 2].
     """
     return PAGE * (HEAD_DIM * bits // 8 + 2)
 

@@ -52,7 +52,7 @@ def _store_sketch(
     b_code = tl.where(usable[:, None], b_level + (2**BITS - 1) * 0.5, 0.0).to(tl.int32)
 
     # where a code lies in its word, and its word in the page: see `layout.sketch_bytes`
-    PLANES: tl.constexpr = 8 // BITS  # keys that share a byte: some groups of 16, and in them an even key and an odd one
+    PLANES: tl.constexpr = 8 // BITS  # keys that share a byte: of some groups of 16 an even and an odd one
     HALVES: tl.constexpr = PAGE // 8 // PLANES
     plane = (o_key // 16 * 2 + o_key % 2) % PLANES
     b_word = b_code << (plane[:, None] * BITS + o_dim[None, :] % 4 * 8)

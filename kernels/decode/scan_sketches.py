@@ -14,7 +14,7 @@ from sglang_misa.kernels.structs import Candidates, Scan
 WARPS = 4  # of a thread block of the scan
 SPANS = (4, 8, 16)  # pages of a warp
 FULL = 4096  # warps that keep the GPU's memory busy
-KEY_SCALE, KEY_SHIFT = 2.0**-94, 14  # a score's key: exponents from 2⁻³² on, below it is linear, and nine bits of fraction
+KEY_SCALE, KEY_SHIFT = 2.0**-94, 14  # a score's key: exponents from 2⁻³² on, linear below, and nine bits of fraction
 LARGEST_SIZE = 0x7FFE  # so that no number's key is NaN's
 
 
@@ -92,8 +92,8 @@ def unpack(sketches: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
     n, size = len(sketches), PAGE * HEAD_DIM * bits // 8
     words = sketches[:, :size].contiguous().view(torch.int32).view(n, bits, 2, 8, 4, 4).permute(0, 1, 3, 4, 2, 5)
     words = words.reshape(n, bits, 1, 8, 1, 4, 2, 4, 1)
-    group, odd, e = torch.arange(4 // bits).view(-1, 1, 1, 1, 1, 1, 1), torch.arange(2).view(-1, 1, 1, 1, 1), torch.arange(4)
-    shifts = (8 * e + bits * (2 * group + odd)).to(words.device)
+    plane = torch.arange(8 // bits).view(-1, 1, 2, 1, 1, 1, 1)  # group and odd
+    shifts = (8 * torch.arange(4) + bits * plane).to(words.device)
     codes = (words >> shifts) & (2**bits - 1)  # [n, half, group, r, odd, c, u, w, e]
     scales = sketches[:, size:].contiguous().view(torch.bfloat16).view(n, 8, 4, 2).transpose(1, 2)
     return codes.reshape(n, PAGE, HEAD_DIM).to(torch.uint8), scales.reshape(n, PAGE)
