@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
   };
   if (lane < STAGES) sm90::barrier_init(landed + lane * 8, 1);
   sm90::barrier_init_fence();
+  __syncwarp();
   if (lane < min(STAGES, count)) fetch(lane);
   uint4 mean[2][4];  // dimensions 32·c … 32·c + 31 of pages r and r + 8
 #pragma unroll
