@@ -22,7 +22,6 @@ constexpr int PAGE = 64, DIM = 128;
 constexpr int CODE_BYTES = PAGE * DIM * BITS / 8, SKETCH_BYTES = CODE_BYTES + PAGE * 2;
 constexpr int WARPS = 4;          // of a thread block
 constexpr int STAGES = 4;         // pages on their way to a warp, or read by it
-constexpr int AT_ONCE = 16;       // pages of a warp at most
 constexpr int STEPS = DIM / 32;   // products over 32 dimensions
 constexpr int PLANES = 8 / BITS;  // codes of a byte
 // A whole number below 2²² in size, added to the bits of this float, is added to the float: conversions run at a quarter of the rate.
