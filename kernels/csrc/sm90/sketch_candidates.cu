@@ -78,7 +78,7 @@ __device__ uint32_t block_sum_up(Smem& s, uint32_t own) {
 }
 
 // A key that `need` of the sampled keys reach, but for the bits of a coarse bin. The sample is in the place of the bins, of every block.
-__device__ uint32_t sampled_bound(Smem& s, uint32_t need) {
+__device__ __noinline__ uint32_t sampled_bound(Smem& s, uint32_t need) {
   uint32_t sample[OWN_BINS];
 #pragma unroll
   for (int i = 0; i < OWN_BINS; ++i) {
