@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 
@@ -12,8 +14,8 @@ from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 from sglang_misa.kernels.structs import Candidates, Scan
 
 WARPS = 4  # of a thread block of the scan
-SPANS = (4, 8, 16)  # pages of a warp
-FULL = 4096  # warps that keep the GPU's memory busy
+SPANS = range(4, 17)  # pages of a warp
+START = 2  # what a warp's start costs, in pages
 KEY_SCALE, KEY_SHIFT = 2.0**-94, 14  # a score's key: exponents from 2⁻³² on, linear below, and nine bits of fraction
 LARGEST_SIZE = 0x7FFE  # so that no number's key is NaN's
 
@@ -38,7 +40,7 @@ def scan_sketches(
     if len(rows) == 0:
         return
     count, width = columns.queries.shape[1], rows.page_table.shape[1]
-    span = next((span for span in reversed(SPANS) if len(rows) * triton.cdiv(width, span) >= FULL), SPANS[0])
+    span = span_of(len(rows), width, resident(stats.bits, count))
     module = build("sketch_scan", sketch_bits=stats.bits, columns=count)
     call = Scan(
         queries=columns.queries,
@@ -57,6 +59,17 @@ def scan_sketches(
         blocks=triton.cdiv(width, span * WARPS),
     )
     module.scan(bytes(call), len(rows), torch.cuda.current_stream().cuda_stream)
+
+
+def span_of(rows: int, width: int, resident: int) -> int:
+    """Pages of a warp that take least time: `resident` blocks run at once, and a last few take as long as all of them."""
+    return min(SPANS, key=lambda span: triton.cdiv(rows * triton.cdiv(width, span * WARPS), resident) * (span + START))
+
+
+@cache
+def resident(bits: int, columns: int) -> int:
+    """Thread blocks of the scan that the GPU runs at once."""
+    return int(build("sketch_scan", sketch_bits=bits, columns=columns).resident())
 
 
 def list_candidates(scores: torch.Tensor, seq_lens: torch.Tensor, *, positions: torch.Tensor) -> None:

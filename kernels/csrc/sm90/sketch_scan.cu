@@ -21,7 +21,7 @@ constexpr int BITS = SKETCH_BITS, TILES = (COLUMNS + 7) / 8;  // of 8 columns, w
 constexpr int PAGE = 64, DIM = 128;
 constexpr int CODE_BYTES = PAGE * DIM * BITS / 8, SKETCH_BYTES = CODE_BYTES + PAGE * 2;
 constexpr int WARPS = 4;          // of a thread block
-constexpr int STAGES = 4;         // pages on their way to a warp, or read by it
+constexpr int STAGES = 2;         // pages on their way to a warp, or read by it
 constexpr int STEPS = DIM / 32;   // products over 32 dimensions
 constexpr int PLANES = 8 / BITS;  // codes of a byte
 // A whole number below 2²² in size, added to the bits of this float, is added to the float: conversions run at a quarter of the rate.
@@ -190,7 +190,15 @@ void scan(Bytes call, int64_t rows, int64_t stream) {
   launch_behind("scan_kernel", scan_kernel, int(rows) * in.blocks, WARPS * 32, stream_at(stream), in);
 }
 
+// Thread blocks that run at once.
+int64_t resident() {
+  int blocks;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, scan_kernel, WARPS * 32, 0), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return blocks * multiprocessors();
+}
+
 }  // namespace
 }  // namespace misa
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(scan, misa::scan);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(resident, misa::resident);
