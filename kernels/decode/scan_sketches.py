@@ -62,7 +62,7 @@ def scan_sketches(
 
 
 def span_of(rows: int, width: int, resident: int) -> int:
-    """Pages of a warp that take least time: `resident` blocks run at once, and a last few take as long as all of them."""
+    """Pages of a warp that take least time: `resident` blocks run at once, and a few left over take as long."""
     return min(SPANS, key=lambda span: triton.cdiv(rows * triton.cdiv(width, span * WARPS), resident) * (span + START))
 
 

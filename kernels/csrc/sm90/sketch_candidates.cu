@@ -78,7 +78,8 @@ __device__ uint32_t block_sum_up(Smem& s, uint32_t own) {
 }
 
 // A key that `need` of the sampled keys reach, but for the bits of a coarse bin. The sample is in the place of the bins, of every block.
-__device__ __noinline__ uint32_t sampled_bound(Smem& s, uint32_t need) {
+__device__ __noinline__ uint32_t sampled_bound(uint32_t need) {
+  Smem& s = sm90::shared<Smem>();
   uint32_t sample[OWN_BINS];
 #pragma unroll
   for (int i = 0; i < OWN_BINS; ++i) {
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) candidates_kernel(const Can
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) sm90::shared_of<Smem>(b).bins[thread] = sample;
   // A lane's keys of a chunk; the lane alone reads them, so where a block cannot keep all chunks, it may bring them again.
-  const auto place = [&](int chunk, int bit) { return from + chunk * CHUNK + (bit / EACH * 32 + lane) * EACH + bit % EACH; };
+  const auto place = [&](int chunk, uint32_t bit) { return from + chunk * CHUNK + int((bit / EACH * 32 + lane) * EACH + bit % EACH); };
   const auto lane_keys = [&](int chunk) { return s.keys[warp][chunk % HELD] + lane; };
   const auto each = [&](int chunk, const auto& use) {
     uint4* keys = lane_keys(chunk);
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) candidates_kernel(const Can
       for (int j = 0; j < EACH; ++j) use(i * EACH + j, key_of(eight, j));
     }
   };
-  const auto key_at = [&](int chunk, int bit) { return uint32_t(reinterpret_cast<const uint16_t*>(lane_keys(chunk) + bit / EACH * 32)[bit % EACH]); };
+  const auto key_at = [&](int chunk, uint32_t bit) { return uint32_t(reinterpret_cast<const uint16_t*>(lane_keys(chunk) + bit / EACH * 32)[bit % EACH]); };
   const auto valid = [&](int chunk) {  // bits of keys before `to`
     const int loads = min(max((to - place(chunk, 0) + 32 * EACH - 1) / (32 * EACH), 0), LOADS);
     return loads ? ~0u >> 32 - loads * EACH : 0u;
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) candidates_kernel(const Can
   sm90::cluster_sync();
   sm90::barrier_wait(landed, 0);
   const uint32_t expected = wanted / part;  // in the sample
-  uint32_t lo = sampled_bound(s, min(expected + 4 * uint32_t(sqrtf(expected)) + 1, uint32_t(BINS)));
+  uint32_t lo = sampled_bound(min(expected + 4 * uint32_t(sqrtf(expected)) + 1, uint32_t(BINS)));
   for (bool is_coarse = false;;) {
     find_cut(lo, is_coarse ? COARSE_SHIFT : 0);
     if (is_coarse) {
