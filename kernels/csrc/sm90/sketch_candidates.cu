@@ -14,10 +14,10 @@ namespace misa {
 namespace {
 
 constexpr int BLOCKS = 8, THREADS = 256, WARPS = THREADS / 32, PAGE = 64;  // of a cluster, and of each of its blocks
-constexpr int RESIDENT = 5;                                     // blocks of a multiprocessor: at 4, 64 clusters miss one wave by two
-constexpr int EACH = 8, LOADS = 4;                              // keys that a lane loads at once, and loads of a chunk
-constexpr int CHUNK = 32 * EACH * LOADS;                        // keys of a warp, one bit of a word each
-constexpr int HELD = 2;                                         // chunks of a warp that a block keeps
+constexpr int RESIDENT = 5;               // blocks of a multiprocessor: at 4, 64 clusters miss one wave by two
+constexpr int EACH = 8, LOADS = 4;        // keys that a lane loads at once, and loads of a chunk
+constexpr int CHUNK = 32 * EACH * LOADS;  // keys of a warp, one bit of a word each
+constexpr int HELD = 2;                   // chunks of a warp that a block keeps
 constexpr int COARSE_SHIFT = 5, BINS = 2048, OWN_BINS = BINS / THREADS;  // the coarse bins take keys of 16 bits
 static_assert(EACH * LOADS == 32 && BINS == BLOCKS * THREADS && OWN_BINS == 8 && BINS << COARSE_SHIFT == 1 << 16);
 
@@ -39,9 +39,10 @@ struct Marks {  // of a lane's keys of a chunk: bit 8·i + j is key j of load i
 
 struct Smem {
   uint4 keys[WARPS][HELD][CHUNK / EACH];
-  uint32_t bins[BINS];  // of this block's keys; before, a sample of the cluster's
+  uint32_t bins[BINS];          // of this block's keys; before, a sample of the cluster's
+  uint32_t part[THREADS];       // those of the cluster's bins that this block sums up, from the highest
+  uint32_t totals[BLOCKS];      // keys in the part of each block
   uint32_t scan[WARPS];
-  uint32_t totals[BLOCKS];      // keys in the part of the bins that each block sums up
   uint32_t bin, above, inside;  // where the wanted key is, and keys in higher bins and in that one
   Count warps[WARPS], blocks[BLOCKS];
   uint64_t landed[WARPS];       // of the keys
@@ -106,30 +107,28 @@ __device__ __noinline__ uint32_t sampled_bound(uint32_t need) {
 }
 
 // Finds the bin of the cluster's histogram in which the `need`-th largest key lies (s.bin, s.above, s.inside); the lowest one if there are fewer.
-// Each block sums up a part of the bins, the first one the highest; whose part holds the key tells the others.
+// Each block sums up a part of the bins, the first one the highest, and tells the others its total; they look into the part that has the key.
 __device__ void find_bin(Smem& s, uint32_t need) {
-  const int rank = sm90::cluster_rank(), bin = BINS - 1 - rank * THREADS - int(threadIdx.x);
+  const int rank = sm90::cluster_rank(), place = threadIdx.x;
   sm90::cluster_sync();
   uint32_t own = 0;
 #pragma unroll
-  for (int b = 0; b < BLOCKS; ++b) own += sm90::shared_of<Smem>(b).bins[bin];
-  const uint32_t upto = block_sum_up(s, own);
-  if (threadIdx.x == THREADS - 1) {
+  for (int b = 0; b < BLOCKS; ++b) own += sm90::shared_of<Smem>(b).bins[BINS - 1 - rank * THREADS - place];
+  s.part[place] = own;
+  const uint32_t all = block_sum_up(s, own);
+  if (place == THREADS - 1) {
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) sm90::shared_of<Smem>(b).totals[rank] = upto;
+    for (int b = 0; b < BLOCKS; ++b) sm90::shared_of<Smem>(b).totals[rank] = all;
   }
   sm90::cluster_sync();
-  uint32_t before = upto - own;
-#pragma unroll
-  for (int b = 0; b < BLOCKS; ++b) before += b < rank ? s.totals[b] : 0;
-  if (before < need && (before + own >= need || bin == 0)) {
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      Smem& other = sm90::shared_of<Smem>(b);
-      other.bin = bin, other.above = before, other.inside = own;
-    }
-  }
-  sm90::cluster_sync();
+  int part = 0;
+  uint32_t before = 0;
+  while (part < BLOCKS - 1 && before + s.totals[part] < need) before += s.totals[part++];
+  own = sm90::shared_of<Smem>(part).part[place];
+  before += block_sum_up(s, own) - own;
+  const int bin = BINS - 1 - part * THREADS - place;
+  if (before < need && (before + own >= need || bin == 0)) s.bin = bin, s.above = before, s.inside = own;
+  __syncthreads();
 }
 
 __global__ void __launch_bounds__(THREADS, RESIDENT) candidates_kernel(const Candidates in) {
