@@ -23,10 +23,9 @@ def sketch_bytes(bits: int) -> int:
     """Bytes of a page's sketch: codes of `bits` a coordinate in 32-bit words, then a bf16 scale a key.
 
     The words lie as m16n8k32 tensor-core products read them: lane 4·r + c of a warp holds dimensions 32·c … 32·c + 31
-    of keys 16·g + 2·r (even) and the next one (odd), g = 0 … 3. With e, f < 4:
-    One bit: words [g / 2, lane, g % 2, w]; an even key's dimension 32·c + 16·w + 4·f + e is bit 8·e + 2·f.
-    Two bits: words [g, lane, w]; an even key's dimension 32·c + 8·w + 4·f + e, f < 2, starts at bit 8·e + 4·f.
-    The odd key's code follows the even one's. Scales are ordered [r, g, odd].
+    of keys 16·g + 2·r and 16·g + 2·r + 1, g = 0 … 3. With e, w < 4, u < 2, word [n / (8 / bits), u, lane, w] holds
+    dimensions 32·c + 16·u + 4·w + e of the keys n = 2·g + key % 2, from bit 8·e + bits · (n % (8 / bits)) on: so one
+    mask takes a key's codes of four dimensions. Scales are ordered [r, g, key % 2].
     """
     return PAGE * (HEAD_DIM * bits // 8 + 2)
 

@@ -52,16 +52,15 @@ def _store_sketch(
     b_code = tl.where(usable[:, None], b_level + (2**BITS - 1) * 0.5, 0.0).to(tl.int32)
 
     # where a code lies in its word, and its word in the page: see `layout.sketch_bytes`
-    CELL: tl.constexpr = 8 // BITS // 2  # dimensions, in strides of four, that share a word's bytes
-    STEPS: tl.constexpr = HEAD_DIM // 4 // CELL  # words of two keys
-    shift = o_dim % 4 * 8 + o_dim // 4 % CELL * (2 * BITS)
-    b_word = b_code << (shift[None, :] + (o_key % 2 * BITS)[:, None])
-    b_word = tl.sum(tl.sum(tl.reshape(b_word, [PAGE // 2, 2, STEPS, 4 * CELL]), 3), 1)  # [PAGE // 2, STEPS]
-    pair, word = tl.arange(0, PAGE // 2)[:, None], tl.arange(0, STEPS)[None, :]
-    LANE: tl.constexpr = STEPS // 4  # words of a lane for 16 keys
-    group, lane = pair // 8, pair % 8 * 4 + word // LANE
-    LOADS: tl.constexpr = 4 // LANE  # groups of 16 keys that one load of 16 bytes brings
-    place = ((group // LOADS * 32 + lane) * LOADS + group % LOADS) * LANE + word % LANE
+    PLANES: tl.constexpr = 8 // BITS  # keys that share a byte: of some groups of 16 an even and an odd one
+    HALVES: tl.constexpr = PAGE // 8 // PLANES
+    plane = (o_key // 16 * 2 + o_key % 2) % PLANES
+    b_word = b_code << (plane[:, None] * BITS + o_dim[None, :] % 4 * 8)
+    b_word = tl.reshape(b_word, [HALVES, PLANES // 2, 8, 2, HEAD_DIM // 4, 4])
+    b_word = tl.sum(tl.sum(tl.sum(b_word, 5), 3), 1)  # [HALVES, 8, HEAD_DIM // 4]
+    lane = tl.arange(0, 8)[None, :, None] * 4 + tl.arange(0, HEAD_DIM // 4)[None, None, :] // 8
+    word = tl.arange(0, HEAD_DIM // 4)[None, None, :] % 8
+    place = ((tl.arange(0, HALVES)[:, None, None] * 2 + word // 4) * 32 + lane) * 4 + word % 4
     tl.store(p_sketch.to(tl.pointer_type(tl.int32)) + place, b_word)
 
     place = PAGE * HEAD_DIM * BITS // 16 + o_key // 2 % 8 * 8 + o_key // 16 * 2 + o_key % 2

@@ -351,10 +351,8 @@ def pack_sketches(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
     )
     group, r, odd, c, e = key // 16, key % 16 // 2, key % 2, dim // 32, dim % 4
     lane = 4 * r + c
-    if bits == 1:
-        word, bit = ((group // 2 * 32 + lane) * 2 + group % 2) * 2 + dim % 32 // 16, 8 * e + 2 * (dim % 16 // 4) + odd
-    else:
-        word, bit = (group * 32 + lane) * 4 + dim % 32 // 8, 8 * e + 4 * (dim % 8 // 4) + 2 * odd
+    half, plane = (2 * group + odd) // (8 // bits), (2 * group + odd) % (8 // bits)
+    word, bit = ((half * 2 + dim % 32 // 16) * 32 + lane) * 4 + dim % 16 // 4, 8 * e + bits * plane
     words = torch.zeros(len(codes), PAGE * HEAD_DIM * bits // 32, dtype=torch.int64, device=codes.device)
     words.index_add_(1, word.flatten(), (codes.long() << bit).flatten(1))
     signed = torch.where(words >= 1 << 31, words - (1 << 32), words).int()

@@ -23,7 +23,7 @@ from sglang_misa.kernels.prefill.route import ROUTERS
 INT8_MAX = tl.constexpr(127.0)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 CHUNK = 32
-TILE = 128  # pages of a product at most
+TILE = 64  # pages of a product at most
 
 
 @dataclass(frozen=True)
@@ -202,27 +202,24 @@ def _route_kernel(
     # fp8 fits bf16, so the products are exact; the interpreter multiplies bf16 as integers, hence fp32 there
     b_qt = tl.trans(b_q.to(tl.float32)) if EXACT else tl.trans(b_q.to(tl.float32).to(tl.bfloat16))
     n_own = tl.minimum(n_pages - i_t * PAGES, PAGES)
-    first = tl.zeros([HEADS], tl.float32)  # mean of the first tile, from which all are measured
-    apart = tl.zeros([HEADS], tl.float32)
-    squares = tl.zeros([HEADS], tl.float32)
-    statistic = tl.zeros([HEADS], tl.float32)
+    # added up place by place and folded once: Φ(μ/σ) is 0 or 1 long before squares cancel against their mean's
+    b_total = tl.zeros([TILE, HEADS], tl.float32)
+    b_squares = tl.zeros([TILE, HEADS], tl.float32)
+    b_active = tl.zeros([TILE, HEADS], tl.float32)
     for begin in range(0, n_own, TILE):
         m_p = begin + o_t < n_own
         page = tl.load(table + i_r * table_stride + i_t * PAGES + begin + o_t, mask=m_p, other=0).to(tl.int64)
         b_k = tl.load(means + page[:, None] * DIM + o_d[None, :], mask=m_p[:, None], other=0.0)
-        b_s = tl.dot(b_k.to(tl.float32) if EXACT else b_k, b_qt)  # [TILE, HEADS]
-        if begin == 0:
-            first = tl.sum(b_s, 0) / tl.minimum(n_own, TILE).to(tl.float32)
-        b_apart = tl.where(m_p[:, None], b_s - first[None, :], 0.0)
-        apart += tl.sum(b_apart, 0)
-        squares += tl.sum(b_apart * b_apart, 0)
-        b_s = tl.maximum(b_s, 0.0)  # pages that are not there have products of 0
-        statistic = tl.maximum(statistic, tl.max(b_s, 0)) if ROUTER == 1 else statistic + tl.sum(b_s, 0)
+        b_s = tl.dot(b_k.to(tl.float32) if EXACT else b_k, b_qt)  # [TILE, HEADS]; pages that are not there give 0
+        b_total += b_s
+        b_squares += b_s * b_s
+        b_s = tl.maximum(b_s, 0.0)
+        b_active = tl.maximum(b_active, b_s) if ROUTER == 1 else b_active + b_s
     p_partial = partial + i_r * partial_stride + i_t * (3 * HEADS) + o_h
-    n_f = n_own.to(tl.float32)
-    tl.store(p_partial, first * n_f + apart)
-    tl.store(p_partial + HEADS, squares - apart * apart / n_f)
-    tl.store(p_partial + 2 * HEADS, statistic)
+    total = tl.sum(b_total, 0)
+    tl.store(p_partial, total)
+    tl.store(p_partial + HEADS, tl.maximum(tl.sum(b_squares, 0) - total * total / n_own.to(tl.float32), 0.0))
+    tl.store(p_partial + 2 * HEADS, tl.max(b_active, 0) if ROUTER == 1 else tl.sum(b_active, 0))
 
     n_programs = tl.cdiv(n_pages, PAGES)
     if last_of(done + i_r, n_programs):
@@ -234,11 +231,11 @@ def _route_kernel(
             o_i = chunk + tl.arange(0, CHUNK)[:, None]
             p_part = p_row + o_i * (3 * HEADS)
             total += tl.sum(tl.load(p_part, mask=o_i < n_programs, other=0.0, cache_modifier=".cg"), 0)
-            b_active = tl.load(p_part + 2 * HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
+            b_part = tl.load(p_part + 2 * HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
             if ROUTER == 1:
-                statistic = tl.maximum(statistic, tl.max(b_active, 0))
+                statistic = tl.maximum(statistic, tl.max(b_part, 0))
             else:
-                statistic += tl.sum(b_active, 0)
+                statistic += tl.sum(b_part, 0)
         mean = total / n
         if ROUTER != 1:
             statistic /= n
@@ -264,10 +261,10 @@ def _route_kernel(
                 o_i = chunk + tl.arange(0, CHUNK)[:, None]
                 p_part = p_row + o_i * (3 * HEADS)
                 n_part = tl.maximum(tl.minimum(n_pages - o_i * PAGES, PAGES), 1).to(tl.float32)
-                b_total = tl.load(p_part, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
-                off = b_total / n_part - mean[None, :]
-                b_apart = tl.load(p_part + HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
-                squares += tl.sum(b_apart + tl.where(o_i < n_programs, n_part * off * off, 0.0), 0)
+                b_sum = tl.load(p_part, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
+                off = b_sum / n_part - mean[None, :]
+                b_part = tl.load(p_part + HEADS, mask=o_i < n_programs, other=0.0, cache_modifier=".cg")
+                squares += tl.sum(b_part + tl.where(o_i < n_programs, n_part * off * off, 0.0), 0)
             weight = b_w * _positive_share(mean, squares / n)
             weight = tl.where(routed | ((tl.abs(weight) < float("inf")) == 0), 0.0, weight)
             b_rest = tl.sum(b_qf * weight[:, None], 0)[None, :]  # [1, DIM]

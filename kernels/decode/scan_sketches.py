@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 
@@ -12,9 +14,10 @@ from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 from sglang_misa.kernels.structs import Candidates, Scan
 
 WARPS = 4  # of a thread block of the scan
-SPANS = (4, 8, 16)  # pages of a warp
-FULL = 4096  # warps that keep the GPU's memory busy
-KEY_EXPONENT, KEY_SHIFT = 95, 14  # a score's key: exponents above 2⁻³², and nine of their fraction's bits
+SPANS = range(4, 17)  # pages of a warp
+START = 2  # what a warp's start costs, in pages
+KEY_SCALE, KEY_SHIFT = 2.0**-94, 14  # a score's key: exponents from 2⁻³² on, linear below, and nine bits of fraction
+LARGEST_SIZE = 0x7FFE  # so that no number's key is NaN's
 
 
 def scan_sketches(
@@ -37,7 +40,7 @@ def scan_sketches(
     if len(rows) == 0:
         return
     count, width = columns.queries.shape[1], rows.page_table.shape[1]
-    span = next((span for span in reversed(SPANS) if len(rows) * triton.cdiv(width, span) >= FULL), SPANS[0])
+    span = span_of(len(rows), width, resident(stats.bits, count))
     module = build("sketch_scan", sketch_bits=stats.bits, columns=count)
     call = Scan(
         queries=columns.queries,
@@ -56,6 +59,17 @@ def scan_sketches(
         blocks=triton.cdiv(width, span * WARPS),
     )
     module.scan(bytes(call), len(rows), torch.cuda.current_stream().cuda_stream)
+
+
+def span_of(rows: int, width: int, resident: int) -> int:
+    """Pages of a warp that take least time: `resident` blocks run at once, and a few left over take as long."""
+    return min(SPANS, key=lambda span: triton.cdiv(rows * triton.cdiv(width, span * WARPS), resident) * (span + START))
+
+
+@cache
+def resident(bits: int, columns: int) -> int:
+    """Thread blocks of the scan that the GPU runs at once."""
+    return int(build("sketch_scan", sketch_bits=bits, columns=columns).resident())
 
 
 def list_candidates(scores: torch.Tensor, seq_lens: torch.Tensor, *, positions: torch.Tensor) -> None:
@@ -82,22 +96,18 @@ def list_candidates(scores: torch.Tensor, seq_lens: torch.Tensor, *, positions: 
 
 def score_keys(scores: torch.Tensor) -> torch.Tensor:
     """int32 of fp32 scores: 16 bits that order like them, sign, six bits of exponent and nine of fraction; NaN is 0."""
-    bits = scores.view(torch.int32)
-    size = ((bits & 0x7FFFFFFF) - (KEY_EXPONENT << 23)).clamp(0, (1 << 29) - 1) >> KEY_SHIFT
-    keys = torch.where(bits < 0, 0x7FFF - size.clamp_max(0x7FFE), 0x8000 + size)
-    return torch.where(scores.isnan(), 0, keys)
+    size = (scores * KEY_SCALE).abs().view(torch.int32).bitwise_right_shift(KEY_SHIFT).clamp_max(LARGEST_SIZE)
+    return torch.where(scores.isnan(), 0, torch.where(scores.signbit(), 0x7FFF - size, 0x8000 + size))
 
 
 def unpack(sketches: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes uint8 [n, 64, 128] and scales bf16 [n, 64] of sketches [n, sketch_bytes(bits)]."""
     n, size = len(sketches), PAGE * HEAD_DIM * bits // 8
-    words = sketches[:, :size].contiguous().view(torch.int32)
-    if bits == 1:
-        words = words.view(n, 2, 8, 4, 2, 2).permute(0, 1, 4, 2, 3, 5)  # [n, g / 2, g % 2, r, c, w]
-    words = words.reshape(n, 4, 8, 1, 4, 2 * bits, 1, 1)
-    odd, f, e = torch.arange(2).view(2, 1, 1, 1, 1), torch.arange(4 // bits).view(-1, 1), torch.arange(4)
-    shifts = (8 * e + 2 * bits * f + bits * odd).to(words.device)
-    codes = (words >> shifts) & (2**bits - 1)  # [n, g, r, odd, c, w, f, e]
+    words = sketches[:, :size].contiguous().view(torch.int32).view(n, bits, 2, 8, 4, 4).permute(0, 1, 3, 4, 2, 5)
+    words = words.reshape(n, bits, 1, 8, 1, 4, 2, 4, 1)
+    plane = torch.arange(8 // bits).view(-1, 1, 2, 1, 1, 1, 1)  # group and odd
+    shifts = (8 * torch.arange(4) + bits * plane).to(words.device)
+    codes = (words >> shifts) & (2**bits - 1)  # [n, half, group, r, odd, c, u, w, e]
     scales = sketches[:, size:].contiguous().view(torch.bfloat16).view(n, 8, 4, 2).transpose(1, 2)
     return codes.reshape(n, PAGE, HEAD_DIM).to(torch.uint8), scales.reshape(n, PAGE)
 

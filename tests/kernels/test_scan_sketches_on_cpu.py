@@ -30,7 +30,7 @@ def test_the_scan_scores_every_sketched_key(tmp_path: pathlib.Path, bits: int, c
     numbers = torch.randint(-127, 128, (len(lens), columns, HEAD_DIM), dtype=torch.int8, generator=random)
     queries = aligned(numbers.numpy(), np.int8)
     gates = batch.head_gates[:, :columns].contiguous()
-    longest, span, rows = 128, 4, len(lens)
+    longest, span, rows = 128, 9, len(lens)
     blocks, room = -(-44 // (span * 4)), 44 * PAGE
     got = aligned(np.full((rows, room), 0xABCD), np.uint16)
     means = aligned(batch.page_means.view(torch.uint8).numpy(), np.uint8)
@@ -118,10 +118,29 @@ def test_candidates_are_the_best_keys_and_the_newest_tokens(tmp_path: pathlib.Pa
         expected = torch.full((len(lens), candidates), -9, dtype=torch.int32)
         list_candidates(torch.from_numpy(keys), torch.from_numpy(seq_lens), positions=expected)
         assert np.array_equal(got, expected.numpy())
-    for row, length in enumerate(lens):  # the last case, from the definition
+    _expect_by_definition(keys, lens, expected)
+
+
+@COMPILER
+def test_candidates_come_from_all_blocks_and_from_keys_that_none_holds(tmp_path: pathlib.Path) -> None:
+    library = compiled(tmp_path, "sketch_candidates")
+    library.list_rows.restype = ctypes.c_bool
+    candidates, room = 4096, 2100 * PAGE
+    random = np.random.default_rng(0)
+    crowded = (random.normal(0, 900, room) + 0x9000).clip(0, 0xFFFF)
+    keys = aligned(np.stack([crowded, crowded // 512 * 512]), np.uint16)
+    lens = [room - 1, room - 70]
+    got = torch.full((2, candidates), -9, dtype=torch.int32)
+    call(library.list_rows, keys, np.asarray(lens, np.int32), got.numpy(), room, candidates, 2)
+    _expect_by_definition(keys, lens, got)
+
+
+def _expect_by_definition(keys: np.ndarray, lens: list[int], positions: torch.Tensor) -> None:
+    candidates = positions.shape[1]
+    for row, length in enumerate(lens):
         scored = (length // PAGE - 1) * PAGE
         token = np.arange(length)
         if length > candidates:
             order = np.argsort(-keys[row, :scored].astype(np.int64), kind="stable")
             token = np.sort(np.concatenate([order[: candidates - (length - scored)], token[scored:]]))
-        assert np.array_equal(expected[row, : len(token)].numpy(), token)
+        assert np.array_equal(positions[row, : len(token)].numpy(), token)

@@ -41,11 +41,12 @@ __device__ __forceinline__ uint2 bf16_of_int8(uint32_t four) {
   return {pair(0), pair(2)};
 }
 
-// The larger one, NaN if either is.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-  return larger;
+// Four bytes, the lowest first, by their numbers 0 … 7 in both words; 8 more makes eight copies of that byte's highest bit.
+template <uint32_t NUMBERS>
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high) {
+  uint32_t picked;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(picked) : "r"(low), "r"(high), "n"(NUMBERS));
+  return picked;
 }
 
 // 16 bytes that are read once.

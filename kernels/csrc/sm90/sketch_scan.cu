@@ -2,11 +2,11 @@
 //
 //   s[r, l] = Σ_c gate[r, c] · max(q[r, c] · mean + scale[l] · q[r, c] · (code[l] - z), floor)        z = (2^bits - 1) / 2
 //
-// A warp takes some pages of one row. The products with their means come from one bf16 product of 16 pages; then each page is 64 keys
-// in four products of 16, whose codes a lane loads just as it feeds them. Queries are signed bytes, so products with codes are whole
-// numbers. A code shifted up within its byte is itself times a power of two: so a mask makes operands of codes, and odd keys come
-// out 2^bits times as large. q · z is rounded down, by at most half a unit of the query. A product with the gates, in tf32, adds up the
-// columns, and leaves each lane the keys that it writes.
+// A warp takes some pages of one row, a few of which are always on their way to its shared memory. The products with their means come
+// from one bf16 product of 16 pages; then each page is 64 keys in four products of 16. Queries are signed bytes, so products with codes
+// are whole numbers. The codes of a byte belong to different keys, and a code that stands higher in it is itself times a power of two: so
+// one mask makes an operand of codes, and a key comes out by as much larger. q · z is rounded down, by at most half a unit of the query.
+// A product with the gates, in tf32, adds up the columns, and leaves each lane the keys that it writes.
 #include <cmath>
 
 #include "launch.cuh"
@@ -21,9 +21,9 @@ constexpr int BITS = SKETCH_BITS, TILES = (COLUMNS + 7) / 8;  // of 8 columns, w
 constexpr int PAGE = 64, DIM = 128;
 constexpr int CODE_BYTES = PAGE * DIM * BITS / 8, SKETCH_BYTES = CODE_BYTES + PAGE * 2;
 constexpr int WARPS = 4;          // of a thread block
-constexpr int LOADS = 2 * BITS;   // of 16 bytes, that bring a lane its codes of a page
+constexpr int STAGES = 2;         // pages on their way to a warp, or read by it
 constexpr int STEPS = DIM / 32;   // products over 32 dimensions
-constexpr float ODD = 1.f / (1 << BITS);
+constexpr int PLANES = 8 / BITS;  // codes of a byte
 // A whole number below 2²² in size, added to the bits of this float, is added to the float: conversions run at a quarter of the rate.
 constexpr float BASE = 12582912.f;
 constexpr int BASE_BITS = 0x4B400000;
@@ -45,30 +45,22 @@ struct Scan {
   int blocks;               // thread blocks of a row
 };
 
-struct Page {
-  uint4 codes[LOADS];
-  uint4 scales;
+struct Smem {
+  alignas(16) uint8_t pages[WARPS][STAGES][SKETCH_BYTES];
+  uint64_t landed[WARPS][STAGES];
 };
 
 __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 __device__ __forceinline__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-// The four operands of 16 keys and 32 dimensions.
-__device__ __forceinline__ void operands(uint32_t (&a)[4], const Page& page, int group, int step) {
-  constexpr uint32_t EVEN = BITS == 1 ? 0x01010101u : 0x03030303u;
-  uint32_t codes;
-  if constexpr (BITS == 1) codes = word(page.codes[group / 2], group % 2 * 2 + step / 2) >> (step % 2 * 4);
-  else codes = word(page.codes[group], step);
-  a[0] = codes & EVEN, a[1] = codes & (EVEN << BITS);
-  codes >>= 2 * BITS;
-  a[2] = codes & EVEN, a[3] = codes & (EVEN << BITS);
-}
+// Of the key of a row of operands: how far up its codes stand in their bytes.
+__device__ constexpr int shift_of(int group, int odd) { return (2 * group + odd) % PLANES * BITS; }
 
 __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
-  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
   const int row = blockIdx.x / in.blocks;
-  const int first = ((blockIdx.x % in.blocks) * WARPS + threadIdx.x / 32) * in.span;
+  const int first = ((blockIdx.x % in.blocks) * WARPS + warp) * in.span;
   const int length = __ldg(in.lens + row);
   const int count = length > in.candidates ? min(in.span, sketched_pages(length) - first) : 0;
   if (count <= 0) {
@@ -78,30 +70,31 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
   }
 
   // Behind the router's launch, which waited for its own, sketches, means and page table may be read at once.
-  const int32_t* pages = in.pages + row * in.pitch + first;
-  int ids[2];  // of pages r and r + 8
-#pragma unroll
-  for (int half = 0; half < 2; ++half) ids[half] = __ldg(pages + min(r + 8 * half, count - 1));
-  const auto load = [&](int p) {
-    const int64_t id = __shfl_sync(~0u, p < 8 ? ids[0] : ids[1], p % 8 * 4);
-    const uint8_t* from = in.sketches + id * SKETCH_BYTES;
-    Page page;
-#pragma unroll
-    for (int i = 0; i < LOADS; ++i) page.codes[i] = sm90::load_once(from + (i * 32 + lane) * 16);
-    page.scales = sm90::load_once(from + CODE_BYTES + r * 16);
-    return page;
+  __shared__ Smem s;
+  const uint8_t* landing = s.pages[warp][0];
+  const uint32_t landed = sm90::smem_address(s.landed[warp]);
+  const int id = lane < count ? __ldg(in.pages + row * in.pitch + first + lane) : 0;
+  const auto fetch = [&](int stage) {  // this lane's page
+    sm90::barrier_arrive_expect(landed + stage * 8, SKETCH_BYTES);
+    sm90::copy_run(sm90::smem_address(landing + stage * SKETCH_BYTES), in.sketches + int64_t(id) * SKETCH_BYTES, SKETCH_BYTES, landed + stage * 8);
   };
-  Page next = load(0);
-  uint4 mean[2][4];  // dimensions 32·c … 32·c + 31 of both pages
+  if (lane < STAGES) sm90::barrier_init(landed + lane * 8, 1);
+  sm90::barrier_init_fence();
+  __syncwarp();
+  if (lane < min(STAGES, count)) fetch(lane);
+  uint4 mean[2][4];  // dimensions 32·c … 32·c + 31 of pages r and r + 8
 #pragma unroll
-  for (int half = 0; half < 2; ++half)
+  for (int half = 0; half < 2; ++half) {
+    const int64_t of = __shfl_sync(~0u, id, min(r + 8 * half, count - 1));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) mean[half][i] = sm90::load_once(in.means + int64_t(ids[half]) * DIM * 2 + c * 64 + i * 16);
+    for (int i = 0; i < 4; ++i) mean[half][i] = sm90::load_once(in.means + of * DIM * 2 + c * 64 + i * 16);
+  }
 
   sm90::launch_wait();
   sm90::launch_next();
+  const bool is_linear = in.residual && c == (in.columns - 1) % 8 / 2;  // the last column
   uint32_t query[TILES][STEPS][2];  // the same dimensions of column 8·t + r
-  int start[TILES][4];  // of sums of products, as the bits of BASE
+  int start[TILES][PLANES / 2][4];  // of sums of products, as the bits of BASE
   float gate[TILES][4][2];  // for each group of 16 keys; those of a lane's column of sums are its own, the others 0
   float with_mean[TILES][4] = {};
 #pragma unroll
@@ -130,20 +123,28 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
     for (int e = 0; e < 2; ++e) {
       const int own = t * 8 + c * 2 + e;
       float of_column = own < in.columns ? __ldg(in.gates + int64_t(row) * in.columns + own) : 0.f;
-      if (t < TILES - 1 || e == 0) of_column *= 0.5f;
+      if (!(is_linear && t == TILES - 1 && e == 1)) of_column *= 0.5f;
 #pragma unroll
       for (int group = 0; group < 4; ++group) gate[t][group][e] = r == 2 * group ? of_column : 0.f;
       const int z = sum[e] * ((1 << BITS) - 1) >> 1;
-      start[t][e] = BASE_BITS - z, start[t][2 + e] = BASE_BITS - (z << BITS);
+#pragma unroll
+      for (int pair = 0; pair < PLANES / 2; ++pair)
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) start[t][pair][odd * 2 + e] = BASE_BITS - (z << shift_of(pair, odd));
     }
   }
-  // Of the residual's column, which is the last one, and of its neighbours in that place.
-  const float floor = in.residual && c == (in.columns - 1) % 8 / 2 ? -INFINITY : 0.f;
 
   uint32_t* scores = reinterpret_cast<uint32_t*>(in.scores + row * in.room + int64_t(first) * PAGE) + c * 8 + r;
   for (int p = 0; p < count; ++p) {
-    const Page page = next;
-    if (p + 1 < count) next = load(p + 1);
+    const int stage = p % STAGES;
+    const uint8_t* page = landing + stage * SKETCH_BYTES;
+    sm90::barrier_wait(landed + stage * 8, p / STAGES % 2);
+    uint4 codes[BITS][2];
+#pragma unroll
+    for (int i = 0; i < 2 * BITS; ++i) codes[i / 2][i % 2] = *reinterpret_cast<const uint4*>(page + (i * 32 + lane) * 16);
+    const uint4 scales = *reinterpret_cast<const uint4*>(page + CODE_BYTES + r * 16);
+    __syncwarp();
+    if (lane == p + STAGES && lane < count) fetch(stage);
     float mean_part[TILES][2];
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
@@ -153,29 +154,32 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
     float sums[4] = {};  // [0] of even key r of group c, [2] of the odd one
 #pragma unroll
     for (int group = 0; group < 4; ++group) {
+      constexpr uint32_t LOWEST = 0x01010101u * ((1 << BITS) - 1);
       uint32_t a[STEPS][4];
 #pragma unroll
-      for (int step = 0; step < STEPS; ++step) operands(a[step], page, group, step);
-      const uint32_t pair = word(page.scales, group);
-      const float scale[2] = {low_bf16(pair), high_bf16(pair) * ODD};
+      for (int i = 0; i < STEPS * 4; ++i)
+        a[i / 4][i % 4] = word(codes[2 * group / PLANES][i / 8], i / 2 % 4) & LOWEST << shift_of(group, i % 2);
+      const uint32_t pair = word(scales, group);
+      const float scale[2] = {low_bf16(pair) / (1 << shift_of(group, 0)), high_bf16(pair) / (1 << shift_of(group, 1))};
 #pragma unroll
       for (int t = 0; t < TILES; ++t) {
         int d[4];
-        sm90::mma_int8(d, a[0], query[t][0], start[t]);
+        sm90::mma_int8(d, a[0], query[t][0], start[t][group % (PLANES / 2)]);
 #pragma unroll
         for (int step = 1; step < STEPS; ++step) sm90::mma_int8(d, a[step], query[t][step], d);
-        float active[4];  // twice, but in the residual's place
+        float active[4];  // twice, but in the residual's column
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const float x = fmaf(scale[odd], __int_as_float(d[odd * 2 + e]) - BASE, mean_part[t][e]);
-            active[e * 2 + odd] = t == TILES - 1 && e == 1 ? sm90::max_or_nan(x, floor) : x + fabsf(x);
+            float x = fmaf(scale[odd], __int_as_float(d[odd * 2 + e]) - BASE, mean_part[t][e]);
+            if (!(is_linear && t == TILES - 1 && e == 1)) x += fabsf(x);
+            active[e * 2 + odd] = x;
           }
         sm90::mma_tf32(sums, active, gate[t][group]);
       }
     }
-    scores[p * (PAGE / 2)] = score_key(sums[0]) | score_key(sums[2]) << 16;
+    scores[p * (PAGE / 2)] = score_keys(sums[0], sums[2]);
   }
 }
 
@@ -186,7 +190,15 @@ void scan(Bytes call, int64_t rows, int64_t stream) {
   launch_behind("scan_kernel", scan_kernel, int(rows) * in.blocks, WARPS * 32, stream_at(stream), in);
 }
 
+// Thread blocks that run at once.
+int64_t resident() {
+  int blocks;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, scan_kernel, WARPS * 32, 0), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return blocks * multiprocessors();
+}
+
 }  // namespace
 }  // namespace misa
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(scan, misa::scan);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(resident, misa::resident);

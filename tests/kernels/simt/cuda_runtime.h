@@ -19,6 +19,7 @@
 #define __host__
 #define __global__ inline
 #define __forceinline__ inline
+#define __noinline__
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)

@@ -45,7 +45,16 @@ inline uint2 bf16_of_int8(uint32_t four) {
   for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(float(int8_t(four >> i * 8))) >> 16;
   return {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
 }
-inline float max_or_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
+template <uint32_t NUMBERS>
+uint32_t pick_bytes(uint32_t low, uint32_t high) {
+  uint32_t picked = 0;
+  for (int i = 0; i < 4; ++i) {
+    const int number = NUMBERS >> i * 4;
+    const uint8_t byte = (uint64_t(high) << 32 | low) >> number % 8 * 8;
+    picked |= uint32_t(uint8_t(number & 8 ? int8_t(byte) >> 7 : byte)) << i * 8;
+  }
+  return picked;
+}
 inline uint4 load_once(const void* global) { return *static_cast<const uint4*>(global); }
 
 }  // namespace sm90
