@@ -9,7 +9,7 @@ MAIN := $(call stamp,.venv,requirements.lock)
 OLD := $(call stamp,.venv-0.5.17,requirements-0.5.17.lock)
 LINT := $(call stamp,.venv-lint,requirements.lock)
 
-.PHONY: help demo test test-0.5.17 lint soak gpu-test install docker-test sbom audit
+.PHONY: help demo test test-0.5.17 lint soak kits gpu-test install docker-test sbom audit
 .DEFAULT_GOAL := help
 
 help: ## print this
@@ -31,6 +31,9 @@ lint: $(LINT) ## ruff and mypy; needs neither SGLang nor torch
 
 soak: $(MAIN) ## a mixed load with faults for MINUTES=30 on the CPU, page statistics watched; the report is soak.json
 	.venv/bin/python -m sglang_misa.bench.soak --minutes $(MINUTES)
+
+kits: $(MAIN) ## SGLang's own test kits on servers with MISA, on the CPU: what ran, and why the others cannot
+	.venv/bin/python -m pytest tests/serving/sglang_kits.py -v -rA --show-capture=no
 
 gpu-test: $(MAIN) ## kernels and servers on a machine with one Hopper GPU
 	.venv/bin/python -m pytest -m gpu tests/gpu
