@@ -15,7 +15,7 @@ Kits that cannot run are skipped only while the refusal that stops them is there
 import dataclasses
 import functools
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -41,6 +41,7 @@ class Kit(unittest.TestCase):
     environ: ClassVar[dict[str, str]] = RETRACT
     base_url: str
     process: Any
+    verified: Callable[[], dict[str, int]]
 
     @pytest.fixture(scope="class", autouse=True)
     def served(
@@ -50,12 +51,10 @@ class Kit(unittest.TestCase):
         with start(kit.words, wide, tmp_path_factory.mktemp("kit") / "log", **kit.environ) as server:
             kit.base_url = f"http://127.0.0.1:{server.port}"
             kit.process = SimpleNamespace(poll=lambda: server.process.exit_code, log=server.process.log)
+            kit.verified = staticmethod(lambda: server.misa()["page_stats_verified"])
             yield
             assert server.healthy()
-            seen = server.misa()["page_stats_verified"]
-            print(f"{kit.__name__}: {seen}")
-            assert seen["pages"] > 0
-            assert seen["mismatches"] == 0
+            assert kit.verified()["mismatches"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +72,13 @@ class TestRadixAbortPause(AbortAllMixin, PauseResumeInPlaceMixin, Kit):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(radix_cache_server_kit, "gen_radix_tree", tree)
             radix_cache_server_kit.run_radix_attention_test(self.base_url)
+        assert self.verified()["pages"] > 0
         assert "Testing retraction" in self.process.log.read_text(errors="replace")
 
 
 class TestWaitingTimeout(WaitingTimeoutMixin, Kit):
     words, environ = f"{WATCHED} --max-running-requests 1", {"SGLANG_REQ_WAITING_TIMEOUT": "1"}
+    waiting_timeout_max_new_tokens = 100  # longer than that, and within the kit's minute
 
 
 class TestRunningTimeout(RunningTimeoutTwoWaveMixin, Kit):
