@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_misa.bench.kernels import CACHED_ROWS
-from sglang_misa.config import PRESETS, Phase
+from sglang_misa.config import PHASES, PRESETS, Phase
 
 Record = dict[str, str]
 K = 1024
@@ -56,20 +56,26 @@ def read(path: Path) -> list[Record]:
 
 
 def newest(rows: Iterable[Record]) -> list[Record]:
-    """The right rows of the last commit of each GPU, preset and table, and of a case the last one."""
+    """The right rows of the last commit of each GPU, SGLang, preset and table, and of a case the last one."""
 
     def table(row: Record) -> tuple[str | bool, ...]:
-        return row["gpu"], row["phase"], row["preset"], row["inputs"].startswith("hostile")
+        return *stand(row), row["phase"], row["preset"], row["inputs"].startswith("hostile")
 
     kept = [row for row in rows if row["correct"] == "True"]
     last = {table(row): row["commit"] for row in kept}
-    case = ("gpu", "phase", "preset", "policy", "index_heads", "candidates", "blocks", "rows", "length", "inputs")
+    sizes = ("index_heads", "candidates", "blocks", "rows", "length", "inputs")
+    case = ("gpu", "sglang", "phase", "preset", "policy", *sizes)
     found = {tuple(row[c] for c in case): row for row in kept if row["commit"] == last[table(row)]}
     return list(found.values())
 
 
+def stand(row: Record) -> tuple[str, str]:
+    """What rows of one table have in common: the GPU, and the SGLang that is the baseline."""
+    return row["gpu"], row["sglang"]
+
+
 def kernel_tables(rows: Sequence[Record]) -> list[Table]:
-    """The tables of one GPU: whole chunks, cached prefixes, hostile inputs, decode; as far as there are rows."""
+    """Of one GPU and SGLang: whole chunks, cached prefixes, hostile inputs, decode; as far as there are rows."""
     prefill = [row for row in rows if row["phase"] == "prefill"]
     plain = [row for row in prefill if not row["inputs"].startswith("hostile")]
     cached = [row for row in plain if int(row["rows"]) in CACHED_ROWS]
@@ -261,7 +267,10 @@ def _selection(row: Record) -> str:
 
 
 def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
-    """Stock's time over ours by length, a figure a GPU and phase: 8192 rows in prefill, the largest batch in decode."""
+    """Stock's time over ours by length, a figure a GPU and phase: 8192 rows in prefill, the largest batch in decode.
+
+    Of several versions of SGLang the one that was measured at the most lengths, and of equals the newest, is drawn.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -269,7 +278,10 @@ def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
 
     written = []
     for gpu, phase in sorted({(row["gpu"], row["phase"]) for row in rows}):
-        own = [r for r in rows if (r["gpu"], r["phase"], r["index_heads"], r["inputs"]) == (gpu, phase, "64", "random")]
+        kind = (gpu, phase, "64", "random")
+        every = [row for row in rows if (row["gpu"], row["phase"], row["index_heads"], row["inputs"]) == kind]
+        drawn = max(every, key=lambda row: (len(_lengths(every, row["sglang"])), _version(row["sglang"])), default=None)
+        own = [row for row in every if drawn is not None and row["sglang"] == drawn["sglang"]]
         most = WIDE if phase == "prefill" else max((int(r["rows"]) for r in own), default=0)
         lines: dict[str, dict[int, float]] = {}
         for row in own:
@@ -283,7 +295,8 @@ def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
         ticks = sorted({length for points in lines.values() for length in points})
         axes.set_xticks(ticks, [f"{t // K}K" for t in ticks])
         rows_are = "rows" if phase == "prefill" else "requests"
-        title = f"Indexer of a layer, {phase} of {most} {rows_are}, {gpu.removeprefix('NVIDIA ')}"
+        version = f", SGLang {own[0]['sglang']}" if own else ""
+        title = f"Indexer of a layer, {phase} of {most} {rows_are}, {gpu.removeprefix('NVIDIA ')}{version}"
         axes.set(xlabel="context length (tokens)", ylabel="stock's time / ours", title=title)
         axes.legend(fontsize="small")
         target = folder / f"kernels-{phase}-{gpu.replace(' ', '-')}.png"
@@ -291,6 +304,14 @@ def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
         pyplot.close(figure)
         written.append(target)
     return written
+
+
+def _lengths(rows: Sequence[Record], sglang: str) -> set[str]:
+    return {row["length"] for row in rows if row["sglang"] == sglang}
+
+
+def _version(sglang: str) -> list[int]:
+    return [int(part) for part in sglang.split(".") if part.isdigit()]
 
 
 def between(page: str, name: str, text: str) -> str:
@@ -301,7 +322,7 @@ def between(page: str, name: str, text: str) -> str:
 
 
 def summary(rows: Sequence[Record]) -> str:
-    """The README's one table: prefill and decode of each preset at 128K, random inputs, H = 64, by GPU."""
+    """The README's tables: prefill and decode of each preset at 128K, random inputs, H = 64, by GPU and SGLang."""
     chosen = [
         row
         for row in rows
@@ -309,14 +330,15 @@ def summary(rows: Sequence[Record]) -> str:
         if (row["phase"] == "prefill" and int(row["rows"]) == WIDE) or row["phase"] == "decode"
     ]
     tables = []
-    for gpu in sorted({row["gpu"] for row in chosen}):
+    for gpu, sglang in sorted({*map(stand, chosen)}, key=lambda key: (key[0], _version(key[1])), reverse=True):
         own = sorted(
-            (row for row in chosen if row["gpu"] == gpu),
+            (row for row in chosen if stand(row) == (gpu, sglang)),
             key=lambda r: (r["phase"] == "decode", int(r["rows"]), r["preset"]),
         )
         cells = [[row["phase"], row["rows"], row["preset"], *_times([row])] for row in own]
         columns = ["phase", "rows", "preset", "stock", "ours", "×"]
-        tables.append(str(Table(f"{gpu.removeprefix('NVIDIA ')}, 128K tokens", columns, cells, environment(own))))
+        title = f"{gpu.removeprefix('NVIDIA ')}, SGLang {sglang}, 128K tokens"
+        tables.append(str(Table(title, columns, cells, environment(own))))
     return "\n\n".join(tables)
 
 
@@ -334,13 +356,14 @@ def main(words: Sequence[str] | None = None) -> int:
         )
     sections = [HEAD]
     for gpu in sorted({row["gpu"] for row in rows}):
-        own = [row for row in rows if row["gpu"] == gpu]
+        found = {row["phase"] for row in rows if row["gpu"] == gpu}
+        phases = [phase for phase in PHASES if phase in found]
         sections += [f"## {gpu.removeprefix('NVIDIA ')}"]
-        for phase in ("prefill", "decode"):
-            part = [row for row in own if row["phase"] == phase]
-            if part:
-                sections += [environment(part), f"![{phase}](kernels-{phase}-{gpu.replace(' ', '-')}.png)"]
-                sections += map(str, kernel_tables(part))
+        sections += [f"![{phase}](kernels-{phase}-{gpu.replace(' ', '-')}.png)" for phase in phases]
+        for sglang in sorted({row["sglang"] for row in rows if row["gpu"] == gpu}, key=_version, reverse=True):
+            for phase in phases:
+                part = [row for row in rows if (*stand(row), row["phase"]) == (gpu, sglang, phase)]
+                sections += [environment(part), *map(str, kernel_tables(part))] if part else []
     served = [str(table) for table in end_to_end(read(options.results / "one_rank.csv"))]
     (options.results / "README.md").write_text("\n\n".join([*sections, *served]) + "\n")
     plot(rows, options.results)

@@ -138,7 +138,8 @@ def _arm(runner: Any) -> None:
 def _row_len(runner: Any) -> int:
     """Tokens of a row of SGLang's table of requests: more than the context, as drafts may be written past it."""
     extra = get_req_to_token_extra_context_len  # takes the server's arguments until 0.5.22
-    return runner.model_config.context_len + extra(*[runner.server_args][: len(inspect.signature(extra).parameters)])
+    arguments = [runner.server_args][: len(inspect.signature(extra).parameters)]
+    return int(runner.model_config.context_len) + int(extra(*arguments))
 
 
 def _peers() -> Any:

@@ -68,7 +68,7 @@ def test_tables_stand_between_their_markers_and_nowhere_else(folder: Path) -> No
     readme.write_text("before\n<!-- measured -->\nstale\n<!-- /measured -->\nafter\n")
     written(folder)
     page = readme.read_text()
-    assert page.startswith("before\n<!-- measured -->\n\n### H200, 128K tokens")
+    assert page.startswith("before\n<!-- measured -->\n\n### H200, SGLang 0.5.23, 128K tokens")
     assert page.endswith("\n\n<!-- /measured -->\nafter\n")
     assert "stale" not in page
     written(folder)

@@ -16,6 +16,7 @@
 #include "output.cuh"
 #include "ptx.cuh"
 #include "shape.cuh"
+#include "turns.cuh"
 
 namespace misa {
 namespace {
@@ -266,7 +267,7 @@ __device__ __forceinline__ void load_queries(const Task& task, int first, uint8_
 enum class Taking {
   ANY_TIME,     // and the compiler may have the next product open among what the sink does
   BEFORE_NEXT,  // for stores that wait: an open product would wait with them
-  DURING_NEXT,  // for a few instructions that wait for nothing: the tensor cores work meanwhile
+  DURING_NEXT,  // for a few instructions that wait for nothing: the tensor cores work meanwhile. Warpgroups then multiply in turn
 };
 
 // A sink says what becomes of scores, and as TAKING when. Its Lane, made once a thread, is called as begin(seat) before an item's
@@ -283,6 +284,8 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
   const uint64_t a_tile = sm90::tile_descriptor(places.keys(0));
 
   typename Sink::Lane lane_sink(sink, shared.sink, task);
+  constexpr bool LATE = Sink::TAKING == Taking::DURING_NEXT;
+  const Turns<LATE, GROUPS> turns(group);
 
   for (Items items(task); items.more();) {
     Item item = items.next();
@@ -316,22 +319,29 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
         const float scales[2] = {scale[seat.key(0)], scale[seat.key(1)]};
         const uint64_t a = a_tile + (ring.stage * TILE + product * KEYS) * DIM / 16;
         float d[PRODUCT_COLUMNS / 2];
+        turns.wait();
         sm90::mma_fence();
         sm90::mma(d, a, b);
 #pragma unroll
         for (int k = 1; k < DIM / 32; ++k) sm90::mma_add(d, a + k * 2, b + k * 2);
         sm90::mma_commit();
-        if (Sink::TAKING == Taking::DURING_NEXT && key0 >= 0) lane_sink.take(score, key0, s.window[group]);
+        if (LATE && key0 >= 0) lane_sink.take(score, key0, s.window[group]);
         sm90::mma_wait<0>();
+        turns.pass();
+        // Here and below: never so, but the compiler does not know, and moves nothing of one product into another, nor the turn behind
+        // the sums.
+        if constexpr (LATE) {
+          key0 = item.tile * TILE + product * KEYS;
+          if (key0 < 0) continue;
+        }
         sm90::pin(d);
         if (product == TILE / KEYS - 1) {
           __syncwarp();
           if (lane == 0) sm90::barrier_arrive(places.empty(ring.stage));
           ring.advance();
         }
-        key0 = item.tile * TILE + product * KEYS;
-        // Never so, but the compiler does not know, and moves nothing of one product into another.
-        if (Sink::TAKING != Taking::ANY_TIME && key0 < 0) continue;
+        if constexpr (!LATE) key0 = item.tile * TILE + product * KEYS;
+        if (Sink::TAKING == Taking::BEFORE_NEXT && key0 < 0) continue;
 #pragma unroll
         for (int q = 0; q < LANE_QUERIES; ++q) score[q][0] = score[q][1] = 0.f;
 #pragma unroll
@@ -350,13 +360,14 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
 #pragma unroll
           for (int half = 0; half < 2; ++half) score[q][half] *= scales[half];
         if (key0 < extent.all_lo || key0 + KEYS > extent.all_hi) lane_sink.refuse(score, key0, s.window[group]);
-        if (Sink::TAKING != Taking::DURING_NEXT) lane_sink.take(score, key0, s.window[group]);
+        if (!LATE) lane_sink.take(score, key0, s.window[group]);
       }
-      if constexpr (Sink::TAKING != Taking::DURING_NEXT) lane_sink.settle(item.left);
+      if constexpr (!LATE) lane_sink.settle(item.left);
     }
-    if (Sink::TAKING == Taking::DURING_NEXT && key0 >= 0) lane_sink.take(score, key0, s.window[group]);
+    if (LATE && key0 >= 0) lane_sink.take(score, key0, s.window[group]);
     lane_sink.finish();
   }
+  turns.end();
 }
 
 // Every score into memory, at the key's own column or from the row's start on; nothing outside the windows.

@@ -19,7 +19,6 @@
 #define __host__
 #define __global__ inline
 #define __forceinline__ inline
-#define __noinline__
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -65,6 +64,10 @@ struct Meeting {
     const long round = rounds;
     if (++arrived == threads) arrived = 0, ++rounds, moved = true;
     while (rounds == round) yield();
+  }
+  void arrive(int threads) {
+    if (++arrived == threads) arrived = 0, ++rounds;
+    moved = true;
   }
 };
 inline std::map<int, Meeting> barriers;  // by number, of each block of a cluster; those of warps are negative

@@ -41,6 +41,7 @@ inline void copy_run(uint32_t to, const void* global, uint32_t bytes, uint32_t b
 inline int thread() { return threadIdx.x; }
 template <int THREADS>
 void barrier_of() { simt::barrier(0).wait(THREADS); }
+inline void named_arrive(int id, int threads) { simt::barrier(id).arrive(threads); }
 inline void named_barrier(int id, int threads) { simt::barrier(id).wait(threads); }
 
 inline void barrier_arrive(uint32_t barrier) {
