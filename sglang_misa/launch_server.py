@@ -101,12 +101,8 @@ def _demo(
 ) -> int:
     if theirs.model_path is not None:
         raise ConfigError(["--model-path: expected none, as --demo brings its model; drop one of the two"])
-    try:
-        from sglang_misa import demo
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            [f"--demo: expected the extras sglang and bench, got no {error.name}; install sglang-misa[sglang,bench]"]
-        ) from None
+    from sglang_misa import demo
+
     files = {"--api-key": ours.api_key_file, "--admin-api-key": ours.admin_api_key_file}
     words = [*rest, *(f"{flag}-file={files[flag]}" for flag in keys), *["--no-api-key"] * ours.no_api_key]
     key = keys.get("--api-key", theirs.api_key)
