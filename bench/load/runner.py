@@ -16,6 +16,7 @@ from sglang_misa.bench.load.settings import Lengths, LoadError
 from sglang_misa.bench.load.watch import GpuWatch, ServerWatch
 from sglang_misa.bench.load.workers import Crew, WorkerError
 
+NO_METRICS = "the server has no /metrics (SGLang: --enable-metrics): nothing is told of its queue, prefill and cache"
 ENOUGH_WAVES = 2  # requests for each client from which on the clients start apart
 
 
@@ -51,7 +52,8 @@ class Runner:
         ledger = Ledger("measure", prepared.total, notice, steady=timing.steady)
         crew = Crew(plan.bounds.workers, route, ledger, timing)
         gauges = Control(control.url, plan.access, self._keys).gauges  # a session of its own, for another thread
-        with GpuWatch(local=control.local) as gpu, ServerWatch(gauges, plan.bounds.sample_s) as server:
+        period = plan.bounds.sample_s if control.has_metrics else 0.0
+        with GpuWatch(local=control.local) as gpu, ServerWatch(gauges, period) as server:
             try:
                 crew.drive(prepared.batches, prepared.spare)
             except WorkerError as error:
@@ -62,7 +64,8 @@ class Runner:
         if control.healthy():
             control.wait_idle()
         series = {**server.series(ledger.start), **gpu.series(ledger.start)}
-        measured = Measured(block, ledger, before, Snapshot.of(control), gpu.figures(), series, prepared.notes)
+        notes = prepared.notes if control.has_metrics else [*prepared.notes, NO_METRICS]
+        measured = Measured(block, ledger, before, Snapshot.of(control), gpu.figures(), series, notes)
         if measured.went_away or not control.healthy():
             raise ServerGoneError
         return Assembler(self._arm, self._cell, plan.bounds, plan.slo, control.page_size, self._keys).unit(measured)
