@@ -46,7 +46,7 @@ def problem(expect: str, info: Mapping[str, Any]) -> str | None:
         )
     wrong = [_policies(r) for r in on if not _phases(expect, _policies(r))]
     told = " and ".join(f"{name} in {phase}" for phase, name in wrong[0].items()) if wrong else ""
-    return f"expected {expect}, got the policies {told}" if wrong else None
+    return f"expected {expect}, got {f'the policies {told}' if told else 'no policies'}" if wrong else None
 
 
 def calls(info: Mapping[str, Any]) -> dict[str, int]:

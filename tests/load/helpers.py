@@ -53,6 +53,10 @@ class MockProcess:
         """Request number → perf_counter times: arrival, each frame with tokens, [DONE]. Forgets them."""
         return requests.get(self.url + "/_sent", timeout=5).json()  # type: ignore[no-any-return]
 
+    def asked(self) -> dict[str, int]:
+        """Path → requests since the last time."""
+        return requests.get(self.url + "/_asked", timeout=5).json()  # type: ignore[no-any-return]
+
     def stop(self) -> None:
         self._process.stop()
         self._process.log.unlink()
