@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sglang_misa import config as misa
+from sglang_misa.asking import ask
 from sglang_misa.bench.load.environment import Environment
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import LoadError, Serving
@@ -41,6 +41,7 @@ TOPK, PRESETS_TOPK = 256, 2048  # the model's, and that of the models which pres
 PRESET = "faithful"
 AUDIT = Audit(rows=4, every=1)
 START_LIMIT, GONE_LIMIT = 600.0, 10.0  # seconds for a server to start, and to come back
+ANSWER_S = 60.0  # seconds for an answer
 NAME = "misa-demo"  # and the demo's process: under it the server is known to be ours
 QUESTIONS = {"lengths": ("1k",), "depths": 5, "repeats": 1, "template": "pairs", "new_tokens": 4}
 FLAGS = f"--device cpu --model-path {MODEL} --sleep-on-idle --skip-server-warmup"
@@ -186,9 +187,7 @@ class Client:
 
     def call(self, path: str) -> Any:
         """The parsed answer to a GET, None for an empty one. Raises OSError."""
-        headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
-        with urllib.request.urlopen(urllib.request.Request(f"{self.url}{path}", headers=headers), timeout=60) as answer:
-            return json.loads(answer.read() or "null")
+        return json.loads(ask(f"{self.url}{path}", self.key, ANSWER_S) or "null")
 
     def healthy(self) -> bool:
         """Whether it answers."""

@@ -9,7 +9,7 @@ from sglang_misa.bench.load import selection
 from sglang_misa.bench.load.cli import main
 from sglang_misa.bench.load.control import Control
 from sglang_misa.bench.load.safety import Keys
-from sglang_misa.bench.load.settings import Access
+from sglang_misa.bench.load.settings import Access, LoadError
 from sglang_misa.bench.load.shell import OK, USAGE
 
 FEW = [*PATIENT, "--input-len", "64", "--output-len", "2", "--requests", "2", "--warmup", "1"]
@@ -69,3 +69,11 @@ def test_a_server_without_metrics_is_asked_once(mock, tmp_path):
     assert server.asked()["/metrics"] == 1
     assert all("no /metrics" in " ".join(unit["notes"]) for unit in units(tmp_path))
     assert len([note for note in results(tmp_path)["arms"][0]["notes"] if "no /metrics" in note]) == 1
+
+
+@pytest.mark.parametrize("text", ["", "two words", "line\nbreak", "clé", "nul\x00l"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_told(tmp_path, text):
+    (tmp_path / "key").write_text(text)
+    with pytest.raises(LoadError, match="expected one word of printable ASCII") as caught:
+        Keys.read(Access(api_key_file=str(tmp_path / "key")))
+    assert not text or text not in str(caught.value)
