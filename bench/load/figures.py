@@ -75,7 +75,11 @@ def summarize(
         figures |= {"needles": len(asked), "needle_wrong": sum(not r.needle_right for r in asked) / len(asked)}
     figures |= _cache(good)
     figures["inexact_itl"] = sum(not r.exact for r in good) / len(good) if good else 0.0
-    figures["short_outputs"] = sum(r.output_tokens is not None and r.output_tokens < r.output_wanted for r in good)
+    told = [(r.output_tokens, r.output_wanted) for r in good if r.output_tokens is not None]
+    figures["short_outputs"] = sum(came < wanted for came, wanted in told)
+    figures["long_outputs"] = sum(came > wanted for came, wanted in told)
+    if told:
+        figures["output_tokens_mean"] = float(np.mean([came for came, _ in told]))
     return figures
 
 
@@ -93,6 +97,7 @@ def _cache(good: Sequence[Record]) -> dict[str, float]:
     figures: dict[str, float] = {}
     known = [r for r in good if r.prompt_tokens is not None]
     if known:
+        figures["prompt_tokens_mean"] = float(np.mean([r.prompt_tokens for r in known]))
         figures["prompt_error_max"] = max(abs((r.prompt_tokens or 0) - r.prompt_wanted) for r in known)
     cached = [r for r in known if r.cached_tokens is not None]
     if cached:

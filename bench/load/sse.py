@@ -54,8 +54,8 @@ class SseParser:
             self._after_cr = False
         while (end := LINE_END.search(self._buffer, self._scanned)) is not None:
             line = bytes(self._buffer[: end.start()])
-            del self._buffer[: end.end()]
-            self._after_cr = end.group() == b"\r" and not self._buffer
+            self._after_cr = end.group() == b"\r" and end.end() == len(self._buffer)
+            del self._buffer[: end.end()]  # after this, the match no longer reads what it found
             self._scanned = 0
             if not line:
                 events += self._take()
