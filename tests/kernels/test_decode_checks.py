@@ -11,9 +11,9 @@ import torch
 from sketched_rows import sketched
 from torch import Tensor
 
-from sglang_misa.kernels.decode.keep_blocks import KeptPages
-from sglang_misa.kernels.decode.operands import Chosen, PageSketch, SketchPolicy
-from sglang_misa.kernels.decode.route_pages import Columns
+from sglang_misa.kernels.decode.keep_blocks import KeptPages, keep_blocks
+from sglang_misa.kernels.decode.operands import Chosen, PagedRows, PageSketch, SketchPolicy
+from sglang_misa.kernels.decode.route_pages import Columns, route_pages
 from sglang_misa.kernels.decode.scan_sketches import list_candidates, scan_sketches
 from sglang_misa.kernels.decode.topk_kept import topk_kept, topk_listed
 from sglang_misa.kernels.layout import PAGE
@@ -29,6 +29,19 @@ def scan(**given: Tensor) -> None:
     rows = replace(BATCH.operands, page_table=given["page_table"], seq_lens=given["seq_lens"])
     stats = PageSketch(given["stats.means"], given["stats.sketches"])
     scan_sketches(columns, rows, stats, POLICY, scores=given["scores"])
+
+
+def rows_of(given: dict[str, Tensor]) -> tuple[PagedRows, Tensor]:
+    names = ("index_q", "head_gates", "index_k_pages", "page_table", "seq_lens")
+    return PagedRows(*(given[name] for name in names)), given["page_means"]
+
+
+def keep(**given: Tensor) -> None:
+    keep_blocks(*rows_of(given), out=KeptPages.allocate(ROWS, WIDTH, 4, PAGE, CPU))
+
+
+def route(**given: Tensor) -> None:
+    route_pages(*rows_of(given), POLICY, out=Columns.allocate(ROWS, WIDTH, 32, 8, CPU))
 
 
 def kept_topk(**given: Tensor) -> None:
@@ -47,7 +60,16 @@ def made() -> dict[Callable[..., None], dict[str, Tensor]]:
     table = {"page_table": BATCH.page_table, "seq_lens": BATCH.seq_lens}
     out = {"out.slots": torch.empty(ROWS, K, **ints), "out.positions": torch.empty(ROWS, K, **ints)}
     positions = torch.arange(C, **ints).repeat(ROWS, 1)
+    whole = {
+        "index_q": BATCH.index_q,
+        "head_gates": BATCH.head_gates,
+        "index_k_pages": BATCH.index_k_pages,
+        "page_means": BATCH.page_means,
+        **table,
+    }
     return {
+        keep: whole,
+        route: whole,
         scan: {
             "columns.queries": torch.ones(ROWS, 8, 128, dtype=torch.int8),
             "columns.gates": torch.ones(ROWS, 8),
@@ -97,10 +119,12 @@ def test_what_fits_is_taken(call):
 def test_a_spoiled_tensor_is_refused_by_name(call, name, how):
     """The first tensor of a call says how many rows and which device; when it is the odd one, the next one is named."""
     given = made()[call]
-    leads = {"rows": {"logits", "positions"}, "device": {"columns.queries", "logits", "positions"}}
-    wanted = ".*" if name in leads.get(how, ()) else name
-    pool = {"stats.means": "stats.sketches"} if how == "rows" else {}  # pages of the pool, likewise
-    with pytest.raises(ValueError, match=f"^{pool.get(name, wanted)}: expected .*, got .* on "):
+    leads = {
+        "rows": {"index_q", "index_k_pages", "stats.means", "logits", "positions"},
+        "device": {"index_q", "columns.queries", "logits", "positions"},
+    }
+    named = ".*" if name in leads.get(how, ()) else name
+    with pytest.raises(ValueError, match=f"^{named}: expected .*, got .* on "):
         call(**given | {name: SPOILED[how](given[name])})
 
 
