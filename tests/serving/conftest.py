@@ -154,7 +154,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     key = folder / "key"
     key.write_text(f"{API_KEY}\n")
     caches = {name: str(folder / "caches" / name) for name in CACHES}
-    words = f"--api-key-file {key} --enable-return-indexer-topk"
+    words = f"--api-key-file {key} --enable-return-indexer-topk --enable-metrics"
     with started(words, model, folder / "log", **caches) as running:
         running.caches, running.built = folder / "caches", set((folder / "caches").rglob("*"))
         yield running
