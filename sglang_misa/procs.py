@@ -86,11 +86,12 @@ class ServerProcess:
             self._pump.start()
 
     def _copy(self, erase: Callable[[str], str]) -> None:
+        """Until the server ends, also where the disk is full: a server that nobody reads would wait for ever."""
         assert self._process.stdout is not None
-        with self.log.open("a", encoding="utf-8") as file:
+        with self.log.open("ab", buffering=0) as file:
             for raw in self._process.stdout:
-                file.write(erase(raw.decode("utf-8", "replace").rstrip("\n")) + "\n")
-                file.flush()
+                with contextlib.suppress(OSError):
+                    file.write(f"{erase(raw.decode('utf-8', 'replace').rstrip())}\n".encode())
 
     @property
     def group(self) -> int:
