@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,6 +19,7 @@ from sglang_misa.bench.load.engine import execute
 from sglang_misa.bench.load.environment import Environment
 from sglang_misa.bench.load.gates import Gate
 from sglang_misa.bench.load.plan import Arm, Cell, Plan, Search, Slo
+from sglang_misa.bench.load.prepare import check_size
 from sglang_misa.bench.load.progress import Live
 from sglang_misa.bench.load.prompts import check_text
 from sglang_misa.bench.load.records import Unit, check_compared, title
@@ -268,8 +270,14 @@ def check(plan: Plan) -> None:
             trace.read(cell.workload)
         if cell.workload.dataset is not None:
             dataset.read(cell.workload)
-    if plan.access.ca_file and not Path(plan.access.ca_file).is_file():
-        raise LoadError(f"ca_file: expected a PEM file, got {plan.access.ca_file}; name another")
+        check_size(cell)
+    if plan.access.ca_file:
+        try:
+            ssl.create_default_context(cafile=plan.access.ca_file)
+        except OSError as error:  # SSLError is one
+            raise LoadError(
+                f"ca_file: expected a PEM file, got {plan.access.ca_file} ({error}); name another"
+            ) from None
 
 
 def _measure(command: Run | Sweep | Ab | Max | Resume, arguments: list[str] | None, console: Console) -> int:

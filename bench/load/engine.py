@@ -6,10 +6,11 @@ from contextlib import ExitStack
 from functools import partial
 
 from sglang_misa.bench.load.plan import Arm, Cell, Plan
+from sglang_misa.bench.load.prepare import ServerGoneError
 from sglang_misa.bench.load.progress import Live
 from sglang_misa.bench.load.prompts import Source, source_of
 from sglang_misa.bench.load.records import Unit
-from sglang_misa.bench.load.runner import Runner, ServerGoneError
+from sglang_misa.bench.load.runner import Runner
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.servers import ArmServer
 from sglang_misa.bench.load.settings import Lengths, LoadError

@@ -8,7 +8,7 @@ from sglang_misa.bench.load.control import Control
 from sglang_misa.bench.load.dialogue import Encoder
 from sglang_misa.bench.load.drive import Ledger, Notice, Route, Timing
 from sglang_misa.bench.load.plan import Arm, Cell, Plan
-from sglang_misa.bench.load.prepare import Preparation, Prepared
+from sglang_misa.bench.load.prepare import Preparation, Prepared, ServerGoneError
 from sglang_misa.bench.load.prompts import Source
 from sglang_misa.bench.load.records import Unit
 from sglang_misa.bench.load.safety import Keys
@@ -18,10 +18,6 @@ from sglang_misa.bench.load.workers import Crew, WorkerError
 
 NO_METRICS = "the server has no /metrics (SGLang: --enable-metrics): nothing is told of its queue, prefill and cache"
 ENOUGH_WAVES = 2  # requests for each client from which on the clients start apart
-
-
-class ServerGoneError(Exception):
-    """The server was not there, or another process, at some time of a block: its figures mean nothing."""
 
 
 class Runner:
@@ -36,6 +32,8 @@ class Runner:
         """One block, after a warm-up the first time. Raises LoadError, and ServerGoneError."""
         before = Snapshot.of(self._control)
         if self._arm.expect and (problem := selection.problem(self._arm.expect, before.info)):
+            if not self._control.healthy():
+                raise ServerGoneError
             raise LoadError(f"arm {self._arm.name}: {problem}")
         plan, control = self._plan, self._control
         headers = self._keys.headers()

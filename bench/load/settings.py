@@ -79,6 +79,11 @@ class Lengths(Settings):
         """The longest length that `draw` can give."""
         return self.values[0] + 3 * self.values[1] if self.kind == "normal" else max(self.values)
 
+    @property
+    def shortest(self) -> int:
+        """The shortest length that `draw` can give."""
+        return max(1, self.values[0] - 3 * self.values[1] if self.kind == "normal" else min(self.values))
+
 
 def _tokens(word: str, text: str) -> int:
     match = re.fullmatch(r"(\d+)([kKmM]?)", word.strip())

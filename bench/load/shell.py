@@ -31,7 +31,7 @@ def run(
         return act(tyro.cli(command, args=arguments, prog=f"python -m {module}"), console)
     except (LoadError, ValidationError) as error:
         told = problem_of(error) if isinstance(error, ValidationError) else error
-        Console(stderr=True).print(f"error: {told}", style="red", markup=False, highlight=False)
+        Console(stderr=True).print(f"error: {told}", style="red", markup=False, highlight=False, soft_wrap=True)
         return USAGE
     except KeyboardInterrupt:
         console.print(f"interrupted: {interrupted}")

@@ -344,6 +344,10 @@ def _unlike(plan: Plan, names: Sequence[str], arms: Sequence[ArmCell]) -> str | 
             if min(left, right) < (1 - WORK_ALIKE) * max(left, right):
                 what = "read prompts" if figure_name.startswith("prompt") else "gave answers"
                 return f"at {first.label} {names[0]} {what} of {left:.1f} tokens in the mean, {names[1]} of {right:.1f}"
+        left, right = (_lucky(a) for a in (first, second))
+        if max(left, right) > WORK_ALIKE and abs(left - right) > WORK_ALIKE:
+            more, who = max((left, names[0]), (right, names[1]))
+            return f"at {first.label} {who} found {more:.1%} more of its prompt tokens in the cache than was planned"
         left, right = (a.figures.get("error_rate", 0.0) for a in (first, second))
         if abs(left - right) > ERRORS_ALIKE:
             return f"at {first.label} {names[0]} failed {left:.1%} of its requests, {names[1]} {right:.1%}"
@@ -351,6 +355,11 @@ def _unlike(plan: Plan, names: Sequence[str], arms: Sequence[ArmCell]) -> str | 
         if right > left:
             return f"at {first.label} {names[1]} answered wrongly {right:.1%} of its requests, {names[0]} {left:.1%}"
     return None
+
+
+def _lucky(arm: ArmCell) -> float:
+    """Share of the prompt tokens that a cache held though it was to be empty of them."""
+    return arm.figures.get("cached_share", 0.0) - arm.figures.get("cached_wanted_share", 0.0)
 
 
 def _tails(plan: Plan, found: Sequence[tuple[CellRatios, Ratio]]) -> tuple[str, bool]:

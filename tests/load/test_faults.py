@@ -13,7 +13,14 @@ from load.helpers import PATIENT, SMALL, MockProcess, ask, figures, results, uni
 
 from sglang_misa.bench.load import drive, replies, selection, servers
 from sglang_misa.bench.load.cli import main
+from sglang_misa.bench.load.control import Control
+from sglang_misa.bench.load.dialogue import Encoder
+from sglang_misa.bench.load.plan import Cell
+from sglang_misa.bench.load.prepare import Preparation, ServerGoneError
+from sglang_misa.bench.load.prompts import source_of
 from sglang_misa.bench.load.records import Record
+from sglang_misa.bench.load.safety import Keys
+from sglang_misa.bench.load.settings import Access, Bounds, Load, Protocol, Workload
 from sglang_misa.bench.load.shell import GATE_FAILED, INVALID, OK, USAGE
 from sglang_misa.config import PHASES, PRESETS
 from sglang_misa.procs import free_port
@@ -141,6 +148,8 @@ def test_long_cumulative_answers_cost_linear_work(monkeypatch):
         ["--api-key-env", "NO_SUCH_VARIABLE"],
         ["--slo", "/no/such/file"],
         ["--ca-file", "/no/such/file"],
+        ["--ca-file", __file__],
+        ["--requests", "1000000", "--input-len", "uniform:8k:32k"],
         ["--out", "/proc/nope"],
     ],
 )
@@ -258,6 +267,15 @@ def test_a_server_that_restarts_is_waited_for_and_its_block_measured_again(tmp_p
     (unit,) = units(tmp_path)
     assert unit["errors"] == {}
     assert any("measured again" in note for note in unit["notes"])
+
+
+def test_a_server_that_goes_away_in_the_warm_up_is_waited_for():
+    url = f"http://127.0.0.1:{free_port()}"
+    cell = Cell.of(Workload(text="ids", input_len="64"), Load())
+    encoder = Encoder(Control(url, Access(), Keys()), Protocol(), cell.workload)
+    preparation = Preparation(cell, encoder, drive.Route(url, "generate", Bounds(), {}, None, 1), "never")
+    with pytest.raises(ServerGoneError):
+        preparation.warm_up(source_of(cell.workload, 64, encoder.control.tokenize), 0, lambda *_: None)
 
 
 def test_a_server_that_stays_away_keeps_what_was_measured(tmp_path, capsys, monkeypatch):

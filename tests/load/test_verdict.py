@@ -41,6 +41,18 @@ def test_a_server_that_reads_half_a_prompt_is_not_faster():
     assert judged("ttft_p50", read(whole, 100), read(half, 100)).verdict.startswith("B is 2.00× as fast as A")
 
 
+def test_a_server_that_had_the_prompts_in_its_cache_is_not_faster():
+    """As one that both arms name, where the cache could not be emptied between them."""
+    cold, warm = [record(i, 0.2) for i in range(4)], [record(i, 0.01) for i in range(4)]
+    found = [each.model_copy(update={"prompt_tokens": 100, "cached_tokens": 90}) for each in warm]
+    missed = [each.model_copy(update={"prompt_tokens": 100, "cached_tokens": 0}) for each in cold]
+    verdict = judged("ttft_p50", missed, found).verdict
+    assert verdict == "No verdict: at 1k B found 90.0% more of its prompt tokens in the cache than was planned."
+    planned = [each.model_copy(update={"cached_wanted": 90}) for each in found]
+    wanting = [each.model_copy(update={"cached_wanted": 90}) for each in missed]
+    assert judged("ttft_p50", wanting, planned).verdict.startswith("B is 20.00× as fast as A")
+
+
 def test_answers_beyond_what_was_asked_are_counted():
     asked = record(0, 0.1)
     lying: Unit = unit("A", 0, [asked.model_copy(update={"output_tokens": 900}), record(1, 0.1)], 0.0)
