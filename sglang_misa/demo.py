@@ -6,6 +6,7 @@ are asked by `bench.quality all`. The one with the chosen selection stays up aft
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -60,7 +61,7 @@ def run(
     config: the user's, None for the demo's own; arguments: more flags for the launcher, with which the server asks for
     `key` where there is one; host, port: where it listens; report: a folder for a page, its pictures and JSON.
     """
-    console = Console()
+    console = Console(markup=False)
     config = config or PRESETS[PRESET]
     ConfigError.raise_if([*_stock_problems(config), *_report_problems(report)])
     for signum in (signal.SIGTERM, signal.SIGHUP):
@@ -68,7 +69,7 @@ def run(
     try:
         return _run(console, config, arguments, host, port, key, report)
     except (ServerError, LoadError, OSError) as error:  # OSError: the report, or a request to a server that just died
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red")
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -86,7 +87,7 @@ def _run(
     name = preset_name(config) or config.name("prefill")
     served = config.model_copy(update={"audit": AUDIT, **{phase: scaled(config.policy(phase)) for phase in PHASES}})
     logs = Path(tempfile.mkdtemp(prefix="sglang-misa-demo-"))
-    console.print(f"The servers' logs: {logs}", markup=False, soft_wrap=True)
+    console.print(f"The servers' logs: {logs}", soft_wrap=True)
     ours, stock = Client(_url(host, port), key), Client(_url(HOST, free_port()), key)
     words = [*arguments, "--host", host, "--port", str(port), "--served-model-name", _name()]
     with _server(words, served.to_json(), logs / "server.log") as server:
@@ -104,7 +105,7 @@ def _run(
         problems = list(_problems(served, status))
         _print(console, served, found, status)
         for problem in problems:
-            console.print(problem, style="red", markup=False)
+            console.print(problem, style="red")
         if problems:
             return 1
         if os.environ.get("ONCE") != "1":
@@ -139,7 +140,7 @@ def _measured(
         found = command.measure(collector, plan.arms, environment.commit)
     if report is not None:
         path = page.write(Store(report, keys), plan, environment, "Demo", found, collector.servers)
-        bar.progress.console.print(f"The report: {path}", markup=False, soft_wrap=True)
+        bar.progress.console.print(f"The report: {path}", soft_wrap=True)
     return found
 
 
@@ -192,8 +193,8 @@ class Client:
     def healthy(self) -> bool:
         """Whether it answers."""
         try:
-            self.call("/health")
-        except OSError:
+            ask(f"{self.url}/health", self.key, ANSWER_S)
+        except (OSError, ValueError, http.client.HTTPException):
             return False
         return True
 
@@ -250,12 +251,11 @@ def _print(console: Console, config: MisaConfig, found: Sequence[Section], statu
             table.add_row(*row)
         console.print(table)
     selected = ", ".join(f"{config.policy(phase).label} in {phase}" for phase in PHASES)
-    console.print(f"Selected by {selected}, after {TOPK} tokens; SGLang {status['sglang']}.", markup=False)
+    console.print(f"Selected by {selected}, after {TOPK} tokens; SGLang {status['sglang']}.")
     console.print(
         f"{found[0].verdict}\nThe model has two layers and was trained for minutes. This shows the machinery on keys "
         "that were learned, and says nothing of what DeepSeek-V3.2 would lose: docs/quality.md tells how to ask yours. "
-        "The times are PyTorch's on this CPU, the audit included, and say nothing of the kernels.",
-        markup=False,
+        "The times are PyTorch's on this CPU, the audit included, and say nothing of the kernels."
     )
 
 
@@ -264,7 +264,7 @@ def _serve(console: Console, server: ServerProcess, client: Client) -> None:
     key = "" if client.key is None else " -H 'Authorization: Bearer …'"
     console.print(f"Serving on {client.url} until Ctrl-C. Try:")
     for words in (f"generate -H 'Content-Type: application/json' -d '{body}'", "server_info"):
-        console.print(f"  curl {client.url}/{words}{key}", markup=False, soft_wrap=True)
+        console.print(f"  curl {client.url}/{words}{key}", soft_wrap=True)
     try:
         status = server.wait()
     except KeyboardInterrupt:

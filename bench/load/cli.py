@@ -333,20 +333,18 @@ def _show(outcome: Outcome, console: Console) -> None:
     for arm in outcome.arms:
         for kind, count in arm.errors.items():
             why = f"{arm.arm} at {arm.label}: {count} × {kind}: {arm.reasons.get(kind, '')}"
-            console.print(why, style="red", markup=False, highlight=False)
+            console.print(why, style="red", highlight=False)
     for cell in outcome.ratios:
         shown = [
             f"{title(r.metric)} {r.value:.3f}" + (f" [{r.low:.3f}, {r.high:.3f}]" if r.low is not None else "")
             for r in cell.ratios
             if r.metric.endswith("p50")
         ]
-        console.print(f"{cell.label}: ratio {outcome.names[1]}/{outcome.names[0]}: " + " · ".join(shown), markup=False)
+        console.print(f"{cell.label}: ratio {outcome.names[1]}/{outcome.names[0]}: " + " · ".join(shown))
     for gate in outcome.gates:
         value = "not measured" if gate.value is None else f"{gate.value:.4g}"
-        console.print(
-            f"gate {'FAILED' if gate.failed else 'passed'}: {gate.gate} at {gate.label}: {value}", markup=False
-        )
-    console.print(outcome.verdict, style="bold", markup=False, highlight=False)
+        console.print(f"gate {'FAILED' if gate.failed else 'passed'}: {gate.gate} at {gate.label}: {value}")
+    console.print(outcome.verdict, style="bold", highlight=False)
 
 
 def _compare(command: Compare, console: Console) -> int:
