@@ -259,6 +259,9 @@ def check(plan: Plan) -> None:
     check_compared(plan.primary)
     for gate in plan.fail_if:
         Gate(gate)
+    labels = [cell.label for cell in plan.cells]
+    if len({cell.digest() for cell in plan.cells}) < len(labels):  # its blocks would count twice
+        raise LoadError(f"cells: expected each context and load once, got {', '.join(labels)}; drop one")
     for arm in plan.arms:
         if arm.launched:
             launch_words(arm)

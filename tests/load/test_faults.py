@@ -171,6 +171,8 @@ def test_options_are_judged_before_the_first_request(mocks, tmp_path, capsys, wo
         ["--arrival", "poisson", "--rates", "-1"],
         ["--arrival", "poisson", "--concurrencies", "4"],
         ["--contexts", "1k", "9z"],
+        ["--contexts", "1k", "2k", "1k"],
+        ["--concurrencies", "4", "4"],
         ["--names", "a", "a"],
         ["--b", "python -m server"],
         ["--b", "python -m 'server --port 3"],
