@@ -24,7 +24,8 @@ from pathlib import Path
 
 HOST = "127.0.0.1"
 GRACE_S = 20.0  # between SIGTERM and SIGKILL
-POLL_S = 0.25
+POLL_S = 0.25  # between two looks whether a server is ready
+STOP_POLL_S = 0.02  # and whether its group is gone
 HEALTH_S = 20.0  # what SGLang's /health may take: it generates a token
 TAIL_LINES = 15
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -141,11 +142,11 @@ class ServerProcess:
         deadline = time.monotonic() + grace_s
         _signal_group(self.group, signal.SIGTERM)
         while self._alive() and time.monotonic() < deadline:
-            time.sleep(POLL_S)
+            time.sleep(STOP_POLL_S)
         _signal_group(self.group, signal.SIGKILL)
         self._process.wait()
         while self._alive():
-            time.sleep(POLL_S)
+            time.sleep(STOP_POLL_S)
         if self._pump is not None:
             self._pump.join(grace_s)
 

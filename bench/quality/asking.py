@@ -42,7 +42,7 @@ def ask(control: Control, protocol: Protocol, question: Question, bound_s: float
     try:
         return from_json(content)  # type: ignore[no-any-return]
     except ValueError:
-        raise LoadError(f"{control.url}: expected a JSON answer, got {content[:80]!r}; is this a model server?") from None
+        raise LoadError(f"{control.url}: expected a JSON answer, got {content[:60]!r}; check the address") from None
 
 
 def _body(control: Control, protocol: Protocol, question: Question) -> dict[str, Any]:
