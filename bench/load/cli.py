@@ -17,6 +17,7 @@ from sglang_misa.bench.load import dataset, report, shell, trace
 from sglang_misa.bench.load.capacity import CapacitySearch, conclude
 from sglang_misa.bench.load.engine import execute
 from sglang_misa.bench.load.environment import Environment
+from sglang_misa.bench.load.figures import under
 from sglang_misa.bench.load.gates import Gate
 from sglang_misa.bench.load.plan import Arm, Cell, Plan, Search, Slo
 from sglang_misa.bench.load.prepare import check_size
@@ -269,6 +270,8 @@ def check(plan: Plan) -> None:
             check_target(arm.server, allow_remote=plan.access.allow_remote)
     for cell in plan.cells:
         check_text(cell.workload)
+        if cell.workload.content != cell.workload.content_now():
+            raise LoadError("files: expected the text or data that the run began with, got another; take a new --out")
         if cell.workload.trace is not None:
             trace.read(cell.workload)
         if cell.workload.dataset is not None:
@@ -370,7 +373,8 @@ def _compare(command: Compare, console: Console) -> int:
             "compare: expected cells with equal workload, load and seed in both folders, got none in common"
         )
     cells = tuple(c for c in plans[0].cells if any(c.digest() == digest for digest, _ in common))
-    units = sorted((side[key] for _, side in sides for key in common), key=lambda u: (u.block, u.started))
+    judged = (under(side[key], plans[0].slo) for _, side in sides for key in common)
+    units = sorted(judged, key=lambda u: (u.block, u.started))
     arms = tuple(Arm(name=name, server=str(folder)) for (name, _), folder in zip(sides, folders, strict=True))
     plan = plans[0].model_copy(
         update={

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import partial
 
+from sglang_misa.bench.load.figures import under
 from sglang_misa.bench.load.plan import Arm, Cell, Plan
 from sglang_misa.bench.load.prepare import ServerGoneError
 from sglang_misa.bench.load.progress import Live
@@ -77,6 +78,7 @@ class _Execution:
                     self._sessions[other] = stack.enter_context(session)
             unit = self._sessions[arm].measure(cell, block)
             self._store.save(unit, arm, cell, self._plan.protocol)
+        unit = under(unit, self._plan.slo)
         self._live.finished(_line(unit))
         self._units.append(unit)
 

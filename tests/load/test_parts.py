@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from load.helpers import record, unit
 
-from sglang_misa.bench.load.figures import error_classes, summarize
+from sglang_misa.bench.load.cli import check
+from sglang_misa.bench.load.figures import error_classes, summarize, under
 from sglang_misa.bench.load.gates import Gate, gates_of
 from sglang_misa.bench.load.plan import Arm, Cell, Plan, Slo
 from sglang_misa.bench.load.prompts import RandomIds, TextIds, prose
@@ -165,6 +166,28 @@ def test_errors_stay_out_of_latencies_and_in_denominators():
     assert figures["goodput"] == 0.5
     assert figures["slo_share"] == 0.25
     assert error_classes(records) == {"stall": 1, "http_429": 1}
+
+
+def test_a_stored_block_is_judged_by_the_limits_of_today():
+    records = [record(0, 0.1), record(1, 0.3), record(2, 0.5, error="stall"), record(3, 0.2)]
+    stored = unit("a", 0, records, 0.0)
+    assert "goodput" not in stored.figures
+    for limits, kept in ((Slo(ttft=0.25), 2), (Slo(ttft=0.15), 1)):
+        stored = under(stored, limits)
+        assert (stored.figures["slo_kept"], stored.figures["goodput"]) == (kept, pytest.approx(kept / 10.0))
+        assert pool([stored], Plan(arms=(), cells=(), slo=limits)).figures["slo_share"] == kept / 4
+    assert "slo_share" not in under(stored, None).figures
+
+
+def test_another_text_is_another_cell(tmp_path):
+    text = tmp_path / "text"
+    text.write_text("one")
+    first = Cell.of(Workload(text=str(text)), Load())
+    assert Cell.of(Workload(text=str(text)), Load()).digest() == first.digest()
+    text.write_text("another")
+    assert Cell.of(Workload(text=str(text)), Load()).digest() != first.digest()
+    with pytest.raises(LoadError, match="that the run began with"):
+        check(Plan(arms=(), cells=(first,)))
 
 
 def test_pairs_need_both_answers():
