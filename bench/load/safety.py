@@ -15,7 +15,7 @@ from sglang_misa.bench.load.settings import Access, LoadError
 from sglang_misa.key_mask import is_key
 
 HIDDEN = "***"
-NAME = r"[A-Za-z_][\w.-]*"
+NAME = r"[A-Za-z_][\w.-]{0,79}+"  # bounded and never given back, or a long word of a log would cost its square
 VALUE = r"\"[^\"]*\"|'[^']*'|[^\s\"',)}\]]+"
 # In free text: NAME=value, 'name': 'value', --name value, Authorization: Bearer value, user:password@host.
 NAMED = (

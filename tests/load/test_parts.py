@@ -354,6 +354,12 @@ def test_keys_are_erased():
     )
 
 
+def test_long_words_are_searched_for_keys_in_no_time():
+    """A log may hold a picture in base64; at the square of its length the server would wait for its reader."""
+    word = "aB1" * 200_000
+    assert Keys("secret").erase(f"{word} --api-key {word[:500]}") == f"{word} --api-key {HIDDEN}"
+
+
 @pytest.mark.parametrize("key", ["123", "0", "server", "token", "sglang", "c"])
 def test_short_keys_do_not_eat_artefacts(tmp_path, key):
     """A key that is also a word or a digit of the data: what was saved is found, figure for figure."""
