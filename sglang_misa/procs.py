@@ -27,7 +27,7 @@ GRACE_S = 20.0  # between SIGTERM and SIGKILL
 POLL_S = 0.25  # between two looks whether a server is ready
 STOP_POLL_S = 0.02  # and whether its group is gone
 HEALTH_S = 20.0  # what SGLang's /health may take: it generates a token
-TAIL_LINES = 15
+TAIL_LINES, TAIL_BYTES = 15, 64 * 1024  # of a log's end
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -107,7 +107,7 @@ class ServerProcess:
     def tail(self, lines: int = TAIL_LINES) -> list[str]:
         """Last lines that this server wrote to its log."""
         with self.log.open("rb") as file:
-            file.seek(self._start)
+            file.seek(max(self._start, file.seek(0, os.SEEK_END) - TAIL_BYTES))  # a long one is asked for often
             return file.read().decode("utf-8", "replace").splitlines()[-lines:]
 
     def wait_ready(
