@@ -143,8 +143,8 @@ def _verdict(
         share = f"with {plan.search.target:.0%} of the requests inside the limits"
         return f"{names[0]} carries a {what} of {', '.join(told)} {share}.", "neutral"
     if not ratios:
-        told = "lower --start, raise --highest, or change the limits"
-        return f"No verdict: in no context did both arms carry a {what} and fail a higher one; {told}.", "bad"
+        way_out = "lower --start, raise --highest, or change the limits"
+        return f"No verdict: in no context did both arms carry a {what} and fail a higher one; {way_out}.", "bad"
     level = f"{plan.confidence:.0%}"
     told = [
         f"{r.value:.2f}×"

@@ -38,8 +38,9 @@ def draw(plan: Plan, outcome: Outcome) -> dict[str, Figure]:
 
 def take_literally(figure: Figure) -> Figure:
     """`figure`, whose texts are no formulas, whatever a user's names hold between two dollars; its axes' own may be."""
-    for text in figure.findobj(lambda artist: isinstance(artist, Text) and "$" in artist.get_text()):
-        text.set_parse_math(False)
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and "$" in text.get_text():
+            text.set_parse_math(False)
     return figure
 
 

@@ -116,8 +116,11 @@ def _rows(runs: int) -> Iterator[str]:
             yield f"| {scene.name} | {blocks} | " + " | ".join(f"{100 * c:.1f}" for c in called) + " |"
     for scene in (NOISE, replace(NOISE, name="requests 10 %, blocks 5 %", request=0.10, block=0.05)):
         called, _ = shares(replace(scene, blocks=SEQUENTIAL_BLOCKS, until_ci=0.02), runs)
-        blocks = f"from {SEQUENTIAL_BLOCKS} until ±2 %"
-        yield f"| {scene.name} | {blocks} | " + " | ".join(f"{100 * c:.1f}" for c in called) + " |"
+        yield (
+            f"| {scene.name} | from {SEQUENTIAL_BLOCKS} until ±2 % | "
+            + " | ".join(f"{100 * c:.1f}" for c in called)
+            + " |"
+        )
     yield ""
     yield "| B slower by | blocks | TTFT p50 found, % | interval holds the truth, % |"
     yield "|---|---|---|---|"
