@@ -7,15 +7,15 @@ went to. Exit status 0 where every phase that has a policy used it.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
-import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_misa import key_mask, status
+from sglang_misa import asking, key_mask, status
 from sglang_misa.config import PHASES
+
+TIMEOUT = 600.0  # seconds: a long gate takes a long prompt
 
 
 def main() -> int:
@@ -32,11 +32,7 @@ def main() -> int:
     # Random ids, so that no cached prefix shortens what is new; low ones, which every vocabulary has.
     prompt = [random.randrange(3, 250) for _ in range(max(gates, default=0) + 1)]
     body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
-    request = urllib.request.Request(f"{given.url.rstrip('/')}/generate", json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
-    if key is not None:
-        request.add_header("Authorization", f"Bearer {key}")
-    urllib.request.urlopen(request).read()
+    asking.ask(f"{given.url.rstrip('/')}/generate", key, TIMEOUT, body)
     (after, *_) = status.fetch(given.url, key)
 
     proven = True

@@ -12,15 +12,19 @@ def expect(
     *dtypes: torch.dtype,
     row_stride: bool = False,
     cuda: bool = False,
+    device: torch.device | None = None,
 ) -> None:
     """Raise ValueError unless `tensor` has this shape (None: any size), one of `dtypes`, and is contiguous.
 
-    row_stride: rows may lie apart (a slice of wider rows), as long as each row is packed; cuda: on a GPU.
+    row_stride: rows may lie apart (a slice of wider rows), as long as each row is packed; cuda: on a GPU; device: on
+    this one, where another tensor of the call is.
     """
     same = tensor.dim() == len(shape) and all(w is None or w == g for w, g in zip(shape, tensor.shape, strict=False))
     packed = tensor.numel() == 0 or tensor.stride(-1) == 1 if row_stride else tensor.is_contiguous()
-    if not (same and packed and tensor.dtype in dtypes and (tensor.is_cuda or not cuda)):
-        layout = ("rows packed" if row_stride else "contiguous") + (", on a GPU" if cuda else "")
+    there = (tensor.is_cuda or not cuda) and device in (None, tensor.device)
+    if not (same and packed and there and tensor.dtype in dtypes):
+        place = ", on a GPU" if cuda else "" if device is None else f", on {device}"
+        layout = ("rows packed" if row_stride else "contiguous") + place
         raise ValueError(
             f"{name}: expected {' or '.join(map(str, dtypes))} of shape {shape}, {layout}, got {tensor.dtype} of shape "
             f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"

@@ -1,3 +1,10 @@
 """sglang-misa: cheaper token selection for DeepSeek Sparse Attention, as a fork-free SGLang plugin."""
 
+import sys
+
 __version__ = "0.2.0"
+
+if sys.argv[:1] == ["-m"]:  # Python is locating one of our programs
+    from sglang_misa.extras import excepthook
+
+    sys.excepthook = excepthook

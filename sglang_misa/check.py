@@ -14,12 +14,17 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang_misa import admission, versions
-from sglang_misa.config import PHASES, MisaConfig, Phase, SelectionPolicy, preset_name
+from sglang_misa.config import PHASES, ConfigError, MisaConfig, Phase, SelectionPolicy, preset_name
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, sketch_bytes
 from sglang_misa.text import ranges, table
 
 # Taken for granted where no folder tells: DeepSeek-V3.2's.
 UNKNOWN_MODEL = {"index_n_heads": 64, "index_topk": 2048, "index_head_dim": HEAD_DIM, "architectures": ["unknown"]}
+# SGLang's flags that the launcher reads itself.
+READ = {
+    *("--config", "--model-path", "--model", "--load-format", "--json-model-override-args", "--device"),
+    *("--host", "--port", "--api-key", "--admin-api-key"),
+}
 ALIASES = {
     "tp_size": ("--tp", "--tensor-parallel-size"),
     "pp_size": ("--pp", "--pipeline-parallel-size"),
@@ -43,7 +48,7 @@ def report(
         f"{_source(config)}; SGLang {found.sglang}; device {found.device}",
         table([("phase", "length", "selected by"), *_rows(config, found.model)]),
         _memory(config, found.model),
-        "\n".join(["Not known here:", *(f"  - {each}" for each in _unknown(found, model))]),
+        "\n".join(["Not known here:", *(f"  - {each}" for each in _unknown(found, model, words))]),
     ]
     return "\n\n".join(paragraphs), admission.problems(found)
 
@@ -80,7 +85,7 @@ def _source(config: MisaConfig) -> str:
     return f"policy file by {file.created_by} for a recall of {file.target_recall:g} at {file.length} keys"
 
 
-def _unknown(found: admission.Candidate, model: Mapping[str, Any] | None) -> Iterator[str]:
+def _unknown(found: admission.Candidate, model: Mapping[str, Any] | None, words: Sequence[str]) -> Iterator[str]:
     if model is None:
         yield "the model's sizes, as --model-path is no folder: taken to be DeepSeek-V3.2's"
     else:
@@ -89,6 +94,9 @@ def _unknown(found: admission.Candidate, model: Mapping[str, Any] | None) -> Ite
         yield f"SGLang's version, as none is installed: taken to be {found.sglang}, of {versions.known()}"
     if found.device == "cuda" and _capability() is None:
         yield "the GPU, as none is here: taken to be a Hopper"
+    flags = (word.partition("=")[0] for word in _parser().parse_known_args(words)[1] if word.startswith("--"))
+    if others := [flag for flag in dict.fromkeys(flags) if flag not in READ]:
+        yield f"whether SGLang knows {', '.join(others)}, and takes what was given with them"
     yield "what SGLang derives from its flags, its --config file, the weights, and hooks of other plugins"
 
 
@@ -109,8 +117,20 @@ def _capability() -> tuple[int, int] | None:
 
 
 def _arguments(words: Sequence[str]) -> SimpleNamespace:
-    """What admission asks of ServerArgs, as far as the flags themselves say it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    """What admission asks of ServerArgs, as far as the flags themselves say it. Raises ConfigError."""
+    try:
+        given = _parser().parse_known_args(words)[0]
+    except argparse.ArgumentError as error:
+        raise ConfigError([str(error)]) from None
+    if given.tp_size < 1:
+        raise ConfigError([f"--tp-size: expected 1 or more, got {given.tp_size}; correct it"])
+    decode = SimpleNamespace(backend=given.cuda_graph_backend_decode)
+    return SimpleNamespace(**vars(given), cuda_graph_config=SimpleNamespace(decode=decode))
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Reads the flags that admission judges."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for rule in admission.ARGUMENTS + admission.DECODE_ARGUMENTS:
         names = (rule.flag, *ALIASES.get(rule.name, ()))
         default = rule.allowed[0]
@@ -123,9 +143,7 @@ def _arguments(words: Sequence[str]) -> SimpleNamespace:
     parser.add_argument("--page-size", type=int, default=PAGE)
     parser.add_argument("--speculative-num-draft-tokens", type=int)
     parser.add_argument("--cuda-graph-backend-decode", default="full")
-    given = parser.parse_known_args(words)[0]
-    decode = SimpleNamespace(backend=given.cuda_graph_backend_decode)
-    return SimpleNamespace(**vars(given), cuda_graph_config=SimpleNamespace(decode=decode))
+    return parser
 
 
 def _rows(config: MisaConfig, model: Any) -> Iterator[tuple[str, str, str]]:

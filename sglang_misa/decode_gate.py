@@ -51,10 +51,6 @@ def suspend(suspended: bool) -> None:
     _suspended = suspended
 
 
-def is_suspended() -> bool:
-    return _suspended
-
-
 def why_stock(gate: int, longest: int | None, *, few_rows: bool = False) -> str | None:
     """The reason for which stock DSA selects in a step, or None.
 

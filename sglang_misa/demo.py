@@ -6,12 +6,12 @@ are asked by `bench.quality all`. The one with the chosen selection stays up aft
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sglang_misa import config as misa
+from sglang_misa.asking import ask
 from sglang_misa.bench.load.environment import Environment
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import LoadError, Serving
@@ -41,6 +42,7 @@ TOPK, PRESETS_TOPK = 256, 2048  # the model's, and that of the models which pres
 PRESET = "faithful"
 AUDIT = Audit(rows=4, every=1)
 START_LIMIT, GONE_LIMIT = 600.0, 10.0  # seconds for a server to start, and to come back
+ANSWER_S = 60.0  # seconds for an answer
 NAME = "misa-demo"  # and the demo's process: under it the server is known to be ours
 QUESTIONS = {"lengths": ("1k",), "depths": 5, "repeats": 1, "template": "pairs", "new_tokens": 4}
 FLAGS = f"--device cpu --model-path {MODEL} --sleep-on-idle --skip-server-warmup"
@@ -59,7 +61,7 @@ def run(
     config: the user's, None for the demo's own; arguments: more flags for the launcher, with which the server asks for
     `key` where there is one; host, port: where it listens; report: a folder for a page, its pictures and JSON.
     """
-    console = Console()
+    console = Console(markup=False)
     config = config or PRESETS[PRESET]
     ConfigError.raise_if([*_stock_problems(config), *_report_problems(report)])
     for signum in (signal.SIGTERM, signal.SIGHUP):
@@ -67,7 +69,7 @@ def run(
     try:
         return _run(console, config, arguments, host, port, key, report)
     except (ServerError, LoadError, OSError) as error:  # OSError: the report, or a request to a server that just died
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red")
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -85,7 +87,7 @@ def _run(
     name = preset_name(config) or config.name("prefill")
     served = config.model_copy(update={"audit": AUDIT, **{phase: scaled(config.policy(phase)) for phase in PHASES}})
     logs = Path(tempfile.mkdtemp(prefix="sglang-misa-demo-"))
-    console.print(f"The servers' logs: {logs}", markup=False, soft_wrap=True)
+    console.print(f"The servers' logs: {logs}", soft_wrap=True)
     ours, stock = Client(_url(host, port), key), Client(_url(HOST, free_port()), key)
     words = [*arguments, "--host", host, "--port", str(port), "--served-model-name", _name()]
     with _server(words, served.to_json(), logs / "server.log") as server:
@@ -103,7 +105,7 @@ def _run(
         problems = list(_problems(served, status))
         _print(console, served, found, status)
         for problem in problems:
-            console.print(problem, style="red", markup=False)
+            console.print(problem, style="red")
         if problems:
             return 1
         if os.environ.get("ONCE") != "1":
@@ -138,7 +140,7 @@ def _measured(
         found = command.measure(collector, plan.arms, environment.commit)
     if report is not None:
         path = page.write(Store(report, keys), plan, environment, "Demo", found, collector.servers)
-        bar.progress.console.print(f"The report: {path}", markup=False, soft_wrap=True)
+        bar.progress.console.print(f"The report: {path}", soft_wrap=True)
     return found
 
 
@@ -186,15 +188,13 @@ class Client:
 
     def call(self, path: str) -> Any:
         """The parsed answer to a GET, None for an empty one. Raises OSError."""
-        headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
-        with urllib.request.urlopen(urllib.request.Request(f"{self.url}{path}", headers=headers), timeout=60) as answer:
-            return json.loads(answer.read() or "null")
+        return json.loads(ask(f"{self.url}{path}", self.key, ANSWER_S) or "null")
 
     def healthy(self) -> bool:
         """Whether it answers."""
         try:
-            self.call("/health")
-        except OSError:
+            ask(f"{self.url}/health", self.key, ANSWER_S)
+        except (OSError, ValueError, http.client.HTTPException):
             return False
         return True
 
@@ -251,12 +251,11 @@ def _print(console: Console, config: MisaConfig, found: Sequence[Section], statu
             table.add_row(*row)
         console.print(table)
     selected = ", ".join(f"{config.policy(phase).label} in {phase}" for phase in PHASES)
-    console.print(f"Selected by {selected}, after {TOPK} tokens; SGLang {status['sglang']}.", markup=False)
+    console.print(f"Selected by {selected}, after {TOPK} tokens; SGLang {status['sglang']}.")
     console.print(
         f"{found[0].verdict}\nThe model has two layers and was trained for minutes. This shows the machinery on keys "
         "that were learned, and says nothing of what DeepSeek-V3.2 would lose: docs/quality.md tells how to ask yours. "
-        "The times are PyTorch's on this CPU, the audit included, and say nothing of the kernels.",
-        markup=False,
+        "The times are PyTorch's on this CPU, the audit included, and say nothing of the kernels."
     )
 
 
@@ -265,7 +264,7 @@ def _serve(console: Console, server: ServerProcess, client: Client) -> None:
     key = "" if client.key is None else " -H 'Authorization: Bearer …'"
     console.print(f"Serving on {client.url} until Ctrl-C. Try:")
     for words in (f"generate -H 'Content-Type: application/json' -d '{body}'", "server_info"):
-        console.print(f"  curl {client.url}/{words}{key}", markup=False, soft_wrap=True)
+        console.print(f"  curl {client.url}/{words}{key}", soft_wrap=True)
     try:
         status = server.wait()
     except KeyboardInterrupt:

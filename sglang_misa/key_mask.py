@@ -50,7 +50,14 @@ def read(flag: str, path: str) -> str:
         raise ConfigError([f"{flag}: expected a readable text file, got {path} ({error}); check it"]) from None
     if len(found) != 1:
         raise ConfigError([f"{flag}: expected one key in {path}, got {len(found)} words; leave only the key"])
+    if not is_key(found[0]):
+        raise ConfigError([f"{flag}: expected a key of printable ASCII in {path}, got another character; make one"])
     return found[0]
+
+
+def is_key(word: str) -> bool:
+    """Whether an HTTP header can carry `word`, which errors about headers would otherwise repeat."""
+    return word.isascii() and word.isprintable() and len(word.split()) == 1
 
 
 class Mask:

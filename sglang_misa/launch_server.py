@@ -27,7 +27,8 @@ PLUGIN, CPU_PLATFORM = "misa", "misa_cpu"  # our entry points, by the names that
 DEFAULT_PORT = 30000  # SGLang's
 REFUSED = 2
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/dri", "/dev/davinci_manager")  # of any vendor
-MODEL_TYPES = {"architectures": list, "index_topk": int, "index_n_heads": int, "index_head_dim": int}
+SIZES = ("index_topk", "index_n_heads", "index_head_dim", "num_hidden_layers")
+MODEL_TYPES = {"architectures": list, **dict.fromkeys(SIZES, int)}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,9 +40,9 @@ def main(argv: Sequence[str]) -> int:
         ConfigError.raise_if(_both_problems(from_flags))
         chosen = from_flags or MisaConfig.from_env()
         theirs = _peek(rest)
-        if ours.check:
-            return _check(chosen, rest, theirs)
         keys = dict(_keys(ours))
+        if ours.check:
+            return _check(chosen, rest, theirs, [*_host_problems(theirs, ours, keys)])
         ConfigError.raise_if([*_port_problems(theirs), *_host_problems(theirs, ours, keys)])
         if ours.demo:
             return _demo(chosen, rest, theirs, ours, keys)
@@ -83,11 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(chosen: MisaConfig | None, rest: Sequence[str], theirs: argparse.Namespace) -> int:
-    """Print what would run; returns REFUSED where something speaks against it."""
-    would_run, problems = check.report(chosen, _model_config(theirs), theirs.device, rest)
+def _check(chosen: MisaConfig | None, rest: Sequence[str], theirs: argparse.Namespace, problems: Sequence[str]) -> int:
+    """Print what would run; returns REFUSED where something speaks against it, beside the `problems` found so far."""
+    would_run, found = check.report(chosen, _model_config(theirs), theirs.device, rest)
     print(would_run)
-    problems = [*problems, *_environment_problems(os.environ), *_cache_problems(chosen, theirs)]
+    problems = [*problems, *_word_problems(theirs, weights=False), *found]
+    problems += [*_environment_problems(os.environ), *_cache_problems(chosen, theirs)]
     print("\n" + str(AdmissionError(problems)) if problems else "\nNothing speaks against it.")
     return REFUSED if problems else 0
 
@@ -101,12 +103,8 @@ def _demo(
 ) -> int:
     if theirs.model_path is not None:
         raise ConfigError(["--model-path: expected none, as --demo brings its model; drop one of the two"])
-    try:
-        from sglang_misa import demo
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            [f"--demo: expected the extras sglang and bench, got no {error.name}; install sglang-misa[sglang,bench]"]
-        ) from None
+    from sglang_misa import demo
+
     files = {"--api-key": ours.api_key_file, "--admin-api-key": ours.admin_api_key_file}
     words = [*rest, *(f"{flag}-file={files[flag]}" for flag in keys), *["--no-api-key"] * ours.no_api_key]
     key = keys.get("--api-key", theirs.api_key)
@@ -134,6 +132,7 @@ def _peek(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     parser.add_argument("--model-path", "--model")
+    parser.add_argument("--load-format")
     parser.add_argument("--json-model-override-args", default="{}")
     parser.add_argument("--device")
     parser.add_argument("--host", default="127.0.0.1")
@@ -168,9 +167,8 @@ def _both_problems(from_flags: MisaConfig | None) -> Iterator[str]:
 
 def _launch_problems(chosen: MisaConfig | None, rest: Sequence[str], theirs: argparse.Namespace) -> Iterator[str]:
     """What is missing for any launch, and what speaks against one with `chosen` as far as the words themselves tell."""
-    if theirs.model_path is None and theirs.config is None:
-        yield "--model-path: expected a folder or a Hugging Face name, got none; add it"
     model = _model_config(theirs)
+    yield from _word_problems(theirs, weights=True)
     if importlib.util.find_spec("sglang") is None:
         yield "SGLang: expected it installed, got none; install sglang-misa[sglang]"
         return
@@ -186,6 +184,17 @@ def _launch_problems(chosen: MisaConfig | None, rest: Sequence[str], theirs: arg
             yield problem
     else:
         yield from admission.problems(check.candidate(chosen, model, theirs.device, rest))
+
+
+def _word_problems(theirs: argparse.Namespace, *, weights: bool) -> Iterator[str]:
+    """Files that SGLang's flags name and that are not there; the model's `weights` too where they are needed now."""
+    if theirs.model_path is None and theirs.config is None:
+        yield "--model-path: expected a folder or a Hugging Face name, got none; add it"
+    if theirs.config is not None and not Path(theirs.config).is_file():
+        yield f"--config: expected SGLang's YAML file, got {theirs.config}; correct the path"
+    if theirs.model_path is not None and theirs.load_format is None:
+        folder = Path(theirs.model_path).expanduser()
+        yield from preflight.weight_problems(folder, needed=weights and folder.is_dir())
 
 
 def _environment_problems(environ: Mapping[str, str]) -> Iterator[str]:
@@ -225,7 +234,8 @@ def _model_config(theirs: argparse.Namespace) -> Mapping[str, Any] | None:
     ConfigError.raise_if(preflight.model_problems(folder))
     file = folder / "config.json"
     name = theirs.model_path.count("/") == 1 and not theirs.model_path.startswith((".", "/", "~"))
-    if folder.is_file() or "://" in theirs.model_path or (name and not folder.exists()):
+    one = folder.suffix == ".gguf" and folder.is_file()
+    if one or "://" in theirs.model_path or (name and not folder.exists()):
         return None  # one file, an object store, a Hugging Face name
     if not file.is_file():
         raise ConfigError(
@@ -244,7 +254,7 @@ def _model_config(theirs: argparse.Namespace) -> Mapping[str, Any] | None:
     ConfigError.raise_if(
         f"{file}: expected {name} to be {kind.__name__}, got {found[name]!r}; correct it"
         for name, kind in MODEL_TYPES.items()
-        if not isinstance(found.get(name), kind | None)
+        if not isinstance(found.get(name), kind | None) or isinstance(found.get(name), bool)
     )
     return found
 

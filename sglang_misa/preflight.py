@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -11,6 +12,7 @@ from pathlib import Path
 
 # Compiled code is kept and loaded here: (variable, its default), of tvm-ffi for CUDA kernels and of Triton.
 CACHES = (("TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi"), ("TRITON_CACHE_DIR", "~/.triton/cache"))
+WEIGHTS, INDEX = ("*.safetensors", "*.bin", "*.pt", "*.gguf"), "model.safetensors.index.json"
 NEEDED = 1 << 30  # bytes of a cache: all kernels of one version take less than half
 
 
@@ -31,6 +33,27 @@ def model_problems(folder: Path) -> Iterator[str]:
         yield (
             f"--model-path: expected files that uid {os.getuid()} can read, got {unreadable[0]} and "
             f"{len(unreadable) - 1} more without; {advice}"
+        )
+
+
+def weight_problems(folder: Path, *, needed: bool) -> Iterator[str]:
+    """Reasons why the weights in `folder` are not whole; none at all is a reason where they are `needed`."""
+    there = {file.name for pattern in WEIGHTS for file in folder.glob(pattern)}
+    if not there:
+        if needed:
+            yield f"--model-path: expected weights ({', '.join(WEIGHTS)}) in {folder}, got none; finish the download"
+        return
+    try:
+        listed = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        yield f"{folder / INDEX}: expected an index of weights, got another file ({error!r:.200}); download it again"
+        return
+    if lost := sorted(listed - there):
+        yield (
+            f"--model-path: expected the {len(listed)} files that {folder / INDEX} lists, got all but {len(lost)}, "
+            f"without {lost[0]}; finish the download"
         )
 
 

@@ -24,9 +24,10 @@ from pathlib import Path
 
 HOST = "127.0.0.1"
 GRACE_S = 20.0  # between SIGTERM and SIGKILL
-POLL_S = 0.25
+POLL_S = 0.25  # between two looks whether a server is ready
+STOP_POLL_S = 0.02  # and whether its group is gone
 HEALTH_S = 20.0  # what SGLang's /health may take: it generates a token
-TAIL_LINES = 15
+TAIL_LINES, TAIL_BYTES = 15, 64 * 1024  # of a log's end
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -86,11 +87,12 @@ class ServerProcess:
             self._pump.start()
 
     def _copy(self, erase: Callable[[str], str]) -> None:
+        """Until the server ends, also where the disk is full: a server that nobody reads would wait for ever."""
         assert self._process.stdout is not None
-        with self.log.open("a", encoding="utf-8") as file:
+        with self.log.open("ab", buffering=0) as file:
             for raw in self._process.stdout:
-                file.write(erase(raw.decode("utf-8", "replace").rstrip("\n")) + "\n")
-                file.flush()
+                with contextlib.suppress(OSError):
+                    file.write(f"{erase(raw.decode('utf-8', 'replace').rstrip())}\n".encode())
 
     @property
     def group(self) -> int:
@@ -105,7 +107,7 @@ class ServerProcess:
     def tail(self, lines: int = TAIL_LINES) -> list[str]:
         """Last lines that this server wrote to its log."""
         with self.log.open("rb") as file:
-            file.seek(self._start)
+            file.seek(max(self._start, file.seek(0, os.SEEK_END) - TAIL_BYTES))  # a long one is asked for often
             return file.read().decode("utf-8", "replace").splitlines()[-lines:]
 
     def wait_ready(
@@ -140,11 +142,11 @@ class ServerProcess:
         deadline = time.monotonic() + grace_s
         _signal_group(self.group, signal.SIGTERM)
         while self._alive() and time.monotonic() < deadline:
-            time.sleep(POLL_S)
+            time.sleep(STOP_POLL_S)
         _signal_group(self.group, signal.SIGKILL)
         self._process.wait()
         while self._alive():
-            time.sleep(POLL_S)
+            time.sleep(STOP_POLL_S)
         if self._pump is not None:
             self._pump.join(grace_s)
 

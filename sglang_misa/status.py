@@ -6,14 +6,15 @@ Exit status 0 where every replica selects by its policies, 1 where one does not,
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import sys
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sglang_misa import key_mask
+from sglang_misa import __version__, key_mask
+from sglang_misa.asking import ask
 from sglang_misa.config import PHASES
 from sglang_misa.refusal import Refusal
 from sglang_misa.text import table
@@ -38,10 +39,11 @@ def main(argv: Sequence[str]) -> int:
     try:
         key = None if given.key_file is None else key_mask.read("--key-file", given.key_file)
         replicas = fetch(given.url, key)
+        tables = _tables(replicas)
     except Refusal as error:
         print(error, file=sys.stderr)
         return UNKNOWN
-    print(json.dumps(replicas, indent=1) if given.json else "\n\n".join(map(text, replicas)))
+    print(json.dumps(replicas, indent=1) if given.json else tables)
     as_asked = all(status["enabled"] and not status["unrouted"] for status in replicas)
     return 0 if as_asked else NOT_AS_ASKED
 
@@ -49,24 +51,31 @@ def main(argv: Sequence[str]) -> int:
 def fetch(url: str, key: str | None) -> list[dict[str, Any]]:
     """The status of each data-parallel replica, {"enabled": False} without this package. Raises StatusError."""
     try:
-        request = urllib.request.Request(f"{url.rstrip('/')}/server_info")
-        if key is not None:
-            request.add_header("Authorization", f"Bearer {key}")
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            states = json.loads(answer.read())["internal_states"]
-        return [state.get("misa") or {"enabled": False} for state in states]
+        states = json.loads(ask(f"{url.rstrip('/')}/server_info", key, TIMEOUT))["internal_states"]
+        replicas = [state.get("misa") or {"enabled": False} for state in states]
     except urllib.error.HTTPError as error:
         way_out = "add --key-file with the server's key" if error.code == 401 else "check the address"
         raise StatusError([f"URL: expected 200 from {url}, got {error.code} {error.reason}; {way_out}"]) from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, json.JSONDecodeError):
-            raise StatusError(
-                [f"URL: expected SGLang's /server_info at {url}, got no JSON; check the address"]
-            ) from None
-        raise StatusError([f"URL: expected a server at {url}, got {error}; check the address"]) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        raise StatusError([f"URL: expected SGLang's /server_info at {url}, got no JSON; check the address"]) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise StatusError([f"URL: expected a server at {url}, got {error!s:.300}; check the address"]) from None
     except (KeyError, TypeError, AttributeError) as error:
         raise StatusError(
             [f"URL: expected SGLang's /server_info with internal_states at {url}, got {error!r}; check the address"]
+        ) from None
+    if not replicas:
+        raise StatusError([f"URL: expected a replica or more at {url}, got none; wait until the server is ready"])
+    return replicas
+
+
+def _tables(replicas: Sequence[Mapping[str, Any]]) -> str:
+    """The tables of all replicas. Raises StatusError for what another version may have said."""
+    try:
+        return "\n\n".join(map(text, replicas))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise StatusError(
+            [f"URL: expected the status of sglang-misa {__version__}, got another ({error!r}); use the server's"]
         ) from None
 
 

@@ -4,6 +4,7 @@ import numpy as np
 from on_cpu import aligned, ints
 
 TOPK = 96  # k of these rows
+Rows = tuple[int, int, int]  # of three requests
 THRESHOLD = np.dtype([("above", np.float32), ("tied", np.float32), ("end", np.int32)])
 
 
@@ -17,22 +18,22 @@ def scratch_of_sample(rows: int, keys: int, stride: int) -> tuple[np.ndarray, ..
 class ExtendCase:
     """Small integers, whose scores no order of summation rounds; rows of three requests and some that see nothing.
 
-    `columns` a row: routed heads and, with `residual`, that one.
+    `columns` a row: routed heads and, with `residual`, that one. `rows` of each request.
     """
 
-    def __init__(self, seed: int, all_heads: int, columns: int = 8, residual: bool = False):
+    def __init__(self, seed: int, all_heads: int, columns: int = 8, residual: bool = False, rows: Rows = (70, 40, 2)):
         random = np.random.default_rng(seed)
         starts, ends = [], []
-        for first, seen, rows in ((0, 1500, 70), (1500, 300, 40), (1800, 2, 2)):
-            starts += [first] * rows
-            ends += [first + max(1, seen - t) for t in reversed(range(rows))]
+        for (first, seen), count in zip(((0, 1500), (1500, 300), (1800, 2)), rows, strict=True):
+            starts += [first] * count
+            ends += [first + max(1, seen - t) for t in reversed(range(count))]
         self.starts, self.ends, self.keys = ints([*starts, 0, 0, 0]), ints([*ends, 0, 0, 0]), 1810
-        self.rows = rows = len(self.starts)
-        self.q, self.k = random.integers(-1, 2, (rows, all_heads, 128)), random.integers(-1, 2, (self.keys, 128))
-        self.gates = random.choice([1.0, 2.0, -1.0], (rows, all_heads), p=[0.5, 0.3, 0.2])
-        self.ids = np.sort(np.argsort(random.random((rows, all_heads)), axis=1)[:, : columns - residual], axis=1)
-        self.linear = random.integers(-1, 2, (rows, 128)) if residual else np.zeros((rows, 128), int)
-        self.linear_scale = random.choice([1.0, 0.5, 4.0], rows)
+        self.rows = count = len(self.starts)
+        self.q, self.k = random.integers(-1, 2, (count, all_heads, 128)), random.integers(-1, 2, (self.keys, 128))
+        self.gates = random.choice([1.0, 2.0, -1.0], (count, all_heads), p=[0.5, 0.3, 0.2])
+        self.ids = np.sort(np.argsort(random.random((count, all_heads)), axis=1)[:, : columns - residual], axis=1)
+        self.linear = random.integers(-1, 2, (count, 128)) if residual else np.zeros((count, 128), int)
+        self.linear_scale = random.choice([1.0, 0.5, 4.0], count)
         self.scale = 1 + random.integers(0, 64, self.keys) / 64
         e4m3 = np.array([0x00, 0x38, 0xB8], np.uint8)  # 0, 1 and -1
         self.keys_held = (aligned(e4m3[self.k], np.uint8), aligned(self.scale, np.float32))
@@ -46,7 +47,7 @@ class ExtendCase:
             *self.keys_held,
         )
         self.spoiled = np.zeros(self.keys, bool)
-        self.windows = (self.starts, self.ends, rows, self.keys)
+        self.windows = (self.starts, self.ends, count, self.keys)
 
     def scores(self, row: int, heads) -> np.ndarray:
         window = slice(self.starts[row], self.ends[row])

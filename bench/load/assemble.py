@@ -157,6 +157,8 @@ class Assembler:
             yield f"the server counted up to {figures['prompt_error_max']:.0f} prompt tokens more or fewer than asked"
         if self.cell.workload.ignore_eos and figures.get("short_outputs"):
             yield f"{figures['short_outputs']:.0f} answers were shorter than asked"
+        if figures.get("long_outputs"):
+            yield f"{figures['long_outputs']:.0f} answers were longer than asked, by the server's count"
         if "output_throughput" not in figures:
             yield "the server reports no usage: tokens cannot be counted, so there are no TPOT, ITL and token rates"
         elif figures.get("inexact_itl"):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from sglang_misa.bench.load import gates
 from sglang_misa.bench.load.engine import Session, ordered
+from sglang_misa.bench.load.figures import under
 from sglang_misa.bench.load.plan import Arm, Cell, Plan
 from sglang_misa.bench.load.progress import Live
 from sglang_misa.bench.load.records import Unit
@@ -84,6 +85,7 @@ class CapacitySearch:
                 sessions[arm] = stack.enter_context(Session(arm, self._plan, self._store, self._keys, self._live))
             unit = sessions[arm].measure(cell, block)
             self._store.save(unit, arm, cell, self._plan.protocol)
+        unit = under(unit, self._plan.slo)
         self._live.finished(f"{unit.arm} · {unit.label} · block {unit.block + 1}")
         self._units.append(unit)
         return unit
@@ -141,7 +143,8 @@ def _verdict(
         share = f"with {plan.search.target:.0%} of the requests inside the limits"
         return f"{names[0]} carries a {what} of {', '.join(told)} {share}.", "neutral"
     if not ratios:
-        return f"No verdict: in no context did both arms carry a load and fail a higher one; widen --{what}s.", "bad"
+        way_out = "lower --start, raise --highest, or change the limits"
+        return f"No verdict: in no context did both arms carry a {what} and fail a higher one; {way_out}.", "bad"
     level = f"{plan.confidence:.0%}"
     told = [
         f"{r.value:.2f}×"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,8 +17,10 @@ from sglang_misa.bench.load import dataset, report, shell, trace
 from sglang_misa.bench.load.capacity import CapacitySearch, conclude
 from sglang_misa.bench.load.engine import execute
 from sglang_misa.bench.load.environment import Environment
+from sglang_misa.bench.load.figures import under
 from sglang_misa.bench.load.gates import Gate
 from sglang_misa.bench.load.plan import Arm, Cell, Plan, Search, Slo
+from sglang_misa.bench.load.prepare import check_size
 from sglang_misa.bench.load.progress import Live
 from sglang_misa.bench.load.prompts import check_text
 from sglang_misa.bench.load.records import Unit, check_compared, title
@@ -257,6 +260,9 @@ def check(plan: Plan) -> None:
     check_compared(plan.primary)
     for gate in plan.fail_if:
         Gate(gate)
+    labels = [cell.label for cell in plan.cells]
+    if len({cell.digest() for cell in plan.cells}) < len(labels):  # its blocks would count twice
+        raise LoadError(f"cells: expected each context and load once, got {', '.join(labels)}; drop one")
     for arm in plan.arms:
         if arm.launched:
             launch_words(arm)
@@ -264,12 +270,20 @@ def check(plan: Plan) -> None:
             check_target(arm.server, allow_remote=plan.access.allow_remote)
     for cell in plan.cells:
         check_text(cell.workload)
+        if cell.workload.content != cell.workload.content_now():
+            raise LoadError("files: expected the text or data that the run began with, got another; take a new --out")
         if cell.workload.trace is not None:
             trace.read(cell.workload)
         if cell.workload.dataset is not None:
             dataset.read(cell.workload)
-    if plan.access.ca_file and not Path(plan.access.ca_file).is_file():
-        raise LoadError(f"ca_file: expected a PEM file, got {plan.access.ca_file}; name another")
+        check_size(cell)
+    if plan.access.ca_file:
+        try:
+            ssl.create_default_context(cafile=plan.access.ca_file)
+        except OSError as error:  # SSLError is one
+            raise LoadError(
+                f"ca_file: expected a PEM file, got {plan.access.ca_file} ({error}); name another"
+            ) from None
 
 
 def _measure(command: Run | Sweep | Ab | Max | Resume, arguments: list[str] | None, console: Console) -> int:
@@ -325,20 +339,18 @@ def _show(outcome: Outcome, console: Console) -> None:
     for arm in outcome.arms:
         for kind, count in arm.errors.items():
             why = f"{arm.arm} at {arm.label}: {count} × {kind}: {arm.reasons.get(kind, '')}"
-            console.print(why, style="red", markup=False, highlight=False)
+            console.print(why, style="red", highlight=False)
     for cell in outcome.ratios:
         shown = [
             f"{title(r.metric)} {r.value:.3f}" + (f" [{r.low:.3f}, {r.high:.3f}]" if r.low is not None else "")
             for r in cell.ratios
             if r.metric.endswith("p50")
         ]
-        console.print(f"{cell.label}: ratio {outcome.names[1]}/{outcome.names[0]}: " + " · ".join(shown), markup=False)
+        console.print(f"{cell.label}: ratio {outcome.names[1]}/{outcome.names[0]}: " + " · ".join(shown))
     for gate in outcome.gates:
         value = "not measured" if gate.value is None else f"{gate.value:.4g}"
-        console.print(
-            f"gate {'FAILED' if gate.failed else 'passed'}: {gate.gate} at {gate.label}: {value}", markup=False
-        )
-    console.print(outcome.verdict, style="bold", markup=False, highlight=False)
+        console.print(f"gate {'FAILED' if gate.failed else 'passed'}: {gate.gate} at {gate.label}: {value}")
+    console.print(outcome.verdict, style="bold", highlight=False)
 
 
 def _compare(command: Compare, console: Console) -> int:
@@ -361,7 +373,8 @@ def _compare(command: Compare, console: Console) -> int:
             "compare: expected cells with equal workload, load and seed in both folders, got none in common"
         )
     cells = tuple(c for c in plans[0].cells if any(c.digest() == digest for digest, _ in common))
-    units = sorted((side[key] for _, side in sides for key in common), key=lambda u: (u.block, u.started))
+    judged = (under(side[key], plans[0].slo) for _, side in sides for key in common)
+    units = sorted(judged, key=lambda u: (u.block, u.started))
     arms = tuple(Arm(name=name, server=str(folder)) for (name, _), folder in zip(sides, folders, strict=True))
     plan = plans[0].model_copy(
         update={

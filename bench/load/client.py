@@ -11,8 +11,10 @@ import time
 from collections.abc import AsyncIterator
 
 import aiohttp
+from aiohttp.http_exceptions import ContentEncodingError
 
 from sglang_misa.bench.load import replies
+from sglang_misa.bench.load.fields import FieldError
 from sglang_misa.bench.load.replies import GenerateReader, OpenAiReader, Reader, Reply, StreamError
 from sglang_misa.bench.load.settings import Api
 from sglang_misa.bench.load.sse import EventTooLarge, SseParser
@@ -22,6 +24,8 @@ SEND_SLICE = 64 * 1024
 MAX_EVENT = 32 * 1024 * 1024
 MAX_ERROR_BODY = 4096
 MAX_DETAIL = 500  # characters of a reason that are kept
+SHOWN = 80  # bytes of an answer that is no stream
+DONE = b"[DONE]"
 CONNECT_S = 30.0
 PATHS: dict[Api, str] = {"generate": "/generate", "completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
@@ -71,7 +75,8 @@ async def exchange(
         _fail(reply, "refused", str(error))
     except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError) as error:
         reset = isinstance(error.__cause__, ConnectionResetError) or "reset" in str(error).lower()
-        _fail(reply, "reset" if reset else "early_close", str(error))
+        coded = isinstance(error.__cause__, ContentEncodingError)
+        _fail(reply, "reset" if reset else "bad_stream" if coded else "early_close", str(error))
     except (aiohttp.ClientOSError, ConnectionError) as error:
         _fail(reply, "reset", str(error))
     except aiohttp.ClientError as error:
@@ -87,8 +92,8 @@ def _fail(reply: Reply, kind: str, detail: str) -> None:
 
 
 async def _reason(response: aiohttp.ClientResponse) -> str:
-    location = response.headers.get("Location")
-    told = f"redirected to {location}; give that URL: " if location else ""
+    location, later = response.headers.get("Location"), response.headers.get("Retry-After")
+    told = f"redirected to {location}; give that URL: " if location else f"Retry-After {later}: " if later else ""
     return told + (await response.content.read(MAX_ERROR_BODY)).decode("utf-8", "replace")
 
 
@@ -102,19 +107,32 @@ async def _slices(body: bytes) -> AsyncIterator[bytes]:
 async def _follow(response: aiohttp.ClientResponse, api: Api, reply: Reply) -> None:
     parser = SseParser(MAX_EVENT)
     reader: Reader = GenerateReader() if api == "generate" else OpenAiReader()
-    ended = False
-    async for chunk in response.content.iter_any():
-        now = time.perf_counter()
-        reply.received += len(chunk)
-        try:
-            events = parser.feed(chunk)
-        except EventTooLarge as error:
-            raise StreamError("oversized", str(error)) from None
-        for event in events:
-            reply.done = now
-            if event.data.strip() == b"[DONE]":
-                ended = True
-            elif reader.read(event, reply):
+    first = b""  # read
+    began = ended = False
+    try:
+        async for chunk in response.content.iter_any():
+            now = time.perf_counter()
+            reply.received += len(chunk)
+            first = first or chunk[:SHOWN]
+            for event in parser.feed(chunk):
+                began, reply.done = True, now
+                if event.data.strip() == DONE:
+                    ended = True
+                    break  # a server may keep the connection, and what it sends then is no part of the answer
+                if reader.read(event, reply):
+                    reply.token(now)
+            if ended:
+                break
+        for event in () if ended else parser.close():
+            ended = event.data.strip() == DONE
+            if not ended and reader.read(event, reply):
                 reply.token(now)
-    reader.close(reply)
-    replies.finish(reply, ended=ended, pending=parser.pending)
+        reader.close(reply)
+    except EventTooLarge as error:
+        raise StreamError("oversized", str(error)) from None
+    except FieldError as error:
+        raise StreamError("bad_stream", str(error)) from None
+    if first and not began:
+        told = response.headers.get("Content-Type", "no content type")
+        raise StreamError("bad_stream", f"expected server-sent events, got {told}: {first!r}")
+    replies.finish(reply, ended=ended, pending=parser.pending and not ended)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +15,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic_core import from_json
 
+from sglang_misa.bench.load.fields import FieldError, counts, mappings, text
 from sglang_misa.bench.load.safety import Keys, check_target
 from sglang_misa.bench.load.settings import Access, LoadError
 
@@ -20,6 +23,7 @@ MAX_BODY = 64 * 1024 * 1024  # bytes of a control answer that are read at most
 CONNECT_S, READ_S = 5.0, 300.0
 TOKENIZE_PIECE = 64 * 1024  # characters of one /tokenize call
 FLUSH_WAIT_S = 30.0
+METRICS_S = 30.0  # seconds that a reading of all metrics may take
 GAUGE_S = 5.0  # seconds that a reading of gauges may take
 GAUGES = {
     "sglang:num_running_reqs": "running",
@@ -32,6 +36,7 @@ GAUGES = {
 }
 COUNTED = {"running", "queued", "server_tokens_s"}  # added over ranks; the others are averaged
 GAUGE = re.compile(rf"^({'|'.join(GAUGES)})(?:\{{[^}}]*\}})? ([-+.\deE]+)$".encode(), re.M)
+NOT_THERE = (404, 405, 410, 501)  # HTTP statuses of an endpoint that the server does not have
 METRIC_PREFIXES = ("sglang:", "sglang_misa:", "vllm:")
 
 
@@ -47,6 +52,7 @@ class Control:
         self.info: dict[str, Any] = {}
         self.model = model or "default"
         self.last_error = ""  # why the server was not healthy when last asked
+        self.has_metrics = True  # until it says that it has none
 
     @property
     def local(self) -> bool:
@@ -110,17 +116,19 @@ class Control:
 
     def refresh(self) -> dict[str, Any]:
         """Read /server_info (empty for other servers) and the model's name."""
-        self.info = self.json("GET", "/server_info") or {}
+        told = self.json("GET", "/server_info")
+        self.info = told if isinstance(told, dict) else {}
         if self.model == "default":
-            models = self.json("GET", "/v1/models") or {}
-            names = [m.get("id") for m in models.get("data", [])] if isinstance(models, dict) else []
-            self.model = names[0] if names and names[0] else "default"
+            with contextlib.suppress(FieldError):
+                models = mappings(self.json("GET", "/v1/models"), "data")
+                self.model = next((name for model in models if (name := text(model, "id"))), "default")
         return self.info
 
     @property
     def page_size(self) -> int:
         """Tokens in the unit of prefix-cache hits; 1 when the server does not say."""
-        return int(self.info.get("page_size") or 1)
+        told = self.info.get("page_size")
+        return told if isinstance(told, int) and told > 0 else 1
 
     def flush(self) -> bool:
         """Empty the prefix cache; waits while the server is busy. False when it cannot be done."""
@@ -152,14 +160,18 @@ class Control:
         for piece in _pieces(text):
             body = {"model": self.model, "prompt": piece, "add_special_tokens": False}
             status, content = self.call("POST", "/tokenize", body=body)
-            answer = from_json(content) if status == 200 else None
-            if not isinstance(answer, dict) or not isinstance(answer.get("tokens"), list):
+            try:
+                answer = from_json(content) if status == 200 else {}
+                ids = counts(answer, "tokens")
+            except ValueError:  # no JSON, or not what it should be
+                answer = {}
+            if "tokens" not in answer:
                 raise LoadError(
                     f"{self.url}/tokenize: expected token ids, got HTTP {status} (404: no such endpoint; 500 from "
                     "SGLang: a tokenizer_config.json without model_max_length); "
                     "use --text ids, which needs no tokenizer"
                 )
-            tokens += answer["tokens"]
+            tokens += ids
         return tokens
 
     def detokenize(self, tokens: Sequence[int]) -> str:
@@ -173,40 +185,45 @@ class Control:
     def count_chat(self, messages: Sequence[Mapping[str, str]]) -> int:
         """Prompt tokens of a chat, template included. Raises LoadError."""
         answer = self.json("POST", "/tokenize", {"model": self.model, "messages": list(messages)})
-        if not isinstance(answer, dict) or "count" not in answer:
+        told = answer.get("count") if isinstance(answer, dict) else None
+        if not isinstance(told, int):
             raise LoadError(f"{self.url}/tokenize: expected a chat's token count, got none; use --api completions")
-        return int(answer["count"])
+        return told
 
     def metrics(self) -> dict[str, float]:
-        """Prometheus samples of the serving engine and of MISA, buckets left out: `name{label="x"}` → value."""
+        """Prometheus samples of the serving engine and of MISA, buckets left out: `name{label="x"}` → finite value."""
         try:
-            status, content = self.call("GET", "/metrics")
-            if status not in (200, 307):
-                return {}
-            if status == 307:  # SGLang mounts the endpoint under a trailing slash
-                status, content = self.call("GET", "/metrics/")
-            families = text_string_to_metric_families(content.decode("utf-8", "replace"))
+            families = text_string_to_metric_families(self._metrics(METRICS_S).decode("utf-8", "replace"))
             return {
                 sample.name + _labels(sample.labels): float(sample.value)
                 for family in families
                 for sample in family.samples
-                if sample.name.startswith(METRIC_PREFIXES) and not sample.name.endswith("_bucket")
+                if sample.name.startswith(METRIC_PREFIXES)
+                and not sample.name.endswith("_bucket")
+                and math.isfinite(sample.value)
             }
-        except (requests.RequestException, ValueError):
+        except ValueError:
             return {}
 
     def gauges(self) -> dict[str, float]:
         """What the server says of its present load, by our names; a pattern reads it: it is asked while it serves."""
-        try:
-            status, content = self.call("GET", "/metrics", read_s=GAUGE_S)
-            if status == 307:
-                status, content = self.call("GET", "/metrics/", read_s=GAUGE_S)
-        except (requests.RequestException, LoadError):
-            return {}
         seen: dict[str, list[float]] = {}
-        for match in GAUGE.finditer(content) if status == 200 else ():
+        for match in GAUGE.finditer(self._metrics(GAUGE_S)):
             seen.setdefault(GAUGES[match[1].decode()], []).append(float(match[2]))
         return {name: sum(v) / (1 if name in COUNTED else len(v)) for name, v in seen.items()}
+
+    def _metrics(self, read_s: float) -> bytes:
+        """The page of a server that has one; empty where it does not answer. A server without it is not asked again."""
+        if not self.has_metrics:
+            return b""
+        try:
+            status, content = self.call("GET", "/metrics", read_s=read_s)
+            if status == 307:  # SGLang mounts the endpoint under a trailing slash
+                status, content = self.call("GET", "/metrics/", read_s=read_s)
+        except (requests.RequestException, LoadError):
+            return b""
+        self.has_metrics = status not in NOT_THERE
+        return content if status == 200 else b""
 
 
 def _labels(labels: Mapping[str, str]) -> str:

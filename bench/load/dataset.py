@@ -40,7 +40,7 @@ def read(workload: Workload) -> list[tuple[Exchange, ...]]:
     files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path.is_dir() else [path]
     try:
         found = [c for file in files for row in _rows(file) if (c := tuple(_exchanges(row))[: workload.turns])]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise LoadError(f"dataset: expected JSON or JSON Lines in UTF-8, got {path} ({error})") from None
     if not found:
         raise LoadError(
@@ -75,6 +75,8 @@ def _exchanges(row: Any) -> Iterator[Exchange]:
     prompt = next((row[name] for name in PROMPT_NAMES if isinstance(row.get(name), str)), None)
     if prompt:
         wanted = next((int(row[name]) for name in OUTPUT_NAMES if row.get(name)), None)
+        if wanted is not None and wanted < 1:
+            raise ValueError(f"an output length of {wanted}")
         yield Exchange(prompt, row.get("output") if isinstance(row.get("output"), str) else None, wanted)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import partial
 
+from sglang_misa.bench.load.figures import under
 from sglang_misa.bench.load.plan import Arm, Cell, Plan
+from sglang_misa.bench.load.prepare import ServerGoneError
 from sglang_misa.bench.load.progress import Live
 from sglang_misa.bench.load.prompts import Source, source_of
 from sglang_misa.bench.load.records import Unit
-from sglang_misa.bench.load.runner import Runner, ServerGoneError
+from sglang_misa.bench.load.runner import Runner
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.servers import ArmServer
 from sglang_misa.bench.load.settings import Lengths, LoadError
@@ -76,6 +78,7 @@ class _Execution:
                     self._sessions[other] = stack.enter_context(session)
             unit = self._sessions[arm].measure(cell, block)
             self._store.save(unit, arm, cell, self._plan.protocol)
+        unit = under(unit, self._plan.slo)
         self._live.finished(_line(unit))
         self._units.append(unit)
 

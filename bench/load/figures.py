@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from sglang_misa.bench.load.plan import Slo
-from sglang_misa.bench.load.records import LATENCIES, PERCENTILES, Record, split_metric
+from sglang_misa.bench.load.records import LATENCIES, PERCENTILES, Record, Unit, split_metric
 from sglang_misa.bench.load.stats import percentile
+
+SERVICE = ("goodput", "slo_kept", "slo_share")  # figures of the service limits
 
 
 def latencies(records: Sequence[Record], latency: str) -> tuple[list[float], list[int]]:
@@ -59,10 +61,7 @@ def summarize(
     if len({r.turn for r in records}) > 1:
         figures |= {f"first_turn_{k}": v for k, v in _spread([r for r in good if not r.turn], "ttft").items()}
         figures |= {f"later_turns_{k}": v for k, v in _spread([r for r in good if r.turn], "ttft").items()}
-    if slo is not None:
-        figures["goodput"] = sum(r.keeps(slo) for r in inside) / seconds
-        figures["slo_kept"] = sum(r.keeps(slo) for r in records)
-        figures["slo_share"] = figures["slo_kept"] / len(records) if records else 0.0
+    figures |= _service(records, window, slo)
     for name in ("queue_s", "prefill_s"):
         split = [getattr(r, name) for r in good if getattr(r, name) is not None]
         if split:
@@ -75,8 +74,31 @@ def summarize(
         figures |= {"needles": len(asked), "needle_wrong": sum(not r.needle_right for r in asked) / len(asked)}
     figures |= _cache(good)
     figures["inexact_itl"] = sum(not r.exact for r in good) / len(good) if good else 0.0
-    figures["short_outputs"] = sum(r.output_tokens is not None and r.output_tokens < r.output_wanted for r in good)
+    told = [(r.output_tokens, r.output_wanted) for r in good if r.output_tokens is not None]
+    figures["short_outputs"] = sum(came < wanted for came, wanted in told)
+    figures["long_outputs"] = sum(came > wanted for came, wanted in told)
+    if told:
+        figures["output_tokens_mean"] = float(np.mean([came for came, _ in told]))
     return figures
+
+
+def under(unit: Unit, slo: Slo | None) -> Unit:
+    """`unit`, which may have been measured under other service limits, judged by these."""
+    end = max((r.done or r.dispatched for r in unit.records), default=0.0)
+    service = _service(unit.records, (end - unit.figures["window_s"], end), slo)
+    others = {name: value for name, value in unit.figures.items() if name not in SERVICE}
+    return unit.model_copy(update={"figures": others | service})
+
+
+def _service(records: Sequence[Record], window: tuple[float, float], slo: Slo | None) -> dict[str, float]:
+    """How many requests kept the limits, of all and of those that ended inside `window`."""
+    if slo is None:
+        return {}
+    kept = [r for r in records if r.keeps(slo)]
+    inside = sum(r.done is not None and window[0] <= r.done <= window[1] for r in kept)
+    share = len(kept) / len(records) if records else 0.0
+    figures = (inside / max(window[1] - window[0], 1e-9), float(len(kept)), share)
+    return dict(zip(SERVICE, figures, strict=True))
 
 
 def _spread(records: Sequence[Record], latency: str) -> dict[str, float]:
@@ -93,6 +115,7 @@ def _cache(good: Sequence[Record]) -> dict[str, float]:
     figures: dict[str, float] = {}
     known = [r for r in good if r.prompt_tokens is not None]
     if known:
+        figures["prompt_tokens_mean"] = float(np.mean([r.prompt_tokens for r in known]))
         figures["prompt_error_max"] = max(abs((r.prompt_tokens or 0) - r.prompt_wanted) for r in known)
     cached = [r for r in known if r.cached_tokens is not None]
     if cached:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from sglang_misa.bench.load.plan import Cell, Plan
 from sglang_misa.bench.load.records import TITLES, title
@@ -33,6 +34,14 @@ def draw(plan: Plan, outcome: Outcome) -> dict[str, Figure]:
     if len({level_of(c) for c in plan.cells}) > 1:
         figures["throughput_by_load"] = _by_load(plan, outcome, contexts)
     return figures
+
+
+def take_literally(figure: Figure) -> Figure:
+    """`figure`, whose texts are no formulas, whatever a user's names hold between two dollars; its axes' own may be."""
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and "$" in text.get_text():
+            text.set_parse_math(False)
+    return figure
 
 
 def svg(figure: Figure) -> str:

@@ -15,7 +15,7 @@ from sglang_misa.bench.load.drive import Ledger, Notice, Route, Work, drive
 from sglang_misa.bench.load.plan import Cell
 from sglang_misa.bench.load.prompts import Source
 from sglang_misa.bench.load.records import Record
-from sglang_misa.bench.load.settings import Flush, LoadError, Workload
+from sglang_misa.bench.load.settings import Flush, Lengths, LoadError, Workload
 from sglang_misa.bench.load.trace import TraceBuilder
 from sglang_misa.bench.load.workload import (
     KEEP_STREAM,
@@ -41,6 +41,27 @@ def builder_of(workload: Workload, source: Source) -> ConversationBuilder:
     return DatasetBuilder(workload, source) if workload.dataset is not None else Builder(workload, source)
 
 
+class ServerGoneError(Exception):
+    """The server was not there, or another process, at some time of a block: its figures mean nothing."""
+
+
+def check_size(cell: Cell) -> None:
+    """Raise LoadError where not even the shortest prompts of a block could be held ready at once."""
+    shape, load = cell.workload, cell.load
+    if shape.trace is not None or shape.dataset is not None:
+        return
+    count = load.asked if load.arrival == "closed" or load.asked is not None else int(load.rate * load.seconds)
+    _check_bytes((count or 0) * Lengths.parse(shape.input_len).shortest)
+
+
+def _check_bytes(tokens: int) -> None:
+    size = BYTES_PER_TOKEN * tokens
+    if size > MAX_PREPARED:
+        raise LoadError(
+            f"requests: expected at most {MAX_PREPARED >> 30} GiB of prompts in a block, got {size >> 30}; lower it"
+        )
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What is ready to be sent."""
@@ -59,7 +80,10 @@ class Preparation:
         self._cell, self._encoder, self._route, self._flush = cell, encoder, route, flush
 
     def warm_up(self, source: Source, block: int, notice: Notice) -> float:
-        """Send unmeasured requests of `block`; returns the mean seconds of one. Raises LoadError when one fails."""
+        """Send unmeasured requests of `block`; returns the mean seconds of one.
+
+        Raises LoadError when one fails, and ServerGoneError.
+        """
         builder, load = builder_of(self._cell.workload, source), self._cell.load
         if not load.warmups:
             return 0.0
@@ -67,7 +91,7 @@ class Preparation:
         return float(np.mean([r.e2e for r in records]))
 
     def block(self, source: Source, block: int, notice: Notice) -> Prepared:
-        """Empty the cache, prime what is shared, and make the requests of `block`. Raises LoadError."""
+        """Empty the cache, prime what is shared, and make the requests of `block`. Raises as `warm_up` does."""
         builder, load = builder_of(self._cell.workload, source), self._cell.load
         notes = [] if self._emptied() else ["the prefix cache was not emptied before this block"]
         prefixes = [
@@ -92,11 +116,7 @@ class Preparation:
             batches = (self._ready(builder.conversations(block, size, batch=i)) for i in itertools.count())
             return Prepared(batches, dues, spare, None, notes)
         conversations = builder.conversations(block, count)
-        size = BYTES_PER_TOKEN * sum(len(c.turns[0].ids) for c in conversations)
-        if size > MAX_PREPARED:
-            raise LoadError(
-                f"requests: expected at most {MAX_PREPARED >> 30} GiB of prompts in a block, got {size >> 30}; lower it"
-            )
+        _check_bytes(sum(len(c.turns[0].ids) for c in conversations))
         total = sum(len(c.turns) for c in conversations)
         return Prepared(iter([self._ready(conversations)]), dues, spare, total, notes)
 
@@ -122,6 +142,8 @@ class Preparation:
         drive(self._route, ledger, lambda driver: driver.at_once(work, places))
         failed = next((r for r in ledger.records if not r.good), None)
         if failed is not None:
+            if failed.error == "refused" or not self._encoder.control.healthy():
+                raise ServerGoneError
             raise LoadError(
                 f"{self._cell.label}: expected {phase} requests to succeed, got {failed.error}: {failed.detail}"
             )

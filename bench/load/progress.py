@@ -29,11 +29,11 @@ class Live:
         self._console = console
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             refresh_per_second=REDRAW_HZ,
             disable=not console.is_terminal,
@@ -88,7 +88,7 @@ class Live:
             completed=done,
             total=total,
             visible=True,
-            note=f"{note}[red]{errors}[/red]",
+            note=f"{note}{errors}",
         )
         left = f", about {seconds / done * (total - done):.0f} s left" if total is not None and 0 < done < total else ""
         of = "" if total is None else f"/{total}"
@@ -96,7 +96,7 @@ class Live:
 
     def said(self, line: str) -> None:
         """Something that the user must know at once."""
-        self._console.print(line, style="yellow", highlight=False, markup=False)
+        self._console.print(line, style="yellow", highlight=False)
 
     def finished(self, line: str) -> None:
         """The unit is done; `line` sums it up."""
@@ -105,7 +105,7 @@ class Live:
         left = (time.monotonic() - self._begun) / self._done * (self._units - self._done)
         note = f"about {timedelta(seconds=round(left))} left" if left else ""
         self._bars.update(self._all, completed=self._done, total=self._units, note=note)
-        self._console.print(f"[{self._done}/{self._units}] {line}", highlight=False, markup=False)
+        self._console.print(f"[{self._done}/{self._units}] {line}", highlight=False)
 
     def _say(self, line: str) -> None:
         if not self._console.is_terminal and time.monotonic() - self._spoken > QUIET_S:

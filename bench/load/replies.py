@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pydantic_core import from_json
 
+from sglang_misa.bench.load.fields import count, counts, mapping, mappings, number, text
 from sglang_misa.bench.load.sse import Event
 
 MAX_TEXT = 64 * 1024 * 1024  # characters of an answer that are kept at most
@@ -25,6 +26,7 @@ ANSWER_FIELDS = {
     "id",
 }  # an event with none of them tells of a fault
 THOUGHT_FIELDS = ("reasoning_content", "reasoning")  # names of one text; some servers send both
+FAILED = ("abort", "error")  # finish reasons after which no other one counts
 
 
 @dataclass(slots=True)
@@ -55,11 +57,18 @@ class Reply:
         if count is None:
             self.exact = False
             count = (self.counts[-1] if self.counts else 0) + 1
+        if self.counts and count < self.counts[-1]:  # a server that takes tokens back
+            self.exact = False
         if self.times and self.times[-1] == now:
             self.counts[-1] = count
         else:
             self.times.append(now)
             self.counts.append(count)
+
+    def ends(self, reason: str | None) -> None:
+        """The server told why it stopped, if it told."""
+        if reason and self.finish not in FAILED:
+            self.finish = reason
 
 
 class StreamError(Exception):
@@ -109,42 +118,42 @@ class GenerateReader:
         reply.text = "".join(self._parts)
 
     def _take(self, data: dict[str, Any], reply: Reply) -> None:
-        ids, text = data.get("output_ids") or [], data.get("text") or ""
-        count = reply.completion_tokens or 0
-        cumulative = len(ids) >= count if ids else text.startswith("".join(self._parts))
-        if ids and count > 1:
+        ids, written = counts(data, "output_ids"), text(data, "text")
+        so_far = reply.completion_tokens or 0
+        cumulative = len(ids) >= so_far if ids else written.startswith("".join(self._parts))
+        if ids and so_far > 1:
             self._cumulative = cumulative
         if cumulative:
-            reply.output_ids, self._parts, self._kept = ids, [text], len(text)
+            reply.output_ids, self._parts, self._kept = ids, [written], len(written)
         else:
             reply.output_ids.extend(ids)
-            self._parts.append(text)
-            self._kept += len(text)
+            self._parts.append(written)
+            self._kept += len(written)
         if self._kept > MAX_TEXT:
             raise StreamError("oversized", f"expected at most {MAX_TEXT} characters of text, got more")
 
     @staticmethod
     def _count(data: dict[str, Any], reply: Reply) -> bool:
-        meta = data.get("meta_info") or {}
+        meta = mapping(data, "meta_info")
         before = reply.completion_tokens or 0
-        count = meta.get("completion_tokens")
-        if count is not None:
-            reply.completion_tokens = int(count)
-        reply.prompt_tokens = meta.get("prompt_tokens", reply.prompt_tokens)
-        reply.cached_tokens = meta.get("cached_tokens", reply.cached_tokens)
-        reply.queue_s = meta.get("queue_time", reply.queue_s)
-        if meta.get("prefill_finished_time") and meta.get("forward_entry_time"):
-            reply.prefill_s = meta["prefill_finished_time"] - meta["forward_entry_time"]
-        finish = meta.get("finish_reason")
-        if isinstance(finish, dict):
-            reply.finish = str(finish.get("type"))
-            if finish.get("message"):
-                reply.detail = str(finish["message"])
+        now = count(meta, "completion_tokens")
+        if now is not None:
+            reply.completion_tokens = now
+        reply.prompt_tokens = count(meta, "prompt_tokens", reply.prompt_tokens)
+        reply.cached_tokens = count(meta, "cached_tokens", reply.cached_tokens)
+        reply.queue_s = number(meta, "queue_time", reply.queue_s)
+        done, began = number(meta, "prefill_finished_time"), number(meta, "forward_entry_time")
+        if done and began:
+            reply.prefill_s = done - began
+        if isinstance(meta.get("finish_reason"), dict):
+            finish = mapping(meta, "finish_reason")
+            reply.ends(str(finish.get("type")))
+            reply.detail = str(finish.get("message") or reply.detail)
         else:
-            reply.finish = finish or reply.finish
-        if count is None:
+            reply.ends(text(meta, "finish_reason"))
+        if now is None:
             return bool(data.get("text") or data.get("output_ids"))
-        return int(count) > before
+        return now > before
 
 
 class OpenAiReader:
@@ -156,28 +165,27 @@ class OpenAiReader:
 
     def read(self, event: Event, reply: Reply) -> bool:
         data = parse(event)
-        choices = data.get("choices") or []
+        choices = mappings(data, "choices")
         wrote = role_only = False
         for choice in choices:
-            delta = choice.get("delta") or {}
-            thought = next((delta[name] for name in THOUGHT_FIELDS if delta.get(name)), "")
-            parts = [choice.get("text") or "", thought, delta.get("content") or ""]
+            delta = mapping(choice, "delta")
+            thought = next((said for name in THOUGHT_FIELDS if (said := text(delta, name))), "")
+            parts = [text(choice, "text"), thought, text(delta, "content")]
             wrote = wrote or any(parts) or bool(delta.get("tool_calls"))
             role_only = role_only or (bool(delta.get("role")) and not any(parts))
             self._parts += parts
             self._kept += sum(map(len, parts))
-            reply.finish = choice.get("finish_reason") or reply.finish
+            reply.ends(text(choice, "finish_reason"))
         if self._kept > MAX_TEXT:
             raise StreamError("oversized", f"expected at most {MAX_TEXT} characters of text, got more")
-        usage = data.get("usage") or {}
+        usage = mapping(data, "usage")
         if not usage or (role_only and not wrote):
             return wrote
         before = reply.completion_tokens or 0
-        if usage.get("completion_tokens") is not None:
-            reply.completion_tokens = int(usage["completion_tokens"])
-        reply.prompt_tokens = usage.get("prompt_tokens", reply.prompt_tokens)
-        details = usage.get("prompt_tokens_details") or {}
-        reply.cached_tokens = details.get("cached_tokens", reply.cached_tokens)
+        reply.completion_tokens = count(usage, "completion_tokens", reply.completion_tokens)
+        reply.prompt_tokens = count(usage, "prompt_tokens", reply.prompt_tokens)
+        details = mapping(usage, "prompt_tokens_details")
+        reply.cached_tokens = count(details, "cached_tokens", reply.cached_tokens)
         return wrote or (bool(choices) and (reply.completion_tokens or 0) > before)
 
     def close(self, reply: Reply) -> None:
@@ -206,7 +214,7 @@ def parse(event: Event) -> dict[str, Any]:
 
 def finish(reply: Reply, *, ended: bool, pending: bool) -> None:
     """Judge a stream that has ended. Raises StreamError unless its tokens and its finish reason came."""
-    if reply.finish in ("abort", "error"):
+    if reply.finish in FAILED:
         raise StreamError("aborted", reply.detail or f"the server ended the request with {reply.finish!r}")
     if pending or not reply.finish:
         what = "[DONE]" if ended else "the end of the stream"

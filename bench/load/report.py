@@ -34,7 +34,8 @@ def write(
     plan: Plan, units: Sequence[Unit], outcome: Outcome, store: Store, keys: Keys, environment: Environment | None
 ) -> Path:
     """Write every artefact; returns the path of the HTML report."""
-    figures = plots.draw(plan, outcome) | draw_runs(outcome, units)
+    drawn = plots.draw(plan, outcome) | draw_runs(outcome, units)
+    figures = {name: plots.take_literally(figure) for name, figure in drawn.items()}
     for name, figure in figures.items():
         store.write(f"plots/{name}.png", plots.png(figure))
     arms = tuple(a.model_copy(update={"server": keys.erase(a.server)}) for a in plan.arms)

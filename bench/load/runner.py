@@ -8,7 +8,7 @@ from sglang_misa.bench.load.control import Control
 from sglang_misa.bench.load.dialogue import Encoder
 from sglang_misa.bench.load.drive import Ledger, Notice, Route, Timing
 from sglang_misa.bench.load.plan import Arm, Cell, Plan
-from sglang_misa.bench.load.prepare import Preparation, Prepared
+from sglang_misa.bench.load.prepare import Preparation, Prepared, ServerGoneError
 from sglang_misa.bench.load.prompts import Source
 from sglang_misa.bench.load.records import Unit
 from sglang_misa.bench.load.safety import Keys
@@ -16,11 +16,8 @@ from sglang_misa.bench.load.settings import Lengths, LoadError
 from sglang_misa.bench.load.watch import GpuWatch, ServerWatch
 from sglang_misa.bench.load.workers import Crew, WorkerError
 
+NO_METRICS = "the server has no /metrics (SGLang: --enable-metrics): nothing is told of its queue, prefill and cache"
 ENOUGH_WAVES = 2  # requests for each client from which on the clients start apart
-
-
-class ServerGoneError(Exception):
-    """The server was not there, or another process, at some time of a block: its figures mean nothing."""
 
 
 class Runner:
@@ -35,6 +32,8 @@ class Runner:
         """One block, after a warm-up the first time. Raises LoadError, and ServerGoneError."""
         before = Snapshot.of(self._control)
         if self._arm.expect and (problem := selection.problem(self._arm.expect, before.info)):
+            if not self._control.healthy():
+                raise ServerGoneError
             raise LoadError(f"arm {self._arm.name}: {problem}")
         plan, control = self._plan, self._control
         headers = self._keys.headers()
@@ -51,7 +50,8 @@ class Runner:
         ledger = Ledger("measure", prepared.total, notice, steady=timing.steady)
         crew = Crew(plan.bounds.workers, route, ledger, timing)
         gauges = Control(control.url, plan.access, self._keys).gauges  # a session of its own, for another thread
-        with GpuWatch(local=control.local) as gpu, ServerWatch(gauges, plan.bounds.sample_s) as server:
+        period = plan.bounds.sample_s if control.has_metrics else 0.0
+        with GpuWatch(local=control.local) as gpu, ServerWatch(gauges, period) as server:
             try:
                 crew.drive(prepared.batches, prepared.spare)
             except WorkerError as error:
@@ -62,7 +62,8 @@ class Runner:
         if control.healthy():
             control.wait_idle()
         series = {**server.series(ledger.start), **gpu.series(ledger.start)}
-        measured = Measured(block, ledger, before, Snapshot.of(control), gpu.figures(), series, prepared.notes)
+        notes = prepared.notes if control.has_metrics else [*prepared.notes, NO_METRICS]
+        measured = Measured(block, ledger, before, Snapshot.of(control), gpu.figures(), series, notes)
         if measured.went_away or not control.healthy():
             raise ServerGoneError
         return Assembler(self._arm, self._cell, plan.bounds, plan.slo, control.page_size, self._keys).unit(measured)

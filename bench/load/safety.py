@@ -12,9 +12,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sglang_misa.bench.load.settings import Access, LoadError
+from sglang_misa.key_mask import is_key
 
 HIDDEN = "***"
-NAME = r"[A-Za-z_][\w.-]*"
+NAME = r"[A-Za-z_][\w.-]{0,79}+"  # bounded and never given back, or a long word of a log would cost its square
 VALUE = r"\"[^\"]*\"|'[^']*'|[^\s\"',)}\]]+"
 # In free text: NAME=value, 'name': 'value', --name value, Authorization: Bearer value, user:password@host.
 NAMED = (
@@ -98,13 +99,16 @@ def _read_key(kind: str, variable: str | None, path: str | None) -> str | None:
             raise LoadError(
                 f"{kind} key: expected a key in the environment variable {variable}, got nothing; export it"
             )
-        return key
-    if path:
+    elif path:
         try:
-            return Path(path).read_text(encoding="utf-8-sig").strip()
+            key = Path(path).read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise LoadError(f"{kind} key: expected a readable UTF-8 file, got {path} ({error})") from None
-    return None
+    else:
+        return None
+    if not is_key(key):
+        raise LoadError(f"{kind} key: expected one word of printable ASCII in {variable or path}, got another; mend it")
+    return key
 
 
 def check_target(url: str, *, allow_remote: bool) -> str:

@@ -8,13 +8,25 @@ from typing import Any
 
 from sglang_misa.config import PHASES, PRESETS
 
+TABLES = ("policy", "calls", "replays", "min_len")  # entries of a rank
 STOCK = {"off", "stock", "dsa"}  # names of SGLang's own selection
 
 
 def ranks_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The `misa` entry of each rank in /server_info; empty when the plugin is not there."""
-    states = info.get("internal_states") or []
-    return [s["misa"] for s in states if isinstance(s, dict) and isinstance(s.get("misa"), dict)]
+    ranks = [s["misa"] for s in _states(info) if isinstance(s, Mapping) and isinstance(s.get("misa"), Mapping)]
+    return [{**rank, **{table: _table(rank, table) for table in TABLES}} for rank in ranks]
+
+
+def _states(info: Mapping[str, Any]) -> list[Any]:
+    states = info.get("internal_states")
+    return states if isinstance(states, list) else []
+
+
+def _table(rank: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An entry that must be a table; empty where a server that is not ours says something else."""
+    told = rank.get(name)
+    return told if isinstance(told, Mapping) else {}
 
 
 def problem(expect: str, info: Mapping[str, Any]) -> str | None:
@@ -27,21 +39,21 @@ def problem(expect: str, info: Mapping[str, Any]) -> str | None:
     if expect in STOCK:
         names = {name for r in on for name in _policies(r).values()} - {"dsa"}
         return f"expected stock selection, got {', '.join(sorted(names))}" if names else None
-    states = info.get("internal_states") or []
+    states = _states(info)
     if not on or len(on) != len(states):
         return (
             f"expected {expect} in every rank, got it enabled in {len(on)} of {len(states)} (is the plugin installed?)"
         )
     wrong = [_policies(r) for r in on if not _phases(expect, _policies(r))]
     told = " and ".join(f"{name} in {phase}" for phase, name in wrong[0].items()) if wrong else ""
-    return f"expected {expect}, got the policies {told}" if wrong else None
+    return f"expected {expect}, got {f'the policies {told}' if told else 'no policies'}" if wrong else None
 
 
 def calls(info: Mapping[str, Any]) -> dict[str, int]:
     """Indexer calls and decode graphs replayed by path since the start, summed over ranks: `prefill.misa` → n."""
     total: dict[str, int] = {}
     for rank in ranks_of(info):
-        for path, count in _leaves({**(rank.get("calls") or {}), "replay": rank.get("replays")}, ()):
+        for path, count in _leaves({**rank["calls"], "replay": rank["replays"]}, ()):
             total[path] = total.get(path, 0) + count
     return total
 
@@ -53,7 +65,7 @@ def routed(expect: str, info: Mapping[str, Any], before: Mapping[str, int], afte
     and the policy has no length gate, so that every decode step takes it.
     """
     rank = next(iter(ranks_of(info)), {})
-    gates = rank.get("min_len") or {}
+    gates = rank.get("min_len", {})
     found = dict.fromkeys(sorted(_phases(expect, _policies(rank))), 0)
     for path, count in after.items():
         head, _, name = path.partition(".")
@@ -69,7 +81,7 @@ def routed(expect: str, info: Mapping[str, Any], before: Mapping[str, int], afte
 
 def _policies(rank: Mapping[str, Any]) -> dict[str, str]:
     """Phase → name of its policy."""
-    policy = rank.get("policy") or {}
+    policy = rank.get("policy", {})
     return {p: str(policy[p].get("name", policy[p]) if isinstance(policy[p], dict) else policy[p]) for p in policy}
 
 
@@ -85,5 +97,5 @@ def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield from _leaves(value, (*path, str(key)))
-    elif isinstance(node, int | float) and path:
-        yield ".".join(path), int(node)
+    elif isinstance(node, int) and path:
+        yield ".".join(path), node

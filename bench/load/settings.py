@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
+import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Api = Literal["generate", "completions", "chat"]
@@ -17,6 +18,7 @@ Arrival = Literal["closed", "trace", "poisson", "constant", "burst"]
 TOKENS = {"": 1, "k": 1024, "m": 1024 * 1024}  # suffixes of a length
 AGENT_GROUPS, AGENT_TURNS, AGENT_TURN_LEN, AGENT_PAUSE_S = 8, 8, "uniform:1k:4k", 2.0
 MIN_REQUESTS, WAVES, OPEN_REQUESTS = 16, 8, 64  # of a block, where the user does not say
+MADE = ("builtin", "ids")  # texts that are no file
 FORMAT = 2  # raised when units of an older harness must not be resumed
 
 
@@ -78,6 +80,11 @@ class Lengths(Settings):
     def longest(self) -> int:
         """The longest length that `draw` can give."""
         return self.values[0] + 3 * self.values[1] if self.kind == "normal" else max(self.values)
+
+    @property
+    def shortest(self) -> int:
+        """The shortest length that `draw` can give."""
+        return max(1, self.values[0] - 3 * self.values[1] if self.kind == "normal" else min(self.values))
 
 
 def _tokens(word: str, text: str) -> int:
@@ -146,6 +153,7 @@ class Workload(Settings):
     ignore_eos: Annotated[bool, Field(description="generate the full output length")] = True
     temperature: Annotated[float, Field(ge=0, description="sampling temperature")] = 0.0
     seed: Annotated[int, Field(ge=0, description="same seed, same prompts and arrivals")] = 0
+    content: Annotated[str | None, tyro.conf.Suppress, Field(description="digest of the files that were named")] = None
 
     @model_validator(mode="after")
     def _check(self) -> Workload:
@@ -177,8 +185,18 @@ class Workload(Settings):
             "turn_len": AGENT_TURN_LEN if agent else "256",
             "pause_s": AGENT_PAUSE_S if agent else 0.0,
         }
+        defaults["content"] = self.content_now()
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return self.model_copy(update=missing)
+
+    def content_now(self) -> str | None:
+        """Digest of the files that text, trace or data are read from; None where there are none, or none to read."""
+        named = [Path(path) for path in (self.text, self.trace, self.dataset) if path not in (None, *MADE)]
+        files = [file for path in named for file in (sorted(path.rglob("*.json*")) if path.is_dir() else [path])]
+        try:
+            return hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()[:16] if files else None
+        except OSError:  # told where it is read
+            return None
 
     @property
     def label(self) -> str:

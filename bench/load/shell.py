@@ -24,14 +24,15 @@ def run(
 
     command: what tyro reads, of `module`; arguments: None for the process's own; interrupted: how to go on later.
     """
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    console = Console(width=width, markup=False)  # what names, logs and servers say is no markup
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
         return act(tyro.cli(command, args=arguments, prog=f"python -m {module}"), console)
     except (LoadError, ValidationError) as error:
         told = problem_of(error) if isinstance(error, ValidationError) else error
-        Console(stderr=True).print(f"error: {told}", style="red", markup=False, highlight=False)
+        Console(stderr=True, markup=False).print(f"error: {told}", style="red", highlight=False, soft_wrap=True)
         return USAGE
     except KeyboardInterrupt:
         console.print(f"interrupted: {interrupted}")

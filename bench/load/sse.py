@@ -24,7 +24,8 @@ class SseParser:
     """Feed it bytes as they come; it gives back each complete event.
 
     Works on bytes, so a cut inside a UTF-8 character, a line or a CRLF cannot hurt. Several `data:` lines are joined
-    by a newline; a leading byte order mark, comments and other fields are dropped (WHATWG HTML, 9.2.6).
+    by a newline; a leading byte order mark, comments, other fields and events without data (heartbeats) are dropped
+    (WHATWG HTML, 9.2.6).
     """
 
     def __init__(self, max_event_bytes: int):
@@ -32,6 +33,7 @@ class SseParser:
         self._buffer = bytearray()
         self._scanned = 0
         self._begun = False
+        self._after_cr = False  # a line ended with CR: a line feed that follows belongs to it
         self._name = b""
         self._data: list[bytes] = []
         self._held = 0
@@ -46,16 +48,17 @@ class SseParser:
             if self._buffer.startswith(BYTE_ORDER_MARK):
                 del self._buffer[: len(BYTE_ORDER_MARK)]
         events = []
+        if self._after_cr and self._buffer:
+            if self._buffer.startswith(b"\n"):
+                del self._buffer[:1]
+            self._after_cr = False
         while (end := LINE_END.search(self._buffer, self._scanned)) is not None:
-            if end.group() == b"\r" and end.end() == len(self._buffer):
-                break  # it may be the first half of CRLF
             line = bytes(self._buffer[: end.start()])
-            del self._buffer[: end.end()]
+            self._after_cr = end.group() == b"\r" and end.end() == len(self._buffer)
+            del self._buffer[: end.end()]  # after this, the match no longer reads what it found
             self._scanned = 0
             if not line:
-                if self._data:
-                    events.append(Event(self._name, b"\n".join(self._data)))
-                self._name, self._data, self._held = b"", [], 0
+                events += self._take()
                 continue
             field, _, value = line.partition(b":")
             value = value.removeprefix(b" ")
@@ -69,6 +72,16 @@ class SseParser:
         if self._held + len(self._buffer) > self._limit:
             raise EventTooLarge(f"expected events of at most {self._limit} bytes, got a longer one")
         return events
+
+    def close(self) -> list[Event]:
+        """The last event, where the stream ended with its lines but without the blank one behind them."""
+        return [] if self._buffer else self._take()
+
+    def _take(self) -> list[Event]:
+        told = any(self._data) or (self._data and self._name)
+        taken = [Event(self._name, b"\n".join(self._data))] if told else []
+        self._name, self._data, self._held = b"", [], 0
+        return taken
 
     @property
     def pending(self) -> bool:

@@ -28,6 +28,7 @@ COMPARED = ("ttft_p50", "ttft_p90", "ttft_p99", "tpot_p50", "tpot_p90", "itl_p50
 MIN_BLOCKS = 5  # under which no verdict is given: a t-interval of fewer is too wide to say anything, or too lucky
 SEQUENTIAL_BLOCKS = 8  # before a narrow interval may stop a run: with five, narrowness is often luck (8 % false alarms)
 ERRORS_ALIKE = 0.01  # difference of two arms' error rates up to which their survivors are comparable
+WORK_ALIKE = 0.01  # relative difference of tokens up to which two arms did the same work
 Tone = Literal["good", "bad", "neutral"]
 
 
@@ -278,7 +279,7 @@ def _verdict(
     if not ratios:
         return _single(plan, arms)
     names = [arm.name for arm in plan.arms]
-    if (unlike := _unlike(names, arms)) is not None:
+    if (unlike := _unlike(plan, names, arms)) is not None:
         return f"No verdict: {unlike}.", "bad"
     found = [(cell, r) for cell in ratios if (r := cell.of(plan.primary)) is not None]
     metric, level = title(plan.primary), f"{plan.confidence:.0%}"
@@ -332,9 +333,21 @@ def _single(plan: Plan, arms: Sequence[ArmCell]) -> tuple[str, Tone]:
     return f"{told}.", "bad" if failed else "neutral"
 
 
-def _unlike(names: Sequence[str], arms: Sequence[ArmCell]) -> str | None:
+def _unlike(plan: Plan, names: Sequence[str], arms: Sequence[ArmCell]) -> str | None:
     """Why the requests that survived in the two arms must not be compared."""
+    work = ["prompt_tokens_mean"]
+    if plan.primary in RATES or plan.primary.startswith("e2e"):  # the other figures are of a token
+        work.append("output_tokens_mean")
     for first, second in zip(arms[::2], arms[1::2], strict=True):
+        for figure_name in work:
+            left, right = (a.figures.get(figure_name, 0.0) for a in (first, second))
+            if min(left, right) < (1 - WORK_ALIKE) * max(left, right):
+                what = "read prompts" if figure_name.startswith("prompt") else "gave answers"
+                return f"at {first.label} {names[0]} {what} of {left:.1f} tokens in the mean, {names[1]} of {right:.1f}"
+        left, right = (_lucky(a) for a in (first, second))
+        if max(left, right) > WORK_ALIKE and abs(left - right) > WORK_ALIKE:
+            more, who = max((left, names[0]), (right, names[1]))
+            return f"at {first.label} {who} found {more:.1%} more of its prompt tokens in the cache than was planned"
         left, right = (a.figures.get("error_rate", 0.0) for a in (first, second))
         if abs(left - right) > ERRORS_ALIKE:
             return f"at {first.label} {names[0]} failed {left:.1%} of its requests, {names[1]} {right:.1%}"
@@ -342,6 +355,11 @@ def _unlike(names: Sequence[str], arms: Sequence[ArmCell]) -> str | None:
         if right > left:
             return f"at {first.label} {names[1]} answered wrongly {right:.1%} of its requests, {names[0]} {left:.1%}"
     return None
+
+
+def _lucky(arm: ArmCell) -> float:
+    """Share of the prompt tokens that a cache held though it was to be empty of them."""
+    return arm.figures.get("cached_share", 0.0) - arm.figures.get("cached_wanted_share", 0.0)
 
 
 def _tails(plan: Plan, found: Sequence[tuple[CellRatios, Ratio]]) -> tuple[str, bool]:

@@ -39,7 +39,10 @@ def ask(control: Control, protocol: Protocol, question: Question, bound_s: float
     if status != 200:
         said = content[:300].decode("utf-8", "replace")
         raise LoadError(f"{control.url}: expected an answer to {question.name}, got HTTP {status}: {said}; mend it")
-    return from_json(content)  # type: ignore[no-any-return]
+    try:
+        return from_json(content)  # type: ignore[no-any-return]
+    except ValueError:
+        raise LoadError(f"{control.url}: expected a JSON answer, got {content[:60]!r}; check the address") from None
 
 
 def _body(control: Control, protocol: Protocol, question: Question) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def read(raw: dict[str, Any], protocol: Protocol, arm: str, question: Question, 
             seconds=seconds,
             prompt_tokens=tokens,
         )
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise LoadError(
             f"arm {arm}: expected an answer by --api {protocol.api}, got {str(raw)[:200]} ({error})"
         ) from None

@@ -277,11 +277,11 @@ def _run(command: Command, arguments: Sequence[str], console: Console) -> int:
     title = type(command).__name__
     if collector.left:
         title += f": {collector.left} of {len(collector.questions)} questions left out, for --limit-s"
-        console.print(f"{title}; go on with --out {store.folder}", style="yellow", markup=False, highlight=False)
+        console.print(f"{title}; go on with --out {store.folder}", style="yellow", highlight=False)
     path = page.write(store, plan, environment, title, found, collector.servers)
     for section in found:
         if section.refusal:
             raise LoadError(section.refusal)
-        console.print(section.verdict, style="bold", markup=False, highlight=False)
+        console.print(section.verdict, style="bold", highlight=False)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
     return shell.OK

@@ -86,6 +86,7 @@ def keep_blocks(
 
     page_means: bf16 [P, 128], contiguous; read for the blocks between the first and the newest complete one
     """
+    rows.check(page_means)
     width, room = rows.page_table.shape[1], out.scores.shape[1]
     pages = out.block_size // PAGE
     blocks = triton.cdiv(width, pages)

@@ -45,14 +45,18 @@ class PagedRows:
         return bool(self.index_q.device.type == "cpu")
 
     def check(self, page_means: Tensor) -> None:
-        """Raise ValueError unless all this is as above, and page_means those of its pages."""
-        rows, pages = len(self), len(self.index_k_pages)
+        """Raise ValueError unless all this is as above, on one device, and page_means those of its pages."""
+        rows, pages, device = len(self), len(self.index_k_pages), self.index_q.device
         expect("index_q", self.index_q, (rows, self.index_heads, HEAD_DIM), torch.float8_e4m3fn)
-        expect("head_gates", self.head_gates, (rows, self.index_heads), torch.float32)
-        expect("index_k_pages", self.index_k_pages, (pages, PAGE_BYTES), torch.uint8)
-        expect("page_table", self.page_table, (rows, None), torch.int32, row_stride=True)
-        expect("seq_lens", self.seq_lens, (rows,), torch.int32)
-        expect("page_means", page_means, (pages, HEAD_DIM), torch.bfloat16)
+        expect("head_gates", self.head_gates, (rows, self.index_heads), torch.float32, device=device)
+        expect("index_k_pages", self.index_k_pages, (pages, PAGE_BYTES), torch.uint8, device=device)
+        self.check_table(device)
+        expect("page_means", page_means, (pages, HEAD_DIM), torch.bfloat16, device=device)
+
+    def check_table(self, device: torch.device) -> None:
+        """Raise ValueError unless the page table and the lengths are as above, on this device."""
+        expect("page_table", self.page_table, (len(self), None), torch.int32, row_stride=True, device=device)
+        expect("seq_lens", self.seq_lens, (len(self),), torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,12 @@ class Chosen:
     @property
     def topk(self) -> int:
         return int(self.slots.shape[1])
+
+    def check(self, rows: int, device: torch.device) -> None:
+        """Raise ValueError unless there is room for so many rows, on this device."""
+        expect("out.slots", self.slots, (rows, None), torch.int32, device=device)
+        if self.positions is not None:
+            expect("out.positions", self.positions, (rows, self.topk), torch.int32, device=device)
 
     def clear(self) -> None:
         """Nothing is chosen."""

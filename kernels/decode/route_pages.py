@@ -87,6 +87,7 @@ def route_pages(rows: PagedRows, page_means: torch.Tensor, policy: SketchPolicy,
 
     page_means: bf16 [P, 128], contiguous
     """
+    rows.check(page_means)
     width = rows.page_table.shape[1]
     tuning = tuning_of(len(rows))
     programs = 1 if policy.heads is None else triton.cdiv(width, tuning.pages)

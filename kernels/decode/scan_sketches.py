@@ -8,9 +8,10 @@ import torch
 import triton
 
 from sglang_misa.kernels.build import build
-from sglang_misa.kernels.decode.operands import PagedRows, PageSketch, SketchPolicy
+from sglang_misa.kernels.checks import expect
+from sglang_misa.kernels.decode.operands import MIN_CANDIDATES, PagedRows, PageSketch, SketchPolicy
 from sglang_misa.kernels.decode.route_pages import Columns
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, ROUTED_HEADS
 from sglang_misa.kernels.structs import Candidates, Scan
 
 WARPS = 4  # of a thread block of the scan
@@ -34,6 +35,7 @@ def scan_sketches(
 
     On the GPU only the launch before it may still be writing what it reads: the columns.
     """
+    _check_scan(columns, rows, stats, scores)
     if rows.interpreted:
         _scan_on_cpu(columns, rows, stats, policy, scores)
         return
@@ -82,10 +84,15 @@ def list_candidates(scores: torch.Tensor, seq_lens: torch.Tensor, *, positions: 
     seq_lens:  int32 [R]
     positions: int32 [R, C], C >= 128; unwritten past a row's length
     """
+    expect("positions", positions, (len(positions), None), torch.int32)
+    rows, candidates = positions.shape
+    expect("scores", scores, (rows, None), torch.uint16, row_stride=True, device=positions.device)
+    expect("seq_lens", seq_lens, (rows,), torch.int32, device=positions.device)
+    if candidates < MIN_CANDIDATES:
+        raise ValueError(f"positions: expected room for {MIN_CANDIDATES} or more a row, got {candidates}; widen it")
     if scores.device.type == "cpu":
         _list_on_cpu(scores, seq_lens, positions)
         return
-    rows, candidates = positions.shape
     if rows:
         call = Candidates(
             scores=scores, lens=seq_lens, positions=positions, room=scores.stride(0), candidates=candidates
@@ -110,6 +117,24 @@ def unpack(sketches: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
     codes = (words >> shifts) & (2**bits - 1)  # [n, half, group, r, odd, c, u, w, e]
     scales = sketches[:, size:].contiguous().view(torch.bfloat16).view(n, 8, 4, 2).transpose(1, 2)
     return codes.reshape(n, PAGE, HEAD_DIM).to(torch.uint8), scales.reshape(n, PAGE)
+
+
+def _check_scan(columns: Columns, rows: PagedRows, stats: PageSketch, scores: torch.Tensor) -> None:
+    """Raise ValueError unless these belong together, on one device."""
+    device, pages, count = columns.queries.device, len(stats.means), columns.queries.shape[1]
+    expect("columns.queries", columns.queries, (len(rows), count, HEAD_DIM), torch.int8)
+    if count not in ROUTED_HEADS:
+        raise ValueError(f"columns: expected {ROUTED_HEADS} of a row, got {count}; change heads or residual")
+    expect("columns.gates", columns.gates, (len(rows), count), torch.float32, device=device)
+    rows.check_table(device)
+    expect("stats.means", stats.means, (pages, HEAD_DIM), torch.bfloat16, device=device)
+    expect("stats.sketches", stats.sketches, (pages, None), torch.uint8, device=device)  # of `bits`, or it raises
+    expect("scores", scores, (len(rows), None), torch.uint16, row_stride=True, device=device)
+    if scores.shape[1] < rows.page_table.shape[1] * PAGE or scores.stride(0) % PAGE:
+        raise ValueError(
+            f"scores: expected rows of {rows.page_table.shape[1]} pages of {PAGE} or more, a multiple of {PAGE} apart, "
+            f"got {tuple(scores.shape)} with strides {scores.stride()}; allocate it for the page table"
+        )
 
 
 def _scan_on_cpu(

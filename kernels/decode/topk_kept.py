@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from sglang_misa.kernels.build import build
+from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.decode.keep_blocks import KeptPages
 from sglang_misa.kernels.decode.operands import Chosen
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.kernels.structs import Kept, Listed, Scored
 
 MAX_ROW = 32768  # scores of a row: a thread block holds them in registers
+VECTOR = 4  # scores that are loaded at once
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -26,11 +28,13 @@ def topk_kept(logits: torch.Tensor, kept: KeptPages, out: Chosen) -> None:
 
     Mirrors SGLang's `topk_transform_512_v2` with `out_raw_indices`.
     """
+    rows, room = _check_scores(logits, out)
+    expect("kept.pages", kept.pages, (rows, room // PAGE), torch.int32, device=logits.device)
+    expect("kept.blocks", kept.blocks, (rows, None), torch.int32, device=logits.device)
+    expect("kept.lens", kept.lens, (rows,), torch.int32, device=logits.device)
     if logits.device.type == "cpu":
         _topk_on_cpu(logits, kept, out)
-        return
-    rows, room = logits.shape
-    if rows:
+    elif rows:
         tokens = Kept(pages=kept.pages, blocks=kept.blocks, room=room, block=kept.block_size)
         stream = torch.cuda.current_stream().cuda_stream
         build("topk_kept").topk_kept(bytes(_scored(logits, kept.lens, out)), bytes(tokens), rows, stream)
@@ -45,14 +49,28 @@ def topk_listed(
     listed:     int32 [R, C], contiguous: positions in the row
     page_table: int32 [R, W], unit column stride; seq_lens: int32 [R]
     """
+    rows, room = _check_scores(logits, out)
+    expect("listed", listed, (rows, room), torch.int32, device=logits.device)
+    expect("page_table", page_table, (rows, None), torch.int32, row_stride=True, device=logits.device)
+    expect("seq_lens", seq_lens, (rows,), torch.int32, device=logits.device)
     if logits.device.type == "cpu":
         _topk_listed_on_cpu(logits, listed, page_table, seq_lens, out)
-        return
-    rows, room = logits.shape
-    if rows:
+    elif rows:
         tokens = Listed(positions=listed, table=page_table, pitch=page_table.stride(0), room=room)
         stream = torch.cuda.current_stream().cuda_stream
         build("topk_kept").topk_listed(bytes(_scored(logits, seq_lens, out)), bytes(tokens), rows, stream)
+
+
+def _check_scores(logits: torch.Tensor, out: Chosen) -> tuple[int, int]:
+    """Rows and scores of a row. Raises ValueError unless `logits` are scores, and `out` has room for their best."""
+    expect("logits", logits, (len(logits), None), torch.float32)
+    rows, room = logits.shape
+    if room > MAX_ROW or room % VECTOR:
+        raise ValueError(
+            f"logits: expected at most {MAX_ROW} scores a row, a multiple of {VECTOR}, got {room}; keep or list fewer"
+        )
+    out.check(rows, logits.device)
+    return rows, room
 
 
 def _scored(logits: torch.Tensor, lens: torch.Tensor, out: Chosen) -> Scored:

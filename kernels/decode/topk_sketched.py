@@ -76,8 +76,7 @@ def sketch_topk(rows: PagedRows, stats: PageSketch, *, scratch: SketchScratch, o
     scratch: of R rows (`first`); it also says heads, router, residual and candidates
     """
     count, width, policy = len(rows), rows.page_table.shape[1], scratch.policy
-    rows.check(stats.means)
-    expect("sketches", stats.sketches, (len(rows.index_k_pages), sketch_bytes(stats.bits)), torch.uint8)
+    expect("stats.sketches", stats.sketches, (len(rows.index_k_pages), sketch_bytes(stats.bits)), torch.uint8)
     if len(scratch.keys) != count or scratch.keys.shape[1] < width * PAGE:
         raise ValueError(
             f"scratch: expected {count} rows of at least {width} pages, got {len(scratch.keys)} of "

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import random
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from sglang_misa import asking
 from sglang_misa.config import ConfigError
 
 CHARACTERS = 3  # of a token of source text, roughly and rather too few: a prompt must fit the server's context
@@ -64,11 +65,8 @@ class Answer:
 def ask(url: str, number: int, prompt: str, new_tokens: int, key: str | None) -> Answer:
     """The greedy answer to prompt `number`. Raises ConfigError without one."""
     body = {"text": prompt, "sampling_params": {"max_new_tokens": new_tokens, "temperature": 0}}
-    headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
-    request = urllib.request.Request(f"{url.rstrip('/')}/generate", json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            said = json.load(response)
+        said = json.loads(asking.ask(f"{url.rstrip('/')}/generate", key, TIMEOUT, body))
         return Answer(said["text"], said["meta_info"]["prompt_tokens"])
     except urllib.error.HTTPError as error:
         told = error.read(300).decode("utf-8", "replace")
@@ -82,5 +80,5 @@ def ask(url: str, number: int, prompt: str, new_tokens: int, key: str | None) ->
         raise ConfigError(
             [f"--server: expected SGLang's /generate at {url}, got another answer ({error!r}); check the address"]
         ) from None
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ConfigError([f"--server: expected SGLang at {url}, got {error}; check the address"]) from None

@@ -1,6 +1,9 @@
 """`topk_reranked` on the CPU (simt/), from marks to the top k, against numpy."""
 
 import ctypes
+import pathlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,17 +16,27 @@ from sglang_misa.kernels.prefill import topk_reranked as rerank
 pytestmark = COMPILER
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(32, 8, 0), (32, 8, 1), (64, 4, 1), (64, 16, 1)],
-    ids="H={0[0]} {0[1]} columns {0[2]}".format,
-)
-def reranking(request, tmp_path_factory) -> tuple[ctypes.CDLL, tuple[int, int, int]]:
-    all_heads, columns, residual = request.param
-    shape = {"index_heads": all_heads, "columns": columns, "residual": residual}
-    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_reranked", **shape)
+SHAPES = [(32, 8, 0), (32, 8, 1), (64, 4, 1), (64, 16, 1)]  # index heads, columns, residual
+FEW = (20, 12, 2)  # rows, where each of them is slow
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory) -> Iterator[dict[tuple[int, int, int], Future[ctypes.CDLL]]]:
+    """The library of each shape: the next ones are compiled while one is tested."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {shape: pool.submit(build, tmp_path_factory.mktemp("simt"), *shape) for shape in SHAPES}
+        pool.shutdown(cancel_futures=True)
+
+
+def build(folder: pathlib.Path, index_heads: int, columns: int, residual: int) -> ctypes.CDLL:
+    loaded = compiled(folder, "topk_reranked", index_heads=index_heads, columns=columns, residual=residual)
     loaded.rerank_rows.restype = ctypes.c_bool
-    return loaded, request.param
+    return loaded
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids="H={0[0]} {0[1]} columns {0[2]}".format)
+def reranking(request, builds) -> tuple[ctypes.CDLL, tuple[int, int, int]]:
+    return builds[request.param].result(), request.param
 
 
 @pytest.mark.parametrize("candidates", [TOPK, 256])
@@ -39,7 +52,7 @@ def test_reranked_rows_take_tied_candidates_in_order(reranking, distinct, nearly
     Nearly: a few keys far above the others make those bits coarse.
     """
     loaded, (all_heads, columns, residual) = reranking
-    case, candidates = ExtendCase(distinct, all_heads, columns, bool(residual)), 400
+    case, candidates = ExtendCase(distinct, all_heads, columns, bool(residual), FEW), 400
     scale = np.ones(case.keys)
     if nearly:
         scale += np.random.default_rng(distinct).integers(0, 8, case.keys) / 2**14

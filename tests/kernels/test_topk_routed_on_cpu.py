@@ -3,6 +3,8 @@
 import ctypes
 import math
 import pathlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,12 +20,23 @@ SETTINGS = settings(deadline=None, max_examples=60)
 pytestmark = COMPILER
 
 
+SHAPES = [(8, False), (4, True), (8, True), (16, True)]  # columns, residual
+
+
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> ctypes.CDLL:
-    return routed(tmp_path_factory.mktemp("simt"), 8)
+def builds(tmp_path_factory) -> Iterator[dict[tuple[int, bool], Future[ctypes.CDLL]]]:
+    """The library of each shape: the next ones are compiled while one is tested."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {shape: pool.submit(routed, tmp_path_factory.mktemp("simt"), *shape) for shape in SHAPES}
+        pool.shutdown(cancel_futures=True)
 
 
-def routed(folder: pathlib.Path, columns: int, residual: bool = False) -> ctypes.CDLL:
+@pytest.fixture(scope="module")
+def kernels(builds) -> ctypes.CDLL:
+    return builds[8, False].result()
+
+
+def routed(folder: pathlib.Path, columns: int, residual: bool) -> ctypes.CDLL:
     loaded = compiled(folder, "topk_routed", columns=columns, residual=residual)
     for name in ("divide_rows", "walk", "thresholds", "select_rows", "topk_rows"):
         getattr(loaded, name).restype = ctypes.c_bool
@@ -31,8 +44,8 @@ def routed(folder: pathlib.Path, columns: int, residual: bool = False) -> ctypes
 
 
 @pytest.fixture(scope="module", params=[4, 8, 16], ids="{} columns".format)
-def with_residual(request, tmp_path_factory) -> tuple[ctypes.CDLL, int]:
-    return routed(tmp_path_factory.mktemp("simt"), request.param, residual=True), request.param
+def with_residual(request, builds) -> tuple[ctypes.CDLL, int]:
+    return builds[request.param, True].result(), request.param
 
 
 def sampled_keys(kernels, keys: int, stride: int) -> np.ndarray:

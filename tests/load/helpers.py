@@ -12,6 +12,8 @@ from typing import Any
 import requests
 
 from sglang_misa.bench.load import client
+from sglang_misa.bench.load.figures import error_classes, summarize
+from sglang_misa.bench.load.records import Record, Unit
 from sglang_misa.bench.load.replies import Reply
 from sglang_misa.procs import ServerProcess, free_port
 
@@ -53,6 +55,10 @@ class MockProcess:
         """Request number → perf_counter times: arrival, each frame with tokens, [DONE]. Forgets them."""
         return requests.get(self.url + "/_sent", timeout=5).json()  # type: ignore[no-any-return]
 
+    def asked(self) -> dict[str, int]:
+        """Path → requests since the last time."""
+        return requests.get(self.url + "/_asked", timeout=5).json()  # type: ignore[no-any-return]
+
     def stop(self) -> None:
         self._process.stop()
         self._process.log.unlink()
@@ -90,3 +96,44 @@ def figures(folder: Path, arm: int = 0) -> dict:
 
 def units(folder: Path) -> list[dict]:
     return sorted((json.loads(p.read_text()) for p in (folder / "units").glob("*.json")), key=lambda u: u["started"])
+
+
+def record(pair: int, ttft: float, tpot: float = 0.01, tokens: int = 11, error: str | None = None) -> Record:
+    """A request that took so many seconds, of 100 prompt tokens."""
+    last = 1.0 + ttft + tpot * (tokens - 1)
+    return Record(
+        pair=pair,
+        due=1.0,
+        dispatched=1.0,
+        first=None if error else 1.0 + ttft,
+        last=last,
+        done=last,
+        gaps=(tpot,) * (tokens - 1),
+        gap_tokens=(1,) * (tokens - 1),
+        prompt_wanted=100,
+        output_wanted=tokens,
+        output_tokens=tokens,
+        error=error,
+    )
+
+
+def unit(arm: str, block: int, records: list[Record], started: float) -> Unit:
+    """A block of one cell, of ten seconds."""
+    figures = summarize(records, (0.0, 10.0), sum(r.output_tokens or 0 for r in records), None)
+    nothing: dict[str, float] = {}
+    return Unit(
+        arm=arm,
+        cell="c",
+        label="1k",
+        block=block,
+        started=started,
+        figures=figures,
+        errors=error_classes(records),
+        client=nothing,
+        gpu=nothing,
+        metrics=nothing,
+        misa=nothing,
+        problems=(),
+        notes=(),
+        records=tuple(records),
+    )

@@ -14,11 +14,13 @@ import re
 import signal
 import ssl
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 PAGE = 64
 FIRST_BYTE_ID = 100  # its tokenizer: one token a UTF-8 byte, after a hundred reserved ids
@@ -51,6 +53,7 @@ class Script:
     captured: bool = False  # the decode policy is a captured graph, and only stock's is replayed
     busy_tokenizer: int = 0  # this call of /tokenize, counted from the script's start, answers 503
     tokenizer: bool = True
+    answers: dict[str, Any] = field(default_factory=dict)  # path → what it answers instead; a number is a status
     crowd: float = 0.0  # seconds of extra TTFT for each request in flight
     block_first: float = 0.0  # seconds of extra TTFT of the first request after a flush
 
@@ -60,10 +63,11 @@ class Mock:
         self.script = script
         self.seen: list[np.ndarray] = []
         self.sent: dict[str, list[float]] = {}
+        self.asked: Counter[str] = Counter()
         self.requests = self.misa = self.tokenized = self.running = 0
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=1 << 30)
+        app = web.Application(client_max_size=1 << 30, middlewares=[self.instead])
         app.add_routes(
             [
                 web.get("/health", self.health),
@@ -78,9 +82,22 @@ class Mock:
                 web.post("/v1/chat/completions", self.chat),
                 web.post("/_script", self.change),
                 web.get("/_sent", self.truth),
+                web.get("/_asked", self.tally),
             ]
         )
         return app
+
+    @web.middleware
+    async def instead(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        self.asked[request.path] += 1
+        answer = self.script.answers.get(request.path)
+        if answer is None:
+            return await handler(request)
+        return web.Response(status=answer) if isinstance(answer, int) else web.json_response(answer)
+
+    async def tally(self, request: web.Request) -> web.Response:
+        asked, self.asked = self.asked, Counter()
+        return web.json_response(asked)
 
     async def health(self, request: web.Request) -> web.Response:
         return web.Response()
@@ -298,9 +315,9 @@ class Mock:
         if api == "completions":
             choice: dict[str, Any] = {"text": part, "finish_reason": finish}
         else:
-            field = "reasoning_content" if done <= script.reasoning else "content"
-            both = {"reasoning": part} if script.mirror and field == "reasoning_content" else {}
-            choice = {"delta": {field: part, **both}, "finish_reason": finish}
+            name = "reasoning_content" if done <= script.reasoning else "content"
+            both = {"reasoning": part} if script.mirror and name == "reasoning_content" else {}
+            choice = {"delta": {name: part, **both}, "finish_reason": finish}
         tells = usage and script.continuous and script.usage
         totals = {"usage": {"prompt_tokens": prompt, "completion_tokens": done}} if tells else {}
         return {"choices": [choice], **totals, **padding}
@@ -338,15 +355,16 @@ async def main() -> None:
     parser.add_argument("--api-key", default="")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--certificate", default="")  # a PEM file with its key
-    for field in fields(Script):
-        kind = type(field.default)
+    plain = [each for each in fields(Script) if each.name != "answers"]
+    for each in plain:
+        kind = type(each.default)
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=kind if kind is not bool else _flag, default=field.default
+            f"--{each.name.replace('_', '-')}", type=kind if kind is not bool else _flag, default=each.default
         )
     arguments = vars(parser.parse_args())
     print(f"loading, api_key='{arguments['api_key']}'", flush=True)
     await asyncio.sleep(arguments["startup"])
-    script = Script(**{f.name: arguments[f.name] for f in fields(Script)})
+    script = Script(**{each.name: arguments[each.name] for each in plain})
     runner = web.AppRunner(Mock(script).app(), handler_cancellation=True)
     await runner.setup()
     tls = None

@@ -13,7 +13,14 @@ from load.helpers import PATIENT, SMALL, MockProcess, ask, figures, results, uni
 
 from sglang_misa.bench.load import drive, replies, selection, servers
 from sglang_misa.bench.load.cli import main
+from sglang_misa.bench.load.control import Control
+from sglang_misa.bench.load.dialogue import Encoder
+from sglang_misa.bench.load.plan import Cell
+from sglang_misa.bench.load.prepare import Preparation, ServerGoneError
+from sglang_misa.bench.load.prompts import source_of
 from sglang_misa.bench.load.records import Record
+from sglang_misa.bench.load.safety import Keys
+from sglang_misa.bench.load.settings import Access, Bounds, Load, Protocol, Workload
 from sglang_misa.bench.load.shell import GATE_FAILED, INVALID, OK, USAGE
 from sglang_misa.config import PHASES, PRESETS
 from sglang_misa.procs import free_port
@@ -141,6 +148,8 @@ def test_long_cumulative_answers_cost_linear_work(monkeypatch):
         ["--api-key-env", "NO_SUCH_VARIABLE"],
         ["--slo", "/no/such/file"],
         ["--ca-file", "/no/such/file"],
+        ["--ca-file", __file__],
+        ["--requests", "1000000", "--input-len", "uniform:8k:32k"],
         ["--out", "/proc/nope"],
     ],
 )
@@ -162,6 +171,8 @@ def test_options_are_judged_before_the_first_request(mocks, tmp_path, capsys, wo
         ["--arrival", "poisson", "--rates", "-1"],
         ["--arrival", "poisson", "--concurrencies", "4"],
         ["--contexts", "1k", "9z"],
+        ["--contexts", "1k", "2k", "1k"],
+        ["--concurrencies", "4", "4"],
         ["--names", "a", "a"],
         ["--b", "python -m server"],
         ["--b", "python -m 'server --port 3"],
@@ -260,6 +271,15 @@ def test_a_server_that_restarts_is_waited_for_and_its_block_measured_again(tmp_p
     assert any("measured again" in note for note in unit["notes"])
 
 
+def test_a_server_that_goes_away_in_the_warm_up_is_waited_for():
+    url = f"http://127.0.0.1:{free_port()}"
+    cell = Cell.of(Workload(text="ids", input_len="64"), Load())
+    encoder = Encoder(Control(url, Access(), Keys()), Protocol(), cell.workload)
+    preparation = Preparation(cell, encoder, drive.Route(url, "generate", Bounds(), {}, None, 1), "never")
+    with pytest.raises(ServerGoneError):
+        preparation.warm_up(source_of(cell.workload, 64, encoder.control.tokenize), 0, lambda *_: None)
+
+
 def test_a_server_that_stays_away_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(servers, "BACK_S", 1.0)
     server = MockProcess("--ttft", "0.1")
@@ -296,13 +316,13 @@ def test_no_verdict_over_survivors(mocks, tmp_path):
 
 def test_a_duration_lasts(mocks, tmp_path):
     mocks[0].script(ttft=0.01, itl=0.0)
-    words = [*PATIENT, "--input-len", "1k", "--output-len", "2", "--warmup", "1", "--duration-s", "3"]
-    for load in (["--concurrency", "2"], ["--arrival", "constant", "--rate", "20"]):
+    words = [*PATIENT, "--input-len", "1k", "--output-len", "2", "--warmup", "1", "--duration-s", "1.5"]
+    for load in (["--concurrency", "2"], ["--arrival", "constant", "--rate", "40"]):
         out = tmp_path / load[-1]
         assert main(["run", mocks[0].url, *words, *load, "--out", str(out)]) == OK
         (unit,) = units(out)
         dispatched = [r["dispatched"] for r in unit["records"]]
-        assert 2.5 < max(dispatched) < 3.2
+        assert 1.2 < max(dispatched) < 1.7
         pairs = [r["pair"] for r in unit["records"]]
         assert len(pairs) == len(set(pairs)) > 40
 

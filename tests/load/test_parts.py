@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from load.helpers import record, unit
 
-from sglang_misa.bench.load import figures as figures_module
-from sglang_misa.bench.load.figures import summarize
+from sglang_misa.bench.load.cli import check
+from sglang_misa.bench.load.figures import error_classes, summarize, under
 from sglang_misa.bench.load.gates import Gate, gates_of
 from sglang_misa.bench.load.plan import Arm, Cell, Plan, Slo
 from sglang_misa.bench.load.prompts import RandomIds, TextIds, prose
-from sglang_misa.bench.load.records import Record, Unit, check_compared
+from sglang_misa.bench.load.records import check_compared
 from sglang_misa.bench.load.safety import HIDDEN, Keys, check_target
 from sglang_misa.bench.load.schedule import arrivals, client_starts
 from sglang_misa.bench.load.settings import Lengths, Load, LoadError, Workload
@@ -36,7 +37,7 @@ def words(text: str) -> list[int]:
         st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), max_size=20), min_size=1, max_size=3),
         max_size=6,
     ),
-    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from(["\n", "\r\n", "\r"]),
     st.data(),
 )
 def test_events_survive_every_cut(events, end, data):
@@ -48,7 +49,8 @@ def test_events_survive_every_cut(events, end, data):
     parser, got = SseParser(1 << 20), []
     for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True):
         got += parser.feed(raw[a:b])
-    assert [(e.name, e.data.decode()) for e in got] == [(b"x", "\n".join(lines)) for lines in events]
+    wanted = [(b"x", "\n".join(lines)) for lines in events]
+    assert [(e.name, e.data.decode()) for e in got] == wanted
 
 
 @given(
@@ -152,24 +154,6 @@ def test_answers():
     assert not found(needle, "12345678")
 
 
-def record(pair: int, ttft: float, tpot: float = 0.01, tokens: int = 11, error: str | None = None) -> Record:
-    last = 1.0 + ttft + tpot * (tokens - 1)
-    return Record(
-        pair=pair,
-        due=1.0,
-        dispatched=1.0,
-        first=None if error else 1.0 + ttft,
-        last=last,
-        done=last,
-        gaps=(tpot,) * (tokens - 1),
-        gap_tokens=(1,) * (tokens - 1),
-        prompt_wanted=100,
-        output_wanted=tokens,
-        output_tokens=tokens,
-        error=error,
-    )
-
-
 def test_errors_stay_out_of_latencies_and_in_denominators():
     records = [record(0, 0.1), record(1, 0.3), record(2, 99.0, error="stall"), record(3, 99.0, error="http_429")]
     figures = summarize(records, (0.0, 2.0), 22, Slo(ttft=0.2))
@@ -181,29 +165,29 @@ def test_errors_stay_out_of_latencies_and_in_denominators():
     assert figures["output_throughput"] == 11.0
     assert figures["goodput"] == 0.5
     assert figures["slo_share"] == 0.25
-    assert figures_module.error_classes(records) == {"stall": 1, "http_429": 1}
+    assert error_classes(records) == {"stall": 1, "http_429": 1}
 
 
-def unit(arm: str, block: int, records: list[Record], started: float) -> Unit:
-    """A block of one cell."""
-    figures = summarize(records, (0.0, 10.0), sum(r.output_tokens or 0 for r in records), None)
-    nothing: dict[str, float] = {}
-    return Unit(
-        arm=arm,
-        cell="c",
-        label="1k",
-        block=block,
-        started=started,
-        figures=figures,
-        errors=figures_module.error_classes(records),
-        client=nothing,
-        gpu=nothing,
-        metrics=nothing,
-        misa=nothing,
-        problems=(),
-        notes=(),
-        records=tuple(records),
-    )
+def test_a_stored_block_is_judged_by_the_limits_of_today():
+    records = [record(0, 0.1), record(1, 0.3), record(2, 0.5, error="stall"), record(3, 0.2)]
+    stored = unit("a", 0, records, 0.0)
+    assert "goodput" not in stored.figures
+    for limits, kept in ((Slo(ttft=0.25), 2), (Slo(ttft=0.15), 1)):
+        stored = under(stored, limits)
+        assert (stored.figures["slo_kept"], stored.figures["goodput"]) == (kept, pytest.approx(kept / 10.0))
+        assert pool([stored], Plan(arms=(), cells=(), slo=limits)).figures["slo_share"] == kept / 4
+    assert "slo_share" not in under(stored, None).figures
+
+
+def test_another_text_is_another_cell(tmp_path):
+    text = tmp_path / "text"
+    text.write_text("one")
+    first = Cell.of(Workload(text=str(text)), Load())
+    assert Cell.of(Workload(text=str(text)), Load()).digest() == first.digest()
+    text.write_text("another")
+    assert Cell.of(Workload(text=str(text)), Load()).digest() != first.digest()
+    with pytest.raises(LoadError, match="that the run began with"):
+        check(Plan(arms=(), cells=(first,)))
 
 
 def test_pairs_need_both_answers():
@@ -368,6 +352,12 @@ def test_keys_are_erased():
     assert json.dumps(data) == json.dumps(
         {"api_key": HIDDEN, "deep": [{"hf_token": HIDDEN, "note": HIDDEN}], "tokens": 5, "max_token": "6"}
     )
+
+
+def test_long_words_are_searched_for_keys_in_no_time():
+    """A log may hold a picture in base64; at the square of its length the server would wait for its reader."""
+    word = "aB1" * 200_000
+    assert Keys("secret").erase(f"{word} --api-key {word[:500]}") == f"{word} --api-key {HIDDEN}"
 
 
 @pytest.mark.parametrize("key", ["123", "0", "server", "token", "sglang", "c"])

@@ -8,11 +8,14 @@ import shutil
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from load.helpers import SMALL, MockProcess, results, units
+from rich.console import Console
 
+from sglang_misa.bench.load import plots, progress, shell
 from sglang_misa.bench.load import results as results_module
 from sglang_misa.bench.load.cli import main
 from sglang_misa.bench.load.control import Control
@@ -150,3 +153,34 @@ def test_a_run_of_one_server_tells_its_figures(mocks, tmp_path):
     assert main(["run", mocks[0].url, *SMALL, "--blocks", "2", "--out", str(tmp_path)]) == OK
     assert "TTFT p50 2" in results(tmp_path)["verdict"]
     assert "CI over blocks" in (tmp_path / "report.html").read_text()
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A command without options."""
+
+
+def test_names_and_logs_are_no_markup_and_no_formulas(monkeypatch, capsys):
+    """What stands in brackets or between dollars is the user's, or a server's: it must not end a run."""
+    odd = "[/INST] $\\nope$ [red]"
+    monkeypatch.setattr(progress, "QUIET_S", -1.0)
+
+    def act(command: Nothing, console: Console) -> int:
+        for terminal in (console, Console(force_terminal=True, markup=False)):
+            with progress.Live(terminal, 2) as live:
+                live.waiting(odd, odd, 1.0)
+                live.unit(odd)
+                live.request("measure", 0, 2, None)
+                live.finished(odd)
+        return OK
+
+    assert shell.run(Nothing, act, "module", [], "") == OK
+    assert odd in capsys.readouterr().out
+    figure = plots.Figure()
+    axes = figure.add_subplot(xscale="log", xlim=(1, 1000))
+    axes.plot([1, 2], label=odd)
+    axes.set_yticks([1], [odd])
+    axes.legend()
+    assert plots.png(plots.take_literally(figure))
+    assert odd in plots.svg(figure)
+    assert all(tick.get_parse_math() for tick in axes.get_xticklabels()), "powers of ten are formulas"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from load.helpers import PATIENT, figures, results, units
 
-from sglang_misa.bench.load import trace
+from sglang_misa.bench.load import dataset, trace
 from sglang_misa.bench.load.cli import main
 from sglang_misa.bench.load.prompts import RandomIds
 from sglang_misa.bench.load.settings import Load, LoadError, Workload
@@ -102,6 +102,21 @@ def test_traces_that_cannot_be_replayed_are_refused(tmp_path, text):
     (tmp_path / "trace.jsonl").write_text(text)
     with pytest.raises(LoadError, match=r"trace: .*expected"):
         trace.read(Workload(trace=str(tmp_path / "trace.jsonl"), max_len=8000))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"messages": ["hello"]}',
+        '{"prompt": "x", "output_len": [3]}',
+        '{"prompt": "x", "max_tokens": -4}',
+        "[" * 100_000,
+    ],
+)
+def test_data_that_cannot_be_read_is_refused(tmp_path, row):
+    (tmp_path / "data.jsonl").write_text(row)
+    with pytest.raises(LoadError, match="dataset: expected JSON"):
+        dataset.read(Workload(dataset=str(tmp_path / "data.jsonl")))
 
 
 def test_prompts_of_a_data_set(mocks, tmp_path):

@@ -103,7 +103,7 @@ def handler(script: Script) -> type[BaseHTTPRequestHandler]:
 def serving(script: Script) -> Iterator[str]:
     """The URL of a server that answers by `script`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(script))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"

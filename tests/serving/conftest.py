@@ -30,6 +30,7 @@ SELECTION = (
     f"--misa-decode-blocks {BLOCKS} --misa-decode-block-size {BLOCK} --misa-decode-min-len {MIN_LEN} "
     "--misa-audit-rows 4 --misa-audit-every 1"
 )
+CACHES = ("TVM_FFI_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")  # of compilers
 START_LIMIT = 300
 
 
@@ -46,6 +47,8 @@ class Server:
     """A started server and the requests that the tests send to it."""
 
     key = API_KEY
+    caches: Path  # of compilers, of the server of the whole folder
+    built: set[Path]  # what was there when it was ready
 
     def __init__(self, process: ServerProcess, port: int, model: Path):
         self.process, self.port, self.model = process, port, model
@@ -150,7 +153,10 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     folder = tmp_path_factory.mktemp("server")
     key = folder / "key"
     key.write_text(f"{API_KEY}\n")
-    with started(f"--api-key-file {key} --enable-return-indexer-topk", model, folder / "log") as running:
+    caches = {name: str(folder / "caches" / name) for name in CACHES}
+    words = f"--api-key-file {key} --enable-return-indexer-topk --enable-metrics"
+    with started(words, model, folder / "log", **caches) as running:
+        running.caches, running.built = folder / "caches", set((folder / "caches").rglob("*"))
         yield running
 
 

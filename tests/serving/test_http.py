@@ -146,3 +146,11 @@ def test_an_empty_prompt(server, body):
     status, answer = server.request("/generate", {**body, "sampling_params": {"max_new_tokens": 2}})
     assert status == 400, answer
     assert server.healthy()
+
+
+def test_nothing_is_compiled_once_the_server_is_ready(server, together):
+    """Neither by the requests of the other tests nor by these, which are under and over the gates of both phases."""
+    gate = server.misa()["min_len"]["decode"]
+    for lengths in ([gate - 4], [3 * gate], [gate // 2, gate + 1, 3 * gate]):
+        together(lambda length: server.generate([65] * length, new=8), lengths)
+    assert {*server.caches.rglob("*")} - server.built == set()

@@ -79,6 +79,45 @@ def test_every_reason_comes_with_exit_status_2(checked, model, monkeypatch):
         assert words in out
 
 
+def test_what_a_launch_would_refuse_for_its_words_a_check_refuses(checked, model, tmp_path):
+    wanted = ("--misa-preset", "misa", "--misa-allow-unverified")
+    for words, why in (
+        ([], "--model-path: expected a folder or a Hugging Face name, got none"),
+        (["--model-path", model, "--config", "/no/such.yaml"], "--config: expected SGLang's YAML file"),
+        (["--model-path", model, "--host", "0.0.0.0"], "--host: expected a key"),
+    ):
+        status, out = checked(*wanted, *words)
+        assert status == launch_server.REFUSED
+        assert why in out
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert checked(*wanted, "--model-path", model)[0] == 0  # a config.json alone is enough
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    status, out = checked(*wanted, "--model-path", model)
+    assert status == launch_server.REFUSED
+    assert "without model-00002-of-00002.safetensors; finish the download" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--api-key-file", "/no/such/key"], "--api-key-file: expected a readable text file"),
+        (["--page-size", "x"], "argument --page-size: invalid int value: 'x'"),
+        (["--tp", "0"], "--tp-size: expected 1 or more, got 0"),
+    ],
+)
+def test_words_that_cannot_be_read_have_a_sentence(model, capsys, words, why):
+    wanted = ["--check", "--misa-preset", "misa", "--model-path", model]
+    assert launch_server.main([*wanted, *words]) == launch_server.REFUSED
+    assert why in capsys.readouterr().err
+
+
+def test_flags_that_only_sglang_can_judge_are_listed(checked, model):
+    words = ("--misa-preset", "misa", "--misa-allow-unverified", "--model-path", model, "--port", "1", "--tp", "2")
+    assert "whether SGLang knows" not in checked(*words)[1]
+    assert "whether SGLang knows --max-runing-requests, and" in checked(*words, "--max-runing-requests", "4")[1]
+
+
 def test_a_model_elsewhere_is_said_to_be_unknown(checked):
     _, out = checked("--misa-preset", "misa", "--model-path", "owner/model")
     assert "taken to be DeepSeek-V3.2's" in out

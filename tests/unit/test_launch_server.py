@@ -106,11 +106,27 @@ def test_a_broken_config(refused, tmp_path, text):
     assert "expected a JSON object" in refused("--model-path", str(tmp_path))
 
 
-@pytest.mark.parametrize("wrong", [{"index_topk": "64"}, {"architectures": "LlamaForCausalLM"}, {"index_n_heads": 6.5}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"index_topk": "64"}, {"architectures": "LlamaForCausalLM"}, {"index_n_heads": 6.5}),
+        *({"index_topk": True}, {"num_hidden_layers": "many"}),
+    ],
+)
 def test_a_config_of_other_types(refused, folder, wrong):
     model = folder({**random_model.config(random_model.CPU), **wrong})
     (name,) = wrong
     assert f"expected {name} to be" in refused("--misa-preset", "misa", "--device", "cpu", "--model-path", model)
+
+
+def test_a_model_without_weights(refused, folder, tmp_path):
+    model = folder(random_model.config(random_model.CPU))
+    wanted = ("--misa-preset", "misa", "--device", "cpu", "--model-path")
+    assert f"expected weights (*.safetensors, *.bin, *.pt, *.gguf) in {model}, got none" in refused(*wanted, model)
+    assert "expected a folder with config.json" in refused(*wanted, str(tmp_path / "config.json"))
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    assert "expected an index of weights" in refused(*wanted, model)
 
 
 def test_no_model(refused):

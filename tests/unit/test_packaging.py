@@ -1,5 +1,7 @@
-"""A wheel holds every package of the checkout, and says which extra is missing."""
+"""A wheel holds every package of the checkout, and its programs say which extra is missing."""
 
+import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -8,10 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from sglang_misa import extras
 from sglang_misa.calibrate.costs import SHIPPED
 from sglang_misa.demo import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("sglang_misa", "bench")
+NEED_NOTHING = {"sglang_misa/launch_server.py", "sglang_misa/procs.py", "sglang_misa/status.py"}
+PROGRAMS = sorted(
+    str(path)
+    for folder in FOLDERS
+    for file in (ROOT / folder).rglob("*.py")
+    if '__name__ == "__main__"' in file.read_text(encoding="utf-8")
+    and str(path := file.relative_to(ROOT)) not in NEED_NOTHING
+)
 
 
 @pytest.fixture
@@ -33,10 +45,20 @@ def test_files_that_are_read_are_packaged(setuptools):
     assert {file.resolve() for file in packaged} >= {file.resolve() for file in (*MODEL.iterdir(), SHIPPED, template)}
 
 
-def test_the_load_test_names_the_extra_that_it_needs():
-    code = (
-        "import runpy, sys; sys.modules['tyro'] = None; runpy.run_module('sglang_misa.bench.load', run_name='__main__')"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr == "bench.load: expected the extra bench, got no tyro; install sglang-misa[bench]\n"
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_without_its_extra_says_so(program, tmp_path):
+    module = program.removeprefix("sglang_misa/").removesuffix(".py").removesuffix("/__main__").replace("/", ".")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules |= dict.fromkeys({extras.PACKAGES})")
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", f"sglang_misa.{module}"]
+    run = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert run.returncode == extras.MISSING
+    said = rf"sglang_misa.{module}: expected the package (\w+), got none; .*\[(bench|bench,sglang)\]"
+    assert re.match(said, run.stderr), run.stderr
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_the_extras_bring_what_programs_are_told_to_install():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    brought = {re.split(r"[^\w]", line)[0] for name in ("bench", "sglang") for line in listed[name]}
+    assert brought <= extras.PACKAGES

@@ -79,3 +79,10 @@ def test_a_command_that_is_not_there(tmp_path: Path) -> None:
 
 def test_ports_are_free() -> None:
     assert 1024 < free_port() < 65536
+
+
+def test_a_full_disk_does_not_hold_a_server_up():
+    """Its output goes on being read: more than a pipe holds."""
+    chatty = [sys.executable, "-c", "for i in range(20_000): print(i, 'words')"]
+    with ServerProcess(chatty, Path("/dev/full"), erase=str.upper) as process:
+        assert process.wait(30) == 0

@@ -247,7 +247,7 @@ DECODE = SelectionPolicy(heads=4, blocks=3, block_size=64, min_len=0)
 SKETCHED = SelectionPolicy(heads=7, router="peak", residual=True, sketch=2, candidates=128, block_size=64, min_len=0)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000), st.lists(st.integers(1, 600), min_size=1, max_size=3), st.booleans())
 def test_decode_rows_select_what_extend_rows_of_the_same_length_select(
     seed: int, lens: list[int], positions: bool

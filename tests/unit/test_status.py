@@ -15,14 +15,17 @@ KEY = "status-test-key"
 
 @pytest.fixture
 def serve():
-    """Starts a server that gives this answer to whoever brings the key; returns its address."""
+    """Starts a server that gives this answer to whoever brings the key, or a redirect; returns its address."""
     servers = []
 
-    def start(answer):
+    def start(answer, location=None):
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 known = self.path == "/server_info" and self.headers["Authorization"] == f"Bearer {KEY}"
-                self.send_response(200 if known else 401)
+                start.keys.append(self.headers["Authorization"])
+                self.send_response(302 if location else 200 if known else 401)
+                if location:
+                    self.send_header("Location", location)
                 self.end_headers()
                 self.wfile.write(answer if known else b"")
 
@@ -31,9 +34,10 @@ def serve():
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         return f"http://127.0.0.1:{server.server_port}"
 
+    start.keys = []  # that came, to any of the servers
     yield start
     for server in servers:
         server.shutdown()
@@ -91,17 +95,45 @@ def test_a_replica_that_is_off_or_does_not_select_is_told(serve, key_file, capsy
 
 @pytest.mark.parametrize(
     ("answer", "words"),
-    [(b"<html>", "got no JSON"), (b"{}", "expected SGLang's /server_info"), (b"[]", "expected SGLang's /server_info")],
+    [
+        (b"<html>", "got no JSON"),
+        (b"\xff\xfe", "got no JSON"),
+        (b"[" * 100000, "got no JSON"),
+        (b"{}", "expected SGLang's /server_info"),
+        (b"[]", "expected SGLang's /server_info"),
+        (b'{"internal_states": [7]}', "expected SGLang's /server_info"),
+        (b'{"internal_states": []}', "expected a replica or more"),
+        (b'{"internal_states": [{"misa": {"enabled": true}}]}', "expected the status of sglang-misa"),
+        (b'{"internal_states": [{"misa": "on"}]}', "expected the status of sglang-misa"),
+    ],
 )
 def test_another_server_is_named(serve, key_file, capsys, answer, words):
     assert status.main([serve(answer), "--key-file", key_file]) == status.UNKNOWN
     assert words in capsys.readouterr().err
 
 
+def test_a_key_goes_to_nobody_but_the_address(serve, key_file, capsys, monkeypatch):
+    """Neither along with a redirect nor through a proxy."""
+    elsewhere = serve(info(recorder()))
+    monkeypatch.setenv("http_proxy", elsewhere)
+    assert status.main([serve(b"", f"{elsewhere}/server_info"), "--key-file", key_file]) == status.UNKNOWN
+    assert "got 302 Found" in capsys.readouterr().err
+    assert len(serve.keys) == 1
+
+
+@pytest.mark.parametrize(("text", "why"), [("two words", "got 2 words"), ("clé", "ASCII"), ("a\x00b", "ASCII")])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_told(serve, tmp_path, capsys, text, why):
+    (tmp_path / "key").write_text(text)
+    assert status.main([serve(b"{}"), "--key-file", str(tmp_path / "key")]) == status.UNKNOWN
+    told = capsys.readouterr().err
+    assert why in told
+    assert text not in told
+
+
 def test_no_server_no_key_and_no_address(serve, capsys):
     assert status.main([serve(b"{}")]) == status.UNKNOWN
     assert "got 401 Unauthorized; add --key-file" in capsys.readouterr().err
-    for url in ("http://127.0.0.1:1", "localhost:30000", "what"):
+    for url in ("http://127.0.0.1:1", "localhost:30000", "what", "file:///etc", "http://[::1", "http://a b/"):
         assert status.main([url]) == status.UNKNOWN
         assert f"expected a server at {url}" in capsys.readouterr().err
     assert status.main(["http://127.0.0.1:1", "--key-file", "/no/such/key"]) == status.UNKNOWN

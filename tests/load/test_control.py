@@ -1,0 +1,79 @@
+"""Control endpoints of a server that is not what it should be: what a stranger answers there is no reason to crash."""
+
+from __future__ import annotations
+
+import pytest
+from load.helpers import PATIENT, results, units
+
+from sglang_misa.bench.load import selection
+from sglang_misa.bench.load.cli import main
+from sglang_misa.bench.load.control import Control
+from sglang_misa.bench.load.safety import Keys
+from sglang_misa.bench.load.settings import Access, LoadError
+from sglang_misa.bench.load.shell import OK, USAGE
+
+FEW = [*PATIENT, "--input-len", "64", "--output-len", "2", "--requests", "2", "--warmup", "1"]
+IDS = ["--text", "ids"]
+JUNK_RANK = {"misa": {"enabled": True, "policy": "x", "calls": [1], "replays": 7, "min_len": 3}}
+ODD_CALLS = {"misa": {"enabled": True, "policy": {"prefill": "misa"}, "calls": {"prefill": {"misa": 1.5}}}}
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        [1],
+        {"page_size": "many", "internal_states": "none"},
+        {"page_size": -5, "internal_states": {"a": 1}},
+        {"page_size": None, "internal_states": [None, 7, {"misa": []}]},
+        {"internal_states": [JUNK_RANK]},
+        {"internal_states": [ODD_CALLS]},
+    ],
+)
+def test_facts_that_are_none_are_left_out(mock, info):
+    server = mock(answers={"/server_info": info, "/v1/models": {"data": [None, {"id": 7}]}})
+    control = Control(server.url, Access(), Keys())
+    told = control.refresh()
+    assert control.page_size == 1
+    assert control.model == "default"
+    assert selection.calls(told) == {}
+    assert not any(selection.routed("misa", told, {}, {}).values())
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "words", "why"),
+    [
+        (
+            "/server_info",
+            {"internal_states": [JUNK_RANK]},
+            [*IDS, "--expect", "misa"],
+            "expected misa, got no policies",
+        ),
+        ("/tokenize", {"tokens": ["a"]}, [], "expected token ids"),
+        ("/tokenize", {"tokens": [2**40]}, [], "expected token ids"),
+        ("/tokenize", ["a"], [], "expected token ids"),
+        ("/tokenize", {"count": "many"}, [*IDS, "--api", "chat"], "expected a chat's token count"),
+        ("/detokenize", [1], [*IDS, "--api", "chat"], "expected text"),
+        ("/health", 302, IDS, "got a redirect"),
+    ],
+)
+def test_an_odd_answer_is_told(mock, tmp_path, capsys, path, answer, words, why):
+    server = mock(answers={path: answer})
+    assert main(["run", server.url, *FEW, *words, "--out", str(tmp_path)]) == USAGE
+    assert why in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_server_without_metrics_is_asked_once(mock, tmp_path):
+    server = mock(answers={"/metrics": 404}, ttft=0.1)
+    server.asked()
+    assert main(["run", server.url, *FEW, *IDS, "--blocks", "2", "--sample-s", "0.02", "--out", str(tmp_path)]) == OK
+    assert server.asked()["/metrics"] == 1
+    assert all("no /metrics" in " ".join(unit["notes"]) for unit in units(tmp_path))
+    assert len([note for note in results(tmp_path)["arms"][0]["notes"] if "no /metrics" in note]) == 1
+
+
+@pytest.mark.parametrize("text", ["", "two words", "line\nbreak", "clé", "nul\x00l"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_told(tmp_path, text):
+    (tmp_path / "key").write_text(text)
+    with pytest.raises(LoadError, match="expected one word of printable ASCII") as caught:
+        Keys.read(Access(api_key_file=str(tmp_path / "key")))
+    assert not text or text not in str(caught.value)
