@@ -34,7 +34,8 @@ from typing import Any
 
 import torch
 
-from sglang_misa import random_model
+from sglang_misa import random_model, versions
+from sglang_misa.admission import STORAGE_TRIED
 from sglang_misa.bench import sabotage
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.procs import HOST, ServerProcess, free_port, is_healthy
@@ -53,15 +54,14 @@ RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
 COUNTED = {
     "evicted": "sglang:evicted_tokens_total",
     "restored from the host": "sglang:load_back_tokens_total",
-    "saved to disk": "sglang:backuped_tokens_total",
-    "read from disk": "sglang:prefetched_tokens_total",
 }
-LOGGED = {"retracted": r"#retracted_reqs: (\d+)", "disk full": r"(No) space left on device"}
+LOGGED = {"retracted": r"#retracted_reqs: (\d+)"}
+HOST_CACHE = "--enable-hierarchical-cache --hicache-ratio 3"
+if versions.installed() in STORAGE_TRIED:
+    COUNTED |= {"saved to disk": "sglang:backuped_tokens_total", "read from disk": "sglang:prefetched_tokens_total"}
+    LOGGED |= {"disk full": r"(No) space left on device"}
+    HOST_CACHE += ' --hicache-storage-backend file --hicache-storage-backend-extra-config {"prefetch_threshold":64}'
 KINDS = (*TURNS, "flushed", "stopped and continued", *COUNTED, *LOGGED)
-HOST_CACHE = (
-    "--enable-hierarchical-cache --hicache-ratio 3 --hicache-storage-backend file "
-    '--hicache-storage-backend-extra-config {"prefetch_threshold":64}'
-)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ DECODE_ARGUMENTS = (
     _Argument("hicache_storage_backend", (None, "file"), "decode on pages from other storage than files is untested"),
     _Argument("hicache_host_memory_mode", ("cache",), "decode on pages that the host only buffers is untested"),
 )
+STORAGE_TRIED = ("0.5.23",)  # versions whose host cache was tried on files; 0.5.17's waits for ever on the CPU platform
 _BESIDE = "beside pages that a prefill server wrote it is untested"
 TRANSFER_ARGUMENTS = (
     _Argument("speculative_algorithm", (None,), _BESIDE),
@@ -254,6 +255,16 @@ def _arguments(candidate: Candidate) -> Iterator[str]:
             )
 
 
+def _stored(candidate: Candidate) -> Iterator[str]:
+    backend = getattr(candidate.arguments, "hicache_storage_backend", None)
+    untried = candidate.sglang not in STORAGE_TRIED and not candidate.config.allow_unverified
+    if candidate.decodes and backend == "file" and untried:
+        yield (
+            f"--hicache-storage-backend: expected None with a decode policy on SGLang {candidate.sglang}, got 'file': "
+            f"tried with {', '.join(STORAGE_TRIED)} alone; install that, add --misa-allow-unverified, or drop the flag"
+        )
+
+
 def _transferred(candidate: Candidate) -> Iterator[str]:
     backend = getattr(candidate.arguments, "disaggregation_transfer_backend", "mooncake")
     if candidate.is_transferred_to and backend != "mooncake" and not candidate.config.allow_unverified:
@@ -314,6 +325,7 @@ CHECKS: tuple[Callable[[Candidate], Iterator[str]], ...] = (
     _page_size,
     _device,
     _arguments,
+    _stored,
     _transferred,
     _decode_steps,
     _dump,

@@ -74,7 +74,9 @@ ADMITTED = {
         for policy in ("write_through", "write_through_selective", "write_back")
         for layout in ("layer_first", "page_first", "page_first_direct")
     },
-    "HiCache on files with a decode policy": candidate(arguments=arguments(hicache_storage_backend="file")),
+    "HiCache on files with a decode policy": candidate(
+        arguments=arguments(hicache_storage_backend="file"), sglang="0.5.23"
+    ),
     "HiCache's storage while decode is stock": candidate(
         config=PRESETS["misa"], arguments=arguments(hicache_storage_backend="file")
     ),
@@ -231,6 +233,10 @@ REFUSED = {
             "disaggregation_decode_enable_offload_kvcache": True,
         }.items()
     },
+    "HiCache on files of a version where it was not tried": (
+        candidate(arguments=arguments(hicache_storage_backend="file")),
+        "--hicache-storage-backend: expected None with a decode policy on SGLang 0.5.17, got 'file'",
+    ),
     "decode behind a prefill server by another transfer": (
         candidate(arguments=arguments(disaggregation_mode="decode", disaggregation_transfer_backend="nixl")),
         "--disaggregation-transfer-backend: expected mooncake with a decode policy, got nixl",
