@@ -67,7 +67,7 @@ def get_topk_paged(
     captured = "captured:" if q_fp8.is_cuda and torch.cuda.is_current_stream_capturing() else ""
     call = functools.partial(decode_call, pool, layer_id, seq_lens, q_fp8, weights, metadata)
     policy = selector.policy("decode", layer)
-    reason = selector.why_stock_decodes(layer, len(q_fp8), longest(forward_batch))
+    reason = selector.why_stock_decodes(layer, len(q_fp8), functools.partial(longest, forward_batch))
     if reason is not None:
         recorder.ran("decode", captured + "dsa")
         ids = original(self, forward_batch, layer_id, q_fp8, weights, metadata)
