@@ -19,7 +19,8 @@ from gpu.server.setups import ARMS, DRAFTS, GATED
 
 LENGTHS = (4096, 40960)  # on both sides of the gate
 TOGETHER, NEW_TOKENS = 4, 16  # prompts in a message
-AGREE = 2  # leading tokens in which an answer must agree, in half of the answers
+AGREE = 4  # leading tokens in which an answer must agree, in half of the answers
+STOCK_AGREES = 2  # and one of stock: with 0.5.23 its own drafts left 6, 1, 3 and 2 alike
 
 
 @pytest.fixture(scope="module", params=["stock", "misa-hisa"])
@@ -52,6 +53,7 @@ def test_drafts_change_no_answer(pair: tuple[Server, Server], length: int) -> No
     sides = {path for path, count in decode_steps(drafting).items() if count > before.get(path, 0)}
     same = [common_prefix(a.output_ids, b.output_ids) for a, b in zip(expected, answers, strict=True)]
     assert all(answer.verified for answer in answers), "a request without a verified step"
-    assert 2 * sum(count >= AGREE for count in same) >= TOGETHER, f"equal leading tokens: {same}"
+    agree = AGREE if drafting.misa() else STOCK_AGREES
+    assert 2 * sum(count >= agree for count in same) >= TOGETHER, f"equal leading tokens: {same}"
     if drafting.misa():
         assert sides == {"dsa" if length + NEW_TOKENS < GATED["decode"]["min_len"] else "hisa"}
