@@ -280,8 +280,9 @@ def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
     for gpu, phase in sorted({(row["gpu"], row["phase"]) for row in rows}):
         kind = (gpu, phase, "64", "random")
         every = [row for row in rows if (row["gpu"], row["phase"], row["index_heads"], row["inputs"]) == kind]
-        drawn = max(every, key=lambda row: (len(_lengths(every, row["sglang"])), _version(row["sglang"])), default=None)
-        own = [row for row in every if drawn is not None and row["sglang"] == drawn["sglang"]]
+        versions = {row["sglang"] for row in every}
+        drawn = max(versions, key=lambda version: (len(_lengths(every, version)), _version(version)), default="")
+        own = [row for row in every if row["sglang"] == drawn]
         most = WIDE if phase == "prefill" else max((int(r["rows"]) for r in own), default=0)
         lines: dict[str, dict[int, float]] = {}
         for row in own:
@@ -295,8 +296,7 @@ def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
         ticks = sorted({length for points in lines.values() for length in points})
         axes.set_xticks(ticks, [f"{t // K}K" for t in ticks])
         rows_are = "rows" if phase == "prefill" else "requests"
-        version = f", SGLang {own[0]['sglang']}" if own else ""
-        title = f"Indexer of a layer, {phase} of {most} {rows_are}, {gpu.removeprefix('NVIDIA ')}{version}"
+        title = f"Indexer of a layer, {phase} of {most} {rows_are}, {gpu.removeprefix('NVIDIA ')}, SGLang {drawn}"
         axes.set(xlabel="context length (tokens)", ylabel="stock's time / ours", title=title)
         axes.legend(fontsize="small")
         target = folder / f"kernels-{phase}-{gpu.replace(' ', '-')}.png"
