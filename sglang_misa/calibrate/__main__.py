@@ -147,10 +147,12 @@ def _dumped(given: argparse.Namespace) -> list[Dumped]:
         prompts.ask(given.server, number, text + answer.text, 1, key)
         found += [Dumped(path) for path in prompt - before]
         found += [Dumped(path, answer.tokens) for path in _in(given.dump) - prompt]
-    if not found:
+    answers = sum(each.answer is not None for each in found)
+    if not 0 < answers < len(found):
         raise ConfigError(
             [
-                f"--dump: expected new files in {given.dump}, got none; start the server with it as its --misa-dump, "
+                f"--dump: expected new files of prompts and of answers in {given.dump}, got {len(found) - answers} and "
+                f"{answers}; start the server with it as its --misa-dump, "
                 "raise --misa-dump-gib there, or send prompts longer than the model's top-k"
             ]
         )

@@ -76,21 +76,19 @@ def points(
     """
     wanted = candidates(costs, model)
     answered = any(each.answer is not None for each in dumps)
+    shares: dict[Phase, list[dict[SelectionPolicy, Tensor]]] = {phase: [] for phase in PHASES}
+    for each in dumps:
+        told = PHASES if not answered else ("prefill",) if each.answer is None else ("decode",)
+        layer = selection.Layer.load(each.path, rows, device)
+        measured = selection.measure(layer, length, [kind for kind in wanted if kind[0] in told])
+        seen = (layer.positions + 1).clamp(max=length).cpu()
+        late = seen >= LATE * seen.max() if each.answer is None else layer.positions.cpu() >= each.answer
+        for phase in told:
+            chosen = late if phase == "decode" else slice(None)
+            shares[phase].append({policy: kept[chosen] for (of, policy), kept in measured.items() if of == phase})
     found: dict[Phase, list[Point]] = {phase: [] for phase in PHASES}
-    for phase in {phase: None for phase, _ in wanted}:
-        of_phase = [each for each in wanted if each[0] == phase]
-        told = [each for each in dumps if (each.answer is not None) == (answered and phase == "decode")]
-        shares = []
-        for each in told:
-            layer = selection.Layer.load(each.path, rows, device)
-            seen = (layer.positions + 1).clamp(max=length).cpu()
-            if each.answer is not None:
-                chosen = layer.positions.cpu() >= each.answer
-            else:
-                chosen = seen >= (LATE * seen.max() if phase == "decode" else 0)
-            measured = selection.measure(layer, length, of_phase)
-            shares.append({policy: kept[chosen] for (_, policy), kept in measured.items()})
-        if sum(len(next(iter(each.values()), ())) for each in shares) < 2:
+    for phase in dict.fromkeys(phase for phase, _ in wanted):
+        if sum(len(next(iter(each.values()), ())) for each in shares[phase]) < 2:
             raise ConfigError(
                 [
                     f"{dumps[0].path}: expected two rows or more of {phase}, to hold one out, got fewer; "
@@ -98,8 +96,8 @@ def points(
                 ]
             )
         found[phase] = [
-            Point(policy, cost, *_halves([each[policy] for each in shares]))
-            for policy in shares[0]
+            Point(policy, cost, *_halves([each[policy] for each in shares[phase]]))
+            for policy in shares[phase][0]
             if (cost := costs.of(phase, policy)) is not None and _possible(phase, policy, model)
         ]
     for phase in PHASES:

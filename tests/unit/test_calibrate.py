@@ -98,6 +98,23 @@ def test_a_server_command_without_dumps_of_one_model_is_refused(tmp_path: Path, 
     assert out.read_text() == "{}"
 
 
+def test_a_server_that_stops_dumping_before_the_answers_is_refused(tmp_path: Path, capsys, monkeypatch) -> None:
+    x = vars(inputs.make("topics", 4, 4096, 64, device="cpu")) | {"positions": torch.arange(4092, 4096).int()}
+    folder = tmp_path / "dump"
+    folder.mkdir()
+
+    def ask(url: str, number: int, *_: object) -> prompts.Answer:
+        if not list(folder.iterdir()):  # as at its --misa-dump-gib: nothing after the first prompt
+            dumped(folder / "prompt.safetensors", x, 0)
+        return prompts.Answer("said", 4096)
+
+    monkeypatch.setattr(prompts, "ask", ask)
+    words = ("--server", "http://127.0.0.1:1", "--dump", folder, "--count", 1, "--length", 4096, "--target", 0.9)
+    assert calibrated(*words, "--out", tmp_path / "out.json") == calibrate.REFUSED
+    assert "of prompts and of answers" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
 def point(cost: float, *recalls: float, **policy: Any) -> choice.Point:
     return choice.Point(SelectionPolicy(**policy), cost, torch.tensor(recalls), torch.tensor(recalls))
 
