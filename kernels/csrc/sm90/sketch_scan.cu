@@ -21,7 +21,7 @@ constexpr int BITS = SKETCH_BITS, TILES = (COLUMNS + 7) / 8;  // of 8 columns, w
 constexpr int PAGE = 64, DIM = 128;
 constexpr int CODE_BYTES = PAGE * DIM * BITS / 8, SKETCH_BYTES = CODE_BYTES + PAGE * 2;
 constexpr int WARPS = 4;          // of a thread block
-constexpr int STAGES = 2;         // pages on their way to a warp, or read by it
+constexpr int STAGES = 4;         // pages on their way to a warp, or read by it
 constexpr int STEPS = DIM / 32;   // products over 32 dimensions
 constexpr int PLANES = 8 / BITS;  // codes of a byte
 // A whole number below 2²² in size, added to the bits of this float, is added to the float: conversions run at a quarter of the rate.
@@ -143,8 +143,6 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
 #pragma unroll
     for (int i = 0; i < 2 * BITS; ++i) codes[i / 2][i % 2] = *reinterpret_cast<const uint4*>(page + (i * 32 + lane) * 16);
     const uint4 scales = *reinterpret_cast<const uint4*>(page + CODE_BYTES + r * 16);
-    __syncwarp();
-    if (lane == p + STAGES && lane < count) fetch(stage);
     float mean_part[TILES][2];
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
@@ -180,6 +178,9 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
       }
     }
     scores[p * (PAGE / 2)] = score_keys(sums[0], sums[2]);
+    // Behind what the page's numbers went into: a bulk copy does not wait for loads that are still under way.
+    __syncwarp();
+    if (lane == p + STAGES && lane < count) fetch(stage);
   }
 }
 
