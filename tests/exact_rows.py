@@ -24,9 +24,7 @@ class ExtendCase:
     `columns` a row: routed heads and, with `residual`, that one.
     """
 
-    def __init__(
-        self, seed: int, all_heads: int, columns: int = 8, residual: bool = False, requests: Requests = THREE
-    ):
+    def __init__(self, seed: int, all_heads: int, columns: int = 8, residual: bool = False, requests: Requests = THREE):
         random = np.random.default_rng(seed)
         starts, ends, first = [], [], 0
         for count, seen in requests:
