@@ -158,6 +158,27 @@ class Route(Struct):
     )
 
 
+class PageRoute(Struct):
+    """One choice of columns over page means."""
+
+    sources = ("sketch_route",)
+    _fields_ = (
+        ("index_q", Pointer),
+        ("head_gates", Pointer),
+        ("means", Pointer),
+        ("pages", Pointer),
+        ("lens", Pointer),
+        ("queries", Pointer),
+        ("gates", Pointer),
+        ("pitch", Long),
+        ("width", Int),
+        ("heads", Int),
+        ("router", Int),
+        ("residual", Int),
+        ("candidates", Int),
+    )
+
+
 class Scan(Struct):
     """One scan of sketched keys."""
 

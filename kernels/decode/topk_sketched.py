@@ -50,7 +50,7 @@ class SketchScratch:
         columns = index_heads if policy.heads is None else policy.heads + policy.residual
         return cls(
             policy=policy,
-            columns=Columns.allocate(rows, table_width, index_heads, columns, device),
+            columns=Columns.allocate(rows, columns, device),
             keys=torch.empty(rows, table_width * PAGE, dtype=torch.uint16, device=device),
             positions=torch.empty(rows, policy.candidates, dtype=torch.int32, device=device),
             logits=torch.empty(rows, policy.candidates, dtype=torch.float32, device=device),
