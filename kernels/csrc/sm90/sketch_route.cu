@@ -26,7 +26,7 @@ constexpr int WARP_ROWS = 16;                                   // heads of a wa
 constexpr int OWN_HEADS = INDEX_HEADS / WARPS;                  // heads of a warp when all are ranked
 constexpr int PARTS = THREADS / INDEX_HEADS;                    // threads of a head then
 
-enum Router { MEAN, PEAK, SIGNED, WEIGHT };  // as in decode/route_pages.py
+enum Router : int { MEAN, PEAK, SIGNED, WEIGHT };  // as in decode/route_pages.py
 
 struct PageRoute {
   const uint8_t* index_q;   // [R, INDEX_HEADS, 128] e4m3
@@ -169,15 +169,13 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) route_kernel(const PageRout
 
   // A thread copies the same piece of pages that lie 8 apart. Their numbers are looked up ahead, also behind the row's end.
   const int piece = threadIdx.x % 16, line = threadIdx.x / 16;
-  const int first = block * PAGES + line;  // page of tile 0; a tile's place in the row follows from its block's
+  const int first = block * PAGES + line, step = BLOCKS * PAGES;  // of its pages, and between a block's tiles
   const int32_t* table = in.pages + row * in.pitch + first;
   int ahead[STAGES][COPIES];
   const auto look_up = [&](int (&ids)[COPIES], int tile) {
+    const int room = in.width - first - tile * step;
 #pragma unroll
-    for (int i = 0; i < COPIES; ++i) {
-      const int page = tile * (BLOCKS * PAGES) + i * 8;
-      ids[i] = first + page < in.width ? __ldg(table + page) : 0;
-    }
+    for (int i = 0; i < COPIES; ++i) ids[i] = i * 8 < room ? __ldg(table + tile * step + i * 8) : 0;
   };
 #pragma unroll
   for (int tile = 0; tile < STAGES; ++tile) look_up(ahead[tile], tile);
@@ -194,13 +192,13 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) route_kernel(const PageRout
   const uint32_t tiles = sm90::smem_address(s.tiles);
   const uint32_t landing = tiles + piece / 8 * HALF_BYTES + line * LINE + swizzled(piece % 8, line);
   const uint8_t* means = in.means + piece * PIECE;
+  asm("" : "+l"(means));  // or the compiler adds up anew for every page
   const auto fetch = [&](const int (&ids)[COPIES], int tile) {
     if (tile < count) {
+      const int there = pages - first - tile * step;
 #pragma unroll
-      for (int i = 0; i < COPIES; ++i) {
-        const bool there = first + tile * (BLOCKS * PAGES) + i * 8 < pages;
-        sm90::copy16(landing + tile % STAGES * STAGE_BYTES + i * 8 * LINE, means + int64_t(ids[i]) * (DIM * 2), there);
-      }
+      for (int i = 0; i < COPIES; ++i)
+        sm90::copy16(landing + tile % STAGES * STAGE_BYTES + i * 8 * LINE, means + int64_t(ids[i]) * (DIM * 2), i * 8 < there);
     }
     sm90::copies_commit();
   };
