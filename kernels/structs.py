@@ -208,6 +208,26 @@ class Candidates(Struct):
     _fields_ = (("scores", Pointer), ("lens", Pointer), ("positions", Pointer), ("room", Long), ("candidates", Int))
 
 
+class Rescore(Struct):
+    """All-head scores of listed candidates."""
+
+    sources = ("sketch_rescore",)
+    _fields_ = (
+        ("index_q", Pointer),
+        ("head_gates", Pointer),
+        ("index_k_pages", Pointer),
+        ("pages", Pointer),
+        ("lens", Pointer),
+        ("positions", Pointer),
+        ("logits", Pointer),
+        ("pitch", Long),
+        ("candidates", Int),
+        ("topk", Int),
+        ("span", Int),
+        ("blocks", Int),
+    )
+
+
 class Kept(Struct):
     """Scored tokens of whole pages."""
 

@@ -284,7 +284,13 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
                : SM90_OPERANDS_##n(constraint)                                                         \
                : __VA_ARGS__)
 
-// d (64 × 128 or 64 × 256, fp32) = a (64 × 32, e4m3) · b (128 or 256 × 32, e4m3)ᵀ
+// d (64 × N, fp32) = a (64 × 32, e4m3) · b (N × 32, e4m3)ᵀ for N = 32, 64, 128 and 256
+__device__ __forceinline__ void mma(float (&d)[16], uint64_t a, uint64_t b) {
+  SM90_WGMMA(16, "m64n32k32.f32.e4m3.e4m3", SM90_SET, "0", "%16, %17, accumulate, 1, 1", "l"(a), "l"(b));
+}
+__device__ __forceinline__ void mma(float (&d)[32], uint64_t a, uint64_t b) {
+  SM90_WGMMA(32, "m64n64k32.f32.e4m3.e4m3", SM90_SET, "0", "%32, %33, accumulate, 1, 1", "l"(a), "l"(b));
+}
 __device__ __forceinline__ void mma(float (&d)[64], uint64_t a, uint64_t b) {
   SM90_WGMMA(64, "m64n128k32.f32.e4m3.e4m3", SM90_SET, "0", "%64, %65, accumulate, 1, 1", "l"(a), "l"(b));
 }
@@ -293,6 +299,12 @@ __device__ __forceinline__ void mma(float (&d)[128], uint64_t a, uint64_t b) {
 }
 
 // d += a · bᵀ
+__device__ __forceinline__ void mma_add(float (&d)[16], uint64_t a, uint64_t b) {
+  SM90_WGMMA(16, "m64n32k32.f32.e4m3.e4m3", SM90_ADD, "1", "%16, %17, accumulate, 1, 1", "l"(a), "l"(b));
+}
+__device__ __forceinline__ void mma_add(float (&d)[32], uint64_t a, uint64_t b) {
+  SM90_WGMMA(32, "m64n64k32.f32.e4m3.e4m3", SM90_ADD, "1", "%32, %33, accumulate, 1, 1", "l"(a), "l"(b));
+}
 __device__ __forceinline__ void mma_add(float (&d)[64], uint64_t a, uint64_t b) {
   SM90_WGMMA(64, "m64n128k32.f32.e4m3.e4m3", SM90_ADD, "1", "%64, %65, accumulate, 1, 1", "l"(a), "l"(b));
 }
