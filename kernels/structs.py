@@ -159,6 +159,27 @@ class Route(Struct):
     )
 
 
+class PageRoute(Struct):
+    """One choice of columns over page means."""
+
+    sources = ("sketch_route",)
+    _fields_ = (
+        ("index_q", Pointer),
+        ("head_gates", Pointer),
+        ("means", Pointer),
+        ("pages", Pointer),
+        ("lens", Pointer),
+        ("queries", Pointer),
+        ("gates", Pointer),
+        ("pitch", Long),
+        ("width", Int),
+        ("heads", Int),
+        ("router", Int),
+        ("residual", Int),
+        ("candidates", Int),
+    )
+
+
 class Scan(Struct):
     """One scan of sketched keys."""
 
@@ -186,6 +207,26 @@ class Candidates(Struct):
 
     sources = ("sketch_candidates",)
     _fields_ = (("scores", Pointer), ("lens", Pointer), ("positions", Pointer), ("room", Long), ("candidates", Int))
+
+
+class Rescore(Struct):
+    """All-head scores of listed candidates."""
+
+    sources = ("sketch_rescore",)
+    _fields_ = (
+        ("index_q", Pointer),
+        ("head_gates", Pointer),
+        ("index_k_pages", Pointer),
+        ("pages", Pointer),
+        ("lens", Pointer),
+        ("positions", Pointer),
+        ("logits", Pointer),
+        ("pitch", Long),
+        ("candidates", Int),
+        ("topk", Int),
+        ("span", Int),
+        ("blocks", Int),
+    )
 
 
 class Kept(Struct):

@@ -45,6 +45,9 @@ def topk_listed(
 ) -> None:
     """The same of the scores of listed tokens: those at a row's first min(len, C) positions, which ascend.
 
+    It reads lengths, the list and the page table before it waits for the launch in front of it, so nothing but the
+    scoring may come between it and `list_candidates`.
+
     logits:     fp32 [R, C], contiguous, C <= MAX_ROW and divisible by 4
     listed:     int32 [R, C], contiguous: positions in the row
     page_table: int32 [R, W], unit column stride; seq_lens: int32 [R]

@@ -9,21 +9,21 @@ Bytes of a row: 4 a token of prefix for the router, 4 + 16 · bits + 2 for the s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from sglang_misa.kernels.build import build
 from sglang_misa.kernels.checks import expect
-from sglang_misa.kernels.decode.keep_blocks import launch_options
 from sglang_misa.kernels.decode.operands import Chosen, PagedRows, PageSketch, SketchPolicy
 from sglang_misa.kernels.decode.route_pages import Columns, route_pages
 from sglang_misa.kernels.decode.scan_sketches import list_candidates, scan_sketches
 from sglang_misa.kernels.decode.topk_kept import topk_listed
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES, sketch_bytes
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, sketch_bytes
+from sglang_misa.kernels.structs import Rescore
 
-TILE, WARPS = 256, 4  # candidates and warps of a program that scores them
+TILE = 64  # candidates of a product
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SketchScratch:
         columns = index_heads if policy.heads is None else policy.heads + policy.residual
         return cls(
             policy=policy,
-            columns=Columns.allocate(rows, table_width, index_heads, columns, device),
+            columns=Columns.allocate(rows, columns, device),
             keys=torch.empty(rows, table_width * PAGE, dtype=torch.uint16, device=device),
             positions=torch.empty(rows, policy.candidates, dtype=torch.int32, device=device),
             logits=torch.empty(rows, policy.candidates, dtype=torch.float32, device=device),
@@ -96,73 +96,48 @@ def rescore(rows: PagedRows, *, topk: int, scratch: SketchScratch) -> None:
 
     Rows of no more than `topk` tokens need no scores and get none.
     """
-    candidates = scratch.policy.candidates
-    _rescore_kernel[(triton.cdiv(candidates, TILE), len(rows))](
-        rows.index_q,
-        rows.head_gates,
-        rows.index_k_pages.view(torch.float8_e4m3fn),
-        rows.index_k_pages.view(torch.float32),
-        rows.page_table,
-        rows.seq_lens,
-        scratch.positions,
-        scratch.logits,
-        rows.page_table.stride(0),
-        HEADS=rows.index_heads,
-        DIM=HEAD_DIM,
-        PAGE=PAGE,
-        PAGE_BYTES=PAGE_BYTES,
-        CANDIDATES=candidates,
-        TOPK=topk,
-        TILE=TILE,
-        **launch_options(rows.interpreted, WARPS),
-    )
-
-
-@triton.jit(do_not_specialize=["table_stride"])
-def _rescore_kernel(
-    q,
-    gates,
-    keys,
-    scales,
-    table,
-    seq_lens,
-    positions,
-    logits,
-    table_stride,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    PAGE_BYTES: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-    TOPK: tl.constexpr,
-    TILE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    i_t = tl.program_id(0)
-    i_r = tl.program_id(1).to(tl.int64)
-    o_h = tl.arange(0, HEADS)
-    o_d = tl.arange(0, DIM)
-    o_n = i_t * TILE + tl.arange(0, TILE)
-
-    # All but the positions is older than the launch before this one, which began its dependents once that was complete.
-    length = tl.load(seq_lens + i_r)
-    n = tl.minimum(length, CANDIDATES)
-    b_q = tl.load(q + (i_r * HEADS + o_h[:, None]) * DIM + o_d[None, :], cache_modifier=".cg")  # [HEADS, DIM]
-    b_w = tl.load(gates + i_r * HEADS + o_h, cache_modifier=".cg")
-    b_qt = tl.trans(b_q)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    if (length <= TOPK) | (i_t * TILE >= n):
+    if rows.interpreted:
+        _rescore_on_cpu(rows, topk, scratch)
         return
+    if len(rows) == 0:
+        return
+    candidates, count = scratch.policy.candidates, len(rows)
+    tiles = triton.cdiv(candidates, TILE)
+    span = triton.cdiv(count * tiles, resident(rows.index_heads))  # so that all blocks run at once
+    call = Rescore(
+        index_q=rows.index_q,
+        head_gates=rows.head_gates,
+        index_k_pages=rows.index_k_pages,
+        pages=rows.page_table,
+        lens=rows.seq_lens,
+        positions=scratch.positions,
+        logits=scratch.logits,
+        pitch=rows.page_table.stride(0),
+        candidates=candidates,
+        topk=topk,
+        span=span,
+        blocks=triton.cdiv(tiles, span),
+    )
+    module = build("sketch_rescore", index_heads=rows.index_heads)
+    module.rescore(bytes(call), count, torch.cuda.current_stream().cuda_stream)
 
-    m_n = o_n < n
-    position = tl.load(positions + i_r * CANDIDATES + o_n, mask=m_n, other=0, cache_modifier=".cg")
-    page = tl.load(table + i_r * table_stride + position // PAGE).to(tl.int64)
-    offset = position % PAGE
-    p_k = keys + page * PAGE_BYTES + offset * DIM
-    b_k = tl.load(p_k[:, None] + o_d[None, :])  # past the end token 0 stands in: always there, not stored
-    b_scale = tl.load(scales + page * (PAGE_BYTES // 4) + (PAGE * DIM // 4) + offset)
-    b_s = tl.dot(b_k, b_qt)  # [TILE, HEADS]
-    score = tl.sum(tl.maximum(b_s, 0.0) * b_w[None, :], 1) * b_scale
-    tl.store(logits + i_r * CANDIDATES + o_n, score, mask=m_n)
+
+@cache
+def resident(index_heads: int) -> int:
+    """Thread blocks of the scoring that the GPU runs at once."""
+    return int(build("sketch_rescore", index_heads=index_heads).resident())
+
+
+def _rescore_on_cpu(rows: PagedRows, topk: int, scratch: SketchScratch) -> None:
+    """The same in PyTorch: what the steps around it are tested with."""
+    for row, length in enumerate(rows.seq_lens.tolist()):
+        if length <= topk:
+            continue
+        token = scratch.positions[row, :length].long()
+        page, offset = rows.page_table[row, token // PAGE].long(), token % PAGE
+        pages = rows.index_k_pages[page]
+        every = torch.arange(len(token))
+        keys = pages[:, : PAGE * HEAD_DIM].view(torch.float8_e4m3fn).float().view(-1, PAGE, HEAD_DIM)[every, offset]
+        scales = pages[:, PAGE * HEAD_DIM :].contiguous().view(torch.float32)[every, offset]
+        active = (keys @ rows.index_q[row].float().T).nan_to_num(0.0, torch.inf, -torch.inf).relu()
+        scratch.logits[row, : len(token)] = active @ rows.head_gates[row] * scales

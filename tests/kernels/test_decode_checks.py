@@ -25,7 +25,7 @@ POLICY = SketchPolicy(7, "peak", True, C)
 
 
 def scan(**given: Tensor) -> None:
-    columns = Columns(given["columns.queries"], given["columns.gates"], torch.empty(0), torch.empty(0))
+    columns = Columns(given["columns.queries"], given["columns.gates"])
     rows = replace(BATCH.operands, page_table=given["page_table"], seq_lens=given["seq_lens"])
     stats = PageSketch(given["stats.means"], given["stats.sketches"])
     scan_sketches(columns, rows, stats, POLICY, scores=given["scores"])
@@ -41,7 +41,7 @@ def keep(**given: Tensor) -> None:
 
 
 def route(**given: Tensor) -> None:
-    route_pages(*rows_of(given), POLICY, out=Columns.allocate(ROWS, WIDTH, 32, 8, CPU))
+    route_pages(*rows_of(given), POLICY, out=Columns.allocate(ROWS, 8, CPU))
 
 
 def kept_topk(**given: Tensor) -> None:

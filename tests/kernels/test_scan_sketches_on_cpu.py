@@ -42,7 +42,7 @@ def test_the_scan_scores_every_sketched_key(tmp_path: pathlib.Path, bits: int, c
     )  # fmt: skip
     on_cpu = torch.full((rows, room), 0xABCD, dtype=torch.int32).to(torch.uint16)
     policy = SketchPolicy(columns - residual, "peak", residual, longest)
-    own = Columns(numbers, gates, partial=torch.empty(0), done=torch.empty(0))
+    own = Columns(numbers, gates)
     scan_sketches(own, batch.operands, batch.stats, policy, scores=on_cpu)
     for row, length in enumerate(lens):
         scored = (length // PAGE - 1) * PAGE if length > longest else 0

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import pathlib
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
+from on_cpu import COMPILER, aligned, call, compiled
 from oracles import assert_best
 from paged_rows import PRECISION
 from sketched_rows import Sketched, cheap_scores, sketched
 from torch import Tensor
 
 from sglang_misa.kernels.decode.operands import Chosen, SketchPolicy
-from sglang_misa.kernels.decode.topk_sketched import SketchScratch, sketch_topk
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE, SKETCH_BITS
+from sglang_misa.kernels.decode.topk_sketched import SketchScratch, rescore, sketch_topk
+from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE, SKETCH_BITS
 from sglang_misa.kernels.page_means import Layers, update_last_page_means, update_page_means, update_slots
 
 EDGES = (0, 1, 63, 64, 65, 128, 191, 192, 193, 2047, 2048, 2049)
@@ -153,3 +157,39 @@ def test_wrong_policies_and_scratch_are_named(device: str) -> None:
     policy = SketchPolicy(8, "peak", False, 256)
     with pytest.raises(ValueError, match="widest page table"):
         run(batch, policy, SketchScratch.allocate(2, 5, 32, policy, torch.device(device)))
+
+
+@COMPILER
+@pytest.mark.parametrize("index_heads", INDEX_HEADS)
+def test_candidates_are_scored_on_their_stored_keys(tmp_path: pathlib.Path, index_heads: int) -> None:
+    """The CUDA source on the CPU (simt/) and what stands in for it there: one tile of a block, a few, all of them."""
+    lens, policy = (0, 1, TOPK, TOPK + 1, 257, 700, 1025, 3000), SketchPolicy(8, "peak", False, 1024)
+    batch = sketched(lens, 1, "cpu", heads=index_heads)
+    rows, count = len(lens), policy.candidates
+    scratch = SketchScratch.allocate(rows, 50, index_heads, policy, torch.device("cpu"))
+    random = torch.Generator().manual_seed(0)
+    for row, length in enumerate(lens):
+        chosen = torch.randperm(length, generator=random)[:count].sort().values
+        scratch.positions[row, : len(chosen)] = chosen
+    rescore(batch.operands, topk=TOPK, scratch=scratch)
+
+    library = compiled(tmp_path, "sketch_rescore", index_heads=index_heads)
+    library.rescore_rows.restype = ctypes.c_bool
+    q, pages = (aligned(x.view(torch.uint8).numpy(), np.uint8) for x in (batch.index_q, batch.index_k_pages))
+    gates, positions = aligned(batch.head_gates.numpy(), np.float32), aligned(scratch.positions.numpy(), np.int32)
+    for span in (None, 1, 3, 16):
+        logits = scratch.logits
+        if span is not None:
+            got = aligned(np.full((rows, count), np.nan), np.float32)
+            call(
+                library.rescore_rows, q, gates, pages, batch.page_table.numpy(), batch.seq_lens.numpy(), positions,
+                got, batch.page_table.stride(0), count, TOPK, span, -(-count // (64 * span)), rows,
+            )  # fmt: skip
+            logits = torch.from_numpy(got)
+        for row, length in enumerate(lens):
+            scored = min(length, count) if length > TOPK else 0
+            assert logits[row, scored:].isnan().all()
+            if scored:
+                bounds, chosen = batch.scores(row, PRECISION), scratch.positions[row, :scored].long()
+                assert (logits[row, :scored] >= bounds.low[chosen]).all()
+                assert (logits[row, :scored] <= bounds.high[chosen]).all()

@@ -48,6 +48,19 @@ __device__ __forceinline__ void copy4(uint32_t smem, const void* global, bool va
                : "memory");
 }
 
+// 16 bytes past L1, or zeros.
+__device__ __forceinline__ void copy16(uint32_t smem, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// Closes a group of this thread's copies, and waits for all groups but the PENDING youngest.
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 __device__ __forceinline__ uint2 load8(uint32_t smem) {
   uint2 v;
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(smem) : "memory");
@@ -271,7 +284,13 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
                : SM90_OPERANDS_##n(constraint)                                                         \
                : __VA_ARGS__)
 
-// d (64 × 128 or 64 × 256, fp32) = a (64 × 32, e4m3) · b (128 or 256 × 32, e4m3)ᵀ
+// d (64 × N, fp32) = a (64 × 32, e4m3) · b (N × 32, e4m3)ᵀ for N = 32, 64, 128 and 256
+__device__ __forceinline__ void mma(float (&d)[16], uint64_t a, uint64_t b) {
+  SM90_WGMMA(16, "m64n32k32.f32.e4m3.e4m3", SM90_SET, "0", "%16, %17, accumulate, 1, 1", "l"(a), "l"(b));
+}
+__device__ __forceinline__ void mma(float (&d)[32], uint64_t a, uint64_t b) {
+  SM90_WGMMA(32, "m64n64k32.f32.e4m3.e4m3", SM90_SET, "0", "%32, %33, accumulate, 1, 1", "l"(a), "l"(b));
+}
 __device__ __forceinline__ void mma(float (&d)[64], uint64_t a, uint64_t b) {
   SM90_WGMMA(64, "m64n128k32.f32.e4m3.e4m3", SM90_SET, "0", "%64, %65, accumulate, 1, 1", "l"(a), "l"(b));
 }
@@ -280,6 +299,12 @@ __device__ __forceinline__ void mma(float (&d)[128], uint64_t a, uint64_t b) {
 }
 
 // d += a · bᵀ
+__device__ __forceinline__ void mma_add(float (&d)[16], uint64_t a, uint64_t b) {
+  SM90_WGMMA(16, "m64n32k32.f32.e4m3.e4m3", SM90_ADD, "1", "%16, %17, accumulate, 1, 1", "l"(a), "l"(b));
+}
+__device__ __forceinline__ void mma_add(float (&d)[32], uint64_t a, uint64_t b) {
+  SM90_WGMMA(32, "m64n64k32.f32.e4m3.e4m3", SM90_ADD, "1", "%32, %33, accumulate, 1, 1", "l"(a), "l"(b));
+}
 __device__ __forceinline__ void mma_add(float (&d)[64], uint64_t a, uint64_t b) {
   SM90_WGMMA(64, "m64n128k32.f32.e4m3.e4m3", SM90_ADD, "1", "%64, %65, accumulate, 1, 1", "l"(a), "l"(b));
 }
@@ -287,7 +312,11 @@ __device__ __forceinline__ void mma_add(float (&d)[128], uint64_t a, uint64_t b)
   SM90_WGMMA(128, "m64n256k32.f32.e4m3.e4m3", SM90_ADD, "1", "%128, %129, accumulate, 1, 1", "l"(a), "l"(b));
 }
 
-// d (64 × 128, fp32) = a (64 × 16, bf16, in registers) · b (128 × 16, bf16)ᵀ, plus d where `accumulate` is set.
+// d (64 × 32 or 64 × 128, fp32) = a (64 × 16, bf16, in registers) · b (32 or 128 × 16, bf16)ᵀ, plus d where `accumulate` is set.
+__device__ __forceinline__ void mma_bf16(float (&d)[16], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  SM90_WGMMA(16, "m64n32k16.f32.bf16.bf16", SM90_ADD, "%21", "{%16, %17, %18, %19}, %20, accumulate, 1, 1, 0",
+             "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+}
 __device__ __forceinline__ void mma_bf16(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   SM90_WGMMA(64, "m64n128k16.f32.bf16.bf16", SM90_ADD, "%69", "{%64, %65, %66, %67}, %68, accumulate, 1, 1, 0",
              "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));

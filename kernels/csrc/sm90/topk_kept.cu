@@ -27,9 +27,10 @@ struct Kept {
     __device__ int position_of(int e) const { return position + e; }
   };
   __device__ int count(int length) const { return length; }
-  // The page of four neighbours, and what they are once some of them are chosen.
-  __device__ int page(int64_t r, int first) const { return __ldcg(pages + r * (room / PAGE) + first / PAGE); }
-  __device__ Four four(int64_t r, int first, int page, bool placed) const {
+  // What is looked up of four neighbours ahead, and what they are once some of them are chosen.
+  using Early = int;
+  __device__ Early early(int64_t r, int first, int) const { return __ldcg(pages + r * (room / PAGE) + first / PAGE); }
+  __device__ Four four(int64_t r, int first, Early page, bool placed) const {
     const int position = placed ? blocks[r * (room / block) + first / block] * block + first % block : 0;
     return {page * PAGE + first % PAGE, position};
   }
@@ -43,17 +44,21 @@ struct Listed {
   int room;
 
   struct Four {
-    int at[4];
-    const int32_t* pages;
-    __device__ int slot_of(int e) const { return __ldg(pages + at[e] / PAGE) * PAGE + at[e] % PAGE; }
-    __device__ int position_of(int e) const { return at[e]; }
+    int4 slots, at;
+    static __device__ int of(const int4& four, int e) { return e == 0 ? four.x : e == 1 ? four.y : e == 2 ? four.z : four.w; }
+    __device__ int slot_of(int e) const { return of(slots, e); }
+    __device__ int position_of(int e) const { return of(at, e); }
   };
   __device__ int count(int length) const { return min(length, room); }
-  __device__ int page(int64_t, int) const { return 0; }
-  __device__ Four four(int64_t r, int first, int, bool) const {
-    const int4 at = __ldcg(reinterpret_cast<const int4*>(positions + r * room + first));
-    return {{at.x, at.y, at.z, at.w}, table + r * pitch};
+  using Early = int4;  // slots
+  __device__ int4 at(int64_t r, int first) const { return __ldcg(reinterpret_cast<const int4*>(positions + r * room + first)); }
+  __device__ Early early(int64_t r, int first, int n) const {
+    const int4 four = at(r, first);
+    const int32_t* row = table + r * pitch;
+    const auto slot = [&](int e, int position) { return first + e < n ? __ldg(row + position / PAGE) * PAGE + position % PAGE : 0; };
+    return {slot(0, four.x), slot(1, four.y), slot(2, four.z), slot(3, four.w)};
   }
+  __device__ Four four(int64_t r, int first, Early slots, bool placed) const { return {slots, placed ? at(r, first) : int4{}}; }
 };
 
 struct Scored {
@@ -113,15 +118,15 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Rows<Tokens> row
   __shared__ Smem s;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t r = blockIdx.x;
-  const int n = row.tokens.count(__ldcg(row.lens + r));  // as the pages, older than the launch before this one, which waited for them
+  const int n = row.tokens.count(__ldcg(row.lens + r));  // as what tokens are, older than the launch before this one, which waited for it
   const float* scores = row.scores + r * row.tokens.room;
   int32_t* slots = row.slots + r * row.k;
   int32_t* positions = row.positions ? row.positions + r * row.k : nullptr;
-  int32_t page[GROUPS];
+  typename Tokens::Early early[GROUPS] = {};
 #pragma unroll
   for (int g = 0; g < GROUPS; ++g) {
     const int token = 4 * (g * THREADS + threadIdx.x);
-    page[g] = token < n ? row.tokens.page(r, token) : 0;
+    if (token < n) early[g] = row.tokens.early(r, token, n);
   }
   s.bins[threadIdx.x] = s.bins[THREADS + threadIdx.x] = 0;
   if (threadIdx.x == 0) s.listed = 0;
@@ -256,7 +261,7 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Rows<Tokens> row
     before += __reduce_add_sync(~0u, count);
     place += (uint32_t(upto >> (8 * g)) & 0xFF) - __popc(chosen[g]);
     if (!chosen[g]) continue;
-    const auto four = row.tokens.four(r, 4 * (g * THREADS + threadIdx.x), page[g], positions);
+    const auto four = row.tokens.four(r, 4 * (g * THREADS + threadIdx.x), early[g], positions);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (!(chosen[g] >> e & 1)) continue;

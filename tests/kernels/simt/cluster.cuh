@@ -1,14 +1,26 @@
 // The shared memory of a cluster's blocks on a CPU.
 #pragma once
-#include <cuda_runtime.h>
+#include "ptx.cuh"
 
 namespace sm90 {
 
 constexpr int BLOCKS_AT_MOST = 8;
 inline int cluster_rank() { return simt::cluster_rank(); }
-inline void cluster_sync() {
-  static simt::Meeting all;
-  all.wait(simt::cluster * blockDim.x);
+inline simt::Meeting all_blocks;
+inline std::map<int, long> entered;  // the round that each thread has arrived for
+inline void cluster_arrive() {
+  entered[simt::current] = all_blocks.rounds;
+  all_blocks.arrive(simt::cluster * blockDim.x);
+}
+inline void cluster_wait() {
+  while (all_blocks.rounds == entered[simt::current]) simt::yield();
+}
+inline void cluster_sync() { all_blocks.wait(simt::cluster * blockDim.x); }
+inline void send(float* to, float2 two, uint64_t* barrier) {
+  to[0] = two.x, to[1] = two.y;
+  Barrier& b = barriers.at(smem_address(barrier));
+  b.bytes -= sizeof two;
+  b.settle();
 }
 template <class T>
 T& shared_of(int rank) {

@@ -187,6 +187,7 @@ inline uint32_t __float_as_uint(float f) { uint32_t u; std::memcpy(&u, &f, 4); r
 inline int __float_as_int(float f) { return int(__float_as_uint(f)); }
 inline float __int_as_float(int i) { float f; std::memcpy(&f, &i, 4); return f; }
 inline float __uint_as_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+inline int __float2int_rn(float x) { return int(std::nearbyint(x)); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float normcdff(float x) { return float(std::erfc(-double(x) / std::sqrt(2.)) / 2); }
 inline void __threadfence() {}

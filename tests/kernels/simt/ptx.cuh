@@ -54,6 +54,14 @@ inline void copy4(uint32_t to, const void* global, bool valid) {
   if (valid) std::memcpy(smem(to), global, 4);
   else std::memset(smem(to), 0, 4);
 }
+inline void copy16(uint32_t to, const void* global, bool valid) {
+  misused |= reinterpret_cast<uintptr_t>(global) % 16 || reinterpret_cast<uintptr_t>(smem(to)) % 16;
+  if (valid) std::memcpy(smem(to), global, 16);
+  else std::memset(smem(to), 0, 16);
+}
+inline void copies_commit() {}
+template <int>
+void copies_wait() {}
 inline uint2 load8(uint32_t from) {
   uint2 v;
   std::memcpy(&v, smem(from), 8);
@@ -171,10 +179,11 @@ void mma_registers(float (&d)[COUNT], uint32_t a0, uint32_t a1, uint32_t a2, uin
   std::fill(d, d + COUNT, 0.f);
   mma_registers_add(d, a0, a1, a2, a3, b);
 }
-// d (64 × 128) += a (64 × 16, bf16, two numbers a register) · b (128 × 16, bf16)ᵀ
-inline void mma_bf16(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+// d (64 × N) += a (64 × 16, bf16, two numbers a register) · b (N × 16, bf16)ᵀ
+template <int COUNT>
+void mma_bf16(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   const int quad = threadIdx.x % 32 / 4;
-  if (!accumulate) std::fill(d, d + 64, 0.f);
+  if (!accumulate) std::fill(d, d + COUNT, 0.f);
   float rows[2][16];
   simt::together(uint4{a[0], a[1], a[2], a[3]}, [&](auto& all, int) {
     for (int i = 0; i < 16; ++i) {
@@ -184,7 +193,7 @@ inline void mma_bf16(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool ac
     }
     return 0;
   });
-  for (int n = 0; n < 16; ++n)
+  for (int n = 0; n < COUNT / 4; ++n)
     for (int bit = 0; bit < 2; ++bit) {
       char* from = smem(uint32_t(b << 4)) + (n * 8 + threadIdx.x % 4 * 2 + bit) * 128;
       for (int i = 0; i < 16; ++i) {

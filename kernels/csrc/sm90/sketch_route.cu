@@ -1,0 +1,302 @@
+// What scores the sketched keys of decode rows: a row's routed heads, and the residual of the others, as signed bytes. One cluster a row.
+//
+// The blocks take tiles of the row's page means in turn, a few of which are always on their way to shared memory. Of a product of all
+// heads with a tile each thread has two heads, and keeps the sum of their products, the sum of squares, and the router's statistic. The
+// blocks send these to the first one, which ranks the heads and writes the columns. Sums have an order that depends on the row alone.
+#include "cluster.cuh"
+#include "heads.cuh"
+#include "launch.cuh"
+#include "sketch.cuh"
+#include "statistics.cuh"
+
+namespace misa {
+namespace {
+
+constexpr int BLOCKS = 8, THREADS = 128, WARPS = THREADS / 32;  // of a cluster, and of each of its blocks
+constexpr int RESIDENT = 5;                                     // blocks of a multiprocessor: clusters of 64 rows run at once
+constexpr int PAGES = 32;                                       // of a tile
+constexpr int STAGES = 4;                                       // tiles on their way, or multiplied
+constexpr int LINE = 128, HALF_BYTES = PAGES * LINE;            // of shared memory: half a page's dimensions, and half a tile's
+constexpr int STAGE_BYTES = 2 * HALF_BYTES;
+constexpr int PIECE = 16;                                       // bytes that a thread copies at once
+constexpr int COPIES = STAGE_BYTES / PIECE / THREADS;           // of a thread, for a tile
+constexpr int QUERY_COPIES = INDEX_HEADS * DIM / PIECE / THREADS;
+constexpr int MOMENTS = 3;                                      // kept of a head's products
+constexpr int WARP_ROWS = 16;                                   // heads of a warp in a product, which has room for 64
+constexpr int OWN_HEADS = INDEX_HEADS / WARPS;                  // heads of a warp when all are ranked
+constexpr int PARTS = THREADS / INDEX_HEADS;                    // threads of a head then
+
+enum Router : int { MEAN, PEAK, SIGNED, WEIGHT };  // as in decode/route_pages.py
+
+struct PageRoute {
+  const uint8_t* index_q;   // [R, INDEX_HEADS, 128] e4m3
+  const float* head_gates;  // [R, INDEX_HEADS]
+  const uint8_t* means;     // [P, 128] bf16
+  const int32_t* pages;     // [R, width]: page table
+  const int32_t* lens;      // [R]
+  uint32_t* queries;        // [R, heads + residual, 128] signed bytes
+  float* gates;             // [R, heads + residual]
+  int64_t pitch;            // of the page table
+  int width;
+  int heads;                // that are routed; INDEX_HEADS: all of them
+  int router;
+  int residual;             // whether the others are a column too
+  int candidates;           // rows of no more tokens get none
+};
+
+struct Smem {
+  alignas(1024) uint8_t tiles[STAGES][2][HALF_BYTES];
+  alignas(16) float moments[BLOCKS][MOMENTS][INDEX_HEADS];  // sum, sum of squares and statistic, of each block's pages
+  float rest[WARPS][DIM];                                   // the residual, of each warp's heads
+  int keys[INDEX_HEADS];                                    // what heads are ranked by
+  float weights[INDEX_HEADS];                               // in the residual
+  int ids[INDEX_HEADS];                                     // routed heads, ascending
+  uint32_t routed[WARPS];                                   // ballots
+  uint64_t sent;
+};
+static_assert(STAGE_BYTES >= INDEX_HEADS * DIM);
+
+// The swizzle of 128 bytes: pieces change places within every eight lines.
+__device__ __forceinline__ int swizzled(int piece, int line) { return (piece ^ line % 8) * PIECE; }
+
+// Four dimensions of a query, NaN as 0.
+__device__ __forceinline__ float4 numbers(uint32_t four) {
+  four = sm90::no_nan(four);
+  const float2 low = sm90::of_e4m3(four), high = sm90::of_e4m3(four >> 16);
+  return {low.x, low.y, high.x, high.y};
+}
+
+// Writes a query of four dimensions a lane in units of which its largest number has 127; one that is not finite, or 0, has a unit of 0.
+__device__ __forceinline__ void write_column(const PageRoute& in, int64_t column, const float4& x, float gate) {
+  const int lane = threadIdx.x % 32;
+  const float own = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
+  const bool is_nan = x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w;
+  const float most = __uint_as_float(__reduce_max_sync(~0u, is_nan ? ~0u : __float_as_uint(own)));  // NaN's bits are above all others
+  const bool usable = most > 0.f && most <= FLT_MAX;
+  const float per_unit = 127.f / most;
+  const auto byte = [&](float number, int i) { return uint32_t(__float2int_rn(number * per_unit) & 0xFF) << i * 8; };
+  in.queries[column * (DIM / 4) + lane] = usable ? byte(x.x, 0) | byte(x.y, 1) | byte(x.z, 2) | byte(x.w, 3) : 0;
+  if (lane == 0) in.gates[column] = gate * (usable ? most * (1.f / 127.f) : 0.f);
+}
+
+// What the router and the residual need of a thread's two heads.
+struct Moments {
+  float sum[2] = {}, squares[2] = {}, active[2] = {};
+
+  template <bool MAXIMUM>
+  __device__ __forceinline__ void add(const float (&d)[PAGES / 2]) {
+#pragma unroll
+    for (int i = 0; i < PAGES / 2; ++i) {
+      const int head = i / 2 % 2;
+      sum[head] += d[i], squares[head] = fmaf(d[i], d[i], squares[head]);
+      active[head] = MAXIMUM ? fmaxf(active[head], d[i]) : active[head] + fmaxf(d[i], 0.f);
+    }
+  }
+  // Adds up what the four lanes with the same heads have.
+  __device__ __forceinline__ void join(bool maximum) {
+#pragma unroll
+    for (int other = 1; other < 4; other *= 2)
+#pragma unroll
+      for (int head = 0; head < 2; ++head) {
+        sum[head] += __shfl_xor_sync(~0u, sum[head], other), squares[head] += __shfl_xor_sync(~0u, squares[head], other);
+        const float theirs = __shfl_xor_sync(~0u, active[head], other);
+        active[head] = maximum ? fmaxf(active[head], theirs) : active[head] + theirs;
+      }
+  }
+};
+
+// Ranks the row's heads by what all blocks sent: their ids, and the weights of those that are not routed, by all threads of a block.
+__device__ __forceinline__ void rank(const PageRoute& in, Smem& s, int row, int pages) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = threadIdx.x / PARTS, part = threadIdx.x % PARTS;
+  float sum = 0.f, squares = 0.f, active = 0.f;
+#pragma unroll
+  for (int i = 0; i < BLOCKS / PARTS; ++i) {
+    const auto& sent = s.moments[part * (BLOCKS / PARTS) + i];
+    sum += sent[0][head], squares += sent[1][head];
+    active = in.router == PEAK ? fmaxf(active, sent[2][head]) : active + sent[2][head];
+  }
+#pragma unroll
+  for (int other = 1; other < PARTS; other *= 2) {
+    sum += __shfl_xor_sync(~0u, sum, other), squares += __shfl_xor_sync(~0u, squares, other);
+    const float theirs = __shfl_xor_sync(~0u, active, other);
+    active = in.router == PEAK ? fmaxf(active, theirs) : active + theirs;
+  }
+  const float gate = __ldg(in.head_gates + int64_t(row) * INDEX_HEADS + head);
+  float statistic = fabsf(gate);
+  if (in.router != WEIGHT) {
+    statistic = (in.router == SIGNED ? gate : statistic) * (in.router == PEAK ? active : active / float(pages));
+    if (sum != sum) statistic = sum;  // a maximum drops it
+  }
+  const int key = order(statistic);
+  s.keys[head] = key;
+  __syncthreads();
+  int before = 0;
+#pragma unroll
+  for (int i = 0; i < INDEX_HEADS / PARTS; ++i) {
+    const int other = i * PARTS + part, theirs = s.keys[other];
+    before += theirs > key || (theirs == key && other < head);
+  }
+#pragma unroll
+  for (int other = 1; other < PARTS; other *= 2) before += __shfl_xor_sync(~0u, before, other);
+  const bool routed = before < in.heads;
+  const float weight = gate * positive_share(sum, squares, pages);
+  s.weights[head] = !routed && fabsf(weight) <= FLT_MAX ? weight : 0.f;
+  const uint32_t votes = __ballot_sync(~0u, routed);  // PARTS of each head
+  s.routed[warp] = votes;
+  __syncthreads();
+  int place = __popc(votes & ((1u << lane) - 1));
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) place += w < warp ? __popc(s.routed[w]) : 0;
+  if (routed && part == 0) s.ids[place / PARTS] = head;
+}
+
+__global__ void __launch_bounds__(THREADS, RESIDENT) route_kernel(const PageRoute in) {
+  Smem& s = sm90::shared<Smem>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = sm90::cluster_rank(), row = blockIdx.x / BLOCKS;
+  const auto query = [&](int head) {  // four dimensions a lane
+    return __ldg(reinterpret_cast<const uint32_t*>(in.index_q) + (int64_t(row) * INDEX_HEADS + head) * (DIM / 4) + lane);
+  };
+  const auto gate = [&](int head) { return __ldg(in.head_gates + int64_t(row) * INDEX_HEADS + head); };
+  sm90::launch_wait();
+  sm90::launch_next();
+
+  if (in.heads == INDEX_HEADS) {
+    if (__ldg(in.lens + row) <= in.candidates) return;
+    for (int head = block * WARPS + warp; head < INDEX_HEADS; head += BLOCKS * WARPS)
+      write_column(in, int64_t(row) * INDEX_HEADS + head, numbers(query(head)), gate(head));
+    return;
+  }
+
+  // A thread copies the same piece of pages that lie 8 apart. Their numbers are looked up ahead, also behind the row's end.
+  const int piece = threadIdx.x % 16, line = threadIdx.x / 16;
+  const int first = block * PAGES + line, step = BLOCKS * PAGES;  // of its pages, and between a block's tiles
+  const int32_t* table = in.pages + row * in.pitch + first;
+  int ahead[STAGES][COPIES];
+  const auto look_up = [&](int (&ids)[COPIES], int tile) {
+    const int room = in.width - first - tile * step;
+#pragma unroll
+    for (int i = 0; i < COPIES; ++i) ids[i] = i * 8 < room ? __ldg(table + tile * step + i * 8) : 0;
+  };
+#pragma unroll
+  for (int tile = 0; tile < STAGES; ++tile) look_up(ahead[tile], tile);
+  const int length = __ldg(in.lens + row), pages = sketched_pages(length);
+  if (length <= in.candidates) return;
+  if (block == 0 && threadIdx.x == 0) {
+    sm90::barrier_init(sm90::smem_address(&s.sent), 1);
+    sm90::barrier_init_fence();
+    sm90::barrier_arrive_expect(sm90::smem_address(&s.sent), sizeof(s.moments));
+  }
+  sm90::cluster_arrive();
+
+  const int count = ((pages + PAGES - 1) / PAGES - block + BLOCKS - 1) / BLOCKS;  // tiles of this block
+  const uint32_t tiles = sm90::smem_address(s.tiles);
+  const uint32_t landing = tiles + piece / 8 * HALF_BYTES + line * LINE + swizzled(piece % 8, line);
+  const uint8_t* means = in.means + piece * PIECE;
+  asm("" : "+l"(means));  // or the compiler adds up anew for every page
+  const auto fetch = [&](const int (&ids)[COPIES], int tile) {
+    if (tile < count) {
+      const int there = pages - first - tile * step;
+#pragma unroll
+      for (int i = 0; i < COPIES; ++i)
+        sm90::copy16(landing + tile % STAGES * STAGE_BYTES + i * 8 * LINE, means + int64_t(ids[i]) * (DIM * 2), i * 8 < there);
+    }
+    sm90::copies_commit();
+  };
+  // Queries come first, to the stage that is filled last: as rows r and r + 8 of a warp's product are heads 2·r and 2·r + 1 of its 16,
+  // pieces change places by pairs of heads.
+  const uint8_t* queries = s.tiles[STAGES - 1][0];
+#pragma unroll
+  for (int i = 0; i < QUERY_COPIES; ++i) {
+    const int head = i * 16 + threadIdx.x / 8;
+    const uint8_t* from = in.index_q + (int64_t(row) * INDEX_HEADS + head) * DIM + threadIdx.x % 8 * PIECE;
+    sm90::copy16(sm90::smem_address(queries) + head * DIM + swizzled(threadIdx.x % 8, threadIdx.x / 16), from, true);
+  }
+  sm90::copies_commit();
+#pragma unroll
+  for (int tile = 0; tile < STAGES - 1; ++tile) fetch(ahead[tile], tile);
+  sm90::copies_wait<STAGES - 1>();
+  __syncthreads();
+
+  uint32_t a[DIM / 16][4] = {};  // 32 heads leave half of a product's rows 0
+  const int heads = warp * WARP_ROWS + lane / 4 * 2, pair = lane % 4;  // this thread's two heads, and columns of a product
+  if (heads < INDEX_HEADS) {
+#pragma unroll
+    for (int k = 0; k < DIM / 16; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint8_t* two = queries + (heads + i % 2) * DIM + swizzled(k, lane / 4) + i / 2 * 8 + pair * 2;
+        a[k][i] = sm90::to_bf16(sm90::of_e4m3(*reinterpret_cast<const uint16_t*>(two)));
+      }
+  }
+
+  Moments moments;
+  const uint64_t b = sm90::tile_descriptor(tiles);
+  for (int tile = 0; tile < count; ++tile) {
+    sm90::copies_wait<STAGES - 2>();
+    sm90::fence_async_shared();
+    __syncthreads();  // the tile is there, and nothing reads the one before
+    fetch(ahead[STAGES - 1], tile + STAGES - 1);
+    look_up(ahead[STAGES - 1], tile + STAGES);
+    float d[PAGES / 2];
+    const uint64_t stage = b + tile % STAGES * (STAGE_BYTES / 16);
+    sm90::mma_fence();
+#pragma unroll
+    for (int k = 0; k < DIM / 16; ++k) sm90::mma_bf16(d, a[k], stage + k / 4 * (HALF_BYTES / 16) + k % 4 * 2, k > 0);
+    sm90::mma_commit();
+    sm90::mma_wait<0>();
+    sm90::pin(d);
+    if (in.router == PEAK) moments.add<true>(d);
+    else moments.add<false>(d);
+  }
+
+  moments.join(in.router == PEAK);
+  sm90::cluster_wait();  // the first block waits for what is sent
+  Smem& target = sm90::shared_of<Smem>(0);
+  if (heads < INDEX_HEADS && pair < MOMENTS) {
+    const auto own = [&](int i) { return pair == 0 ? moments.sum[i] : pair == 1 ? moments.squares[i] : moments.active[i]; };
+    sm90::send(&target.moments[block][pair][heads], {own(0), own(1)}, &target.sent);
+  }
+  if (block > 0) return;
+
+  uint32_t words[OWN_HEADS];
+#pragma unroll
+  for (int i = 0; i < OWN_HEADS; ++i) words[i] = query(warp * OWN_HEADS + i);
+  sm90::barrier_wait(sm90::smem_address(&s.sent), 0);
+  rank(in, s, row, pages);
+  if (in.residual) {
+    float4 sum{};
+#pragma unroll
+    for (int i = 0; i < OWN_HEADS; ++i) {
+      const float weight = s.weights[warp * OWN_HEADS + i];
+      const float4 x = numbers(words[i]);
+      sum = {fmaf(weight, x.x, sum.x), fmaf(weight, x.y, sum.y), fmaf(weight, x.z, sum.z), fmaf(weight, x.w, sum.w)};
+    }
+    *reinterpret_cast<float4*>(s.rest[warp] + lane * 4) = sum;
+  }
+  __syncthreads();
+  for (int i = warp; i < in.heads + in.residual; i += WARPS) {
+    const int64_t column = int64_t(row) * (in.heads + in.residual) + i;
+    if (i < in.heads) {
+      write_column(in, column, numbers(query(s.ids[i])), gate(s.ids[i]));
+    } else {
+      float4 sum{};
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) {
+        const float4 part = *reinterpret_cast<const float4*>(s.rest[w] + lane * 4);
+        sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+      }
+      write_column(in, column, sum, 1.f);
+    }
+  }
+}
+
+// ---- host
+
+void route(Bytes call, int64_t rows, int64_t stream) {
+  launch_behind("route_kernel", route_kernel, int(rows) * BLOCKS, THREADS, stream_at(stream), unpack<PageRoute>(call), BLOCKS);
+}
+
+}  // namespace
+}  // namespace misa
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(route, misa::route);
