@@ -116,7 +116,6 @@ class RerankedPlan(Struct):
         ("rank", Int),
         ("candidates", Int),
         ("room", Int),
-        ("pitch", Int),
         ("sampled", Long),
         ("ld", Long),
         ("failed", Failed),
