@@ -85,9 +85,11 @@ class Canary:
         layer = self._random.choice(self.layers)
         sample = self._sampler.draw(req_to_token, req_ids[: len(requests)], seq_lens[: len(requests)])
         stored, expected = self.engine.stats.of(layer, sample.pages), self.engine.recomputed(layer, sample.pages)
-        differ = torch.stack([(_bits(s) != _bits(e)).any(1) for s, e in zip(stored, expected, strict=True)])
-        wrong = differ.any(0) & sample.drawn
-        counts = torch.stack((sample.drawn.sum(), wrong.sum()))
+        wrong = torch.zeros_like(sample.drawn)
+        for found, right in zip(stored, expected, strict=True):
+            wrong |= (_bits(found) != _bits(right)).any(1)
+        wrong &= sample.drawn
+        counts = torch.stack((sample.drawn, wrong)).sum(1)
         done = None
         if counts.is_cuda:
             counts = torch.empty_like(counts, device="cpu", pin_memory=True).copy_(counts, non_blocking=True)

@@ -48,11 +48,12 @@ class PageSampler:
             return PageSample(none, none, none.bool())
         complete = seq_lens.long() // PAGE
         ends = complete.cumsum(0)
-        # Evenly spaced over all pages, laid end to end: no page twice unless there are fewer than asked for.
-        parts = torch.arange(self.size, device=device) * _PARTS + first
+        # Evenly spaced over all pages, laid end to end: no page twice unless there are fewer than asked for. The place
+        # before the first lies in front of them all.
+        parts = torch.arange(first - _PARTS, first + self.size * _PARTS, _PARTS, device=device)
         place = parts * ends[-1] // (self.size * _PARTS)
-        drawn = torch.diff(place, prepend=place.new_full((1,), -1)) > 0
-        drawn &= ends[-1] > 0
+        drawn = place[1:] > place[:-1]
+        place = place[1:]
         rows = torch.searchsorted(ends, place, right=True).clamp(max=len(ends) - 1)
         position = (place - (ends - complete)[rows]) * PAGE
         pages = torch.where(drawn, req_to_token[req_ids[rows].long(), position].long() // PAGE, 0)

@@ -49,8 +49,11 @@ class PageStats:
 
     def of(self, layer: int, pages: Tensor) -> tuple[Tensor, ...]:
         """Copies of what `pages` [n] of a layer have: means [n, 128], and sketches [n, bytes] where there are any."""
-        kinds = (self.means, *((self.sketches,) if self.sketches is not None else ()))
-        return tuple(kind[layer][pages] for kind in kinds)
+        return tuple(kind[pages] for kind in self.kinds(layer))
+
+    def kinds(self, layer: int) -> tuple[Tensor, ...]:
+        """The means of one layer's pages, and their sketches where there are any."""
+        return (self.means[layer],) if self.sketches is None else (self.means[layer], self.sketches[layer])
 
     def sketch(self, layer: int) -> Tensor | None:
         """The sketches of one layer, or None without any."""

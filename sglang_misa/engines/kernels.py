@@ -106,10 +106,10 @@ class KernelEngine:
 
     def recomputed(self, layer: int, pages: Tensor) -> tuple[Tensor, ...]:
         copies = self.index_k_pages[layer][pages]
-        stats = PageStats.allocate([copies], self.runtime.config.sketch)
-        every = torch.arange(len(pages), device=pages.device)
-        page_means.update_slots(copies, stats.means[0], every * PAGE + PAGE - 1, stats.sketch(0))
-        return stats.of(0, every)
+        fresh = tuple(kind.new_empty(len(pages), kind.shape[1]) for kind in self.stats.kinds(layer))
+        last_slots = torch.arange(PAGE - 1, len(pages) * PAGE, PAGE, device=pages.device)
+        page_means.update_slots(copies, fresh[0], last_slots, *fresh[1:])
+        return fresh
 
     def end_step(self, page_table: Tensor, seq_lens: Tensor) -> None:
         self.behind = False
