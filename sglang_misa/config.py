@@ -199,7 +199,7 @@ def _peak(heads: int = 7, **axes: Any) -> SelectionPolicy:
 
 
 def _sketched(bits: Literal[1, 2], heads: int) -> SelectionPolicy:
-    return _peak(heads, sketch=bits, candidates=8192, block_size=PAGE, min_len=65536, min_rows=32)
+    return _peak(heads, sketch=bits, candidates=8192, block_size=PAGE, min_len=65536, min_rows=16)
 
 
 # Each gate stands where the kernels have overtaken stock (docs/measured.md).
