@@ -84,13 +84,24 @@ def _random(rows: int, length: int, heads: int, generator: torch.Generator, *, t
 
 @functools.cache
 def trained_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of index tensors. Raises ValueError where one is missing."""
+    """The tensors of a file of index tensors. Raises ValueError where it is none."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors: dict[str, Tensor] = load_file(path)
-    missing = {"index_q", "head_gates", "index_k", "k_scale"} - tensors.keys()
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: expected a safetensors file, got another ({error}); name files of --misa-dump"
+        ) from None
+    missing = [name for name in ("index_q", "head_gates", "index_k", "k_scale") if name not in tensors]
     if missing:
-        raise ValueError(f"{path}: expected index_q, head_gates, index_k and k_scale, {', '.join(missing)} missing")
+        raise ValueError(f"{path}: expected index tensors, got none by the name {', '.join(missing)}; see --misa-dump")
+    rows, heads, keys = *tensors["head_gates"].shape[:2], len(tensors["index_k"])
+    for name, shape in {"index_q": (rows, heads, HEAD_DIM), "index_k": (keys, HEAD_DIM), "k_scale": (keys,)}.items():
+        if tensors[name].shape != shape:
+            found = [*tensors[name].shape]
+            raise ValueError(f"{path}: expected {name} of {[*shape]}, got {found}; its tensors are not of one prompt")
     return tensors
 
 

@@ -17,12 +17,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sglang_misa import versions
+from sglang_misa.arguments import at_least, device, file_to_write
 from sglang_misa.bench.host_cache import HostCache
 from sglang_misa.bench.layer import LAYERS, TOPK
 from sglang_misa.bench.timing import event_us
@@ -190,14 +190,14 @@ def rows(arguments: argparse.Namespace) -> list[Timing]:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m sglang_misa.bench.load_back", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=131072, help=f"of the prompt, a multiple of {PAGE}")
-    parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=at_least(PAGE), default=131072, help=f"of the prompt, a multiple of {PAGE}")
+    parser.add_argument("--layers", type=at_least(1), default=LAYERS)
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--io-backend", default="kernel", help="SGLang's --hicache-io-backend")
     parser.add_argument("--layout", default="page_first", help="SGLang's --hicache-mem-layout")
-    parser.add_argument("--presets", nargs="+", default=PRESETS_TIMED)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--csv", type=Path, help="append the rows there")
+    parser.add_argument("--presets", nargs="+", choices=[*PRESETS], default=PRESETS_TIMED)
+    parser.add_argument("--repeats", type=at_least(1), default=5)
+    parser.add_argument("--csv", type=file_to_write, help="append the rows there")
     arguments = parser.parse_args(argv)
     found = rows(arguments)
     names = [field.name for field in fields(Timing)]

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from sglang_misa import reference
+from sglang_misa.arguments import at_least, device, file_to_write
 from sglang_misa.bench.inputs import pack_pages, trained_file
 from sglang_misa.bench.work import count
 from sglang_misa.config import Phase, Router, SelectionPolicy
@@ -293,13 +294,17 @@ def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_misa.bench.selection",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--length", nargs="+", type=int, default=[131072], help="keys that a row sees, at most")
-    parser.add_argument("--rows", type=int, default=64, help="rows of each file")
-    parser.add_argument("--device", default="cpu", help="where to compute: cpu or cuda")
-    parser.add_argument("--csv", type=Path, help="write the table there")
-    parser.add_argument("--plot", type=Path, help="draw recall against cost there (of the first length)")
+    parser.add_argument("--length", nargs="+", type=at_least(1), default=[131072], help="keys that a row sees, at most")
+    parser.add_argument("--rows", type=at_least(1), default=64, help="rows of each file")
+    parser.add_argument("--device", type=device, default="cpu", help="where to compute: cpu or cuda")
+    parser.add_argument("--csv", type=file_to_write, help="write the table there")
+    parser.add_argument("--plot", type=file_to_write, help="draw recall against cost there (of the first length)")
     options = parser.parse_args(words)
     rows: list[dict[str, object]] = []
     for length in options.length:

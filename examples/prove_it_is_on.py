@@ -14,6 +14,7 @@ from typing import Any
 
 from sglang_misa import asking, key_mask, status
 from sglang_misa.config import PHASES
+from sglang_misa.refusal import Refusal
 
 TIMEOUT = 600.0  # seconds: a long gate takes a long prompt
 
@@ -54,4 +55,7 @@ def _grown(before: Mapping[str, Any], after: Mapping[str, Any], path: tuple[str,
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (Refusal, OSError) as error:  # no key, or no server that tells
+        sys.exit(str(error))

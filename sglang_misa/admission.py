@@ -65,6 +65,7 @@ class _Argument(NamedTuple):
         return "--" + self.name.replace("_", "-")
 
 
+_STOCK_DECODE = "leave decode to stock DSA (--misa-decode dsa)"
 _INERT = "with it SGLang serves this model without ever asking an indexer"
 _DSA = (None, "dsa", "nsa")
 _EVERY_SM = "a kernel of each layer waits for every multiprocessor, and this holds some of them, untested"
@@ -247,12 +248,9 @@ def _arguments(candidate: Candidate) -> Iterator[str]:
     for rule in rules:
         value = getattr(candidate.arguments, rule.name, rule.allowed[0])  # not every version has every one
         if value not in rule.allowed:
-            also = "; or leave decode to stock DSA (--misa-decode-heads all --misa-decode-blocks all)"
+            also = "" if rule in ARGUMENTS else f", or {_STOCK_DECODE}"
             allowed = " or ".join(map(repr, rule.allowed))
-            yield (
-                f"{rule.flag}: expected {allowed}, got {value!r}: {rule.why}; drop the flag"
-                + ("" if rule in ARGUMENTS else also)
-            )
+            yield f"{rule.flag}: expected {allowed}, got {value!r}: {rule.why}; drop the flag{also}"
 
 
 def _stored(candidate: Candidate) -> Iterator[str]:
@@ -270,8 +268,7 @@ def _transferred(candidate: Candidate) -> Iterator[str]:
     if candidate.is_transferred_to and backend != "mooncake" and not candidate.config.allow_unverified:
         yield (
             f"--disaggregation-transfer-backend: expected mooncake with a decode policy, got {backend}: no other was "
-            "tried; add --misa-allow-unverified, or leave decode to stock DSA (--misa-decode-heads all "
-            "--misa-decode-blocks all)"
+            f"tried; add --misa-allow-unverified, or {_STOCK_DECODE}"
         )
 
 
@@ -283,13 +280,13 @@ def _decode_steps(candidate: Candidate) -> Iterator[str]:
     if graphs is not None and graphs.decode.backend == "breakable":
         yield (
             "--cuda-graph-backend-decode: expected full, got breakable: the length gate chooses between two full "
-            "graphs; drop the flag, or leave decode to stock DSA (--misa-decode-blocks all)"
+            f"graphs; drop the flag, or {_STOCK_DECODE}"
         )
     drafts = candidate.arguments.speculative_num_draft_tokens or 0
     if drafts > PAGE:
         yield (
             f"--speculative-num-draft-tokens: expected at most {PAGE}, got {drafts}: a step may complete one page a "
-            "request; lower it, or leave decode to stock DSA (--misa-decode-blocks all)"
+            f"request; lower it, or {_STOCK_DECODE}"
         )
 
 

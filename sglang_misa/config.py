@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -39,15 +40,20 @@ class Audit(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    rows: int = Field(0, ge=0, description="query rows checked against all heads in each audited call; 0 = off")
-    every: int = Field(64, ge=1, description="audit one call of a layer, and one replay of decode graphs, in this many")
-    decode_layers: int = Field(8, ge=1, description="in decode graphs, watch one layer in this many")
+    rows: int = Field(
+        0, ge=0, description="query rows of an audited call that are checked against all heads; 0 turns the audit off"
+    )
+    every: int = Field(
+        64, ge=1, description="audit one call of a layer, and one replay of a decode graph, in this many"
+    )
+    decode_layers: int = Field(8, ge=1, description="with decode graphs, audit one layer in this many")
     floor: float = Field(
         0.0,
         ge=0.0,
         le=1.0,
-        description="mean recall under which a layer's prefill, or every decode step, takes the next policy of its "
-        "ladder: its own, faithful (prefill), stock DSA; 0 = off",
+        description="a layer whose mean audited recall is lower goes on with faithful, then with stock DSA, and "
+        "decode as a "
+        "whole with stock DSA; 0 turns it off",
     )
 
 
@@ -61,9 +67,12 @@ class Dump(BaseModel):
     )
     rows: int = Field(64, ge=1, description="query rows of a prompt in each layer, from its last chunk")
     layers: tuple[int, ...] | None = Field(None, description="layers to dump, as in 0,30,60; 'all' dumps every one")
-    gib: float = Field(
-        4.0, gt=0, description="GiB that a rank's files in the folder may have; a prompt that would not fit is left"
-    )
+    gib: float = Field(4.0, gt=0, description="GiB that a rank may write; a prompt that does not fit is left out")
+
+    @property
+    def path(self) -> Path | None:
+        """The folder, with the home of a user in the place of ~."""
+        return None if self.folder is None else Path(self.folder).expanduser()
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -90,19 +99,20 @@ class MisaConfig(BaseModel):
 
     verify_stats: VerifyStats = Field(
         "off",
-        description="compute a sample of page statistics anew at each step and compare them by bits: log = tell of a "
-        "mismatch, raise = stop the server",
+        description="compute a sample of page statistics again at each step and compare the bits: log reports a "
+        "mismatch, "
+        "raise stops the server",
     )
     verify_ranks: int = Field(
         0,
         ge=0,
-        description="tensor-parallel ranks compare what they selected, and their page statistics, once in so many "
-        "steps; a difference stops the server; 0 = off",
+        description="once in so many steps tensor-parallel ranks compare their selections and page statistics, and a "
+        "difference stops the server; 0 turns it off",
     )
     allow_unverified: bool = Field(
         False,
-        description="serve what was not verified: a version of SGLang on a GPU, where it was on a CPU only, or decode "
-        "behind a prefill server whose pages come by another way than Mooncake",
+        description="serve on a GPU a version of SGLang that was verified on CPUs alone, and decode behind a prefill "
+        "server that transfers by other means than Mooncake",
     )
 
     @field_validator("backend", mode="before")
@@ -155,24 +165,31 @@ class MisaConfig(BaseModel):
             yield from self.layers.problems()
             if self.prefill.active or self.decode.active:
                 yield "layers: expected no policy of a phase beside the policies of layers, got both; drop one"
-        if self.audit.floor > 0 and self.audit.rows == 0:
-            yield (
-                f"audit.floor: expected audited rows with a floor, got rows=0 and floor={self.audit.floor}; "
-                "set --misa-audit-rows, or drop --misa-recall-floor"
-            )
+        yield from self._without_effect()
         if self.verify_stats != "off" and not any(policy.active for policy in self.policies("decode")):
             yield (
                 "verify_stats: expected a decode policy with it, as only decode keeps statistics from step to step, "
                 f"got decode=dsa and verify_stats={self.verify_stats}; choose one, or drop --misa-verify-stats"
             )
 
+    def _without_effect(self) -> Iterator[str]:
+        """Sentences for settings of an audit or a dump that is off."""
+        for part, is_on, switch in (
+            ("audit", self.audit.rows > 0, "--misa-audit-rows"),
+            ("dump", self.dump.folder is not None, "--misa-dump"),
+        ):
+            settings = getattr(self, part)
+            for name, info in type(settings).model_fields.items():
+                if not is_on and (value := getattr(settings, name)) != info.default:
+                    yield f"{part}.{name}: expected {switch} with it, got {value} without; add {switch}, or drop it"
+
     def to_json(self) -> str:
         return self.model_dump_json()
 
     @classmethod
-    def from_mapping(cls, data: Any, source: str) -> MisaConfig:
-        """Validate `data` (parsed JSON); `source` is named in every problem. Raises ConfigError."""
-        config = validated(cls, data, source)
+    def from_mapping(cls, data: Any, source: str, flags: Mapping[str, str] | None = None) -> MisaConfig:
+        """Validate `data` (parsed JSON); `source` and `flags` as for `validated`. Raises ConfigError."""
+        config = validated(cls, data, source, flags)
         config.check()
         return config
 

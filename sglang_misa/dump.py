@@ -7,6 +7,7 @@ what users sent, so folder and files are for their owner alone.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sglang_misa.admission import AdmissionError
 from sglang_misa.call import ExtendCall, Span
 from sglang_misa.config import Dump
 from sglang_misa.kernels.layout import HEAD_DIM
@@ -67,6 +69,13 @@ class FolderDump:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = (self.folder / f".rank-{self.rank}.lock").open("w")  # held until this process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AdmissionError(
+                [f"--misa-dump: expected a folder that no other server writes to, got {self.folder}; name another"]
+            ) from None
         for file in self.folder.iterdir():
             match = _NAME.fullmatch(file.name)
             if match and int(match[2]) == self.rank:
@@ -86,7 +95,21 @@ class FolderDump:
             self._numbers = dict(self._admitted(call))
         for span in call.spans:
             if span.request in self._numbers and self._ends(span):
-                self._write(self._numbers[span.request], call, span)
+                try:
+                    self._write(self._numbers[span.request], call, span)
+                except OSError as error:
+                    self._stop(error)
+                    return
+
+    def _stop(self, error: OSError) -> None:
+        """Write nothing from now on, and leave no prompt of this step that lacks a layer: serving goes on."""
+        logger.error("--misa-dump: expected to write to %s, got %s; nothing more is dumped", self.folder, error)
+        self.layers = ()
+        for number in self._numbers.values():
+            for file in self.folder.glob(f"prompt-{number:05}-layer-*-rank-{self.rank}.safetensors"):
+                file.unlink()
+        recorder.dump["prompts"] -= len(self._numbers)
+        recorder.dump["left_out"] += len(self._numbers)
 
     def _admitted(self, call: ExtendCall) -> Iterator[tuple[int, int]]:
         """(request, number) of the prompts that fit under the limit with all their layers."""
@@ -144,11 +167,11 @@ def write_new(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> 
 def dumper(runtime: Runtime, index_k_pages: Sequence[Tensor]) -> Dumper:
     """What dumps the layers of a pool; of ranks that select for the same requests the first one does."""
     settings, held = runtime.config.dump, len(index_k_pages)
-    if settings.folder is None or runtime.model is None or not runtime.is_target(held) or not runtime.leads:
+    if settings.path is None or runtime.model is None or not runtime.is_target(held) or not runtime.leads:
         return NoDump()
     chosen = range(held) if settings.layers is None else sorted(set(settings.layers))
     layers = tuple(layer for layer in chosen if len(index_k_pages[layer]))
-    return FolderDump(Path(settings.folder), settings, runtime.model, runtime.rank, layers)
+    return FolderDump(settings.path, settings, runtime.model, runtime.rank, layers)
 
 
 def _capturing(tensor: Tensor) -> bool:

@@ -1,9 +1,9 @@
-"""`--misa-*` flags of the launcher: one for each field of `MisaConfig`, and three that name a starting point."""
+"""`--misa-*` flags of the launcher: one for each field of `MisaConfig`, and those that name a starting point."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel
@@ -18,10 +18,11 @@ from sglang_misa.config import (
     MisaConfig,
     SelectionPolicy,
 )
-from sglang_misa.policy import ALIASES
+from sglang_misa.policy import ALIASES, ONLY, Phase
 from sglang_misa.policy_file import PolicyFile
 from sglang_misa.validation import read_text, suggest
 
+DASHES = "-\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"  # also those that a text editor makes of two
 SWITCH = {"on": True, "off": False}
 NONE_WORDS = {"heads": "all", "blocks": "all", "sketch": "none", "candidates": "none", "layers": "all"}
 NAMES: dict[tuple[str, ...], str] = {("audit", "floor"): "--misa-recall-floor", ("dump", "folder"): "--misa-dump"}
@@ -47,7 +48,7 @@ KINDS = {
 }
 
 
-class _Flag(NamedTuple):
+class Flag(NamedTuple):
     """One `--misa-*` flag: the path of its field in the JSON, how a word becomes a value, and its help."""
 
     name: str
@@ -58,12 +59,15 @@ class _Flag(NamedTuple):
     help: str
 
 
-def _flags() -> list[_Flag]:
+def every() -> list[Flag]:
+    """The flag of each field of MisaConfig, in its order."""
     groups: list[tuple[tuple[str, ...], type[BaseModel]]] = [((p,), SelectionPolicy) for p in PHASES]
     groups += [(("audit",), Audit), (("dump",), Dump), ((), MisaConfig)]
     flags = []
     for prefix, model in groups:
         for field, info in model.model_fields.items():
+            if prefix and prefix[0] in PHASES and ONLY.get(field, prefix[0]) != prefix[0]:
+                continue
             kinds = {getattr(kind, "__origin__", kind) for kind in (info.annotation, *get_args(info.annotation))}
             if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
                 continue
@@ -78,7 +82,7 @@ def _flags() -> list[_Flag]:
             )
             path = (*prefix, field)
             name = NAMES.get(path) or "--misa-" + "-".join(path).replace("_", "-")
-            flags.append(_Flag(name, path, NONE_WORDS.get(field), words, kind, info.description or ""))
+            flags.append(Flag(name, path, NONE_WORDS.get(field), words, kind, info.description or ""))
     return flags
 
 
@@ -94,7 +98,13 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--misa-policy", metavar="FILE", help="a policy for each layer, as python -m sglang_misa.calibrate writes it"
     )
-    for flag in _flags():
+    for phase in PHASES:
+        group.add_argument(
+            _phase_flag(phase),
+            choices=[*PRESETS],
+            help=f"take {phase} from another preset; dsa leaves it to stock DSA",
+        )
+    for flag in every():
         metavar = flag.kind.metavar + (f"|{flag.none_word}" if flag.none_word else "")
         old = ALIASES.get(flag.path[-1], {})
         group.add_argument(
@@ -110,7 +120,11 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
 
 def flag_names() -> list[str]:
     """Every flag this package owns."""
-    return ["--misa-preset", "--misa-config", "--misa-policy", *(f.name for f in _flags())]
+    return ["--misa-preset", "--misa-config", "--misa-policy", *map(_phase_flag, PHASES), *(f.name for f in every())]
+
+
+def _phase_flag(phase: Phase) -> str:
+    return f"--misa-{phase}"
 
 
 def from_flags(arguments: argparse.Namespace) -> MisaConfig | None:
@@ -118,22 +132,24 @@ def from_flags(arguments: argparse.Namespace) -> MisaConfig | None:
 
     Raises ConfigError for a value of the wrong type, an unreadable file or an impossible combination.
     """
-    given = vars(arguments)
-    chosen = [(flag, given[flag.name]) for flag in _flags() if given.get(flag.name) is not None]
-    starts = [name for name in ("misa_preset", "misa_config", "misa_policy") if given.get(name) is not None]
-    if not chosen and not starts:
+    given = {name: word for name, word in vars(arguments).items() if word is not None}
+    chosen = [(flag, given[flag.name]) for flag in every() if flag.name in given]
+    starts = [name for name in ("misa_preset", "misa_config", "misa_policy") if name in given]
+    phases: dict[Phase, str] = {phase: given[f"misa_{phase}"] for phase in PHASES if f"misa_{phase}" in given}
+    if not chosen and not starts and not phases:
         return None
     if len(starts) > 1:
         names = " and ".join("--" + name.replace("_", "-") for name in starts)
         raise ConfigError([f"expected one starting point, got {names}; drop one"])
-    if given.get("misa_config") is not None:
-        path = given["misa_config"]
-        base = MisaConfig.from_json(read_text("--misa-config", path), path)
-    elif given.get("misa_policy") is not None:
-        base = MisaConfig(layers=PolicyFile.read(given["misa_policy"]))
-    else:
-        base = PRESETS[given.get("misa_preset") or DEFAULT_PRESET]
-    data = base.model_dump()
+    if "misa_policy" in given:
+        beside = [*map(_phase_flag, phases), *(flag.name for flag, _ in chosen if flag.path[0] in PHASES)]
+        if beside:
+            raise ConfigError(
+                [f"{beside[0]}: expected none beside --misa-policy, whose file has all policies; drop one"]
+            )
+    data = _base(given).model_dump()
+    for phase, preset in phases.items():
+        data[phase] = PRESETS[preset].policy(phase).model_dump()
     problems = []
     for flag, word in chosen:
         try:
@@ -149,14 +165,29 @@ def from_flags(arguments: argparse.Namespace) -> MisaConfig | None:
             target = target[key]
         target[flag.path[-1]] = value
     ConfigError.raise_if(problems)
-    return MisaConfig.from_mapping(data, "flags")
+    return MisaConfig.from_mapping(data, "flags", {".".join(flag.path): flag.name for flag in every()})
+
+
+def _base(given: Mapping[str, Any]) -> MisaConfig:
+    """What the flags that are `given` start from. Raises ConfigError."""
+    if "misa_config" in given:
+        path = given["misa_config"]
+        return MisaConfig.from_json(read_text("--misa-config", path), path)
+    if "misa_policy" in given:
+        return MisaConfig(layers=PolicyFile.read(given["misa_policy"]))
+    return PRESETS[given.get("misa_preset", DEFAULT_PRESET)]
 
 
 def reject_unknown_flags(words: Sequence[str]) -> None:
-    """Raise ConfigError when `words` hold a `--misa-*` flag that does not exist, naming the closest that does."""
+    """Raise ConfigError when `words` hold a flag that means one of ours and is none, naming the closest that is.
+
+    Such as `--misa-…` misspelt, in capitals, or behind one dash or a long one: SGLang might take it for something else.
+    """
     problems = []
     for word in words:
         name = word.split("=", 1)[0]
-        if name.startswith("--misa") and name not in flag_names():
-            problems.append(f"unknown flag {name}{suggest(name, flag_names())}; see --help")
+        bare = name.lstrip(DASHES)
+        if bare != name and bare.lower().startswith("misa") and name not in flag_names():
+            meant = suggest("--" + bare.lower().replace("_", "-"), flag_names())
+            problems.append(f"unknown flag {name}{meant}; see --help")
     ConfigError.raise_if(problems)

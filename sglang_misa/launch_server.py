@@ -41,9 +41,13 @@ def main(argv: Sequence[str]) -> int:
         chosen = from_flags or MisaConfig.from_env()
         theirs = _peek(rest)
         keys = dict(_keys(ours))
+        port = [*_port_number_problems(theirs)]
+        unreachable = [*port, *_host_problems(theirs, ours, keys)]
+        if ours.check and ours.demo:
+            raise ConfigError(["--check: expected no --demo, which brings its model and flags, got both; drop one"])
         if ours.check:
-            return _check(chosen, rest, theirs, [*_host_problems(theirs, ours, keys)])
-        ConfigError.raise_if([*_port_problems(theirs), *_host_problems(theirs, ours, keys)])
+            return _check(chosen, rest, theirs, unreachable)
+        ConfigError.raise_if([*unreachable, *([] if port else _port_problems(theirs))])
         if ours.demo:
             return _demo(chosen, rest, theirs, ours, keys)
         ConfigError.raise_if(_launch_problems(chosen, rest, theirs))
@@ -144,6 +148,11 @@ def _peek(words: Sequence[str]) -> argparse.Namespace:
         raise ConfigError([str(error)]) from None
 
 
+def _port_number_problems(theirs: argparse.Namespace) -> Iterator[str]:
+    if theirs.port is not None and not 0 < theirs.port < 1 << 16:
+        yield f"--port: expected a number from 1 to 65535, got {theirs.port}; correct it"
+
+
 def _port_problems(theirs: argparse.Namespace) -> Iterator[str]:
     if theirs.port is None and theirs.config is not None:
         return  # SGLang's own YAML file may name another
@@ -155,7 +164,7 @@ def _port_problems(theirs: argparse.Namespace) -> Iterator[str]:
             probe.bind((theirs.host, port))
         except socket.gaierror as error:
             yield f"--host: expected an address or a name of this machine, got {theirs.host} ({error}); correct it"
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             yield f"--port: expected a free one on {theirs.host}, got {port} ({error}); choose another or free it"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 Router = Literal["mean", "peak", "signed", "weight"]
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
+ONLY: Mapping[str, Phase] = {"sketch": "decode", "min_rows": "decode", "exact": "prefill"}  # fields of one phase
 ALIASES = {"router": {"abs": "mean"}, "backend": {"triton": "kernels"}}  # words of earlier releases
 
 
@@ -33,29 +34,31 @@ class SelectionPolicy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     heads: int | None = Field(
-        None, ge=1, description="index heads h routed per query on the block means; 'all' scores with every head"
+        None, ge=1, description="index heads that score a query, chosen by the router; 'all' routes none"
     )
     router: Router = Field(
         "mean",
         description="router statistic over blocks: mean of |w·ReLU(q·k̃)| (the MISA paper), peak = its maximum, "
         "signed = mean of w·ReLU(q·k̃), weight = |w| alone",
     )
-    residual: bool = Field(
-        False, description="score the heads that are not routed too, fused to one linear column: one more than heads"
-    )
+    residual: bool = Field(False, description="add one linear column that stands for the heads that are not routed")
     blocks: int | None = Field(
-        None, ge=2, description="token blocks kept per query, first and newest included; 'all' prunes none"
+        None,
+        ge=2,
+        description="token blocks kept for a query by their mean keys, the first and the newest among them; 'all' "
+        "keeps every one",
     )
     sketch: Literal[1, 2] | None = Field(
-        None, description="decode: score sketches of b bits a coordinate around the page means instead of the keys"
+        None, description="scan sketches of 1 or 2 bits a coordinate in the place of the keys; needs candidates"
     )
     candidates: int | None = Field(
         None,
         ge=1,
-        description="tokens C kept by the cheap score and scored again with all heads; 'none' takes top-k at once",
+        description="tokens kept by the cheap score and scored again with all heads; 'none' takes the top k of the "
+        "cheap score",
     )
     exact: bool = Field(
-        False, description="prefill: all heads and tokens, selected exactly by kernels of ours, without a score matrix"
+        False, description="score with all heads and select exactly by this package's kernels, without a score matrix"
     )
     block_size: int = Field(
         256, ge=PAGE, multiple_of=PAGE, description="tokens in a block of the router or of HISA, a multiple of 64"
@@ -63,11 +66,11 @@ class SelectionPolicy(BaseModel):
     min_len: int = Field(
         8192,
         ge=0,
-        description="a prefill query that sees at most so many tokens, and a decode step whose longest request has at "
-        "most so many, get stock DSA",
+        description="contexts of up to so many tokens get stock DSA: a query's in prefill, that of a step's longest "
+        "request in decode",
     )
     min_rows: int = Field(
-        1, ge=1, description="decode: a step of fewer rows (requests, times tokens that are verified) gets stock DSA"
+        1, ge=1, description="steps of fewer rows (requests times tokens that are verified) get stock DSA"
     )
 
     @field_validator("router", mode="before")
@@ -151,24 +154,18 @@ class SelectionPolicy(BaseModel):
             axes = ("heads", "residual", "blocks", "sketch", "candidates")
             others = [name for name in axes if getattr(self, name) not in (None, False)]
             if others:
-                yield (
-                    f"{phase}.exact: expected all heads, tokens and keys with it, got {', '.join(others)} too; drop "
-                    f"{flag}-exact or the others"
-                )
+                yield f"{phase}.exact: expected all heads, tokens and keys, got {', '.join(others)}; drop either"
             if phase == "decode":
-                yield f"decode.exact: expected prefill, where there is a score matrix to save; drop {flag}-exact"
+                yield "decode.exact: expected prefill, where there is a score matrix to save; drop it"
         if self.residual and self.heads is None:
             yield (
                 f"{phase}.residual: expected routed heads with it, as all heads leave none over, got heads=all; set "
                 f"{flag}-heads, or drop {flag}-residual"
             )
         if self.min_rows > 1 and phase == "prefill":
-            yield f"prefill.min_rows: expected 1, as only decode has it, got {self.min_rows}; drop {flag}-min-rows"
+            yield f"prefill.min_rows: expected 1, as only decode has it, got {self.min_rows}; drop it"
         if self.sketch is not None and phase == "prefill":
-            yield (
-                f"prefill.sketch: expected none, as prefill reads a key once for many rows, got {self.sketch}; drop "
-                f"{flag}-sketch"
-            )
+            yield f"prefill.sketch: expected none, as prefill reads a key for many rows, got {self.sketch}; drop it"
         if self.sketch is not None and self.candidates is None:
             yield (
                 f"{phase}.sketch: expected candidates to score on the stored keys, got none; set {flag}-candidates "

@@ -38,7 +38,13 @@ def run(serve: Callable[[], None], keys: Sequence[str]) -> int:
     child = os.fork()
     if child == 0:
         _set_up_child(parent, pipes)
-        serve()
+        try:
+            serve()
+        except KeyboardInterrupt:  # no traceback, and an end that the parent knows as asked for
+            sys.stdout.flush()
+            sys.stderr.flush()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         return 0
     for _, sink in pipes.values():
         os.close(sink)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -21,12 +21,15 @@ class ConfigError(Refusal, ValueError):
     opening = "sglang-misa cannot use this configuration"
 
 
-def validated(model: type[Model], data: Any, source: str) -> Model:
-    """`data` (parsed JSON) as a `model`; `source` is named in every problem. Raises ConfigError."""
+def validated(model: type[Model], data: Any, source: str, flags: Mapping[str, str] | None = None) -> Model:
+    """`data` (parsed JSON) as a `model`. Raises ConfigError.
+
+    Every problem names the field: by its flag where `flags` has one for it, else by `source` and its path.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError([f"{source}: {_sentence(e, model)}" for e in error.errors()]) from None
+        raise ConfigError([_sentence(each, model, source, flags or {}) for each in error.errors()]) from None
 
 
 def parsed(text: str, source: str, expected: str = "one JSON object") -> Any:
@@ -57,15 +60,32 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _sentence(error: Any, model: type[BaseModel]) -> str:
+def _sentence(error: Any, model: type[BaseModel], source: str, flags: Mapping[str, str]) -> str:
     """One pydantic error as: field, expected, got, and the closest known name where the name is the mistake."""
-    where = ".".join(str(part) for part in error["loc"]) or "the object"
-    if error["type"] == "extra_forbidden":
+    path = ".".join(str(part) for part in error["loc"]) or "the object"
+    where, kind = flags.get(path, f"{source}: {path}"), error["type"]
+    if kind == "extra_forbidden":
         known = list(_model_at(model, error["loc"][:-1]).model_fields)
         return f"{where}: unknown name{suggest(str(error['loc'][-1]), known)}; known are {', '.join(known)}"
-    if error["type"] == "value_error":  # a sentence of ours
+    if kind == "missing":
+        return f"{where}: expected a value, got none; add it"
+    if kind == "value_error":  # a sentence of ours
         return f"{where}: {error['ctx']['error']}"
-    return f"{where}: {error['msg'].replace('Input should be', 'expected')}, got {short(error.get('input'))}"
+    return f"{where}: {_expected(error['msg'])}, got {short(error.get('input'))}"
+
+
+def _expected(message: str) -> str:
+    """What pydantic's message wants, as ours say it."""
+    for theirs, ours in (
+        ("Input should be a valid dictionary or instance of", "expected an object for"),
+        ("Input should be greater", "expected a number greater"),
+        ("Input should be less", "expected a number less"),
+        ("Input should be", "expected"),
+        ("String should", "expected a string that should"),
+    ):
+        if message.startswith(theirs):
+            return ours + message[len(theirs) :]
+    return message
 
 
 def _model_at(model: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from sglang_misa import __version__, key_mask
+from sglang_misa.arguments import at_least, device, file_to_write
 from sglang_misa.calibrate import choice, picture, prompts
 from sglang_misa.calibrate.choice import DSA, Dumped, Point
 from sglang_misa.calibrate.costs import SHIPPED, Costs, Measured, Modelled
@@ -101,29 +102,35 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--server", metavar="URL", help="send prompts to this server, which dumps to --dump")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="the server's --misa-dump")
     parser.add_argument("--prompts", nargs="+", type=Path, metavar="FILE", help="texts, or .jsonl; default: built in")
-    parser.add_argument("--count", type=int, default=4, help="built-in prompts to send (default: 4)")
+    parser.add_argument("--count", type=at_least(1), default=4, help="built-in prompts to send (default: 4)")
     parser.add_argument("--key-file", metavar="FILE", help="a file with the server's API key")
     parser.add_argument("--target", type=float, required=True, help="recall of DSA's tokens to keep in every layer")
-    parser.add_argument("--length", type=int, default=131072, help="keys that a row sees, at most (default: 131072)")
-    parser.add_argument("--rows", type=int, default=64, help="rows of each file (default: 64)")
+    parser.add_argument(
+        "--length", type=at_least(1), default=131072, help="keys that a row sees, at most (default: 131072)"
+    )
+    parser.add_argument("--rows", type=at_least(2), default=64, help="rows of each file (default: 64)")
     gates = ", ".join(f"{phase} {policy.min_len}" for phase, policy in GATED.items())
     parser.add_argument(
-        "--min-len", type=int, help=f"tokens up to which stock DSA selects (default: the presets', {gates})"
+        "--min-len", type=at_least(0), help=f"tokens up to which stock DSA selects (default: the presets', {gates})"
     )
     parser.add_argument(
         "--min-rows",
-        type=int,
+        type=at_least(1),
         default=GATED["decode"].min_rows,
         help="rows under which stock DSA selects in a decode step (default: the presets', %(default)s)",
     )
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens of an answer, for decode (default: 128)")
+    parser.add_argument(
+        "--new-tokens", type=at_least(1), default=128, help="tokens of an answer, for decode (default: 128)"
+    )
     parser.add_argument(
         "--costs", default=str(SHIPPED), metavar="FILE|model", help="a CSV of bench.kernels (default: ours), or a model"
     )
-    parser.add_argument("--batch", type=int, default=64, help="requests of a decode step, for its cost (default: 64)")
-    parser.add_argument("--device", default="cpu", help="where to compute: cpu or cuda")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the policy file to write")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw recall against cost there")
+    parser.add_argument(
+        "--batch", type=at_least(1), default=64, help="requests of a decode step, for its cost (default: 64)"
+    )
+    parser.add_argument("--device", type=device, default="cpu", help="where to compute: cpu or cuda")
+    parser.add_argument("--out", type=file_to_write, required=True, metavar="FILE", help="the policy file to write")
+    parser.add_argument("--plot", type=file_to_write, metavar="FILE", help="draw recall against cost there")
     return parser
 
 
@@ -135,8 +142,10 @@ def _dumped(given: argparse.Namespace) -> list[Dumped]:
         raise ConfigError(["expected files, or --server with its --dump, got neither or both; choose one"])
     if given.server is None:
         return [Dumped(path) for path in given.files]
-    if given.new_tokens < 1:
-        raise ConfigError([f"--new-tokens: expected 1 or more, got {given.new_tokens}"])
+    if not given.dump.is_dir():
+        raise ConfigError(
+            [f"--dump: expected the folder that the server has as --misa-dump, got {given.dump}; correct it"]
+        )
     texts = prompts.read(given.prompts) if given.prompts else [*prompts.built_in(given.count, given.length)]
     key = None if given.key_file is None else key_mask.read("--key-file", given.key_file)
     found: list[Dumped] = []

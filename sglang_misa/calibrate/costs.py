@@ -67,11 +67,16 @@ class Measured:
     @classmethod
     def read(cls, path: Path, heads: int, length: int, decode_rows: int) -> Measured:
         """A table of `bench.kernels`. Raises ConfigError where it has nothing of `heads` index heads."""
-        rows = [
-            row
-            for row in newest(read(path))
-            if int(row["index_heads"]) == heads and not row["inputs"].startswith("hostile")
-        ]
+        try:
+            rows = [
+                row
+                for row in newest(read(path))
+                if int(row["index_heads"]) == heads and not row["inputs"].startswith("hostile")
+            ]
+        except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
+            raise ConfigError(
+                [f"--costs: expected a CSV of bench.kernels, got {path} ({error!r}); correct it"]
+            ) from None
         if not rows:
             raise ConfigError(
                 [

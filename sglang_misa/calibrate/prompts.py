@@ -70,11 +70,9 @@ def ask(url: str, number: int, prompt: str, new_tokens: int, key: str | None) ->
         return Answer(said["text"], said["meta_info"]["prompt_tokens"])
     except urllib.error.HTTPError as error:
         told = error.read(300).decode("utf-8", "replace")
+        way_out = "add --key-file with the server's key" if error.code == 401 else "shorten it, or lower --length"
         raise ConfigError(
-            [
-                f"--server: expected an answer to prompt {number}, got {error.code}: {told}; shorten it, or lower "
-                "--length"
-            ]
+            [f"--server: expected an answer to prompt {number}, got {error.code}: {told}; {way_out}"]
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sglang_misa import config, flags
 from sglang_misa.config import PHASES, PRESETS, Audit, ConfigError, Dump, MisaConfig, SelectionPolicy
 from sglang_misa.kernels.layout import PAGE
+from sglang_misa.policy import ONLY
 
 sizes = st.integers(1, 64).map(lambda pages: pages * PAGE)
 heads = st.none() | st.integers(1, 128)
@@ -39,15 +40,13 @@ def policies(draw, phase):
     )
 
 
-audits = st.builds(
-    Audit,
-    rows=st.integers(0, 1000),
-    every=st.integers(1, 1000),
-    floor=st.floats(0, 1),
-).filter(lambda audit: audit.rows > 0 or audit.floor == 0)  # a floor without rows is refused, see MISTAKES
-dumps = st.builds(
+# What is off has no settings, see MISTAKES.
+audits = st.just(Audit()) | st.builds(
+    Audit, rows=st.integers(1, 1000), every=st.integers(1, 1000), floor=st.floats(0, 1)
+)
+dumps = st.just(Dump()) | st.builds(
     Dump,
-    folder=st.none() | st.text("abc/", min_size=1),
+    folder=st.text("abc/", min_size=1),
     rows=st.integers(1, 1000),
     layers=st.none() | st.lists(st.integers(0, 60), min_size=1).map(tuple),
     gib=st.floats(0.1, 100),
@@ -73,6 +72,8 @@ def flags_of(wanted):
     words = ["--misa-preset", "dsa"]
     for prefix, values in wanted.model_dump(exclude={"layers"}).items():
         for name, value in values.items() if isinstance(values, dict) else [("", values)]:
+            if prefix in PHASES and ONLY.get(name, prefix) != prefix:
+                continue
             path = "-".join(filter(None, ("misa", prefix, name))).replace("_", "-")
             path = {"misa-audit-floor": "misa-recall-floor", "misa-dump-folder": "misa-dump"}.get(path, path)
             if (prefix, name, value) != ("dump", "folder", None):
@@ -97,7 +98,8 @@ def test_flags_and_json_say_the_same(wanted):
 @given(configs)
 def test_every_field_has_a_flag(wanted):
     words = {word for word in flags_of(wanted) if word.startswith("--")}
-    assert words | {"--misa-config", "--misa-policy", "--misa-dump"} == set(flags.flag_names())
+    starts = {"--misa-config", "--misa-policy", *(f"--misa-{phase}" for phase in PHASES)}
+    assert words | starts | {"--misa-dump"} == set(flags.flag_names())
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -130,8 +132,10 @@ MISTAKES = {
     "float for an integer": ({"prefill": {"heads": 8.5}}, "prefill.heads"),
     "a floor that nothing is measured against": (
         {"audit": {"floor": 0.9}},
-        "audit.floor: expected audited rows with a floor, got rows=0",
+        "audit.floor: expected --misa-audit-rows with it, got 0.9 without",
     ),
+    "layers of no dump": ({"dump": {"layers": [5]}}, "dump.layers: expected --misa-dump with it, got (5,) without"),
+    "no policy": ({"prefill": None}, "prefill: expected an object for SelectionPolicy, got None"),
     "true for a number": ({"prefill": {"heads": True}}, "prefill.heads"),
     "a policy that is no object": ({"prefill": 8}, "prefill"),
     "no heads": ({"prefill": {"heads": 0}}, "prefill.heads"),
@@ -148,7 +152,7 @@ MISTAKES = {
     "a residual of no heads": ({"prefill": {"residual": True}}, "prefill.residual: expected routed heads with it"),
     "a sketch in prefill": (
         {"prefill": {"heads": 8, "sketch": 1, "candidates": 8192}},
-        "prefill.sketch: expected none, as prefill reads a key once for many rows, got 1",
+        "prefill.sketch: expected none, as prefill reads a key for many rows, got 1",
     ),
     "a sketch without candidates": ({"decode": {"sketch": 2}}, "decode.sketch: expected candidates"),
     "bits that no sketch has": ({"decode": {"sketch": 3, "candidates": 8192}}, "decode.sketch: expected 1 or 2, got 3"),
@@ -196,7 +200,7 @@ WRONG_FILES = {
     ),
     "missing layers": (policy_file({"1": {}}), "expected policies for layers 0 to 2, got none for 0, 2"),
     "a layer too many": (policy_file(LAYERS | {"3": {}}), "expected policies for layers 0 to 2, got others, 3"),
-    "no model": ({"layers": LAYERS}, "model: Field required"),
+    "no model": ({"layers": LAYERS}, "model: expected a value, got none; add it"),
     "a policy that cannot be": (
         policy_file(LAYERS | {"2": {"prefill": {"heads": 65}}}),
         "layer 2: prefill.heads: expected at most the model's 64 index heads, got 65",
@@ -231,8 +235,21 @@ def test_a_policy_file_travels_and_gives_each_layer_its_own(tmp_path):
     assert [chosen.policy("prefill", layer).heads for layer in (0, 1, 2, None)] == [None, 8, 16, None]
     assert (chosen.gate("prefill"), chosen.gate("decode"), chosen.name("prefill")) == (100, None, "dsa|misa")
     assert config.preset_name(chosen) is None
+    for beside in (["--misa-prefill-heads", "8"], ["--misa-decode-min-len", "9"], ["--misa-decode", "dsa"]):
+        with pytest.raises(ConfigError, match=f"{beside[0]}: expected none beside --misa-policy"):
+            from_flags("--misa-policy", str(path), *beside)
     with pytest.raises(ConfigError, match="beside the policies of layers"):
-        from_flags("--misa-policy", str(path), "--misa-prefill-heads", "8")
+        MisaConfig.from_mapping({"layers": policy_file(), "prefill": {"heads": 8}}, "here")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_phase_comes_from_another_preset(name):
+    assert from_flags("--misa-preset", "fast", "--misa-decode", name) == MisaConfig(
+        prefill=PRESETS["fast"].prefill, decode=PRESETS[name].decode
+    )
+    changed = from_flags("--misa-prefill", name, "--misa-prefill-min-len", "7")
+    assert changed.prefill == PRESETS[name].prefill.model_copy(update={"min_len": 7})
+    assert changed.decode == PRESETS[config.DEFAULT_PRESET].decode
 
 
 IMPOSSIBLE = {
@@ -269,6 +286,8 @@ def test_all_mistakes_come_together():
     ("words", "message"),
     [
         (["--misa-prefill-heads", "eight"], "--misa-prefill-heads: expected a whole number or 'all', got 'eight'"),
+        (["--misa-prefill-heads", "0"], "--misa-prefill-heads: expected a number greater than or equal to 1, got 0"),
+        (["--misa-recall-floor", "2"], "--misa-recall-floor: expected a number less than or equal to 1, got 2"),
         (["--misa-recall-floor", "high"], "--misa-recall-floor: expected a number, got 'high'"),
         (["--misa-dump-layers", "0;1"], "--misa-dump-layers: expected whole numbers with commas or 'all', got '0;1'"),
         (["--misa-preset", "misa", "--misa-config", "x.json"], "drop one"),
@@ -286,7 +305,10 @@ def test_a_mistaken_flag_is_named(words, message):
 def test_an_unknown_flag_gets_a_suggestion():
     with pytest.raises(ConfigError, match="--misa-prefil-heads, did you mean --misa-prefill-heads"):
         flags.reject_unknown_flags(["--model-path", "x", "--misa-prefil-heads=8"])
-    flags.reject_unknown_flags(["--misa-prefill-heads=8", "--tp", "8"])
+    for word in ("-misa-preset", "--MISA-PRESET", "--misa_preset", "\N{EN DASH}misa-preset", "\N{EM DASH}misa-preset"):
+        with pytest.raises(ConfigError, match=f"{word}, did you mean --misa-preset"):
+            flags.reject_unknown_flags([word, "fast"])
+    flags.reject_unknown_flags(["--misa-prefill-heads=8", "--tp", "8", "--served-model-name", "misa-test"])
 
 
 def test_words_of_earlier_releases_are_understood_and_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -92,6 +92,14 @@ def test_a_stop_that_was_asked_for_is_clean(start, signum, end):
     assert process.returncode == 0
 
 
+def test_an_interrupt_while_it_starts_is_a_clean_stop_without_a_traceback(start):
+    process = start("print('up', flush=True)\ntry: time.sleep(60)\nfinally: print('swept', flush=True)")
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=10) == ("swept\n", "")
+    assert process.returncode == 0
+
+
 def test_a_stop_that_fails_is_not_clean(start):
     process = start("signal.signal(signal.SIGTERM, lambda *_: sys.exit(4))\nprint('up', flush=True)\ntime.sleep(60)")
     process.stdout.readline()

@@ -1,0 +1,43 @@
+"""Types of command line arguments, for argparse: what is wrong with a word is said before any work is done."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of whole numbers from `least` on."""
+
+    def number(word: str) -> int:
+        try:
+            value = int(word)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, got {word!r}")
+        return value
+
+    return number
+
+
+def file_to_write(word: str) -> Path:
+    """A file in a folder that exists and can be written."""
+    path = Path(word).expanduser()
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that can be written, got {word!r}")
+    return path
+
+
+def device(word: str) -> str:
+    """`cpu`, or a CUDA device of this machine."""
+    import torch
+
+    kind, _, number = word.partition(":")
+    if word != "cpu":
+        count = torch.cuda.device_count()
+        if kind != "cuda" or not (number or "0").isdecimal() or int(number or 0) >= count:
+            raise argparse.ArgumentTypeError(f"expected cpu, or cuda with one of the {count} GPUs here, got {word!r}")
+    return word

@@ -1,0 +1,28 @@
+"""Words of command lines that are judged before any work is done."""
+
+import argparse
+
+import pytest
+
+from sglang_misa import arguments
+
+
+@pytest.mark.parametrize("word", ["0", "-1", "x", "1.5", ""])
+def test_a_number_that_is_too_small_or_none(word):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a whole number of 1 or more, got"):
+        arguments.at_least(1)(word)
+    assert arguments.at_least(0)("0") == 0
+
+
+def test_a_file_needs_its_folder(tmp_path):
+    assert arguments.file_to_write(str(tmp_path / "new.csv")) == tmp_path / "new.csv"
+    for wrong in (tmp_path, tmp_path / "none" / "new.csv"):
+        with pytest.raises(argparse.ArgumentTypeError, match="folder that can be written"):
+            arguments.file_to_write(str(wrong))
+
+
+@pytest.mark.parametrize("word", ["tpu", "cuda:x", "cuda:99", "cpu:0", ""])
+def test_a_device_is_one_of_this_machine(word):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected cpu, or cuda"):
+        arguments.device(word)
+    assert arguments.device("cpu") == "cpu"

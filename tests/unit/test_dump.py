@@ -1,0 +1,100 @@
+"""Dumps of index tensors: what an independent reader finds in them, and what becomes of a folder that fails."""
+
+import json
+import os
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from batches import TOPK, Batch
+
+from sglang_misa.admission import AdmissionError
+from sglang_misa.config import Dump
+from sglang_misa.dump import FolderDump
+from sglang_misa.metrics import recorder
+from sglang_misa.policy_file import ModelIdentity
+
+MODEL = ModelIdentity(architecture="X", layers=2, index_heads=32, index_topk=TOPK, config_sha256="0" * 64)
+LENS, ROWS = [300, 130], [200, 130]
+
+
+@pytest.fixture
+def call():
+    """An extend call in which the prompts of two requests end."""
+    batch = Batch(3, LENS, 8)
+    extend = batch.extend(ROWS, batch.queries(sum(ROWS)))
+    ended = tuple(replace(span, ends=True) for span in extend.spans)
+    return replace(extend, spans=ended, index_k=extend.index_k.to(torch.float8_e4m3fn))
+
+
+@pytest.fixture
+def dump(tmp_path):
+    return FolderDump(tmp_path / "d", Dump(folder=str(tmp_path / "d"), rows=5), MODEL, rank=0, layers=(0, 1))
+
+
+@pytest.fixture(autouse=True)
+def counts(monkeypatch):
+    monkeypatch.setattr(recorder, "dump", type(recorder.dump)())
+    return recorder.dump
+
+
+def take(dump, call, layers=(0, 1)):
+    for layer in layers:
+        dump.take(replace(call, layer=layer))
+
+
+def read(path):
+    """A safetensors file by its specification alone: bytes of each tensor, its dtype and shape, and the metadata."""
+    raw = path.read_bytes()
+    start = 8 + struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:start])
+    facts = header.pop("__metadata__")
+    parts = {name: raw[start + t["data_offsets"][0] : start + t["data_offsets"][1]] for name, t in header.items()}
+    return parts, {name: (t["dtype"], t["shape"]) for name, t in header.items()}, facts
+
+
+def test_an_independent_reader_finds_the_prompts_tensors(dump, call, tmp_path):
+    take(dump, call)
+    names = sorted(file.name for file in (tmp_path / "d").glob("*.safetensors"))
+    assert names == [f"prompt-0000{n}-layer-00{layer}-rank-0.safetensors" for n in (0, 1) for layer in (0, 1)]
+    for number, (span, length) in enumerate(zip(call.spans, LENS, strict=True)):
+        parts, shapes, facts = read(tmp_path / "d" / f"prompt-0000{number}-layer-001-rank-0.safetensors")
+        assert (facts["layer"], facts["prompt"], json.loads(facts["model"])) == ("1", str(number), MODEL.model_dump())
+        assert shapes["index_q"] == ("F8_E4M3", [5, 32, 128])
+        positions = np.frombuffer(parts["positions"], np.int32)
+        assert positions[-1] == length - 1
+        assert (positions >= TOPK).all()
+        rows = torch.from_numpy(positions - length + span.last_row)
+        keys = slice(span.first_key, span.first_key + length)
+        for name, wanted in {
+            "index_q": call.index_q.view(torch.uint8)[rows],
+            "head_gates": call.head_gates[rows],
+            "index_k": call.index_k[keys].view(torch.uint8),
+            "k_scale": call.k_scale[keys],
+        }.items():
+            assert parts[name] == wanted.contiguous().numpy().tobytes(), name
+
+
+def test_folder_and_files_are_their_owners_alone(dump, call, tmp_path):
+    take(dump, call)
+    modes = {file.stat().st_mode & 0o077 for file in [tmp_path / "d", *(tmp_path / "d").glob("*.safetensors")]}
+    assert modes == {0}
+
+
+def test_two_servers_never_share_a_folder(dump, tmp_path):
+    with pytest.raises(AdmissionError, match="no other server writes to"):
+        FolderDump(tmp_path / "d", Dump(), MODEL, rank=0, layers=(0,))
+    FolderDump(tmp_path / "d", Dump(), MODEL, rank=1, layers=(0,))
+
+
+def test_a_disk_that_fails_ends_the_dump_and_not_the_server(dump, call, tmp_path, monkeypatch, counts, caplog):
+    take(dump, call)
+    take(dump, call, (0,))
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    take(dump, call, (1, 0))
+    assert not dump.wants(0, call.spans)
+    assert {file.name[:12] for file in (tmp_path / "d").iterdir()} == {".rank-0.lock", "prompt-00000", "prompt-00001"}
+    assert counts == {"prompts": 2, "left_out": 2}
+    assert "No space left on device" in caplog.text
