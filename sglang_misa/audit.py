@@ -19,16 +19,18 @@ from sglang_misa.metrics import recorder
 
 
 def overlap(dense: Tensor, chosen: Tensor, topk: int) -> tuple[float, float, float]:
-    """Recall, IoU and score mass kept of one row's selection.
+    """Recall, IoU and score mass kept of one row's selection, each from 0 to 1.
 
-    dense [L]: scores of all heads over the visible tokens; chosen [L]: mask of the tokens selected.
-    Recall = |A∩B| / k and mass = Σ_A I / Σ_B I, with B the dense top k (k = min(topk, L)).
+    dense [L]: scores of all heads over the visible tokens, NaN the worst; chosen [L]: mask of the tokens selected.
+    Recall = |A∩B| / k and mass = Σ_A (I - min I) / Σ_B (I - min I), with B the dense top k (k = min(topk, L)).
     """
-    best = dense.topk(min(topk, dense.numel())).indices
+    finite = dense[dense.isfinite()]
+    above = torch.nan_to_num(dense.double() - (finite.min() if len(finite) else 0.0), nan=0.0, neginf=0.0)
+    best = torch.nan_to_num(dense, nan=-torch.inf, neginf=-torch.inf).topk(min(topk, dense.numel())).indices
     wanted = torch.zeros_like(chosen).scatter_(0, best, True)
     common = (wanted & chosen).sum().item()
-    total = dense[wanted].sum().item()
-    mass = dense[chosen].sum().item() / total if total else 1.0
+    total = above[wanted].sum().item()
+    mass = above[chosen].sum().item() / total if total else 1.0
     return common / best.numel(), common / max(1, int((wanted | chosen).sum().item())), mass
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pools import reference_engine, reference_runtime
 
 from sglang_misa import audit
@@ -23,8 +25,23 @@ def test_overlap_by_hand() -> None:
     chosen = torch.tensor([True, False, True, False, False])
     recall, iou, mass = audit.overlap(dense, chosen, topk=2)
     assert (recall, iou) == (0.5, pytest.approx(1 / 3))
-    assert mass == pytest.approx(8 / 9)
+    assert mass == pytest.approx(6 / 7)
     assert audit.overlap(dense, torch.ones(5, dtype=torch.bool), topk=2048) == (1.0, 1.0, 1.0)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 12), st.floats(-100, 100))
+def test_mass_is_a_share_whatever_the_scores_signs(seed: int, topk: int, shift: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    dense = torch.randn(12, generator=g) + shift
+    chosen = torch.zeros(12, dtype=torch.bool).scatter_(0, torch.randperm(12, generator=g)[:topk], True)
+    recall, _, mass = audit.overlap(dense, chosen, topk)
+    assert 0 <= mass <= 1
+    assert (mass == 1) == (recall == 1)
+
+
+def test_a_broken_score_is_never_wanted() -> None:
+    dense = torch.tensor([torch.nan, -torch.inf, -1.0, -2.0])
+    assert audit.overlap(dense, torch.tensor([False, False, True, True]), topk=2)[0] == 1.0
 
 
 def test_one_call_in_every_is_audited_and_layers_take_turns() -> None:
