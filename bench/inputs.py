@@ -97,7 +97,8 @@ def trained_file(path: Path) -> dict[str, Tensor]:
     missing = [name for name in ("index_q", "head_gates", "index_k", "k_scale") if name not in tensors]
     if missing:
         raise ValueError(f"{path}: expected index tensors, got none by the name {', '.join(missing)}; see --misa-dump")
-    rows, heads, keys = *tensors["head_gates"].shape[:2], len(tensors["index_k"])
+    rows, heads = tensors["head_gates"].shape[:2]
+    keys = len(tensors["index_k"])
     for name, shape in {"index_q": (rows, heads, HEAD_DIM), "index_k": (keys, HEAD_DIM), "k_scale": (keys,)}.items():
         if tensors[name].shape != shape:
             found = [*tensors[name].shape]

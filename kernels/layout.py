@@ -30,6 +30,11 @@ def sketch_bytes(bits: int) -> int:
     return PAGE * (HEAD_DIM * bits // 8 + 2)
 
 
+def statistics_bytes(bits: int | None) -> int:
+    """Bytes of a page's statistics in a layer: its mean in bf16, and a sketch of `bits` where there is one."""
+    return 2 * HEAD_DIM + (0 if bits is None else sketch_bytes(bits))
+
+
 def sketch_bits(width: int) -> Literal[1, 2]:
     """Bits a coordinate of sketches of `width` bytes a page. Raises ValueError where none are so wide."""
     for bits in (1, 2):

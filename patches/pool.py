@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from sglang_misa import runtime
-from sglang_misa.kernels.layout import PAGE
+from sglang_misa.kernels.layout import PAGE, statistics_bytes
 from sglang_misa.metrics import recorder
-from sglang_misa.page_stats import PageStats
 from sglang_misa.selection import Selector
 
 
@@ -25,7 +24,7 @@ def init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) ->
 
 def compute_cell_size(original: Callable[..., int], self: Any, runner: Any, num_layers: int) -> int:
     """DefaultPoolConfigurator._compute_cell_size: bytes of a token over all layers, its share of statistics too."""
-    page = PageStats.bytes_per_page(runtime.current().config.sketch)
+    page = statistics_bytes(runtime.current().config.sketch)
     return original(self, runner, num_layers) + math.ceil(page / PAGE) * num_layers
 
 

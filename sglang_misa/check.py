@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang_misa import admission, versions
 from sglang_misa.config import PHASES, ConfigError, MisaConfig, Phase, SelectionPolicy, preset_name
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE, sketch_bytes
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, statistics_bytes
 from sglang_misa.text import ranges, table
 
 # Taken for granted where no folder tells: DeepSeek-V3.2's.
@@ -186,14 +186,8 @@ def _described(policy: SelectionPolicy, heads: int | None) -> str:
     return f"{policy.name}: {'; '.join(parts) or 'all heads and tokens, without a score matrix'}"
 
 
-def stats_bytes(config: MisaConfig) -> int:
-    """Bytes of one page's statistics in one layer: a bf16 mean and, where decode reads them, sketches."""
-    bits = config.sketch
-    return 2 * HEAD_DIM + (0 if bits is None else sketch_bytes(bits))
-
-
 def _memory(config: MisaConfig, model: Any) -> str:
-    token = stats_bytes(config) / PAGE
+    token = statistics_bytes(config.sketch) / PAGE
     layers = getattr(model, "num_hidden_layers", None)
     total = f", {token * layers:.0f} B a token in {layers} layers" if layers else ""
     return f"page statistics: {token:g} B a token and layer beside the index-K's {HEAD_DIM + 4} B{total}"

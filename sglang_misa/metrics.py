@@ -228,7 +228,7 @@ class Recorder:
             self._exporter.describe(config, sglang)
 
     def publish_page_stats(self) -> None:
-        """Export the bytes of page means, once the pools stand."""
+        """Export the bytes of page statistics, once the pools stand."""
         if self._exporter:
             self._exporter.page_stats_bytes.labels(*self._exporter.place).set(self.page_stats_bytes)
 
@@ -261,8 +261,8 @@ class _Exporter:
         self.build_info = gauge("build_info", "1, labelled with the versions.", "version", "sglang")
         self.policy_info = gauge("policy_info", "1, labelled with the policy of the phase.", "phase", "policy")
         self.routed_heads = gauge("routed_heads", "Index heads routed per query, at most; 0 for all.", "phase")
-        self.page_stats_bytes = gauge("page_stats_bytes", "Bytes of page means beside the index-K pages.")
-        self.dense_layers = gauge("dense_layers", "Layers whose prefill is by stock DSA for low recall.")
+        self.page_stats_bytes = gauge("page_stats_bytes", "Bytes of page statistics beside the index-K pages.")
+        self.dense_layers = gauge("dense_layers", "Layers whose prefill stock DSA selects for low recall.")
         self.rung = gauge("rung", "Rung of the recall ladder in use, 0 for the layer's own policy.", "phase", "layer")
         labels = ("phase", "layer", "policy")
         self.moves = count("ladder_moves", "Moves on the recall ladder, by what selects since.", *labels)

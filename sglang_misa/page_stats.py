@@ -38,11 +38,6 @@ class PageStats:
         sketches = None if bits is None else zeros(sketch_bytes(bits), torch.uint8)
         return cls(zeros(HEAD_DIM, torch.bfloat16), sketches)
 
-    @staticmethod
-    def bytes_per_page(bits: int | None = None) -> int:
-        """Bytes of one page's statistics in one layer: what the KV pool's budget must grow by."""
-        return HEAD_DIM * 2 + (0 if bits is None else sketch_bytes(bits))
-
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.means, *(self.sketches or ())))

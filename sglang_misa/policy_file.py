@@ -18,6 +18,7 @@ _SHAPE = (
     *("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "intermediate_size"),
     *("index_n_heads", "index_head_dim", "index_topk"),
 )
+MAX_LAYERS = 4096  # of a model; a wrong number would be counted through
 _CALIBRATE = "calibrate on this model (python -m sglang_misa.calibrate), or drop --misa-policy"
 
 
@@ -27,7 +28,7 @@ class ModelIdentity(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     architecture: str
-    layers: int = Field(ge=1)
+    layers: int = Field(ge=1, le=MAX_LAYERS)
     index_heads: int = Field(ge=1)
     index_topk: int = Field(ge=1)
     config_sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the sizes in config.json, not of weights")
@@ -113,7 +114,7 @@ class PolicyFile(BaseModel):
         active = [policy for policy in self.policies("decode") if policy.active]
         for name, why in (
             ("min_len", "the length gate is the step's, one for all layers"),
-            ("min_rows", "so is the gate of its rows"),
+            ("min_rows", "the gate of rows is the step's too"),
             ("sketch", "pages of all layers have sketches of one width"),
         ):
             found = sorted({getattr(policy, name) or 0 for policy in active})

@@ -78,6 +78,7 @@ def _expected(message: str) -> str:
     """What pydantic's message wants, as ours say it."""
     for theirs, ours in (
         ("Input should be a valid dictionary or instance of", "expected an object for"),
+        ("Input should be a valid dictionary", "expected an object"),
         ("Input should be greater", "expected a number greater"),
         ("Input should be less", "expected a number less"),
         ("Input should be", "expected"),

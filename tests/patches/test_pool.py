@@ -10,8 +10,8 @@ from transformers import DeepseekV3Config
 from sglang_misa import runtime
 from sglang_misa.bench.host_cache import make_pool
 from sglang_misa.config import PRESETS
+from sglang_misa.kernels.layout import statistics_bytes
 from sglang_misa.metrics import Recorder
-from sglang_misa.page_stats import PageStats
 from sglang_misa.patches import pool as pool_hooks
 from sglang_misa.patches import register
 
@@ -65,5 +65,5 @@ def test_the_budget_pays_for_the_means(num_layers):
     register.undo()
     without = cell_size(num_layers)
     assert without == num_layers * (576 * 2 + 132)
-    assert (with_means - without) * 64 >= PageStats.bytes_per_page() * num_layers
+    assert (with_means - without) * 64 >= statistics_bytes(None) * num_layers
     assert (with_means - without) <= without // 200, "half a percent"

@@ -26,6 +26,7 @@ from sglang.test.kits.abort_timeout_kit import AbortAllMixin, RunningTimeoutTwoW
 from sglang.test.kits.pause_generation_kit import PauseResumeInPlaceMixin
 
 from sglang_misa import random_model
+from sglang_misa.procs import free_port
 
 pytestmark = pytest.mark.serving
 
@@ -87,7 +88,7 @@ class TestRunningTimeout(RunningTimeoutTwoWaveMixin, Kit):
 
 def refused(launch: Any, model: Path, flags: str, why: str) -> None:
     """Skip with the words that stop a server of these flags; fail where none do."""
-    words = f"--misa-preset dsa --misa-decode-blocks 4 --device cpu --port 0 {flags} --model-path".split()
+    words = f"--misa-preset dsa --misa-decode-blocks 4 --device cpu --port {free_port()} {flags} --model-path".split()
     ended = launch(*words, model)
     assert ended.returncode != 0
     assert why in ended.stdout, ended.stdout[-2000:]

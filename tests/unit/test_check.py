@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from sglang_misa import check, launch_server, random_model
-from sglang_misa.config import ENV, PRESETS
-from sglang_misa.page_stats import PageStats
+from sglang_misa import launch_server, random_model
+from sglang_misa.config import ENV
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +51,6 @@ def test_phases_gates_and_memory(checked, model):
 
 def test_off_is_off(checked, model):
     assert checked("--model-path", model)[1].startswith("sglang-misa is off")
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_the_bytes_are_those_that_the_pool_is_given(name):
-    config = PRESETS[name]
-    assert check.stats_bytes(config) == PageStats.bytes_per_page(config.decode.sketch)
 
 
 def test_every_reason_comes_with_exit_status_2(checked, model, monkeypatch):

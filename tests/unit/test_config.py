@@ -200,6 +200,11 @@ WRONG_FILES = {
     ),
     "missing layers": (policy_file({"1": {}}), "expected policies for layers 0 to 2, got none for 0, 2"),
     "a layer too many": (policy_file(LAYERS | {"3": {}}), "expected policies for layers 0 to 2, got others, 3"),
+    "more layers than a model has": (
+        policy_file(model=IDENTITY | {"layers": 10**9}),
+        "model.layers: expected a number less than or equal to 4096",
+    ),
+    "layers that are no object": (policy_file([{}, {}, {}]), "layers: expected an object, got [{}, {}, {}]"),
     "no model": ({"layers": LAYERS}, "model: expected a value, got none; add it"),
     "a policy that cannot be": (
         policy_file(LAYERS | {"2": {"prefill": {"heads": 65}}}),

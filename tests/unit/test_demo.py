@@ -6,6 +6,7 @@ import pytest
 
 from sglang_misa import demo, launch_server
 from sglang_misa.config import PHASES, PRESETS
+from sglang_misa.procs import free_port
 
 SIZES = json.loads((demo.MODEL / "config.json").read_text())
 
@@ -38,7 +39,7 @@ def test_a_scaled_preset_keeps_as_much_of_the_top_k():
 def test_a_demo_that_would_show_nothing_is_refused(capsys, tmp_path, words, expected):
     (tmp_path / "file").touch()
     words = [word.format(file=tmp_path / "file") for word in words]
-    assert launch_server.main(["--demo", "--port", "0", *words]) == launch_server.REFUSED
+    assert launch_server.main(["--demo", "--port", str(free_port()), *words]) == launch_server.REFUSED
     assert expected in capsys.readouterr().err
 
 

@@ -4,17 +4,17 @@ import torch
 from pools import reference_engine
 
 from sglang_misa import reference
-from sglang_misa.kernels.layout import PAGE
+from sglang_misa.kernels.layout import PAGE, statistics_bytes
 from sglang_misa.page_stats import PageStats
 
 
 def test_a_layer_without_indexer_costs_nothing() -> None:
     stats = PageStats.allocate([torch.zeros(0, 8448, dtype=torch.uint8), torch.zeros(3, 8448, dtype=torch.uint8)])
-    assert stats.nbytes == 3 * PageStats.bytes_per_page() == 3 * 256
+    assert stats.nbytes == 3 * statistics_bytes(None) == 3 * 256
     pools = [torch.zeros(5, 8448, dtype=torch.uint8)]
     for bits in (1, 2):
-        assert PageStats.allocate(pools, bits).nbytes == 5 * PageStats.bytes_per_page(bits)
-        assert PageStats.bytes_per_page(bits) <= 40 * PAGE
+        assert PageStats.allocate(pools, bits).nbytes == 5 * statistics_bytes(bits)
+        assert statistics_bytes(bits) <= 40 * PAGE
 
 
 def test_verify_rows_of_one_request_share_its_newest_page() -> None:

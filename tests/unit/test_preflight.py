@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from sglang_misa import launch_server, preflight
+from sglang_misa.procs import free_port
 
 NOBODY = 65534
 
@@ -81,12 +82,12 @@ def test_a_launch_and_a_check_refuse_what_is_found_here(model, caches, tmp_path,
     wanted = ["--misa-preset", "fast", "--model-path"]
     assert launch_server.main(["--check", *wanted, str(model)]) == launch_server.REFUSED
     assert "TRITON_CACHE_DIR: expected a folder that others cannot write" in capsys.readouterr().out
-    assert launch_server.main([*wanted, "owner/model", "--port", "0"]) == launch_server.REFUSED
+    assert launch_server.main([*wanted, "owner/model", "--port", str(free_port())]) == launch_server.REFUSED
     assert "TRITON_CACHE_DIR" in capsys.readouterr().err
     launch_server.main(["--check", *wanted, str(model), "--device", "cpu"])
     assert "TRITON_CACHE_DIR" not in capsys.readouterr().out  # nothing is compiled there
     (model / "c.safetensors").symlink_to("../../blobs/lost")
-    assert launch_server.main([*wanted, str(model), "--port", "0"]) == launch_server.REFUSED
+    assert launch_server.main([*wanted, str(model), "--port", str(free_port())]) == launch_server.REFUSED
     assert "copy the folder with cp -rL" in capsys.readouterr().err
 
 
