@@ -1,7 +1,8 @@
-"""Prove that a running server selects by its policies: python examples/prove_it_is_on.py URL [--key-file FILE].
+"""Prove that a running server selects by its policies: python examples/prove_it_is_on.py URL [--decode].
 
-Sends one prompt over the length gate of prefill and one token of decode, and prints which selections its indexer calls
-went to. Exit status 0 where every phase that has a policy used it.
+Sends a prompt over the length gates and prints which selections its indexer calls went to. A decode policy that wants
+steps of many rows is tried with --decode alone, which sends so many prompts at once. Exit status 0 where every phase
+that was tried used its policy.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import random
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sglang_misa import asking, key_mask, status
@@ -23,28 +25,42 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("url", help="such as http://127.0.0.1:30000")
     parser.add_argument("--key-file", help="a file with the server's API key")
+    parser.add_argument("--decode", action="store_true", help="send as many prompts at once as decode wants rows")
     given = parser.parse_args()
     key = None if given.key_file is None else key_mask.read("--key-file", given.key_file)
     (before, *_) = status.fetch(given.url, key)
     if not before["enabled"]:
         print("sglang-misa is off here: start the server with a preset, as in --misa-preset fast")
         return 1
-    gates = [gate for gate in before["min_len"].values() if gate is not None]
-    # Random ids, so that no cached prefix shortens what is new; low ones, which every vocabulary has.
-    prompt = [random.randrange(3, 250) for _ in range(max(gates, default=0) + 1)]
-    body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
-    asking.ask(f"{given.url.rstrip('/')}/generate", key, TIMEOUT, body)
+    gates, rows = before["min_len"], before["min_rows"]  # no gate where stock DSA always selects
+    tried = [phase for phase in PHASES if phase in gates and (phase == "prefill" or rows == 1 or given.decode)]
+    prompts, length = (rows if "decode" in tried else 1), max((gates[phase] for phase in tried), default=0) + 1
+    with ThreadPoolExecutor(prompts) as pool:
+        list(pool.map(lambda _: _send(given.url, key, length), range(prompts)))
     (after, *_) = status.fetch(given.url, key)
 
     proven = True
     for phase in PHASES:
+        policy = after["policy"][phase]
+        if phase not in tried:
+            wants = f"not tried, as it wants steps of {rows} rows: add --decode" if phase in gates else "stock always"
+            print(f"{phase}: {policy}: {wants}")
+            continue
         counts = [("calls", phase)] if phase == "prefill" else [("calls", phase), ("replays",)]
         grown = {name: more for path in counts for name, more in _grown(before, after, path).items()}
-        policy = after["policy"][phase]
-        used = policy == "dsa" or grown.get(policy, 0) > 0
+        used = any(grown.get(name, 0) for name in policy.split("|") if name != "dsa")  # of a policy file: several
         proven &= used
-        print(f"{phase}: {policy}: {'proven' if used else 'NOT USED'}; of {len(prompt)} tokens, calls by {grown}")
+        print(f"{phase}: {policy}: {'proven' if used else 'NOT USED'}; of {length} tokens, calls by {grown}")
     return 0 if proven else 1
+
+
+def _send(url: str, key: str | None, length: int) -> None:
+    """A prompt of random ids, so that no cached prefix shortens what is new; low ones, which every vocabulary has."""
+    body = {
+        "input_ids": [random.randrange(3, 250) for _ in range(length)],
+        "sampling_params": {"max_new_tokens": 8, "ignore_eos": True},
+    }
+    asking.ask(f"{url.rstrip('/')}/generate", key, TIMEOUT, body)
 
 
 def _grown(before: Mapping[str, Any], after: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, int]:

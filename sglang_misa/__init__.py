@@ -8,3 +8,5 @@ if sys.argv[:1] == ["-m"]:  # Python is locating one of our programs
     from sglang_misa.extras import excepthook
 
     sys.excepthook = excepthook
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a sign of the help, such as k̃

@@ -69,7 +69,7 @@ class Recorder:
         self.page_stats_bytes = 0
         self._armed: dict[str, Any] = {}
         self._calls: dict[Phase, Counter[str]] = {phase: Counter() for phase in PHASES}
-        self._declined: Counter[str] = Counter()
+        self._declined: dict[Phase, Counter[str]] = {phase: Counter() for phase in PHASES}
         self._replays: Counter[str] = Counter()
         self._gates: dict[Phase, int] = {}
         self._over_gate: Counter[Phase] = Counter()
@@ -146,12 +146,12 @@ class Recorder:
         counts = [*self._calls[phase].items()]
         if phase == "decode" and self._replays:
             counts = [(path, n) for path, n in counts if not path.startswith("captured:")] + [*self._replays.items()]
-        asked = self._declined["few-rows"] if phase == "prefill" else 0
+        asked = self._declined["prefill"]["few-rows"] if phase == "prefill" else 0
         return asked + sum(n for path, n in counts if not path.endswith("dsa"))
 
     def declined(self, phase: Phase, reason: str) -> None:
         """One call was left to stock DSA because of `reason`, a short word with dashes."""
-        self._declined[reason] += 1
+        self._declined[phase][reason] += 1
         if self._exporter:
             self._exporter.declined.labels(*self._exporter.place, phase, reason).inc()
 
@@ -193,7 +193,7 @@ class Recorder:
             "version": __version__,
             **self._armed,
             "calls": {phase: dict(counts) for phase, counts in self._calls.items()},
-            "declined": dict(self._declined),
+            "declined": dict(sum(self._declined.values(), Counter())),
             "replays": dict(self._replays),
             "steps_over_gate": {phase: self._over_gate[phase] for phase in self._gates},
             "unrouted": sorted(self._unrouted),

@@ -62,6 +62,13 @@ def test_help_needs_neither_torch_nor_sglang():
     assert "Every other flag is SGLang's" in run.stdout
 
 
+def test_help_in_a_terminal_of_ascii_alone():
+    command = [sys.executable, "-m", "sglang_misa.launch_server", "--help"]
+    environ = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environ, check=True)
+    assert "--demo-report" in run.stdout
+
+
 def test_a_misspelt_flag(refused):
     assert "did you mean --misa-prefill-heads?" in refused("--misa-prefill-head", "8")
 

@@ -105,6 +105,18 @@ def test_replayed_graphs_count_and_captured_ones_do_not():
     assert recorder.status()["unrouted"] == []
 
 
+def test_few_rows_of_decode_say_nothing_of_prefill():
+    recorder = armed()
+    for _ in range(UNROUTED_STEPS + 2):
+        recorder.stepped("prefill", 131072)
+        recorder.declined("decode", "few-rows")
+    assert recorder.status()["unrouted"] == ["prefill"]
+    recorder.declined("prefill", "few-rows")
+    recorder.stepped("prefill", 131072)
+    assert recorder.status()["unrouted"] == []
+    assert recorder.status()["declined"] == {"few-rows": UNROUTED_STEPS + 3}
+
+
 def test_a_phase_that_is_stock_is_not_waited_for():
     recorder = Recorder()
     recorder.armed(PRESETS["misa"], rank=0, ranks=1, sglang="0.5.17", verified=True)
