@@ -58,7 +58,7 @@ def _send(url: str, key: str | None, length: int) -> None:
     """A prompt of random ids, so that no cached prefix shortens what is new; low ones, which every vocabulary has."""
     body = {
         "input_ids": [random.randrange(3, 250) for _ in range(length)],
-        "sampling_params": {"max_new_tokens": 8, "ignore_eos": True},
+        "sampling_params": {"max_new_tokens": 64, "ignore_eos": True},  # so that prompts sent together decode together
     }
     asking.ask(f"{url.rstrip('/')}/generate", key, TIMEOUT, body)
 

@@ -56,7 +56,8 @@ def run(serve: Callable[[], None], keys: Sequence[str]) -> int:
         os.kill(child, signum)
 
     for signum in FORWARDED:
-        signal.signal(signum, forward)
+        if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(signum, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     _copy(child, {stream: source for stream, (source, _) in pipes.items()}, keys)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -79,6 +80,7 @@ def _set_up_child(parent: int, pipes: Mapping[int, tuple[int, int]]) -> None:
         os.dup2(sink, stream)
         os.close(source)
         os.close(sink)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job would ignore it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
 
 

@@ -27,10 +27,14 @@ def start():
     """Starts a supervised `serve` with this body, which says so when it is up; killed in the end."""
     processes = []
 
-    def run(body):
+    def run(body, ignored=()):
         code = PREAMBLE.format(body=body.strip().replace("\n", "\n    "))
         process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: [signal.signal(signum, signal.SIG_IGN) for signum in ignored],
         )
         processes.append(process)
         return process
@@ -92,12 +96,21 @@ def test_a_stop_that_was_asked_for_is_clean(start, signum, end):
     assert process.returncode == 0
 
 
-def test_an_interrupt_while_it_starts_is_a_clean_stop_without_a_traceback(start):
-    process = start("print('up', flush=True)\ntry: time.sleep(60)\nfinally: print('swept', flush=True)")
+@pytest.mark.parametrize("ignored", [(), (signal.SIGINT,)])  # the latter in the background of a script
+def test_an_interrupt_while_it_starts_is_a_clean_stop_without_a_traceback(start, ignored):
+    process = start("print('up', flush=True)\ntry: time.sleep(60)\nfinally: print('swept', flush=True)", ignored)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=10) == ("swept\n", "")
     assert process.returncode == 0
+
+
+def test_a_hangup_that_nohup_ignores_stops_nothing(start):
+    process = start("print('up', flush=True)\ntime.sleep(1)\nsys.exit(5)", [signal.SIGHUP])
+    process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=10)
+    assert process.returncode == 5
 
 
 def test_a_stop_that_fails_is_not_clean(start):
