@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from sglang_misa.config import (
     DEFAULT_PRESET,
@@ -63,36 +64,33 @@ def every() -> list[Flag]:
     """The flag of each field of MisaConfig, in its order."""
     groups: list[tuple[tuple[str, ...], type[BaseModel]]] = [((p,), SelectionPolicy) for p in PHASES]
     groups += [(("audit",), Audit), (("dump",), Dump), ((), MisaConfig)]
-    flags = []
-    for prefix, model in groups:
-        for field, info in model.model_fields.items():
-            if prefix and prefix[0] in PHASES and ONLY.get(field, prefix[0]) != prefix[0]:
-                continue
-            kinds = {getattr(kind, "__origin__", kind) for kind in (info.annotation, *get_args(info.annotation))}
-            if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
-                continue
-            choices = getattr(info.annotation, "__args__", None)
-            words = tuple(choices) if choices and all(isinstance(c, str) for c in choices) else None
-            if info.annotation is bool:
-                words = tuple(SWITCH)
-            kind = (
-                KINDS[str]
-                if words
-                else next((KINDS[kind] for kind in (float, str, tuple) if kind in kinds), KINDS[int])
-            )
-            path = (*prefix, field)
-            name = NAMES.get(path) or "--misa-" + "-".join(path).replace("_", "-")
-            flags.append(Flag(name, path, NONE_WORDS.get(field), words, kind, info.description or ""))
-    return flags
+    fields = [((*prefix, name), info) for prefix, model in groups for name, info in model.model_fields.items()]
+    return [flag for path, info in fields if (flag := _flag(path, info)) is not None]
+
+
+def _flag(path: tuple[str, ...], info: FieldInfo) -> Flag | None:
+    """The flag of the field at `path`; None for an object of fields, and for what only the other phase has."""
+    field, options = path[-1], get_args(info.annotation)
+    kinds = {get_origin(kind) or kind for kind in (info.annotation, *options)}
+    if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
+        return None
+    if ONLY.get(field, path[0]) != path[0]:
+        return None
+    words: tuple[str, ...] | None = tuple(SWITCH) if info.annotation is bool else None
+    if options and all(isinstance(option, str) for option in options):
+        words = options
+    kind = KINDS[str] if words else next((KINDS[kind] for kind in (float, str, tuple) if kind in kinds), KINDS[int])
+    name = NAMES.get(path) or "--misa-" + "-".join(path).replace("_", "-")
+    return Flag(name, path, NONE_WORDS.get(field), words, kind, info.description or "")
 
 
 def add_cli_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `--misa-preset`, `--misa-config`, `--misa-policy` and one flag for each field of MisaConfig to `parser`."""
+    """Add to `parser` what names a starting point, and one flag for each field of MisaConfig."""
     group = parser.add_argument_group("token selection (sglang-misa)")
     group.add_argument(
         "--misa-preset",
         choices=[*PRESETS],
-        help=f"start from a named method; further flags change it (default: {DEFAULT_PRESET})",
+        help=f"start from a named method, which further flags change; flags without one change {DEFAULT_PRESET}",
     )
     group.add_argument("--misa-config", metavar="FILE", help="start from a JSON file shaped like SGLANG_MISA_CONFIG")
     group.add_argument(
