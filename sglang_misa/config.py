@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sglang_misa.kernels.layout import PAGE
-from sglang_misa.policy import PHASES, Phase, Router, SelectionPolicy, renamed
+from sglang_misa.policy import MOST, PHASES, Phase, Router, SelectionPolicy, renamed
 from sglang_misa.policy_file import PolicyFile
 from sglang_misa.validation import ConfigError, parsed, validated
 
@@ -41,12 +41,15 @@ class Audit(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     rows: int = Field(
-        0, ge=0, description="query rows of an audited call that are checked against all heads; 0 turns the audit off"
+        0,
+        ge=0,
+        le=MOST,
+        description="query rows of an audited call that are checked against all heads; 0 turns the audit off",
     )
     every: int = Field(
-        64, ge=1, description="audit one call of a layer, and one replay of a decode graph, in this many"
+        64, ge=1, le=MOST, description="audit one call of a layer, and one replay of a decode graph, in this many"
     )
-    decode_layers: int = Field(8, ge=1, description="with decode graphs, audit one layer in this many")
+    decode_layers: int = Field(8, ge=1, le=MOST, description="with decode graphs, audit one layer in this many")
     floor: float = Field(
         0.0,
         ge=0.0,
@@ -65,7 +68,7 @@ class Dump(BaseModel):
     folder: str | None = Field(
         None, min_length=1, description="write index keys, sampled queries and head gates of long prompts there"
     )
-    rows: int = Field(64, ge=1, description="query rows of a prompt in each layer, from its last chunk")
+    rows: int = Field(64, ge=1, le=MOST, description="query rows of a prompt in each layer, from its last chunk")
     layers: tuple[int, ...] | None = Field(None, description="layers to dump, as in 0,30,60; 'all' dumps every one")
     gib: float = Field(4.0, gt=0, description="GiB that a rank may write; a prompt that does not fit is left out")
 
@@ -106,6 +109,7 @@ class MisaConfig(BaseModel):
     verify_ranks: int = Field(
         0,
         ge=0,
+        le=MOST,
         description="once in so many steps tensor-parallel ranks compare their selections and page statistics, and a "
         "difference stops the server; 0 turns it off",
     )

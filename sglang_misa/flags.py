@@ -21,7 +21,7 @@ from sglang_misa.config import (
 )
 from sglang_misa.policy import ALIASES, ONLY, Phase
 from sglang_misa.policy_file import PolicyFile
-from sglang_misa.validation import read_text, suggest
+from sglang_misa.validation import read_text, short, suggest
 
 DASHES = "-\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"  # also those that a text editor makes of two
 SWITCH = {"on": True, "off": False}
@@ -156,7 +156,7 @@ def from_flags(arguments: argparse.Namespace) -> MisaConfig | None:
                 value = SWITCH[word]
         except ValueError:
             expected = flag.kind.expected + (f" or '{flag.none_word}'" if flag.none_word else "")
-            problems.append(f"{flag.name}: expected {expected}, got {word!r}")
+            problems.append(f"{flag.name}: expected {expected}, got {short(word)}")
             continue
         target = data
         for key in flag.path[:-1]:

@@ -16,6 +16,7 @@ Router = Literal["mean", "peak", "signed", "weight"]
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 ONLY: Mapping[str, Phase] = {"sketch": "decode", "min_rows": "decode", "exact": "prefill"}  # fields of one phase
+MOST = (1 << 31) - 1  # of any count: kernels and tensors index with int32
 ALIASES = {"router": {"abs": "mean"}, "backend": {"triton": "kernels"}}  # words of earlier releases
 
 
@@ -34,7 +35,7 @@ class SelectionPolicy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     heads: int | None = Field(
-        None, ge=1, description="index heads that score a query, chosen by the router; 'all' routes none"
+        None, ge=1, le=MOST, description="index heads that score a query, chosen by the router; 'all' routes none"
     )
     router: Router = Field(
         "mean",
@@ -45,6 +46,7 @@ class SelectionPolicy(BaseModel):
     blocks: int | None = Field(
         None,
         ge=2,
+        le=MOST,
         description="token blocks kept for a query by their mean keys, the first and the newest among them; 'all' "
         "keeps every one",
     )
@@ -54,6 +56,7 @@ class SelectionPolicy(BaseModel):
     candidates: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="tokens kept by the cheap score and scored again with all heads; 'none' takes the top k of the "
         "cheap score",
     )
@@ -61,16 +64,21 @@ class SelectionPolicy(BaseModel):
         False, description="score with all heads and select exactly by this package's kernels, without a score matrix"
     )
     block_size: int = Field(
-        256, ge=PAGE, multiple_of=PAGE, description="tokens in a block of the router or of HISA, a multiple of 64"
+        256,
+        ge=PAGE,
+        le=MOST,
+        multiple_of=PAGE,
+        description="tokens in a block of the router or of HISA, a multiple of 64",
     )
     min_len: int = Field(
         8192,
         ge=0,
+        le=MOST,
         description="contexts of up to so many tokens get stock DSA: a query's in prefill, that of a step's longest "
         "request in decode",
     )
     min_rows: int = Field(
-        1, ge=1, description="steps of fewer rows (requests times tokens that are verified) get stock DSA"
+        1, ge=1, le=MOST, description="steps of fewer rows (requests times tokens that are verified) get stock DSA"
     )
 
     @field_validator("router", mode="before")

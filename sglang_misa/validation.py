@@ -36,7 +36,7 @@ def parsed(text: str, source: str, expected: str = "one JSON object") -> Any:
     """The JSON value in `text`. Raises ConfigError."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError([f"{source}: expected {expected}, got {short(text)} ({error})"]) from None
 
 

@@ -123,6 +123,7 @@ def test_a_file_is_a_starting_point_for_flags(tmp_path):
 
 MISTAKES = {
     "not JSON": ("{", "expected one JSON object or one of dsa, misa"),
+    "a number of too many digits": ('{"prefill": {"heads": ' + "9" * 5000 + "}}", "expected one JSON object"),
     "not an object": ("[1]", "the object"),
     "string for a number": ({"prefill": {"heads": "8"}}, "prefill.heads: expected a valid integer, got '8'"),
     "number for a word": (
@@ -139,6 +140,10 @@ MISTAKES = {
     "true for a number": ({"prefill": {"heads": True}}, "prefill.heads"),
     "a policy that is no object": ({"prefill": 8}, "prefill"),
     "no heads": ({"prefill": {"heads": 0}}, "prefill.heads"),
+    "more blocks than can be counted": (
+        {"decode": {"blocks": 10**20}},
+        "decode.blocks: expected a number less than or equal to 2147483647",
+    ),
     "one block": ({"decode": {"blocks": 1}}, "decode.blocks"),
     "half a page": (
         {"decode": {"blocks": 64, "block_size": 96}},
