@@ -305,10 +305,13 @@ def _hostile() -> list[str]:
     return [f"hostile:{name}" for name in inputs.names()]
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     from sglang_misa.bench.compile import jobs, side_by_side
 
-    found, options = cases()
+    found, options = cases(words)
+    if not torch.cuda.is_available():
+        print("expected a GPU, got none; run it where the server will run", file=sys.stderr)
+        return 2
     side_by_side(jobs(options.phase, {case.policy for case in found}, options.index_heads))
     correct = True
     for case in found:

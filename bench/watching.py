@@ -106,7 +106,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--chunk-ms", type=float, help=f"ms of a prefill chunk of {CHUNK} tokens on your server")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        parser.error("expected a GPU, got none; run it where the server will run")
+        print("expected a GPU, got none; run it where the server will run", file=sys.stderr)
+        return 2
     place = f"device={torch.cuda.get_device_name()} sglang={versions.installed()} preset={options.preset}"
     print(f"{place} rows={options.rows} length={options.length} audited={options.audited} every={options.every}")
     gpu, host = canary_us(options.preset, options.rows, options.length)

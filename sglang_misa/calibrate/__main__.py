@@ -62,7 +62,12 @@ class Dumps:
         if len(models) != 1:
             listed = ", ".join(map(str, models.values())) or "no file"
             raise ConfigError([f"FILE: expected dumps of one model, got {listed}; give those of one"])
-        return cls(next(iter(models)), layers)
+        (model,) = models
+        if not layers.keys() <= set(range(model.layers)):
+            raise ConfigError(
+                [f"FILE: expected layers 0 to {model.layers - 1} of this model, got {max(layers)}; dump it again"]
+            )
+        return cls(model, layers)
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -1,11 +1,12 @@
 """What the kernel bench counts and what it measures: all of it that needs no GPU."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from sglang_misa.bench import inputs, kernels
+from sglang_misa.bench import inputs, kernels, watching
 from sglang_misa.bench.work import CHIPS, Work, count
 from sglang_misa.config import PHASES, PRESETS, SelectionPolicy
 
@@ -83,6 +84,15 @@ def test_cached_prefixes_hostile_inputs_and_shared_calls_are_cases() -> None:
         ["prefill", "--preset", "misa", "--rows", "64", "--length", "8192", "--requests", "1", "64"]
     )
     assert [c.source for c in found] == ["random", "random x64"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(("program", "words"), [(kernels.main, ["decode"]), (watching.main, [])])
+def test_a_machine_without_a_gpu_is_told_so(
+    program: Callable[[list[str]], int], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program(words) == 2
+    assert "expected a GPU, got none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

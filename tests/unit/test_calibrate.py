@@ -79,9 +79,11 @@ def test_a_server_command_without_dumps_of_one_model_is_refused(tmp_path: Path, 
     x = vars(inputs.make("topics", 4, 4096, 64, device="cpu")) | {"positions": torch.arange(4092, 4096).int()}
     ours = dumped(tmp_path / "a.safetensors", x, 0)
     other = dumped(tmp_path / "b.safetensors", x, 0, IDENTITY.model_copy(update={"layers": 5}))
+    beyond = dumped(tmp_path / "d.safetensors", x, IDENTITY.layers)
     (tmp_path / "c.safetensors").write_bytes(b"no tensors")
     out = tmp_path / "out.json"
     cases = {
+        f"expected layers 0 to {IDENTITY.layers - 1} of this model": (ours, beyond),
         "expected dumps of one model": (ours, other),
         "expected what --misa-dump writes": (tmp_path / "c.safetensors",),
         "expected files, or --server with its --dump": (),
