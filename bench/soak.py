@@ -112,10 +112,8 @@ SCALES = {
         alike=1,
         found_within=640,
         flags="--misa-preset fast --misa-prefill-min-len 2048 --misa-decode-min-len 2048 --misa-decode-min-rows 1 "
-        "--misa-decode-candidates 4096 --skip-tokenizer-init --mem-fraction-static 0.5 --chunked-prefill-size 2048 "
-        "--dsa-prefill-backend flashmla_sparse --dsa-decode-backend flashmla_sparse --kv-cache-dtype bfloat16 "
-        "--grammar-backend none --sampling-backend pytorch --skip-server-warmup --cuda-graph-backend-prefill disabled "
-        f"--cuda-graph-max-bs-decode {CLIENTS}",
+        "--misa-decode-candidates 4096 --mem-fraction-static 0.5 --chunked-prefill-size 2048 "
+        f"--cuda-graph-max-bs-decode {CLIENTS} {random_model.GPU_FLAGS}",
     ),
 }
 

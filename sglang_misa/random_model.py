@@ -56,6 +56,12 @@ GPU = Shape(
     index_topk=2048,
     vocab=32000,
 )
+# What SGLang serves it with on a GPU: token ids in and out, no warm-up, nothing that a random model has no use for.
+GPU_FLAGS = (
+    "--skip-tokenizer-init --skip-server-warmup --grammar-backend none --sampling-backend pytorch "
+    "--kv-cache-dtype bfloat16 --dsa-prefill-backend flashmla_sparse --dsa-decode-backend flashmla_sparse "
+    "--cuda-graph-backend-prefill disabled"
+)
 
 
 def cache() -> Path:

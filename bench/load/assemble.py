@@ -14,13 +14,14 @@ from sglang_misa.bench.load.drive import Ledger
 from sglang_misa.bench.load.environment import facts
 from sglang_misa.bench.load.figures import error_classes, summarize
 from sglang_misa.bench.load.plan import Arm, Cell, Slo
-from sglang_misa.bench.load.records import Record, Unit
+from sglang_misa.bench.load.records import NO_SUCCESS, Record, Unit
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import Bounds
 from sglang_misa.bench.load.watch import Series
 from sglang_misa.bench.load.workload import LEAD
 
 MAX_POINTS = 240  # of one series of a block's timeline
+STILL = 10.0  # times the lag that is allowed at the p99, from which on a single one is told
 FEW_WAVES = 5  # requests for each client under which the start and the end of the load weigh too much
 Metrics = dict[str, float]
 
@@ -123,10 +124,14 @@ class Assembler:
                     )
             if health["client_cpu_share"] > self.bounds.max_cpu_share:
                 yield f"{who} was saturated: it used {health['client_cpu_share']:.0%} of one CPU (--max-cpu-share)"
-        if not any(r.good for r in records):
+        if out := next((r.detail for r in records if r.error == "client_limit"), None):
+            yield f"the client had no room for another connection ({out}); raise `ulimit -n`, or use --workers"
+        if not records:
+            yield "no request was due in this block; raise --duration-s or the rate"
+        elif not any(r.good for r in records):
             first = next((r for r in records if r.error), None)
             why = f" ({first.error}: {self.keys.erase(first.detail)})" if first else ""
-            yield f"no request succeeded{why}"
+            yield f"{NO_SUCCESS}{why}"
         expect = self.arm.expect
         if expect and expect not in selection.STOCK:
             routed = self._routed(expect, measured)
@@ -160,9 +165,20 @@ class Assembler:
         if figures.get("long_outputs"):
             yield f"{figures['long_outputs']:.0f} answers were longer than asked, by the server's count"
         if "output_throughput" not in figures:
-            yield "the server reports no usage: tokens cannot be counted, so there are no TPOT, ITL and token rates"
+            yield (
+                "the server reports no usage: tokens cannot be counted, so there are no TPOT, ITL and token rates, and "
+                "limits on them count as missed"
+            )
         elif figures.get("inexact_itl"):
             yield "the stream does not count tokens: ITL spreads the final total evenly over the reads"
+        if at_once := sum(r.at_once for r in records):
+            yield (
+                f"{at_once} answers of several tokens came in one read: they have no TPOT and ITL, and their TTFT is "
+                "the whole answer's time (does a proxy on the way hold tokens back?)"
+            )
+        still = max(health["loop_lag_max"] for health in measured.ledger.health)
+        if still > STILL * self.bounds.max_lag_s:
+            yield f"the client stood still for up to {still:.1f} s: what came in that time looks late by as much"
         load = self.cell.load
         if load.arrival == "closed" and load.concurrency > 1 and len(records) < FEW_WAVES * load.concurrency:
             yield (

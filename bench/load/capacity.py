@@ -10,7 +10,7 @@ from sglang_misa.bench.load.engine import Session, ordered
 from sglang_misa.bench.load.figures import under
 from sglang_misa.bench.load.plan import Arm, Cell, Plan
 from sglang_misa.bench.load.progress import Live
-from sglang_misa.bench.load.records import Unit
+from sglang_misa.bench.load.records import NO_SUCCESS, Unit
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.search import Capacity, CapacityRatio, Step, at_level, capacity_ratio, find, judge_step
 from sglang_misa.bench.load.store import Store
@@ -114,7 +114,7 @@ def conclude(found: Found) -> Outcome:
         mean=None,
         verdict=verdict,
         tone=tone,
-        valid=not [p for p in problems if "no request succeeded" not in p],
+        valid=not [p for p in problems if NO_SUCCESS not in p],
         gates=tuple(results),
         capacities=tuple(capacities),
         capacity_ratios=ratios,
@@ -138,10 +138,13 @@ def _verdict(
     what = plan.search.over
     if len(names) == 1:
         told = [
-            f"{c.level:g} at {c.context}" + (" (the highest tried)" if c.beyond is None else "") for c in capacities
+            (f"a {what} of {c.level:g}" if c.level else f"no {what}")
+            + f" at {c.context}"
+            + (" (the highest tried)" if c.beyond is None else "")
+            for c in capacities
         ]
         share = f"with {plan.search.target:.0%} of the requests inside the limits"
-        return f"{names[0]} carries a {what} of {', '.join(told)} {share}.", "neutral"
+        return f"{names[0]} carries {', '.join(told)} {share}.", "neutral"
     if not ratios:
         way_out = "lower --start, raise --highest, or change the limits"
         return f"No verdict: in no context did both arms carry a {what} and fail a higher one; {way_out}.", "bad"

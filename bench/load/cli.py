@@ -1,8 +1,7 @@
-"""Command line: run · sweep · ab · resume · compare."""
+"""Command line: run · sweep · ab · max · resume · compare."""
 
 from __future__ import annotations
 
-import ssl
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,19 +12,16 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from sglang_misa.bench.load import dataset, report, shell, trace
+from sglang_misa.bench.load import report, shell
 from sglang_misa.bench.load.capacity import CapacitySearch, conclude
+from sglang_misa.bench.load.checks import check_heeded, check_plan
+from sglang_misa.bench.load.comparison import comparison
 from sglang_misa.bench.load.engine import execute
 from sglang_misa.bench.load.environment import Environment
-from sglang_misa.bench.load.figures import under
-from sglang_misa.bench.load.gates import Gate
 from sglang_misa.bench.load.plan import Arm, Cell, Plan, Search, Slo
-from sglang_misa.bench.load.prepare import check_size
 from sglang_misa.bench.load.progress import Live
-from sglang_misa.bench.load.prompts import check_text
-from sglang_misa.bench.load.records import Unit, check_compared, title
-from sglang_misa.bench.load.safety import Keys, check_target
-from sglang_misa.bench.load.servers import launch_words
+from sglang_misa.bench.load.records import Unit, title
+from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import (
     Access,
     Bounds,
@@ -90,6 +86,11 @@ class Grid:
             )
         if self.concurrencies and load.arrival != "closed":
             raise LoadError(f"concurrencies: expected --arrival closed, got {load.arrival}; give --rates")
+        check_heeded(common.workload, load)
+        if common.workload.trace is not None and self.concurrencies:
+            raise LoadError("concurrencies: expected no --trace, which has its own times, got one; drop one")
+        if self.contexts and common.workload.recorded:
+            raise LoadError("contexts: expected neither --trace nor --dataset, which have lengths, got one; drop one")
         loads = [changed(load, concurrency=n) for n in self.concurrencies]
         loads += [changed(load, rate=r) for r in self.rates]
         loads = loads or [load]
@@ -232,6 +233,12 @@ def plan_of(command: Run | Sweep | Ab | Max) -> Plan:
             raise LoadError("over: expected a closed loop, got an open one; add --over rate")
         if command.slo is None:
             raise LoadError("max: expected service limits, got none; give --slo FILE")
+        if command.until_ci is not None:
+            raise LoadError("until_ci: expected `run`, `sweep` or `ab`, got `max`; give --blocks")
+        if getattr(command.load, command.search.over) != getattr(Load(), command.search.over):
+            raise LoadError(f"{command.search.over}: expected --start, the load to begin with, got another; drop it")
+        if command.workload.trace is not None:
+            raise LoadError("max: expected a load that can grow, got --trace with its own times; drop it")
         grid = Grid(contexts=command.contexts)
     else:
         grid = Grid() if isinstance(command, Run) else command.grid
@@ -255,44 +262,13 @@ def plan_of(command: Run | Sweep | Ab | Max) -> Plan:
     )
 
 
-def check(plan: Plan) -> None:
-    """Raise LoadError for what would be noticed only after hours of measuring."""
-    check_compared(plan.primary)
-    for gate in plan.fail_if:
-        Gate(gate)
-    labels = [cell.label for cell in plan.cells]
-    if len({cell.digest() for cell in plan.cells}) < len(labels):  # its blocks would count twice
-        raise LoadError(f"cells: expected each context and load once, got {', '.join(labels)}; drop one")
-    for arm in plan.arms:
-        if arm.launched:
-            launch_words(arm)
-        else:
-            check_target(arm.server, allow_remote=plan.access.allow_remote)
-    for cell in plan.cells:
-        check_text(cell.workload)
-        if cell.workload.content != cell.workload.content_now():
-            raise LoadError("files: expected the text or data that the run began with, got another; take a new --out")
-        if cell.workload.trace is not None:
-            trace.read(cell.workload)
-        if cell.workload.dataset is not None:
-            dataset.read(cell.workload)
-        check_size(cell)
-    if plan.access.ca_file:
-        try:
-            ssl.create_default_context(cafile=plan.access.ca_file)
-        except OSError as error:  # SSLError is one
-            raise LoadError(
-                f"ca_file: expected a PEM file, got {plan.access.ca_file} ({error}); name another"
-            ) from None
-
-
 def _measure(command: Run | Sweep | Ab | Max | Resume, arguments: list[str] | None, console: Console) -> int:
     if isinstance(command, Resume):
         plan, folder = Store.plan_in(command.folder), command.folder
     else:
         plan = plan_of(command)
         folder = command.out or Path(f"load-{datetime.now():%Y%m%d-%H%M%S}")
-    check(plan)
+    check_plan(plan)
     keys = Keys.read(plan.access)
     store = Store(folder, keys)
     store.save_plan(plan)
@@ -354,37 +330,6 @@ def _show(outcome: Outcome, console: Console) -> None:
 
 
 def _compare(command: Compare, console: Console) -> int:
-    """Ratios of cells that both folders measured with the same prompts, so that pairing by prompt holds."""
     folders = (command.first, command.second)
-    check_compared(command.primary)
-    for gate in command.fail_if:
-        Gate(gate)
-    plans = [Store.plan_in(folder) for folder in folders]
-    stores = [Store(folder, Keys()) for folder in folders]
-    chosen = command.arms or (plans[0].arms[-1].name, plans[1].arms[-1].name)
-    sides: list[tuple[str, dict[tuple[str, int], Unit]]] = []
-    for folder, store, arm in zip(folders, stores, chosen, strict=True):
-        name = f"{arm} ({folder.name})"
-        found = [u.model_copy(update={"arm": name}) for u in store.units() if u.arm == arm and not u.problems]
-        sides.append((name, {(u.cell, u.block): u for u in found}))
-    common = sides[0][1].keys() & sides[1][1].keys()
-    if not common:
-        raise LoadError(
-            "compare: expected cells with equal workload, load and seed in both folders, got none in common"
-        )
-    cells = tuple(c for c in plans[0].cells if any(c.digest() == digest for digest, _ in common))
-    judged = (under(side[key], plans[0].slo) for _, side in sides for key in common)
-    units = sorted(judged, key=lambda u: (u.block, u.started))
-    arms = tuple(Arm(name=name, server=str(folder)) for (name, _), folder in zip(sides, folders, strict=True))
-    plan = plans[0].model_copy(
-        update={
-            "arms": arms,
-            "cells": cells,
-            "blocks": len({block for _, block in common}),
-            "fail_if": command.fail_if,
-            "primary": command.primary,
-        }
-    )
-    note = ("the two runs were not interleaved: drift of the machine between them counts as difference",)
-    units = [u.model_copy(update={"notes": (*u.notes, *note)}) for u in units]
+    plan, units = comparison(folders, command.arms, command.out, command.fail_if, command.primary)
     return _conclude(plan, units, judge(plan, units), Store(command.out, Keys()), Keys(), console)

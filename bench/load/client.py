@@ -6,6 +6,7 @@ Every time is `time.perf_counter()` at the read that brought the bytes, taken be
 from __future__ import annotations
 
 import asyncio
+import errno
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -27,6 +28,7 @@ MAX_DETAIL = 500  # characters of a reason that are kept
 SHOWN = 80  # bytes of an answer that is no stream
 DONE = b"[DONE]"
 CONNECT_S = 30.0
+OWN_LIMITS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)  # open files and ports of this machine
 PATHS: dict[Api, str] = {"generate": "/generate", "completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
 
@@ -72,7 +74,7 @@ async def exchange(
     except aiohttp.ClientConnectorCertificateError as error:
         _fail(reply, "tls", f"{error}; see --ca-file")
     except aiohttp.ClientConnectorError as error:
-        _fail(reply, "refused", str(error))
+        _fail(reply, "client_limit" if error.os_error.errno in OWN_LIMITS else "refused", str(error))
     except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError) as error:
         reset = isinstance(error.__cause__, ConnectionResetError) or "reset" in str(error).lower()
         coded = isinstance(error.__cause__, ContentEncodingError)

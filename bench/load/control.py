@@ -15,7 +15,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic_core import from_json
 
-from sglang_misa.bench.load.fields import FieldError, counts, mappings, text
+from sglang_misa.bench.load.fields import NUMBER, FieldError, counts, mappings, text
 from sglang_misa.bench.load.safety import Keys, check_target
 from sglang_misa.bench.load.settings import Access, LoadError
 
@@ -35,7 +35,7 @@ GAUGES = {
     "vllm:num_requests_waiting": "queued",
 }
 COUNTED = {"running", "queued", "server_tokens_s"}  # added over ranks; the others are averaged
-GAUGE = re.compile(rf"^({'|'.join(GAUGES)})(?:\{{[^}}]*\}})? ([-+.\deE]+)$".encode(), re.M)
+GAUGE = re.compile(rf"^({'|'.join(GAUGES)})(?:\{{[^}}]*\}})? ({NUMBER})(?: -?\d+)?$".encode(), re.M)
 NOT_THERE = (404, 405, 410, 501)  # HTTP statuses of an endpoint that the server does not have
 METRIC_PREFIXES = ("sglang:", "sglang_misa:", "vllm:")
 
@@ -100,7 +100,11 @@ class Control:
             try:
                 status, _ = self.call("GET", path, read_s=30.0)
             except requests.exceptions.SSLError as error:
-                raise LoadError(f"{self.url}: expected a trusted TLS certificate, got {error}; see --ca-file") from None
+                if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                    wanted, way_out = "a trusted TLS certificate", "see --ca-file"
+                else:
+                    wanted, way_out = "a server that speaks TLS", "give http:// where it does not"
+                raise LoadError(f"{self.url}: expected {wanted}, got {error}; {way_out}") from None
             except requests.RequestException as error:
                 self.last_error = str(error)
                 return False
@@ -142,9 +146,9 @@ class Control:
                 return status == 200
             time.sleep(0.2)
 
-    def wait_idle(self, seconds: float = FLUSH_WAIT_S) -> bool:
-        """Wait until no request runs or queues, as far as the metrics say."""
-        deadline = time.monotonic() + seconds
+    def wait_idle(self) -> bool:
+        """Wait until no request runs or queues, as far as the metrics say; False when one still does."""
+        deadline = time.monotonic() + FLUSH_WAIT_S
         while time.monotonic() < deadline:
             now = self.metrics()
             if not any(
@@ -202,7 +206,7 @@ class Control:
                 and not sample.name.endswith("_bucket")
                 and math.isfinite(sample.value)
             }
-        except ValueError:
+        except (ValueError, LookupError):  # what the parser says to a page that is none
             return {}
 
     def gauges(self) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Prompts from files: JSON Lines with a prompt and a length, or conversations as ShareGPT has them.
 
 A row is `{"prompt": "…", "output_len": 128}`, or `{"conversations": [{"from": "human", "value": "…"}, …]}`, or the
-same as `messages` with `role` and `content`. A reply in the data is not sent: its length is what is asked for.
+same as `messages` with `role` and `content`. A reply in the data is not sent: its length is what is asked for. What
+a system or a tool said is left out.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def read(workload: Workload) -> list[tuple[Exchange, ...]]:
     files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path.is_dir() else [path]
     try:
         found = [c for file in files for row in _rows(file) if (c := tuple(_exchanges(row))[: workload.turns])]
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, OverflowError, TypeError, AttributeError, RecursionError) as error:
         raise LoadError(f"dataset: expected JSON or JSON Lines in UTF-8, got {path} ({error})") from None
     if not found:
         raise LoadError(
@@ -56,9 +57,12 @@ def _rows(file: Path) -> Iterator[Any]:
         data = json.loads(text)
         yield from data if isinstance(data, list) else [data]
         return
-    for line in text.splitlines():
+    for number, line in enumerate(text.split("\n"), 1):  # a text may hold what else ends a line for Unicode
         if line.strip():
-            yield json.loads(line)
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file.name}, line {number}: {error}") from None
 
 
 def _exchanges(row: Any) -> Iterator[Exchange]:
@@ -66,7 +70,7 @@ def _exchanges(row: Any) -> Iterator[Exchange]:
         return
     spoken = row.get("conversations") or row.get("conversation") or row.get("messages")
     if isinstance(spoken, list):
-        said = [(str(m.get("from", m.get("role"))), str(m.get("value", m.get("content")))) for m in spoken]
+        said = [(str(m.get("from", m.get("role"))), _written(m.get("value", m.get("content")))) for m in spoken]
         for i, (who, text) in enumerate(said):
             if who in ASKING and text.strip():
                 answered = i + 1 < len(said) and said[i + 1][0] not in ASKING
@@ -74,10 +78,19 @@ def _exchanges(row: Any) -> Iterator[Exchange]:
         return
     prompt = next((row[name] for name in PROMPT_NAMES if isinstance(row.get(name), str)), None)
     if prompt:
-        wanted = next((int(row[name]) for name in OUTPUT_NAMES if row.get(name)), None)
+        wanted = next((int(row[name]) for name in OUTPUT_NAMES if row.get(name) is not None), None)
         if wanted is not None and wanted < 1:
             raise ValueError(f"an output length of {wanted}")
         yield Exchange(prompt, row.get("output") if isinstance(row.get("output"), str) else None, wanted)
+
+
+def _written(content: Any) -> str:
+    """The text of a message, whose content may be parts, some of them no text. Raises ValueError for something else."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    if len(texts) < len(parts) or any(not isinstance(text, str | None) for text in texts):
+        raise ValueError(f"a message of {str(content)[:80]!r}")
+    return "".join(text or "" for text in texts)
 
 
 class DatasetBuilder:

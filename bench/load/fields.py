@@ -8,6 +8,7 @@ from typing import Any
 
 Data = Mapping[str, Any]
 MOST = 2**31 - 1  # that a count or a token id may be
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"  # a number in a text
 
 
 class FieldError(ValueError):

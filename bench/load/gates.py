@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
+from sglang_misa.bench.load.fields import NUMBER
 from sglang_misa.bench.load.records import LATENCIES, PLAIN, RATES, Ratio, split_metric
 from sglang_misa.bench.load.settings import LoadError
 
 DEFAULT = "error_rate > 0.01"  # added unless a gate names the error rate
-NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
 
 class GateResult(BaseModel):

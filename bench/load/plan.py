@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sglang_misa.bench.load.settings import (
     Access,
@@ -31,7 +31,7 @@ class Arm(Settings):
 
     @property
     def launched(self) -> bool:
-        return not self.server.startswith(("http://", "https://"))
+        return not self.server.lower().startswith(("http://", "https://"))
 
 
 class Cell(Settings):
@@ -68,6 +68,11 @@ class Limits(Settings):
     itl_max: float | None = Field(None, gt=0)
     e2e: float | None = Field(None, gt=0)
 
+    @property
+    def limits(self) -> dict[str, float | None]:
+        """Figure → its limit."""
+        return {name: getattr(self, name) for name in Limits.model_fields}
+
 
 class Slo(Limits):
     """The limits of every request, and others by context: `[contexts.128k]` holds for prompts of up to 128K tokens."""
@@ -76,10 +81,9 @@ class Slo(Limits):
 
     def of(self, prompt: int) -> dict[str, float | None]:
         """Limits of a prompt of so many tokens: those of the smallest context that holds it, over the general ones."""
-        general = {name: getattr(self, name) for name in Limits.model_fields}
         fitting = [(Lengths.parse(c).longest, limits) for c, limits in self.contexts.items()]
         held = min((pair for pair in fitting if pair[0] >= prompt), key=lambda pair: pair[0], default=None)
-        return general if held is None else general | held[1].model_dump(exclude_none=True)
+        return self.limits if held is None else self.limits | held[1].model_dump(exclude_none=True)
 
     @classmethod
     def read(cls, path: Path) -> Slo:
@@ -88,6 +92,8 @@ class Slo(Limits):
             text = path.read_text(encoding="utf-8-sig")
             slo = cls.model_validate_json(text) if path.suffix == ".json" else cls.model_validate(tomllib.loads(text))
             slo.of(1)
+            if not any(limit for one in (slo, *slo.contexts.values()) for limit in one.limits.values()):
+                raise LoadError("no limit")
         except (OSError, ValueError, LoadError) as error:
             raise LoadError(
                 f"slo: expected a TOML or JSON file with {', '.join(cls.model_fields)} in seconds, got {path}: {error}"
@@ -108,6 +114,16 @@ class Search(Settings):
     step_blocks: Annotated[
         int, Field(ge=1, description="blocks at most for one load; fewer where the share's interval decides sooner")
     ] = 3
+
+    @model_validator(mode="after")
+    def _check(self) -> Search:
+        if self.start > self.highest:
+            raise LoadError(f"start: expected at most --highest, got {self.start:g} and {self.highest:g}; change one")
+        if self.over == "concurrency" and (self.start % 1 or self.highest % 1):
+            raise LoadError(
+                f"start: expected whole numbers of clients, got {self.start:g} to {self.highest:g}; give whole ones"
+            )
+        return self
 
 
 class Plan(Settings):

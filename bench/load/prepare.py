@@ -48,7 +48,7 @@ class ServerGoneError(Exception):
 def check_size(cell: Cell) -> None:
     """Raise LoadError where not even the shortest prompts of a block could be held ready at once."""
     shape, load = cell.workload, cell.load
-    if shape.trace is not None or shape.dataset is not None:
+    if shape.recorded:
         return
     count = load.asked if load.arrival == "closed" or load.asked is not None else int(load.rate * load.seconds)
     _check_bytes((count or 0) * Lengths.parse(shape.input_len).shortest)
@@ -93,7 +93,7 @@ class Preparation:
     def block(self, source: Source, block: int, notice: Notice) -> Prepared:
         """Empty the cache, prime what is shared, and make the requests of `block`. Raises as `warm_up` does."""
         builder, load = builder_of(self._cell.workload, source), self._cell.load
-        notes = [] if self._emptied() else ["the prefix cache was not emptied before this block"]
+        notes = list(self._cleared())
         prefixes = [
             Conversation(PRIME_GROUP, (Turn(ids, 1),), group, 0) for group, ids in enumerate(builder.prefixes(block))
         ]
@@ -120,14 +120,15 @@ class Preparation:
         total = sum(len(c.turns) for c in conversations)
         return Prepared(iter([self._ready(conversations)]), dues, spare, total, notes)
 
-    def _emptied(self) -> bool:
-        if self._flush == "never":
-            return True
-        self._encoder.control.wait_idle()
-        emptied = self._encoder.control.flush()
-        if not emptied and self._flush == "require":
+    def _cleared(self) -> Iterator[str]:
+        """Wait for what still runs, and empty the cache; what to know where that cannot be done."""
+        if not self._encoder.control.wait_idle():
+            yield "the server had requests of others when this block began, by its metrics: these figures are of both"
+        if self._flush == "never" or self._encoder.control.flush():
+            return
+        if self._flush == "require":
             raise LoadError("expected /flush_cache to work, got a refusal; see --admin-key-env")
-        return emptied
+        yield "the prefix cache was not emptied before this block"
 
     def _ready(self, conversations: list[Conversation]) -> list[Work]:
         dialogues = [Dialogue(c, self._encoder) for c in conversations]

@@ -26,6 +26,7 @@ PLAIN = (  # figures that an arm has of its own, without a ratio
     *("cost_million_tokens", "cost_million_output_tokens"),
 )
 PERCENTILES = (50, 90, 95, 99)
+NO_SUCCESS = "no request succeeded"  # the one problem that is a result: too high a load
 ENOUGH_FOR_P99 = 100  # requests under which the 99th percentile is hardly more than the maximum
 
 
@@ -73,18 +74,27 @@ class Record(BaseModel):
 
     @property
     def tpot(self) -> float | None:
-        """Seconds for each output token after the first; None for an answer of one token, or of unknown length."""
-        if self.first is None or self.last is None or self.output_tokens is None or self.output_tokens < 2:
+        """Seconds for each output token after the first; None for one token, one read, or an unknown length."""
+        if self.first is None or self.last is None or (self.output_tokens or 0) < 2 or not self.gaps:
             return None
+        assert self.output_tokens is not None
         return (self.last - self.first) / (self.output_tokens - 1)
 
+    @property
+    def at_once(self) -> bool:
+        """Whether several tokens came, all in one read: nothing can be told of the time between them."""
+        return self.good and (self.output_tokens or 0) > 1 and not self.gaps
+
     def keeps(self, slo: Slo) -> bool:
-        """Whether this request is good service under `slo`."""
+        """Whether this request is good service under `slo`; a limit on what cannot be told counts as missed."""
         if not self.good:
             return False
         seen = {"ttft": self.ttft, "tpot": self.tpot, "itl_max": max(self.gaps, default=None), "e2e": self.e2e}
-        limits = slo.of(self.prompt_wanted).items()
-        return all((value := seen[name]) is None or limit is None or value <= limit for name, limit in limits)
+        if self.at_once and self.last is not None:  # no token can have taken longer than the answer
+            whole = self.last - self.dispatched
+            seen |= {"tpot": whole / ((self.output_tokens or 0) - 1), "itl_max": whole}
+        limits, counted = slo.of(self.prompt_wanted).items(), self.output_tokens is not None
+        return all(limit is None or (counted if (v := seen[name]) is None else v <= limit) for name, limit in limits)
 
 
 class Unit(BaseModel):

@@ -6,6 +6,8 @@ a token may come without text (half a character, a special token).
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ from sglang_misa.bench.load.sse import Event
 MAX_TEXT = 64 * 1024 * 1024  # characters of an answer that are kept at most
 SMALL_EVENT = 4 * 1024  # bytes; longer cumulative events are read at their tail only
 META = b'"meta_info":'
+HALF = b"\\ud"  # begins the escape of half a character
 ANSWER_FIELDS = {
     "choices",
     "text",
@@ -115,7 +118,7 @@ class GenerateReader:
     def close(self, reply: Reply) -> None:
         if self._last:
             self._take(parse(Event(b"", self._last)), reply)
-        reply.text = "".join(self._parts)
+        reply.text = _whole(self._parts)
 
     def _take(self, data: dict[str, Any], reply: Reply) -> None:
         ids, written = counts(data, "output_ids"), text(data, "text")
@@ -189,7 +192,7 @@ class OpenAiReader:
         return wrote or (bool(choices) and (reply.completion_tokens or 0) > before)
 
     def close(self, reply: Reply) -> None:
-        reply.text = "".join(self._parts)
+        reply.text = _whole(self._parts)
 
 
 def parse(event: Event) -> dict[str, Any]:
@@ -197,8 +200,8 @@ def parse(event: Event) -> dict[str, Any]:
     if event.name == b"error":
         raise StreamError("server_error", event.data.decode("utf-8", "replace"))
     try:
-        data = from_json(event.data)
-    except ValueError as error:
+        data = _json(event.data)
+    except (ValueError, RecursionError) as error:
         raise StreamError("bad_stream", f"expected JSON in an event, got {event.data[:80]!r} ({error})") from None
     if not isinstance(data, dict):
         raise StreamError("bad_stream", f"expected a JSON object in an event, got {event.data[:80]!r}")
@@ -210,6 +213,25 @@ def parse(event: Event) -> dict[str, Any]:
     if flat or foreign:
         raise StreamError("server_error", _message(data))
     return data
+
+
+def _json(data: bytes) -> Any:
+    """What JSON says. Raises ValueError and RecursionError.
+
+    A token may end in the middle of a character, and some servers write that as half of a surrogate pair, which
+    from_json refuses.
+    """
+    try:
+        return from_json(data)
+    except ValueError:
+        if HALF not in data.lower():
+            raise
+        return json.loads(data)
+
+
+def _whole(parts: Iterable[str]) -> str:
+    """A text from its parts, halves of characters put together, and replaced where the other half never came."""
+    return "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def finish(reply: Reply, *, ended: bool, pending: bool) -> None:

@@ -116,15 +116,22 @@ def check_target(url: str, *, allow_remote: bool) -> str:
 
     Near means that every address of its host is loopback, private or link-local.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise LoadError(f"target: expected http://host:port, got {url!r}; write the full URL")
+    wrong = LoadError(f"target: expected http://host:port, got {url!r}; write the full URL")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:  # a port that is none, a bracket that stays open
+        raise wrong from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.query or parts.fragment:
+        raise wrong
+    if parts.path.rstrip("/").endswith("/v1"):
+        raise LoadError(f"target: expected the server's root, got {url!r}; leave out /v1")
     if parts.username or parts.password:
         raise LoadError("target: expected a URL without a user and password; use --api-key-env or --api-key-file")
     if not allow_remote:
         try:
-            found = {str(info[4][0]) for info in socket.getaddrinfo(parts.hostname, parts.port or 80)}
-        except OSError as error:
+            found = {str(info[4][0]) for info in socket.getaddrinfo(parts.hostname, port or 80)}
+        except (OSError, UnicodeError) as error:
             raise LoadError(f"target: expected a host that resolves, got {parts.hostname} ({error})") from None
         far = [a for a in found if not _near(ipaddress.ip_address(a.partition("%")[0]))]
         if far:

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from sglang_misa.bench.load.plan import Cell
-from sglang_misa.bench.load.records import Unit
+from sglang_misa.bench.load.records import NO_SUCCESS, Unit
 from sglang_misa.bench.load.settings import LoadError, changed
 from sglang_misa.bench.load.stats import Estimate, block_ratio, wilson
 
@@ -97,7 +97,7 @@ def judge_step(level: float, units: Sequence[Unit], target: float, last: bool) -
     """The step's result after these blocks; None where another block is needed. The `last` block decides anyhow."""
     if any("slo_kept" not in u.figures for u in units):
         raise LoadError("max: expected service limits, got none; give --slo")
-    if problem := next((p for u in units for p in u.problems if not p.startswith("no request succeeded")), None):
+    if problem := next((p for u in units for p in u.problems if not p.startswith(NO_SUCCESS)), None):
         raise LoadError(f"max: expected valid blocks, got one in which {problem}")
     kept = round(sum(u.figures["slo_kept"] for u in units))
     asked = round(sum(u.figures["requests"] for u in units))

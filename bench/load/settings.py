@@ -30,7 +30,7 @@ AnySettings = TypeVar("AnySettings", bound="Settings")
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __init__(self, **fields: Any):
         """From the command line. Raises LoadError."""
@@ -58,9 +58,16 @@ class Lengths(Settings):
             kind, rest = "fixed", text.strip()
         values = tuple(_tokens(word, text) for word in rest.replace(":", ",").split(","))
         wanted = {"fixed": 1, "uniform": 2, "normal": 2, "choice": len(values)}
-        if kind not in wanted or len(values) != wanted[kind] or (kind == "uniform" and values[0] > values[1]):
+        shortest = min(values[:1] if kind == "normal" else values)
+        if (
+            kind not in wanted
+            or len(values) != wanted[kind]
+            or (kind == "uniform" and values[0] > values[1])
+            or shortest < 1
+        ):
             raise LoadError(
-                f"length: expected 32k, uniform:16k:32k, normal:32k:4k or choice:32k,64k; got {text!r}; rewrite it"
+                "length: expected 32k, uniform:16k:32k, normal:32k:4k or choice:32k,64k, of a token at least; "
+                f"got {text!r}; rewrite it"
             )
         return cls.model_validate({"kind": kind, "values": values})
 
@@ -197,6 +204,11 @@ class Workload(Settings):
             return hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()[:16] if files else None
         except OSError:  # told where it is read
             return None
+
+    @property
+    def recorded(self) -> bool:
+        """Whether lengths come from a file."""
+        return self.trace is not None or self.dataset is not None
 
     @property
     def label(self) -> str:
@@ -365,6 +377,9 @@ def problem_of(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "settings"
     wanted = (
-        first["msg"].replace("Input should be", "a value that is").replace("Extra inputs", "no such setting; extra")
+        first["msg"]
+        .replace("Input should be", "a value that is")
+        .replace("Extra inputs", "no such setting; extra")
+        .replace("Field required", "such a field")
     )
     return f"{where}: expected {wanted}, got {str(first['input'])[:80]!r}; change it"

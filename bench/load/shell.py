@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any, TextIO, cast
 
 import tyro
 from pydantic import ValidationError
@@ -24,19 +27,52 @@ def run(
 
     command: what tyro reads, of `module`; arguments: None for the process's own; interrupted: how to go on later.
     """
-    width = None if sys.stdout.isatty() else PLAIN_WIDTH
-    console = Console(width=width, markup=False)  # what names, logs and servers say is no markup
+    console = _console(sys.stdout)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
         return act(tyro.cli(command, args=arguments, prog=f"python -m {module}"), console)
     except (LoadError, ValidationError) as error:
         told = problem_of(error) if isinstance(error, ValidationError) else error
-        Console(stderr=True, markup=False).print(f"error: {told}", style="red", highlight=False, soft_wrap=True)
+        _console(sys.stderr).print(f"error: {told}", style="red", highlight=False, soft_wrap=True)
         return USAGE
     except KeyboardInterrupt:
         console.print(f"interrupted: {interrupted}")
         return INTERRUPTED
+
+
+class _Outlet:
+    """A stream that becomes /dev/null where its reader goes or its disk is full: a run of hours goes on."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if isinstance(self._stream, io.TextIOWrapper):
+            self._stream.reconfigure(errors="replace")  # not every terminal can write what a name may hold
+
+    def write(self, text: str) -> int:
+        with self._kept():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._kept():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def _console(stream: TextIO | None) -> Console:
+    """A console on `stream`, None for one that is closed; what names, logs and servers say is no markup."""
+    outlet = _Outlet(stream)
+    return Console(file=cast(IO[str], outlet), width=None if outlet.isatty() else PLAIN_WIDTH, markup=False)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -19,12 +19,14 @@ from sglang_misa.bench.load.workload import MEASURED_STREAM, Conversation, Turn
 HASHED = 512  # tokens behind one hash id
 TRACE_STREAM = 0x7ACE
 MS = 1e-3
+MOST_SEED = 2**64 - 1  # a hash id may be negative, a seed not
+MOST_SEED = 2**64 - 1  # of a hash id, which may be negative
 
 
 class Row(BaseModel):
     """One recorded request."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     timestamp: float = Field(ge=0)  # milliseconds
     input_length: int = Field(ge=1)
@@ -36,14 +38,15 @@ def read(workload: Workload) -> list[Row]:
     """The trace of `workload` in the order of time, without prompts over its --max-len. Raises LoadError."""
     path = Path(workload.trace or "")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise LoadError(f"trace: expected a readable UTF-8 file, got {path} ({error})") from None
     rows = [_row(line, f"trace: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     limit = workload.max_len
     kept = [r for r in rows if limit is None or r.input_length + r.output_length <= limit]
     if not kept:
-        raise LoadError(f"trace: expected requests of at most {limit} tokens, got none of {len(rows)} in {path}")
+        of = "" if limit is None else f" of at most {limit} tokens"
+        raise LoadError(f"trace: expected requests{of}, got none in the {len(rows)} lines of {path}; see --max-len")
     return sorted(kept, key=lambda r: r.timestamp)
 
 
@@ -87,7 +90,7 @@ class TraceBuilder:
 
     def _ids(self, row: Row, number: int, block: int, stream: int) -> Ids:
         """Tokens of each hash id, and of this request alone where the ids end before the prompt does."""
-        pieces = [self._draw(HASHED, block, stream, 0, h & 0xFFFFFFFF) for h in row.hash_ids]
+        pieces = [self._draw(HASHED, block, stream, 0, h & MOST_SEED) for h in row.hash_ids]
         missing = row.input_length - HASHED * len(pieces)
         if missing > 0:
             pieces.append(self._draw(missing, block, stream, 1, number))

@@ -375,7 +375,7 @@ def _tails(plan: Plan, found: Sequence[tuple[CellRatios, Ratio]]) -> tuple[str, 
     bad = any(p < 1 - plan.confidence and not t.better for (_, t), p in zip(tails, adjusted, strict=True))
     span = f" ({worst.low:.3f}–{worst.high:.3f})" if worst.low is not None else ""
     where = f" at {cell.label}" if len(found) > 1 else ""
-    return f"{', but' if bad else ';'} its tail: {title(worst.metric)} {worst.value:.3f}{span}{where}", bad
+    return f"; its tail{', certainly worse' if bad else ''}: {title(worst.metric)} {worst.value:.3f}{span}{where}", bad
 
 
 def tail_of(latency: str, requests: int) -> str:

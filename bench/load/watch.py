@@ -46,6 +46,7 @@ class LoopWatch:
         return {
             "loop_lag_p50": float(np.percentile(lags, 50)),
             "loop_lag_p99": float(np.percentile(lags, 99)),
+            "loop_lag_max": max(lags),
             "dispatch_delay_p99": float(np.percentile(delays, 99)),
             "client_cpu_share": self.cpu_share,
         }

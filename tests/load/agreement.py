@@ -1,8 +1,10 @@
 """Our figures beside two peers' on one server: SGLang's `bench_serving` and GuideLLM, in turns (A B C C B A).
 
-`python tests/load/agreement.py --guidellm PATH`; the table in bench/load/README.md and bench/results/agreement.csv come
-from here. All three send the same prompts of as many words as tokens to /v1/completions of a server without a prefix
-cache. Medians are the ones that each client prints. Clients that start together stay in step: all are told not to.
+`python tests/load/agreement.py --guidellm PATH [--exact]`; the tables in bench/load/README.md and
+bench/results/agreement.csv come from here. All three send the same prompts of as many words as tokens to
+/v1/completions: of SGLang without a prefix cache, or (--exact) of a scripted server whose times are known and which no
+client slows down. Medians are the ones that each client prints; ask for an odd number of requests, for of an even
+number GuideLLM prints the lower middle one. Clients that start together stay in step: on SGLang all are told not to.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ from sglang_misa.procs import HOST, ServerProcess, free_port, is_healthy
 
 START_S = 300.0
 CONFIDENCE = 0.95
-SERVER = "--device cpu --sleep-on-idle --skip-server-warmup --disable-radix-cache --misa-preset dsa"
+MOCK = Path(__file__).with_name("mock_server.py")
+REAL = "--device cpu --sleep-on-idle --skip-server-warmup --disable-radix-cache --misa-preset dsa"
+EXACT_TTFT_S, EXACT_ITL_S = 0.3, 0.01
+EXACT = f"--ttft {EXACT_TTFT_S} --itl {EXACT_ITL_S}"
 ONE_THREAD = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 VALID, INVALID = 0, 3  # our exit codes: an invalid run is shown as one
 MARGIN = 0.1  # of the time between two starts, within which bench_serving's random times must be even
@@ -86,7 +91,7 @@ def bench_serving(load: Load) -> Figures:
     command += ["--base-url", load.url, "--model", str(MODEL), "--dataset-name", "custom", "--disable-tqdm"]
     command += ["--dataset-path", str(load.folder / "conversations.jsonl"), "--num-prompts", str(load.requests)]
     command += ["--max-concurrency", str(load.concurrency), "--warmup-requests", "1", "--output-file", str(out)]
-    if load.concurrency > 1:
+    if load.spread_s > 0:
         rate = load.concurrency / load.spread_s
         command += ["--request-rate", str(rate), "--seed", str(_even_seed(load.concurrency, load.requests))]
     _run(command)
@@ -169,54 +174,65 @@ def write_prompts(folder: Path, count: int, prompt_len: int, output_len: int) ->
 def table(rows: Sequence[dict[str, Any]], clients: Sequence[str]) -> str:
     """Geometric means over the turns, and the ratio to the first client's with its 95 % interval, in Markdown."""
     columns = {"ttft_ms": "TTFT p50, ms", "tpot_ms": "TPOT p50, ms", "tokens_per_s": "output tokens/s"}
-    lines = ["| at once | client | " + " | ".join(columns.values()) + " |", "|---" * (2 + len(columns)) + "|"]
-    for concurrency in sorted({row["concurrency"] for row in rows}):
+    keys = ("server", "concurrency", "requests")
+    head = ["server", "at once", "requests", "client", *columns.values()]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for cell in dict.fromkeys(tuple(str(row[key]) for key in keys) for row in rows):
+        runs = [row for row in rows if tuple(str(row[key]) for key in keys) == cell]
         for client in clients:
-            cells = [str(concurrency), client]
+            cells = [*cell, client]
             for column in columns:
-                values, first = (_turns_of(rows, concurrency, name, column) for name in (client, clients[0]))
-                cell = f"{geometric_mean(values, CONFIDENCE).value:.4g}"
+                values, first = ([float(r[column]) for r in runs if r["client"] == c] for c in (client, clients[0]))
+                text = f"{geometric_mean(values, CONFIDENCE).value:.4g}"
                 if client != clients[0]:
                     found = geometric_mean([v / f for v, f in zip(values, first, strict=True)], CONFIDENCE)
-                    cell += f", × {found.value:.3f} ({found.low:.2f}–{found.high:.2f})"
-                cells.append(cell)
+                    text += f", × {found.value:.3f}"
+                    if found.low is not None:  # more than one turn
+                        text += f" ({found.low:.3f}–{found.high:.3f})"
+                cells.append(text)
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _turns_of(rows: Sequence[dict[str, Any]], concurrency: int, client: str, column: str) -> list[float]:
-    return [float(r[column]) for r in rows if r["concurrency"] == concurrency and r["client"] == client]
+def _command(port: int, *, exact: bool) -> list[str]:
+    """What starts the server, on `port`."""
+    if exact:
+        return [sys.executable, str(MOCK), "--port", str(port), *EXACT.split()]
+    real = ["-m", "sglang_misa.launch_server", "--model-path", str(MODEL), *REAL.split()]
+    return [sys.executable, *real, "--host", HOST, "--port", str(port)]
+
+
+def _spread_s(url: str, folder: Path, concurrency: int, output_len: int) -> float:
+    """Seconds over which clients start on SGLang: a prefill delays them all, so one's cycle has the prefills of all."""
+    alone = ours(Load(url, folder, 3, 1, 0.0))
+    return (concurrency * alone.ttft_ms + output_len * alone.tpot_ms) / 1000 if concurrency > 1 else 0.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--guidellm", default="guidellm", help="its program, of an environment of its own")
-    parser.add_argument("--concurrencies", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--requests", type=int, nargs="+", default=[8, 12], help="of one run, for each concurrency")
+    parser.add_argument("--exact", action="store_true", help="ask the scripted server, not SGLang")
+    parser.add_argument("--concurrency", type=int, default=1)
+    parser.add_argument("--requests", type=int, default=9, help="of one run")
     parser.add_argument("--rounds", type=int, default=2, help="turns of two for each client")
     parser.add_argument("--prompt-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path("agreement.csv"))
+    parser.add_argument("--out", type=Path, default=Path("agreement.csv"), help="runs that are there stay")
     options = parser.parse_args()
     clients = {"ours": ours, "bench_serving": bench_serving, "GuideLLM": guidellm(options.guidellm)}
     folder, port = Path(tempfile.mkdtemp(prefix="agreement-")), free_port()
-    write_prompts(folder, max(options.requests), options.prompt_len, options.output_len)
-    command = [sys.executable, "-m", "sglang_misa.launch_server", "--model-path", str(MODEL), *SERVER.split()]
-    command += ["--host", HOST, "--port", str(port)]
-    rows: list[dict[str, Any]] = []
+    write_prompts(folder, options.requests, options.prompt_len, options.output_len)
+    rows: list[dict[str, Any]] = list(csv.DictReader(options.out.open())) if options.out.exists() else []
+    command = _command(port, exact=options.exact)
     with ServerProcess(command, folder / "server.log", environ={**os.environ, **ONE_THREAD}) as server:
         server.wait_ready(lambda: is_healthy(port), START_S)
-        url = f"http://{HOST}:{port}"
-        alone = ours(Load(url, folder, 3, 1, 0.0))
-        for concurrency, requests in zip(options.concurrencies, options.requests, strict=True):
-            # A prefill delays all clients: the cycle of one has the prefills of all, and its own steps.
-            cycle_s = (concurrency * alone.ttft_ms + options.output_len * alone.tpot_ms) / 1000
-            load = Load(url, folder, requests, concurrency, cycle_s if concurrency > 1 else 0.0)
-            for turn, client in enumerate(_turns(list(clients), options.rounds)):
-                figures = clients[client](load)
-                run = {"concurrency": concurrency, "turn": turn, "client": client, "requests": requests}
-                rows.append(run | asdict(figures))
-                print(rows[-1], flush=True)
+        url, concurrency = f"http://{HOST}:{port}", options.concurrency
+        spread_s = 0.0 if options.exact else _spread_s(url, folder, concurrency, options.output_len)
+        for client in _turns(list(clients), options.rounds):
+            figures = clients[client](Load(url, folder, options.requests, concurrency, spread_s))
+            run = {"server": "scripted" if options.exact else "SGLang", "concurrency": concurrency, "client": client}
+            rows.append(run | {"requests": options.requests} | asdict(figures))
+            print(rows[-1], flush=True)
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -55,6 +55,7 @@ class Script:
     tokenizer: bool = True
     answers: dict[str, Any] = field(default_factory=dict)  # path → what it answers instead; a number is a status
     crowd: float = 0.0  # seconds of extra TTFT for each request in flight
+    others: int = 0  # requests that run for somebody else
     block_first: float = 0.0  # seconds of extra TTFT of the first request after a flush
 
 
@@ -122,6 +123,7 @@ class Mock:
             f'sglang:queue_time_seconds_bucket{{le="+Inf"}} {self.requests}\n'
             f"sglang:queue_time_seconds_sum {0.25 * self.requests}\n"
             f"sglang:queue_time_seconds_count {self.requests}\n"
+            f"sglang:num_running_reqs {self.script.others}\n"
         )
         return web.Response(text=text)
 
@@ -158,30 +160,27 @@ class Mock:
         return web.json_response({"text": decode((await request.json())["tokens"])})
 
     async def serve(
-        self, request: web.Request, prompt: list[int], count: int, api: str, usage: bool
+        self, request: web.Request, prompt: list[int], count: int, api: str, options: dict[str, bool]
     ) -> web.StreamResponse:
         self.running += 1
         try:
-            return await self.stream(request, prompt, count, api, usage)
+            return await self.stream(request, prompt, count, api, options)
         finally:
             self.running -= 1
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        return await self.serve(
-            request, body["input_ids"], body["sampling_params"]["max_new_tokens"], "generate", False
-        )
+        return await self.serve(request, body["input_ids"], body["sampling_params"]["max_new_tokens"], "generate", {})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        usage = body["stream_options"].get("continuous_usage_stats", False)
-        return await self.serve(request, body["prompt"], body["max_tokens"], "completions", usage)
+        ids = encode(body["prompt"]) if isinstance(body["prompt"], str) else body["prompt"]
+        return await self.serve(request, ids, body["max_tokens"], "completions", body.get("stream_options", {}))
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         ids = encode("".join(f"<|{m['role']}|>{m['content']}" for m in body["messages"]))
-        usage = body["stream_options"].get("continuous_usage_stats", False)
-        return await self.serve(request, ids, body["max_tokens"], "chat", usage)
+        return await self.serve(request, ids, body["max_tokens"], "chat", body["stream_options"])
 
     def cached(self, ids: np.ndarray) -> int:
         """Longest common prefix with what was served since the flush, in whole pages, without the last token."""
@@ -193,9 +192,9 @@ class Mock:
         return best // PAGE * PAGE
 
     async def stream(
-        self, request: web.Request, prompt: list[int], count: int, api: str, usage: bool
+        self, request: web.Request, prompt: list[int], count: int, api: str, options: dict[str, bool]
     ) -> web.StreamResponse:
-        script = self.script
+        script, usage = self.script, options.get("continuous_usage_stats", False)
         self.requests += 1
         self.misa += script.misa_calls
         number = self.requests
@@ -274,7 +273,7 @@ class Mock:
             sent.append(time.perf_counter())
             event = self.event(script, api, usage, text, output, first, done, finish, len(ids), cached)
             await send(frame_of(event), last=done == count)
-        if api != "generate" and script.usage:
+        if options.get("include_usage") and script.usage:
             totals = {
                 "prompt_tokens": len(ids),
                 "completion_tokens": count,

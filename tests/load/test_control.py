@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from load.helpers import PATIENT, results, units
 
@@ -60,6 +62,28 @@ def test_an_odd_answer_is_told(mock, tmp_path, capsys, path, answer, words, why)
     server = mock(answers={path: answer})
     assert main(["run", server.url, *FEW, *words, "--out", str(tmp_path)]) == USAGE
     assert why in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_page_of_metrics_that_is_none_is_empty(monkeypatch):
+    """Whatever a server writes there: no request is lost for it."""
+    page = list('# TYPE sglang:a counter\nsglang:a_total{x="y",z="1"} 3.0 17\nsglang:num_queue_reqs{x="1"} 4 17\n')
+    control, rng = Control("http://127.0.0.1:1", Access(), Keys()), random.Random(0)
+    for _ in range(2000):
+        mangled = page.copy()
+        for _ in range(rng.randint(0, 4)):
+            mangled[rng.randrange(len(page))] = rng.choice([*'{}"\\ \n#,=1e+-N', ""])
+        monkeypatch.setattr(control, "_metrics", lambda _, page=mangled: "".join(page).encode())
+        assert all(name.startswith("sglang:") for name in control.metrics())
+        assert control.gauges().keys() <= {"queued"}
+    monkeypatch.setattr(control, "_metrics", lambda _: "".join(page).encode())
+    assert control.gauges() == {"queued": 4.0}
+
+
+def test_requests_of_others_are_told(mock, tmp_path, monkeypatch):
+    monkeypatch.setattr("sglang_misa.bench.load.control.FLUSH_WAIT_S", 0.1)
+    server = mock(others=2)
+    assert main(["run", server.url, *FEW, *IDS, "--out", str(tmp_path)]) == OK
+    assert any("requests of others" in note for note in results(tmp_path)["arms"][0]["notes"])
 
 
 def test_a_server_without_metrics_is_asked_once(mock, tmp_path):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from load.helpers import PATIENT, SMALL, MockProcess, ask, figures, results, units
+from load.helpers import PATIENT, SMALL, MockProcess, ask, figures, record, results, units
 
 from sglang_misa.bench.load import drive, replies, selection, servers
 from sglang_misa.bench.load.cli import main
@@ -18,7 +18,6 @@ from sglang_misa.bench.load.dialogue import Encoder
 from sglang_misa.bench.load.plan import Cell
 from sglang_misa.bench.load.prepare import Preparation, ServerGoneError
 from sglang_misa.bench.load.prompts import source_of
-from sglang_misa.bench.load.records import Record
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import Access, Bounds, Load, Protocol, Workload
 from sglang_misa.bench.load.shell import GATE_FAILED, INVALID, OK, USAGE
@@ -109,6 +108,35 @@ def test_without_usage_there_are_no_token_figures(mocks, tmp_path):
     assert (tmp_path / "report.html").exists()
 
 
+def test_tokens_of_one_read_have_no_time_between_them(mocks, tmp_path):
+    """A proxy holds all tokens back: no TPOT of 0; a limit on TPOT is judged by the longest that it can have been."""
+    mocks[0].script(ttft=0.05, batch=99)
+    for limit, share in ((1.0, 1.0), (0.001, 0.0)):
+        (tmp_path / "slo.toml").write_text(f"tpot = {limit}")
+        out = tmp_path / str(limit)
+        slo = ["--slo", str(tmp_path / "slo.toml"), "--out", str(out)]
+        assert main(["run", mocks[0].url, *SMALL, "--api", "completions", *slo]) == OK
+        seen = figures(out)
+        assert not any(name.startswith(("tpot", "itl")) for name in seen)
+        assert seen["slo_share"] == share
+        assert any("4 answers of several tokens came in one read" in note for note in results(out)["arms"][0]["notes"])
+
+
+def test_a_limit_that_cannot_be_judged_is_missed(mocks, tmp_path):
+    mocks[0].script(usage=False)
+    (tmp_path / "slo.toml").write_text("tpot = 9.0")
+    slo = ["--slo", str(tmp_path / "slo.toml"), "--out", str(tmp_path / "out")]
+    assert main(["run", mocks[0].url, *SMALL, "--api", "completions", *slo]) == OK
+    assert figures(tmp_path / "out")["slo_share"] == 0
+
+
+def test_a_block_without_requests_is_no_result(mocks, tmp_path):
+    mocks[0].script()
+    words = [*SMALL, "--arrival", "poisson", "--rate", "0.01", "--duration-s", "0.1", "--out", str(tmp_path)]
+    assert main(["run", mocks[0].url, *words]) == INVALID
+    assert "no request was due" in results(tmp_path)["verdict"]
+
+
 def test_long_cumulative_answers_cost_linear_work(monkeypatch):
     """Each event repeats the answer; what is parsed in all stays a small multiple of the last one."""
     parsed = []
@@ -132,68 +160,6 @@ def test_long_cumulative_answers_cost_linear_work(monkeypatch):
     assert reply.output_ids == list(range(count))
     assert reply.counts[-1] == count
     assert sum(parsed) < 20 * replies.SMALL_EVENT + parsed[-1]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--fail-if", "ttft_p50 > 1.0.2"],
-        ["--fail-if", "speed > 1"],
-        ["--blocks", "0"],
-        ["--confidence", "95"],
-        ["--requests", "0"],
-        ["--input-len", "32q"],
-        ["--text", "/no/such/file"],
-        ["--text", "ids", "--id-range", "5", "5"],
-        ["--api-key-env", "NO_SUCH_VARIABLE"],
-        ["--slo", "/no/such/file"],
-        ["--ca-file", "/no/such/file"],
-        ["--ca-file", __file__],
-        ["--requests", "1000000", "--input-len", "uniform:8k:32k"],
-        ["--out", "/proc/nope"],
-    ],
-)
-def test_options_are_judged_before_the_first_request(mocks, tmp_path, capsys, words):
-    mocks[0].script()
-    assert main(["run", mocks[0].url, *SMALL, "--out", str(tmp_path), *words]) == USAGE
-    assert "expected" in capsys.readouterr().err
-    assert mocks[0].sent() == {}
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--primary", "ttft_max"],
-        ["--primary", "ttft_p999"],
-        ["--rates", "5", "--concurrencies", "1"],
-        ["--rates", "5"],
-        ["--concurrencies", "0"],
-        ["--arrival", "poisson", "--rates", "-1"],
-        ["--arrival", "poisson", "--concurrencies", "4"],
-        ["--contexts", "1k", "9z"],
-        ["--contexts", "1k", "2k", "1k"],
-        ["--concurrencies", "4", "4"],
-        ["--names", "a", "a"],
-        ["--b", "python -m server"],
-        ["--b", "python -m 'server --port 3"],
-    ],
-)
-def test_options_of_two_arms_too(mocks, tmp_path, capsys, words):
-    mocks[0].script()
-    assert main(["ab", "--a", mocks[0].url, "--b", mocks[1].url, *SMALL, "--out", str(tmp_path), *words]) == USAGE
-    assert "expected" in capsys.readouterr().err
-    assert mocks[0].sent() == {}
-
-
-def test_a_plan_with_a_wrong_option_is_refused_by_resume(mocks, tmp_path, capsys):
-    mocks[0].script()
-    assert main(["run", mocks[0].url, *SMALL, "--out", str(tmp_path)]) == OK
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    for wrong in ({"primary": "ttft_max"}, {"confidence": 95}, {"fail_if": ["ttft_p50 >"]}, {"nonsense": 1}):
-        (tmp_path / "plan.json").write_text(json.dumps(plan | wrong))
-        assert main(["resume", str(tmp_path)]) == USAGE
-        assert "expected" in capsys.readouterr().err
-    assert main(["resume", str(tmp_path / "nowhere")]) == USAGE
 
 
 def test_one_failed_tokenizer_call_fails_its_conversation_only(mocks, tmp_path):
@@ -353,11 +319,7 @@ def test_slo_by_context(tmp_path):
     slo = Slo.read(path)
 
     def keeps(prompt: int, ttft: float) -> bool:
-        end = ttft + 0.1
-        record = Record(
-            pair=0, due=0, dispatched=0, first=ttft, last=end, done=end, prompt_wanted=prompt, output_wanted=2
-        )
-        return record.keeps(slo)
+        return record(0, ttft).model_copy(update={"prompt_wanted": prompt}).keeps(slo)
 
     assert keeps(16_000, 1.9)
     assert not keeps(16_000, 2.1)

@@ -15,7 +15,7 @@ import pytest
 from load.helpers import SMALL, MockProcess, figures, units
 
 from sglang_misa.bench.load.cli import main
-from sglang_misa.bench.load.shell import OK, USAGE
+from sglang_misa.bench.load.shell import INVALID, OK, USAGE
 
 PROGRAM = [sys.executable, "-m", "sglang_misa.bench.load"]
 LIMIT_S = 60.0
@@ -46,6 +46,37 @@ def test_a_certificate_that_signs_itself(certificate, tmp_path, capsys):
     assert main([*words, *authority, "--workers", "2"]) == OK
     server.stop()
     assert figures(tmp_path)["errors"] == 0
+
+
+def test_a_server_without_tls(mocks, tmp_path, capsys):
+    assert main(["run", mocks[0].url.replace("http:", "https:"), *SMALL, "--out", str(tmp_path)]) == USAGE
+    assert "expected a server that speaks TLS" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_client_that_may_open_no_more_files(mocks, tmp_path):
+    """The client's own limit: refused before the start where it is known, invalid where the load grew over it."""
+    mocks[0].script(ttft=1.0)
+    ids = ["--text", "ids", "--id-range", "100", "350"]
+    words = [*PROGRAM, "run", mocks[0].url, *SMALL, *ids, "--warmup", "0", "--out", str(tmp_path)]
+    for load, code, why in (
+        (["--concurrency", "50"], USAGE, "at most 36 clients a process"),
+        (["--arrival", "constant", "--rate", "400", "--requests", "120"], INVALID, "no room for another connection"),
+    ):
+        command = f"ulimit -n 100; {shlex.join([*words, *load])}"
+        ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=LIMIT_S)
+        told = " ".join((ended.stdout + ended.stderr).split())
+        assert (ended.returncode, why in told) == (code, True), told
+
+
+def test_a_terminal_that_takes_nothing_costs_no_run(mocks, tmp_path):
+    """A full disk behind the standard output, and letters that its encoding lacks; or no standard output at all."""
+    mocks[0].script(ttft=0.01)
+    words = [*PROGRAM, "run", mocks[0].url, *SMALL]
+    for name, line in (("full", "PYTHONIOENCODING=ascii {} > /dev/full"), ("closed", "{} >&-")):
+        command = line.format(shlex.join([*words, "--out", str(tmp_path / name)]))
+        ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=LIMIT_S)
+        assert (ended.returncode, ended.stderr) == (OK, "")
+        assert (tmp_path / name / "report.html").exists()
 
 
 def test_ipv6(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from load.helpers import record, unit
 
-from sglang_misa.bench.load.cli import check
+from sglang_misa.bench.load.checks import check_plan
 from sglang_misa.bench.load.figures import error_classes, summarize, under
 from sglang_misa.bench.load.gates import Gate, gates_of
 from sglang_misa.bench.load.plan import Arm, Cell, Plan, Slo
@@ -187,7 +187,7 @@ def test_another_text_is_another_cell(tmp_path):
     text.write_text("another")
     assert Cell.of(Workload(text=str(text)), Load()).digest() != first.digest()
     with pytest.raises(LoadError, match="that the run began with"):
-        check(Plan(arms=(), cells=(first,)))
+        check_plan(Plan(arms=(), cells=(first,)))
 
 
 def test_pairs_need_both_answers():

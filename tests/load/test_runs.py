@@ -133,17 +133,22 @@ def test_resume_measures_only_what_is_missing(mocks, tmp_path):
 
 
 def test_compare_pairs_two_earlier_runs(mocks, tmp_path):
-    for name, ttft in (("old", 0.03), ("new", 0.06)):
+    old, new = tmp_path / "old" / "out", tmp_path / "new" / "out"  # whose last names are one
+    for folder, ttft, blocks in ((old, 0.03, "2"), (new, 0.06, "3")):
         mocks[0].script(ttft=ttft)
-        assert main(["run", mocks[0].url, *SMALL, "--blocks", "2", "--out", str(tmp_path / name)]) == OK
+        assert main(["run", mocks[0].url, *SMALL, "--blocks", blocks, "--out", str(folder)]) == OK
     out = tmp_path / "both"
     gate = ["--fail-if", "ttft_p50 > 1.5"]
-    assert main(["compare", str(tmp_path / "old"), str(tmp_path / "new"), "--out", str(out), *gate]) == GATE_FAILED
+    assert main(["compare", str(old), str(new), "--out", str(out), *gate]) == GATE_FAILED
     assert results(out)["ratios"][0]["ratios"][0]["value"] == pytest.approx(2.0, rel=0.15)
-    assert "not interleaved" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "not interleaved" in page
+    assert "1 of 3 valid blocks" in page
     mocks[0].script()
-    assert main(["run", mocks[0].url, *SMALL, "--seed", "3", "--out", str(tmp_path / "other")]) == OK
-    assert main(["compare", str(tmp_path / "old"), str(tmp_path / "other"), "--out", str(out)]) == USAGE
+    other = tmp_path / "other"
+    assert main(["run", mocks[0].url, *SMALL, "--seed", "3", "--api", "chat", "--out", str(other)]) == OK
+    for words in ([old, other], [old, old], [old, new, "--out", old], [old, new, "--arms", "x", "server"]):
+        assert main(["compare", "--out", str(out), *map(str, words)]) == USAGE
 
 
 def test_the_servers_own_count_verifies_the_shared_prefix(mocks, tmp_path):
@@ -224,6 +229,7 @@ def test_a_saturated_client_is_no_result(mocks, tmp_path):
     mocks[0].script(ttft=0.005)
     assert main(["run", mocks[0].url, *SMALL, "--max-lag-s", "1e-7", "--out", str(tmp_path)]) == INVALID
     assert "the client was saturated" in results(tmp_path)["verdict"]
+    assert any("stood still" in note for note in results(tmp_path)["arms"][0]["notes"])
     assert main(["run", mocks[0].url, *SMALL, "--out", str(tmp_path)]) == OK  # invalid units are not kept
 
 

@@ -96,6 +96,18 @@ def test_four_tokens_come_out_of(case):
     assert reply.counts[-1] == 4
 
 
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_a_character_that_two_tokens_share(api):
+    """Each token brings half of a surrogate pair, as an escape; the half that stays alone is replaced."""
+    halves = ["\ud83d", "\ude00", "x", "\ud83d"]
+    told = []
+    for data, half in zip(FOUR, halves, strict=True):
+        choice = {"text": half} if api == "completions" else {"delta": {"content": half}}
+        told.append({**data, "choices": [{**choice, "finish_reason": data["choices"][0]["finish_reason"]}]})
+    reply = answered([head(), *map(event, told), DONE], api)
+    assert (reply.error, reply.completion_tokens, reply.text) == (None, 4, "\U0001f600x\ufffd"), reply.detail
+
+
 def test_an_answer_ends_with_done_where_the_connection_stays_open():
     reply = answered([head(), *EVENTS, DONE], hold=True)
     assert reply.error is None, reply.detail

@@ -96,7 +96,11 @@ def test_equal_hashes_are_equal_tokens(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", '{"timestamp": 0}', '{"timestamp": 0, "input_length": 9000, "output_length": 1}']
+    "text",
+    [
+        *("", "{", '{"timestamp": 0}', '{"timestamp": 0, "input_length": 9000, "output_length": 1}'),
+        '{"timestamp": 1e999, "input_length": 9, "output_length": 1}',
+    ],
 )
 def test_traces_that_cannot_be_replayed_are_refused(tmp_path, text):
     (tmp_path / "trace.jsonl").write_text(text)
@@ -110,6 +114,9 @@ def test_traces_that_cannot_be_replayed_are_refused(tmp_path, text):
         '{"messages": ["hello"]}',
         '{"prompt": "x", "output_len": [3]}',
         '{"prompt": "x", "max_tokens": -4}',
+        '{"prompt": "x", "max_tokens": 0}',
+        '{"prompt": "x", "max_tokens": 1e999}',
+        '{"messages": [{"role": "user", "content": 5}]}',
         "[" * 100_000,
     ],
 )
@@ -117,6 +124,20 @@ def test_data_that_cannot_be_read_is_refused(tmp_path, row):
     (tmp_path / "data.jsonl").write_text(row)
     with pytest.raises(LoadError, match="dataset: expected JSON"):
         dataset.read(Workload(dataset=str(tmp_path / "data.jsonl")))
+
+
+def test_messages_are_what_was_written(tmp_path):
+    """Parts of a message are one text, an empty one is none, and what Unicode calls the end of a line is no end."""
+    parts = [
+        {"type": "text", "text": "look "},
+        {"type": "image_url", "image_url": {}},
+        {"type": "text", "text": "here"},
+    ]
+    said = [("system", "be kind"), ("user", None), ("user", parts), ("assistant", "yes"), ("user", "a\u2028b\x85c")]
+    row = {"messages": [{"role": role, "content": content} for role, content in said]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row, ensure_ascii=False))
+    ((first, second),) = dataset.read(Workload(dataset=str(tmp_path / "data.jsonl"), turns=9))
+    assert (first.prompt, first.reply, second.prompt, second.reply) == ("look here", "yes", "a\u2028b\x85c", None)
 
 
 def test_prompts_of_a_data_set(mocks, tmp_path):

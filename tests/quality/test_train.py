@@ -27,13 +27,15 @@ def corpus():
 
 @pytest.fixture
 def trainer(corpus):
-    stage = Stage(64, 4, 3, 1.0)
-    return Trainer(
+    threads, stage = torch.get_num_threads(), Stage(64, 4, 3, 1.0)
+    torch.set_num_threads(1)  # matrices so small only wait for another one
+    yield Trainer(
         replace(SMALL, shape=TOY, latent=32, backbone=(stage,), indexer=(stage,), induction=False),
         corpus,
         seed=3,
         clock=itertools.count().__next__,
     )
+    torch.set_num_threads(threads)
 
 
 def test_names_and_values_are_one_token_each(corpus):
@@ -69,11 +71,11 @@ def test_steps_lower_the_loss_of_backbone_and_indexers(trainer):
         return total
 
     before = loss()
-    trainer.train_backbone(150.0)  # ticks: a step takes one
-    assert loss() < before - 0.5
+    trainer.train_backbone(50.0)  # ticks: a step takes one
+    assert loss() < before - 1.0
     before = divergence()
-    trainer.train_indexers(150.0)
-    assert divergence() < before
+    trainer.train_indexers(50.0)
+    assert divergence() < 0.9 * before
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])

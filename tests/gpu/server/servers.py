@@ -81,11 +81,10 @@ class Server:
         if config is not None:
             env["SGLANG_MISA_CONFIG"] = json.dumps(config)
         command = f"""{sys.executable} {HERE / "serve_tail.py"} --model-path {model}
-            --skip-tokenizer-init --host {HOST} --port {port} --context-length 140000 --mem-fraction-static 0.8
-            --chunked-prefill-size 8192 --dsa-prefill-backend flashmla_sparse --dsa-decode-backend flashmla_sparse
-            --kv-cache-dtype bfloat16 --grammar-backend none --sampling-backend pytorch --skip-server-warmup
-            --cuda-graph-backend-prefill disabled --cuda-graph-max-bs-decode 4 --max-running-requests 4
-            --max-total-tokens 300032 --tp-size {ranks} {PARALLEL if ranks > 1 else ""}""".split()
+            --host {HOST} --port {port} --context-length 140000 --mem-fraction-static 0.8
+            --chunked-prefill-size 8192 --cuda-graph-max-bs-decode 4 --max-running-requests 4
+            --max-total-tokens 300032 --tp-size {ranks} {PARALLEL if ranks > 1 else ""}
+            {random_model.GPU_FLAGS}""".split()
         log.unlink(missing_ok=True)
         self._process = ServerProcess(command + extra, log, environ=env)
 

@@ -1,0 +1,94 @@
+"""What is judged before the first request: a mistake that would be noticed only after hours, or never."""
+
+from __future__ import annotations
+
+import resource
+import ssl
+import sys
+
+from sglang_misa.bench.load import dataset, trace
+from sglang_misa.bench.load.gates import Gate
+from sglang_misa.bench.load.plan import Plan
+from sglang_misa.bench.load.prepare import check_size
+from sglang_misa.bench.load.prompts import check_text
+from sglang_misa.bench.load.records import check_compared
+from sglang_misa.bench.load.safety import check_target
+from sglang_misa.bench.load.servers import launch_words
+from sglang_misa.bench.load.settings import Load, LoadError, Workload
+
+OTHER_FILES = 64  # open ones of a process that are no connections of clients
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise LoadError for what would be noticed only after hours of measuring."""
+    check_compared(plan.primary)
+    for gate in plan.fail_if:
+        Gate(gate)
+    labels = [cell.label for cell in plan.cells]
+    if len({cell.digest() for cell in plan.cells}) < len(labels):  # its blocks would count twice
+        raise LoadError(f"cells: expected each context and load once, got {', '.join(labels)}; drop one")
+    for arm in plan.arms:
+        if arm.launched:
+            launch_words(arm)
+        else:
+            check_target(arm.server, allow_remote=plan.access.allow_remote)
+    room = _connections()
+    for cell in plan.cells:
+        if cell.load.arrival == "closed" and -(-cell.load.concurrency // plan.bounds.workers) > room:
+            raise LoadError(
+                f"concurrency: expected at most {room} clients a process (`ulimit -n`), got {cell.load.concurrency}; "
+                "raise the limit, or use --workers"
+            )
+        check_text(cell.workload)
+        if cell.workload.content != cell.workload.content_now():
+            raise LoadError("files: expected the text or data that the run began with, got another; take a new --out")
+        if cell.workload.trace is not None:
+            trace.read(cell.workload)
+        if cell.workload.dataset is not None:
+            dataset.read(cell.workload)
+        check_size(cell)
+    if plan.access.ca_file:
+        try:
+            ssl.create_default_context(cafile=plan.access.ca_file)
+        except OSError as error:  # SSLError is one
+            raise LoadError(
+                f"ca_file: expected a PEM file, got {plan.access.ca_file} ({error}); name another"
+            ) from None
+
+
+def check_heeded(workload: Workload, load: Load) -> None:
+    """Raise LoadError for an option that is given and that this work or load does not heed: nothing would tell."""
+    in_turns = workload.workload == "agent" or ((workload.turns or 1) > 1 and not workload.recorded)
+    traced = workload.trace is not None
+    closed, opened = load.arrival == "closed" and not traced, load.arrival not in ("closed", "trace")
+    wanted = {
+        "rate": (opened, "--arrival poisson, constant or burst"),
+        "burst": (load.arrival == "burst", "--arrival burst"),
+        "concurrency": (closed, "a closed loop"),
+        "cooldown": (closed, "a closed loop"),
+        "ramp_s": (closed or opened, "no --trace with its own times"),
+        "input_len": (not workload.recorded, "neither --trace nor --dataset"),
+        "output_len": (not traced, "no --trace"),
+        "turns": (not traced, "no --trace"),
+        "turn_len": (in_turns, "--turns 2 or more, or --workload agent"),
+        "pause_s": (in_turns, "--turns 2 or more, or --workload agent"),
+        "prefix_groups": (workload.workload == "agent" or workload.shared_prefix > 0, "--shared-prefix"),
+        "time_scale": (traced, "--trace"),
+        "max_len": (workload.recorded, "--trace or --dataset"),
+        "id_range": (workload.text == "ids", "--text ids"),
+    }
+    if load.arrival == "trace" and workload.trace is None:
+        raise LoadError("arrival: expected --trace FILE beside --arrival trace, got none; add it")
+    given, default = dict(workload) | dict(load), dict(Workload()) | dict(Load())
+    for name, (heeded, what) in wanted.items():
+        if given[name] != default[name] and not heeded:
+            raise LoadError(
+                f"{name}: expected {what} beside it, got {given[name]} without; drop it or change the other"
+            )
+
+
+def _connections() -> int:
+    """How many connections a process may hold, once it is given all the open files that it may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return sys.maxsize if most == resource.RLIM_INFINITY else most - OTHER_FILES
