@@ -120,6 +120,8 @@ SCALES = {
 
 @dataclass
 class Report:
+    device: str = ""
+    sglang: str = ""
     minutes: float = 0.0
     requests: int = 0
     events: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
@@ -314,7 +316,9 @@ class Soak:
             self.report.events[kind] = sum(int(word) if word.isdigit() else 1 for word in re.findall(line, log))
         if after != before:
             self.report.errors.append("expected the probe's text of before, got another")
-        verified = self.ask("/server_info")[1]["internal_states"][0]["misa"]["page_stats_verified"]
+        _, info = self.ask("/server_info")
+        self.report.device, self.report.sglang = info["device"], info["version"]
+        verified = info["internal_states"][0]["misa"]["page_stats_verified"]
         self.report.pages_verified, self.report.mismatches = verified["pages"], verified["mismatches"]
 
     def corrupt(self) -> None:
