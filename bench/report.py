@@ -389,8 +389,9 @@ page statistics, routing, scoring and selection. `one_rank.csv` has requests thr
 `bench.load`), `selection.csv` what selections keep on trained index tensors (`bench.selection`), `needles.json` what
 served models found (`bench.quality`; `train-large.log` tells how the larger of them was trained), `agreement.csv` what
 three load-test clients say of one server ([bench/load](../load/README.md#beside-other-clients)), `load_back.csv` what
-statistics add to a load-back from a host cache (`bench.load_back`). Random inputs say what a shape costs, and nothing
-about recall. What was tried, and why kernels are as they are:
+statistics add to a load-back from a host cache (`bench.load_back`), `soak.json` what thirty minutes of mixed load with
+faults came to on the CPU platform (`bench.soak`). Random inputs say what a shape costs, and nothing about recall. What
+was tried, and why kernels are as they are:
 [docs/kernel-notes.md](../../docs/kernel-notes.md)."""
 
 if __name__ == "__main__":
