@@ -39,6 +39,16 @@ def host_us(call: Callable[[], object], repeats: int = 15) -> float:
     return float(statistics.median(times))
 
 
+def wall_us(call: Callable[[], object], repeats: int = 15) -> float:
+    """Median µs of `call` from an idle device to an idle device, the host's part among them."""
+
+    def to_its_end() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return host_us(to_its_end, repeats)
+
+
 def graph_us(kinds: Sequence[Sequence[Callable[[], object]]], repeats: int = 20) -> list[float]:
     """Median µs of a call of each kind, in turn: its calls are replayed from one CUDA graph.
 

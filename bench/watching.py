@@ -12,16 +12,15 @@ step's time as you have measured it on your server (`--step-ms`; `--chunk-ms` of
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from sglang_misa import versions
+from sglang_misa.arguments import at_least
 from sglang_misa.bench import layer as bench
-from sglang_misa.bench.timing import event_us, host_us
+from sglang_misa.bench.timing import event_us, host_us, wall_us
 from sglang_misa.call import Run
 from sglang_misa.canary import Canary
 from sglang_misa.config import PRESETS, Audit
@@ -32,32 +31,23 @@ from sglang_misa.selection import Selector
 INDEX_HEADS, CHUNK = 64, 8192
 
 
-def wall_us(call: Callable[[], object], repeats: int = 15) -> float:
-    """Median µs from an idle device to an idle device."""
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) * 1e6)
-    return statistics.median(times)
-
-
-def selector(preset: str, shape: bench.Shape, pages: Sequence[torch.Tensor], rows: int) -> Selector:
-    """What selects over `pages`, auditing `rows` rows of every call."""
-    config = PRESETS[preset].model_copy(update={"audit": Audit(rows=rows, every=1)})
-    return Selector(Runtime(config, INDEX_HEADS, bench.TOPK, shape.length, shape.device, rank=0, ranks=1), pages)
+def watched(preset: str, shape: bench.Shape, audited: int) -> tuple[bench.Layer, Selector]:
+    """A layer whose page statistics are there, and what selects in it: it audits `audited` rows of every call."""
+    layer = bench.Layer.make(shape)
+    config = PRESETS[preset].model_copy(update={"audit": Audit(rows=audited, every=1)})
+    serving = Selector(
+        Runtime(config, INDEX_HEADS, bench.TOPK, shape.length, shape.device, rank=0, ranks=1), [layer.index_k_pages]
+    )
+    serving.engine.pages_written(0, torch.arange(len(layer.index_k_pages), device=shape.device) * PAGE + PAGE - 1)
+    return layer, serving
 
 
 def canary_us(preset: str, rows: int, length: int) -> tuple[float, float]:
     """(GPU, host) µs of the canary's look at a step of `rows` requests."""
-    layer = bench.Layer.make(bench.Shape("decode", INDEX_HEADS, rows, length, "random"))
-    engine = selector(preset, layer.shape, [layer.index_k_pages], 0).engine
-    engine.pages_written(0, torch.arange(len(layer.index_k_pages), device="cuda") * PAGE + PAGE - 1)
+    layer, serving = watched(preset, bench.Shape("decode", INDEX_HEADS, rows, length, "random"), 0)
     place = torch.arange(length, device="cuda")
     req_to_token = layer.page_table[:, place // PAGE] * PAGE + (place % PAGE).int()
-    canary, ids = Canary(engine, [0], "raise"), torch.arange(rows, device="cuda")
+    canary, ids = Canary(serving.engine, [0], "raise"), torch.arange(rows, device="cuda")
     names = [str(row) for row in range(rows)]
 
     def look() -> None:
@@ -68,9 +58,7 @@ def canary_us(preset: str, rows: int, length: int) -> tuple[float, float]:
 
 def decode_audit_us(preset: str, rows: int, length: int, audited: int) -> float:
     """Wall µs of the audit of one layer in one decode step."""
-    layer = bench.Layer.make(bench.Shape("decode", INDEX_HEADS, rows, length, "random"))
-    serving = selector(preset, layer.shape, [layer.index_k_pages], audited)
-    serving.engine.pages_written(0, torch.arange(len(layer.index_k_pages), device="cuda") * PAGE + PAGE - 1)
+    layer, serving = watched(preset, bench.Shape("decode", INDEX_HEADS, rows, length, "random"), audited)
     call = layer.decode_call(0, torch.full((rows, bench.TOPK), -1, dtype=torch.int32, device="cuda"))
     serving.engine.decode(call, PRESETS[preset].decode)
     return wall_us(lambda: serving.auditor.look_at_decode(call))
@@ -78,8 +66,7 @@ def decode_audit_us(preset: str, rows: int, length: int, audited: int) -> float:
 
 def prefill_audit_us(preset: str, length: int, audited: int) -> float:
     """Wall µs of the audit of one layer in one prefill call."""
-    layer = bench.Layer.make(bench.Shape("prefill", INDEX_HEADS, CHUNK, length, "random"))
-    serving = selector(preset, layer.shape, [layer.index_k_pages], audited)
+    layer, serving = watched(preset, bench.Shape("prefill", INDEX_HEADS, CHUNK, length, "random"), audited)
     call = layer.extend_call(torch.full((CHUNK, bench.TOPK), -1, dtype=torch.int32, device="cuda"))
     serving.engine.extend(call, [(PRESETS[preset].prefill, Run(call.spans, 0, CHUNK))])
     return wall_us(lambda: serving.auditor.look_at_extend(call, [Run(call.spans, 0, CHUNK)]))
@@ -97,11 +84,11 @@ def main(argv: Sequence[str]) -> int:
     )
     decoding = [name for name, config in PRESETS.items() if config.decode.active]
     parser.add_argument("--preset", choices=decoding, default="faithful")
-    parser.add_argument("--rows", type=int, default=16, help="requests of a decode step")
-    parser.add_argument("--length", type=int, default=131072, help="tokens of each")
-    parser.add_argument("--layers", type=int, default=bench.LAYERS, help="of the model, for --chunk-ms")
-    parser.add_argument("--audited", type=int, default=4, help="rows of an audited call")
-    parser.add_argument("--every", type=int, default=Audit().every, help="the server's --misa-audit-every")
+    parser.add_argument("--rows", type=at_least(1), default=16, help="requests of a decode step")
+    parser.add_argument("--length", type=at_least(1), default=131072, help="tokens of each")
+    parser.add_argument("--layers", type=at_least(1), default=bench.LAYERS, help="of the model, for --chunk-ms")
+    parser.add_argument("--audited", type=at_least(1), default=4, help="rows of an audited call")
+    parser.add_argument("--every", type=at_least(1), default=Audit().every, help="the server's --misa-audit-every")
     parser.add_argument("--step-ms", type=float, help="ms of a decode step on your server")
     parser.add_argument("--chunk-ms", type=float, help=f"ms of a prefill chunk of {CHUNK} tokens on your server")
     options = parser.parse_args(argv)

@@ -38,6 +38,12 @@ def build(source: str, **shape: int) -> Any:
             os.environ[key] = before
 
 
+@functools.cache
+def resident(source: str, **shape: int) -> int:
+    """Thread blocks that the GPU runs at once of the kernel of a source that exports `resident`."""
+    return int(build(source, **shape).resident())
+
+
 def definitions(shape: Mapping[str, int]) -> list[str]:
     """The compiler's arguments for a shape."""
     return [f"-DMISA_{name.upper()}={int(value)}" for name, value in shape.items()]

@@ -55,8 +55,7 @@ class Audit(BaseModel):
         ge=0.0,
         le=1.0,
         description="a layer whose mean audited recall is lower goes on with faithful, then with stock DSA, and "
-        "decode as a "
-        "whole with stock DSA; 0 turns it off",
+        "decode as a whole with stock DSA; 0 turns it off",
     )
 
 
@@ -103,8 +102,7 @@ class MisaConfig(BaseModel):
     verify_stats: VerifyStats = Field(
         "off",
         description="compute a sample of page statistics again at each step and compare the bits: log reports a "
-        "mismatch, "
-        "raise stops the server",
+        "mismatch, raise stops the server",
     )
     verify_ranks: int = Field(
         0,

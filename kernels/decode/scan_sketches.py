@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 
-from sglang_misa.kernels.build import build
+from sglang_misa.kernels.build import build, resident
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.decode.operands import MIN_CANDIDATES, PagedRows, PageSketch, SketchPolicy
 from sglang_misa.kernels.decode.route_pages import Columns
@@ -42,8 +40,8 @@ def scan_sketches(
     if len(rows) == 0:
         return
     count, width = columns.queries.shape[1], rows.page_table.shape[1]
-    span = span_of(len(rows), width, resident(stats.bits, count))
-    module = build("sketch_scan", sketch_bits=stats.bits, columns=count)
+    shape = {"sketch_bits": stats.bits, "columns": count}
+    span = span_of(len(rows), width, resident("sketch_scan", **shape))
     call = Scan(
         queries=columns.queries,
         gates=columns.gates,
@@ -60,18 +58,12 @@ def scan_sketches(
         span=span,
         blocks=triton.cdiv(width, span * WARPS),
     )
-    module.scan(bytes(call), len(rows), torch.cuda.current_stream().cuda_stream)
+    build("sketch_scan", **shape).scan(bytes(call), len(rows), torch.cuda.current_stream().cuda_stream)
 
 
 def span_of(rows: int, width: int, resident: int) -> int:
     """Pages of a warp that take least time: `resident` blocks run at once, and a few left over take as long."""
     return min(SPANS, key=lambda span: triton.cdiv(rows * triton.cdiv(width, span * WARPS), resident) * (span + START))
-
-
-@cache
-def resident(bits: int, columns: int) -> int:
-    """Thread blocks of the scan that the GPU runs at once."""
-    return int(build("sketch_scan", sketch_bits=bits, columns=columns).resident())
 
 
 def list_candidates(scores: torch.Tensor, seq_lens: torch.Tensor, *, positions: torch.Tensor) -> None:

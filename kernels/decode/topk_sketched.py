@@ -9,12 +9,11 @@ Bytes of a row: 4 a token of prefix for the router, 4 + 16 · bits + 2 for the s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 
-from sglang_misa.kernels.build import build
+from sglang_misa.kernels.build import build, resident
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.decode.operands import Chosen, PagedRows, PageSketch, SketchPolicy
 from sglang_misa.kernels.decode.route_pages import Columns, route_pages
@@ -103,7 +102,8 @@ def rescore(rows: PagedRows, *, topk: int, scratch: SketchScratch) -> None:
         return
     candidates, count = scratch.policy.candidates, len(rows)
     tiles = triton.cdiv(candidates, TILE)
-    span = triton.cdiv(count * tiles, resident(rows.index_heads))  # so that all blocks run at once
+    at_once = resident("sketch_rescore", index_heads=rows.index_heads)
+    span = triton.cdiv(count * tiles, at_once)  # so that all blocks run at once
     call = Rescore(
         index_q=rows.index_q,
         head_gates=rows.head_gates,
@@ -120,12 +120,6 @@ def rescore(rows: PagedRows, *, topk: int, scratch: SketchScratch) -> None:
     )
     module = build("sketch_rescore", index_heads=rows.index_heads)
     module.rescore(bytes(call), count, torch.cuda.current_stream().cuda_stream)
-
-
-@cache
-def resident(index_heads: int) -> int:
-    """Thread blocks of the scoring that the GPU runs at once."""
-    return int(build("sketch_rescore", index_heads=index_heads).resident())
 
 
 def _rescore_on_cpu(rows: PagedRows, topk: int, scratch: SketchScratch) -> None:

@@ -49,6 +49,14 @@ inline int multiprocessors() {
   return count;
 }
 
+// Thread blocks of a kernel without dynamic shared memory that run at once.
+template <class Kernel>
+int64_t resident_blocks(Kernel kernel, int threads) {
+  int blocks;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return blocks * multiprocessors();
+}
+
 // Boxes of 128 bytes × `box` rows, under the 128-byte swizzle, of a matrix [rows, 128] whose rows lie `stride` rows apart.
 inline CUtensorMap tensor_map(const void* address, CUtensorMapDataType type, int element, int64_t rows, int box, int stride = 1) {
   using Encode = decltype(&cuTensorMapEncodeTiled);

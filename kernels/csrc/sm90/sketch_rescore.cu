@@ -143,12 +143,7 @@ void rescore(Bytes call, int64_t rows, int64_t stream) {
   launch_behind("rescore_kernel", rescore_kernel, int(rows) * in.blocks, THREADS, stream_at(stream), in);
 }
 
-// Thread blocks that run at once.
-int64_t resident() {
-  int blocks;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, rescore_kernel, THREADS, 0), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  return blocks * multiprocessors();
-}
+int64_t resident() { return resident_blocks(rescore_kernel, THREADS); }
 
 }  // namespace
 }  // namespace misa

@@ -191,12 +191,7 @@ void scan(Bytes call, int64_t rows, int64_t stream) {
   launch_behind("scan_kernel", scan_kernel, int(rows) * in.blocks, WARPS * 32, stream_at(stream), in);
 }
 
-// Thread blocks that run at once.
-int64_t resident() {
-  int blocks;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, scan_kernel, WARPS * 32, 0), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  return blocks * multiprocessors();
-}
+int64_t resident() { return resident_blocks(scan_kernel, WARPS * 32); }
 
 }  // namespace
 }  // namespace misa
