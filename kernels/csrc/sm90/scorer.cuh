@@ -215,6 +215,7 @@ struct Seat {
   int warp;        // of the warpgroup: keys warp · 16 … of a product
   int lane_row;    // key of the warp's first eight (+ 8 for the second half)
   int lane_query;  // this thread has queries first + 4q + lane_query
+  __device__ int lane() const { return lane_row * 4 + lane_query; }
   __device__ int query(int q) const { return first + q * 4 + lane_query; }
   __device__ int key(int half) const { return warp * 16 + half * 8 + lane_row; }
   __device__ static Seat of(int first, int thread) { return {first, thread / 32 % 4, thread % 32 / 4, thread % 4}; }
