@@ -1,5 +1,6 @@
 // Thresholds that pass a little more of each row than is wanted, from scores of a sample of its keys.
 #pragma once
+#include "logits.cuh"
 #include "sample.cuh"
 #include "scheduler.cuh"
 #include "select.cuh"
