@@ -44,6 +44,7 @@ KEYS = (1 << 22) - 31  # that a row sees at most: 64 segments, from the 32 keys 
 
 SAMPLE = 4096  # keys of a row that are sampled, unless the stride's bounds say otherwise
 STRIDES = (8, 24)  # one key in so many
+SAMPLED_BYTES = HEAD_DIM + 4  # of a sampled key and its scale
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10  # of a multiprocessor, and the system's of each block on it
 FIXED_BYTES, LISTED_BYTES = 12288, 8  # of a block, and for each key that it can list
 MARKED_ROWS, MARKED_KEYS, MARK_BYTES = 4, 64, 32  # of a product of the scorer
@@ -104,7 +105,9 @@ def plan(
     least, most = STRIDES
     wanted = min(max(keys // SAMPLE, least), most)
     fits = [n for n in range(least, wanted + 1) if _most_hits(candidates, n) <= listable(2)]
-    stride = max(max(fits, default=most), math.ceil(keys / SAMPLED_AT_MOST))
+    # Half of the budget holds the sampled keys of all requests.
+    held = math.ceil(total * SAMPLED_BYTES / (budget / 2))
+    stride = max(max(fits, default=most), math.ceil(keys / SAMPLED_AT_MOST), held)
     room = listable(2) if _most_hits(candidates, stride) <= listable(2) else listable(1)
     rank = _rank(candidates, stride)
     sampled = aligned(keys / stride + 1, 4)
@@ -115,7 +118,7 @@ def plan(
     pitch = min((aligned(keys, TILE) + TILE) // MARKED_KEYS, every)
     row_bytes = max(pitch * MARK_BYTES // MARKED_ROWS, 4 * sampled)
     row_fixed = THRESHOLD_BYTES + 8
-    fixed = 4096 + division_bytes(0, processors) + (HEAD_DIM + 4) * sample_keys + (every - pitch) * MARK_BYTES
+    fixed = 4096 + division_bytes(0, processors) + SAMPLED_BYTES * sample_keys + (every - pitch) * MARK_BYTES
     block_bytes = rows_each * (row_bytes + row_fixed) + 4
     fitting = (budget - fixed) // block_bytes
     if fitting < 1:

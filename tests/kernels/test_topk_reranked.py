@@ -17,7 +17,7 @@ H100 = 132
 @given(
     rows=st.integers(1, 20000),
     keys=st.integers(1, rerank.KEYS),
-    others=st.sampled_from([0, 1, 1000, 1 << 20, 1 << 23]),
+    others=st.sampled_from([0, 1, 1000, 1 << 20, 1 << 23, 1 << 26]),
     candidates=st.sampled_from([512, 2048, 8192, 12000, layout.MAX_CANDIDATES]),
     heads=st.sampled_from(layout.ROUTED_HEADS),
 )
