@@ -116,6 +116,7 @@ class RerankedPlan(Struct):
         ("rank", Int),
         ("candidates", Int),
         ("room", Int),
+        ("pitch", Int),
         ("sampled", Long),
         ("ld", Long),
         ("failed", Failed),

@@ -1,10 +1,13 @@
 """Rows of an extend call with exact scores, for the CUDA sources on the CPU, and the scratch of their sample."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from on_cpu import aligned, ints
 
 TOPK = 96  # k of these rows
-Rows = tuple[int, int, int]  # of three requests
+Requests = Sequence[tuple[int, int]]  # rows of each, and the keys that its last one sees
+THREE = ((70, 1500), (40, 300), (2, 2))
 THRESHOLD = np.dtype([("above", np.float32), ("tied", np.float32), ("end", np.int32)])
 
 
@@ -16,18 +19,20 @@ def scratch_of_sample(rows: int, keys: int, stride: int) -> tuple[np.ndarray, ..
 
 
 class ExtendCase:
-    """Small integers, whose scores no order of summation rounds; rows of three requests and some that see nothing.
+    """Small integers, whose scores no order of summation rounds; rows of `requests` and some that see nothing.
 
-    `columns` a row: routed heads and, with `residual`, that one. `rows` of each request.
+    `columns` a row: routed heads and, with `residual`, that one.
     """
 
-    def __init__(self, seed: int, all_heads: int, columns: int = 8, residual: bool = False, rows: Rows = (70, 40, 2)):
+    def __init__(self, seed: int, all_heads: int, columns: int = 8, residual: bool = False, requests: Requests = THREE):
         random = np.random.default_rng(seed)
-        starts, ends = [], []
-        for (first, seen), count in zip(((0, 1500), (1500, 300), (1800, 2)), rows, strict=True):
+        starts, ends, first = [], [], 0
+        for count, seen in requests:
             starts += [first] * count
             ends += [first + max(1, seen - t) for t in reversed(range(count))]
-        self.starts, self.ends, self.keys = ints([*starts, 0, 0, 0]), ints([*ends, 0, 0, 0]), 1810
+            first += seen
+        self.starts, self.ends, self.keys = ints([*starts, 0, 0, 0]), ints([*ends, 0, 0, 0]), first + 8
+        self.longest = int((self.ends - self.starts).max())
         self.rows = count = len(self.starts)
         self.q, self.k = random.integers(-1, 2, (count, all_heads, 128)), random.integers(-1, 2, (self.keys, 128))
         self.gates = random.choice([1.0, 2.0, -1.0], (count, all_heads), p=[0.5, 0.3, 0.2])
@@ -75,6 +80,10 @@ class ExtendCase:
         """Rows hold best(row), -1 behind; few are on the list of those to redo."""
         redone = failed[1 : 1 + failed[0]].tolist()
         assert len(redone) <= self.rows // 10
-        for row in sorted({*range(self.rows)} - {*redone}):
+        self.check_rows(out, sorted({*range(self.rows)} - {*redone}), best)
+
+    def check_rows(self, out, rows, best) -> None:
+        """These rows hold best(row), -1 behind."""
+        for row in rows:
             wanted = best(row).tolist()
             assert sorted(out[row].tolist()) == sorted([*wanted, *[-1] * (TOPK - len(wanted))])

@@ -10,6 +10,8 @@ keys, gathers each once from L2 and multiplies it with all heads, the routed one
 of one product; it cuts the list to the best C by the one and takes the top k by the other. 5. `redo` marks the rows
 that came out short, or longer than a block can list, with exactly their best C and goes through 4 again.
 
+Requests share a call: each four rows have marks for the keys around their own windows.
+
 A listed key costs 8 bytes of shared memory: its low 16 bits (keys are listed in segments of 65536), its full score,
 and its routed score in 16 bits of a window that `threshold` puts around the cut; where several keys share the last
 place there, they are scored once more and ranked in full. So neither set depends on the threshold.
@@ -30,6 +32,7 @@ from sglang_misa.kernels.prefill.plan import (
     SCRATCH_BYTES,
     SIGMAS,
     THRESHOLD_BYTES,
+    TILE,
     aligned,
     block_rows,
     division_bytes,
@@ -37,13 +40,14 @@ from sglang_misa.kernels.prefill.plan import (
 from sglang_misa.kernels.prefill.workspace import Call, multiprocessors
 from sglang_misa.kernels.structs import RerankedPlan, Sample
 
-KEYS = 1 << 22  # of a call at most: 64 segments
+KEYS = (1 << 22) - 31  # that a row sees at most: 64 segments, from the 32 keys on in which its window begins
 
 SAMPLE = 4096  # keys of a row that are sampled, unless the stride's bounds say otherwise
 STRIDES = (8, 24)  # one key in so many
+SAMPLED_BYTES = HEAD_DIM + 4  # of a sampled key and its scale
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10  # of a multiprocessor, and the system's of each block on it
 FIXED_BYTES, LISTED_BYTES = 12288, 8  # of a block, and for each key that it can list
-MARKED_KEYS, MARK_BYTES = 128, 64  # a tile of the scorer's ring, for four rows
+MARKED_ROWS, MARKED_KEYS, MARK_BYTES = 4, 64, 32  # of a product of the scorer
 SAMPLE_STAGE, THRESHOLD_STAGE, MARK_STAGE, RERANK_STAGE, REDO_STAGE = 1, 2, 4, 8, 16
 
 
@@ -78,34 +82,51 @@ class Plan:
     marks_offset: int
     scores_offset: int  # of failed rows' scores, `ld` columns apart
     ld: int
+    pitch: int  # products of 64 keys from the marks of four rows to the next ones'
 
 
 @functools.lru_cache(maxsize=256)
-def plan(rows: int, keys: int, candidates: int, rows_each: int, processors: int, budget: int = SCRATCH_BYTES) -> Plan:
-    """Choose the sample so that two blocks a multiprocessor can list what passes.
+def plan(
+    rows: int,
+    keys: int,
+    candidates: int,
+    rows_each: int,
+    processors: int,
+    budget: int = SCRATCH_BYTES,
+    total: int | None = None,
+) -> Plan:
+    """Choose the sample so that two blocks a multiprocessor can list what passes; rows see at most `keys` of `total`.
 
-    Scratch of a pass = rows · max(keys / 8, 4 · keys / stride) + 20 · rows bytes and the sampled keys, in as few passes
-    as `budget` allows.
+    Scratch of a pass = rows · max(keys / 8, 4 · keys / stride) + 20 · rows bytes, total / 2 bytes where requests share
+    the call, and the sampled keys, in as few passes as `budget` allows.
     Raises ValueError when one block of rows does not fit.
     """
+    total = keys if total is None else total
     least, most = STRIDES
     wanted = min(max(keys // SAMPLE, least), most)
     fits = [n for n in range(least, wanted + 1) if _most_hits(candidates, n) <= listable(2)]
-    stride = max(max(fits, default=most), math.ceil(keys / SAMPLED_AT_MOST))
+    # Half of the budget holds the sampled keys of all requests.
+    held = math.ceil(total * SAMPLED_BYTES / (budget / 2))
+    stride = max(max(fits, default=most), math.ceil(keys / SAMPLED_AT_MOST), held)
     room = listable(2) if _most_hits(candidates, stride) <= listable(2) else listable(1)
     rank = _rank(candidates, stride)
     sampled = aligned(keys / stride + 1, 4)
-    sample_keys = math.ceil(keys / stride)
-    row_bytes = max(math.ceil(keys / MARKED_KEYS) * MARK_BYTES // 4, 4 * sampled)
-    blocks = math.ceil(rows / rows_each)
+    sample_keys = math.ceil(total / stride)
+    # Marks of four rows lie as far apart as the longest window, which may begin and end within a tile, and behind the
+    # last ones' place the keys of all other requests follow.
+    every = aligned(total, TILE) // MARKED_KEYS
+    pitch = min((aligned(keys, TILE) + TILE) // MARKED_KEYS, every)
+    row_bytes = max(pitch * MARK_BYTES // MARKED_ROWS, 4 * sampled)
     row_fixed = THRESHOLD_BYTES + 8
-    fixed = 4096 + division_bytes(0, processors) + (HEAD_DIM + 4) * sample_keys
+    fixed = 4096 + division_bytes(0, processors) + SAMPLED_BYTES * sample_keys + (every - pitch) * MARK_BYTES
     block_bytes = rows_each * (row_bytes + row_fixed) + 4
     fitting = (budget - fixed) // block_bytes
     if fitting < 1:
         raise ValueError(
-            f"scratch budget: expected at least {block_bytes + fixed} bytes for {keys} keys, got {budget}; raise it"
+            f"scratch budget: expected at least {block_bytes + fixed} bytes for {keys} of {total} keys a row, "
+            f"got {budget}; raise it"
         )
+    blocks = math.ceil(rows / rows_each)
     pass_blocks = math.ceil(blocks / math.ceil(blocks / fitting))
     rows = pass_blocks * rows_each
     spans = aligned(THRESHOLD_BYTES * rows)
@@ -124,8 +145,9 @@ def plan(rows: int, keys: int, candidates: int, rows_each: int, processors: int,
         sample_offset=sample,
         scale_offset=scale,
         marks_offset=marks,
-        scores_offset=marks + aligned(rows * row_bytes),
+        scores_offset=marks + aligned(rows * row_bytes + (every - pitch) * MARK_BYTES),
         ld=aligned(keys, 4),
+        pitch=pitch,
     )
 
 
@@ -150,12 +172,15 @@ class RerankedCall(Call):
         heads: RoutedHeads,
         candidates: int,
         output: Output,
+        longest: int | None = None,
         budget: int = SCRATCH_BYTES,
     ):
+        """longest: keys that a row sees at most; all, unless given."""
         super().__init__(rows, keys, heads, output)
+        longest = len(keys) if longest is None else min(longest, len(keys))
         self.candidates, self.processors = candidates, multiprocessors(rows.device)
         rows_each = block_rows(heads.columns)
-        self.plan = plan(len(rows), len(keys), candidates, rows_each, self.processors, budget)
+        self.plan = plan(len(rows), longest, candidates, rows_each, self.processors, budget, len(keys))
         self.reserve(self.plan.rows, max(budget, self.plan.scores_offset + 4 * self.plan.ld))
 
     def module(self) -> Any:
@@ -169,6 +194,7 @@ class RerankedCall(Call):
             rank=p.rank,
             candidates=self.candidates,
             room=p.room,
+            pitch=p.pitch,
             sampled=p.sampled,
             ld=p.ld,
             failed=self.failed(p.scores_offset, p.ld),
@@ -182,24 +208,33 @@ class RerankedCall(Call):
 
 
 def topk_reranked(
-    rows: Rows, keys: Keys, heads: RoutedHeads, candidates: int, output: Output, *, budget: int = SCRATCH_BYTES
+    rows: Rows,
+    keys: Keys,
+    heads: RoutedHeads,
+    candidates: int,
+    output: Output,
+    *,
+    longest: int | None = None,
+    budget: int = SCRATCH_BYTES,
 ) -> None:
     """Write, of each row's best C = `candidates` keys by its routed heads, the exact top k by all heads.
 
     A residual adds its own column to the score by the routed heads, and counts as one of them in `ROUTED_HEADS`.
     Windows, what is written and scratch as in `topk_routed.topk_routed`, but head_ids ascend in each row and H is one
-    of `INDEX_HEADS`. k ≤ C ≤ `MAX_CANDIDATES`, at most `KEYS` keys. Rows of at most C keys are scored with all heads
-    throughout. Ties: the smaller position wins, and NaN scores come last, in either choice. Never synchronises.
-    Raises ValueError on shapes, dtypes, layout or limits.
+    of `INDEX_HEADS`. k ≤ C ≤ `MAX_CANDIDATES`; a row sees at most `KEYS` keys. Rows of at most C keys are scored with
+    all heads throughout. Ties: the smaller position wins, and NaN scores come last, in either choice. `longest`, at
+    least as large as every window, spares time and scratch where requests share a call: then their rows are in the
+    order of their keys. Never synchronises. Raises ValueError on shapes, dtypes, layout or limits.
     Mirrors SGLang's fp8_mqa_logits + topk_transform; MISA (2605.07363).
     """
     if not output.topk <= candidates <= MAX_CANDIDATES:
         raise ValueError(
             f"candidates: expected k={output.topk} to {MAX_CANDIDATES}, got {candidates}; choose another C"
         )
-    if len(keys) > KEYS:
-        raise ValueError(f"index_k: expected at most {KEYS} keys, got {len(keys)}; score them with all heads")
+    seen = len(keys) if longest is None else min(longest, len(keys))
+    if seen > KEYS:
+        raise ValueError(f"longest window: expected at most {KEYS} keys, got {seen}; score them with all heads")
     if not len(keys):
         output.ids.fill_(-1)
     elif len(rows):
-        RerankedCall(rows, keys, heads, candidates, output, budget).run()
+        RerankedCall(rows, keys, heads, candidates, output, longest, budget).run()

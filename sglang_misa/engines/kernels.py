@@ -43,9 +43,7 @@ class KernelEngine:
     def extend(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> None:
         block_means = self._refresh(call, runs)
         for policy, run in runs:
-            # Requests share their launches, but for a re-ranking, whose marks have a bit for the keys of every request.
-            for part in (run,) if policy.candidates is None else run.alone():
-                self._select(call, policy, part, block_means)
+            self._select(call, policy, run, block_means)
 
     def _refresh(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> Tensor:
         """Recompute the means of the call's complete pages; returns those of its blocks, as the runs' policy has them.
@@ -81,7 +79,7 @@ class KernelEngine:
         if policy.candidates is None:
             topk_routed(queries, scored, heads, output, longest=run.longest)
         else:
-            topk_reranked(queries, scored, heads, policy.candidates, output)
+            topk_reranked(queries, scored, heads, policy.candidates, output, longest=run.longest)
 
     def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
         self.behind = True

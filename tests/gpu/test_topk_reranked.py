@@ -45,9 +45,16 @@ SIZES = [  # rows, keys, candidates, k, index heads, scored columns
 REQUESTS = [(1, 1), (5, 40), (20, 3000), (40, 20000), (3, 3), (30, 8192), (31, 8193), (4, 20000), (20, 8000)]
 
 
-def select(x: Extend, candidates: int = C, k: int = K, budget: int = SCRATCH_BYTES, **place: Tensor) -> Tensor:
+def select(
+    x: Extend,
+    candidates: int = C,
+    k: int = K,
+    longest: int | None = None,
+    budget: int = SCRATCH_BYTES,
+    **place: Tensor,
+) -> Tensor:
     out = torch.full((x.rows, k), -7, dtype=torch.int32, device=DEVICE)
-    kernel.topk_reranked(*x.operands, candidates, Output(out, **place), budget=budget)
+    kernel.topk_reranked(*x.operands, candidates, Output(out, **place), longest=longest, budget=budget)
     return out
 
 
@@ -104,7 +111,7 @@ def test_inputs_that_are_hostile_to_the_sample(name: str) -> None:
 def test_requests_and_padding_rows_share_a_call() -> None:
     windows, rows, keys = requests(REQUESTS, padding=3)
     x = extend(integers(rows, keys, seed=8), 8, windows=windows, seed=8)
-    plain = select(x)
+    plain = select(x, longest=int(x.lens.max()))
     assert_exact(x, plain, C, K)
     offsets = ints(torch.arange(rows) * 10, DEVICE)
     want = torch.where(plain >= 0, plain + offsets[:, None], -1)
@@ -114,7 +121,7 @@ def test_requests_and_padding_rows_share_a_call() -> None:
     position = plain.clamp(min=0).long()
     want = torch.where(plain >= 0, table[batch.long()].gather(1, position // 64) * 64 + position % 64, -1)
     assert torch.equal(select(x, page_table=table, row_batch=batch).sort(1).values, want.sort(1).values)
-    in_passes = select(x, budget=2 << 20)
+    in_passes = select(x, longest=int(x.lens.max()), budget=2 << 20)
     assert torch.equal(in_passes.sort(1).values, plain.sort(1).values), "passes of few rows differ"
 
 

@@ -142,15 +142,26 @@ def route_in_torch(index_q, head_gates, blocks, heads, router, residual):
 
 def topk_in_torch(rows, keys, heads, output, *, longest):
     """What `topk_routed` promises."""
+    reranked_in_torch(rows, keys, heads, None, output, longest=longest)
+
+
+def reranked_in_torch(rows, keys, heads, candidates, output, *, longest):
+    """What `topk_reranked` promises; None: the routed heads' scores are the last word."""
     assert output.offsets is heads.residual is None
+    assert (rows.ks.diff() >= 0).all(), "a row before those of an earlier request"
     ids = heads.head_ids.long()
     gates = torch.zeros_like(rows.head_gates).scatter_(1, ids, rows.head_gates.gather(1, ids))
     for row, (start, end) in enumerate(zip(rows.ks.tolist(), rows.ke.tolist(), strict=True)):
         assert 0 <= start < end <= len(keys)
         assert end - start <= longest
         seen = keys.index_k[start:end].float() * keys.k_scale[start:end, None]
-        scores = reference.index_scores(rows.index_q[row, None, None], gates[row, None, None], seen[None]).flatten()
-        best = scores.topk(min(output.topk, end - start)).indices
+
+        def scores(gates, seen=seen, row=row):
+            return reference.index_scores(rows.index_q[row, None, None], gates[row, None, None], seen[None]).flatten()
+
+        best = scores(gates).sort(descending=True, stable=True).indices[: candidates or output.topk].sort().values
+        if candidates is not None:
+            best = best[scores(rows.head_gates)[best].sort(descending=True, stable=True).indices[: output.topk]]
         output.ids[row] = -1
         pages = output.page_table[output.row_batch[row], best // PAGE]
         output.ids[row, : len(best)] = pages * PAGE + best % PAGE
@@ -163,18 +174,28 @@ def block_means_in_torch(index_k_pages, means, page_table, seq_lens, block_size,
     return reference.block_means(means[table], block_size // PAGE).bfloat16()
 
 
-def test_the_kernel_engine_hands_each_run_its_rows_keys_and_output(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("candidates", [None, 100])
+def test_the_kernel_engine_hands_each_run_its_rows_keys_and_output(candidates, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
     monkeypatch.setattr(kernels, "route", route_in_torch)
     monkeypatch.setattr(kernels, "topk_routed", topk_in_torch)
+
+    def reranked(rows, *operands, **limits):
+        calls.append(len(rows))
+        reranked_in_torch(rows, *operands, **limits)
+
+    monkeypatch.setattr(kernels, "topk_reranked", reranked)
     monkeypatch.setattr(kernels.page_means, "update_page_means", block_means_in_torch)
     rows, batch = [20, 7, 30, 5], Batch(3, [90, 300, 200, 150], width=6)  # the first request stays under the gate
     queries = batch.queries(sum(rows))
     ours, wanted = batch.extend(rows, queries), batch.extend(rows, queries)
-    runtime = reference_runtime(MisaConfig(prefill=POLICIES[0]), TOPK)
-    chosen = selection.runs(POLICIES[0], ours.spans)
-    assert [policy for policy, _ in chosen] == [DSA, POLICIES[0]]
+    policy = POLICIES[0].model_copy(update={"candidates": candidates})
+    runtime = reference_runtime(MisaConfig(prefill=policy), TOPK)
+    chosen = selection.runs(policy, ours.spans)
+    assert [by for by, _ in chosen] == [DSA, policy]
     kernels.KernelEngine(runtime, [batch.index_k_pages]).extend(ours, chosen)
     ReferenceEngine(runtime, [batch.index_k_pages]).extend(wanted, chosen)
+    assert len(calls) == (candidates is not None), "requests of a run share a call"
     pairs = list(zip(sets(ours.output.ids), sets(wanted.output.ids), strict=True))
     assert all(len(mine) == len(theirs) for mine, theirs in pairs)
     assert all(len(mine & theirs) >= len(mine) - 1 for mine, theirs in pairs), "more than a tie in rounding apart"

@@ -1,6 +1,6 @@
 // Rows that a sample's threshold failed: scored into memory, a bounded number at a time, and selected from exactly.
 #pragma once
-#include "scorer.cuh"
+#include "logits.cuh"
 #include "select.cuh"
 
 namespace misa {

@@ -215,6 +215,7 @@ struct Seat {
   int warp;        // of the warpgroup: keys warp · 16 … of a product
   int lane_row;    // key of the warp's first eight (+ 8 for the second half)
   int lane_query;  // this thread has queries first + 4q + lane_query
+  __device__ int lane() const { return lane_row * 4 + lane_query; }
   __device__ int query(int q) const { return first + q * 4 + lane_query; }
   __device__ int key(int half) const { return warp * 16 + half * 8 + lane_row; }
   __device__ static Seat of(int first, int thread) { return {first, thread / 32 % 4, thread % 32 / 4, thread % 4}; }
@@ -263,6 +264,12 @@ __device__ __forceinline__ void load_queries(const Task& task, int first, uint8_
   }
 }
 
+// Whether one of a warpgroup's queries sees keys of a tile.
+__device__ __forceinline__ bool seen(const int2* windows, int tile) {
+  const int i = threadIdx.x % 32;
+  return __any_sync(~0u, i < QUERIES && tile * TILE < windows[i].y && (tile + 1) * TILE > windows[i].x);
+}
+
 // When a sink takes a product's scores: what is fastest for it.
 enum class Taking {
   ANY_TIME,     // and the compiler may have the next product open among what the sink does
@@ -274,6 +281,7 @@ enum class Taking {
 // tiles; for each product as take(scores[LANE_QUERIES][2], the product's first key, windows[QUERIES]), and as refuse() of the same
 // before it where some keys are outside some windows, or if begin() has said that the warpgroup's queries have more to look at; as
 // settle(tiles left) after each tile, unless it takes a product's scores during the next; and as finish() after the item's tiles.
+// Where begin() says so, a sink that takes them during the next is spared tiles that none of the warpgroup's queries sees.
 template <class Sink>
 __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shared<Sink>& shared, Ring& ring) {
   Smem& s = shared.scorer;
@@ -306,13 +314,29 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j) weight[q][j] = live ? task.weight(t, j) : 0.f;
     }
-    if (lane_sink.begin(seat)) extent.all_lo = INT_MAX;
+    const bool refuses = lane_sink.begin(seat);
+    if (refuses) extent.all_lo = INT_MAX;
+    const int plain = LATE && refuses ? 0 : item.end;  // tiles before it are not looked at
 
+    const auto take_in = [&] { sm90::barrier_wait(places.full(ring.stage), ring.parity); };
+    const auto release = [&] {
+      __syncwarp();
+      if (lane == 0) sm90::barrier_arrive(places.empty(ring.stage));
+      ring.advance();
+    };
     float score[LANE_QUERIES][2];
     int key0 = -1;  // of the scores
     for (; item.more(); item.advance()) {
-      if (!item.seen()) continue;
-      sm90::barrier_wait(places.full(ring.stage), ring.parity);
+      if (item.tile >= plain) {
+        if (!item.seen()) continue;
+        if (!seen(s.window[group], item.tile)) {
+          take_in();
+          turns.skip(TILE / KEYS);
+          release();
+          continue;
+        }
+      }
+      take_in();
 #pragma unroll
       for (int product = 0; product < TILE / KEYS; ++product) {
         const float* scale = s.scale[ring.stage] + product * KEYS;
@@ -335,11 +359,7 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
           if (key0 < 0) continue;
         }
         sm90::pin(d);
-        if (product == TILE / KEYS - 1) {
-          __syncwarp();
-          if (lane == 0) sm90::barrier_arrive(places.empty(ring.stage));
-          ring.advance();
-        }
+        if (product == TILE / KEYS - 1) release();
         if constexpr (!LATE) key0 = item.tile * TILE + product * KEYS;
         if (Sink::TAKING == Taking::BEFORE_NEXT && key0 < 0) continue;
 #pragma unroll
@@ -369,42 +389,6 @@ __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shar
   }
   turns.end();
 }
-
-// Every score into memory, at the key's own column or from the row's start on; nothing outside the windows.
-struct Logits {
-  float* out;  // [rows, ld]
-  int64_t ld;
-  bool from_start;
-
-  static constexpr Taking TAKING = Taking::ANY_TIME;
-
-  struct Shared {};
-
-  struct Lane {
-    const Logits& to;
-    Seat seat;
-    __device__ Lane(const Logits& sink, Shared&, const Task&) : to(sink) {}
-    __device__ bool begin(const Seat& at) {
-      seat = at;
-      return false;
-    }
-    __device__ void refuse(float (&)[LANE_QUERIES][2], int, const int2*) {}
-    __device__ void take(const float (&score)[LANE_QUERIES][2], int key0, const int2* windows) {
-#pragma unroll
-      for (int q = 0; q < LANE_QUERIES; ++q) {
-        const int2 w = windows[q * 4 + seat.lane_query];
-        float* row = to.out + int64_t(seat.query(q)) * to.ld - (to.from_start ? w.x : 0);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int key = key0 + seat.key(half);
-          if (key >= w.x && key < w.y) row[key] = score[q][half];
-        }
-      }
-    }
-    __device__ void settle(int) {}
-    __device__ void finish() {}
-  };
-};
 
 template <class Sink>
 __global__ void __launch_bounds__(THREADS, 1)

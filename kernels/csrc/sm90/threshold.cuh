@@ -1,5 +1,6 @@
 // Thresholds that pass a little more of each row than is wanted, from scores of a sample of its keys.
 #pragma once
+#include "logits.cuh"
 #include "sample.cuh"
 #include "scheduler.cuh"
 #include "select.cuh"
@@ -19,7 +20,21 @@ struct Threshold {
   __device__ bool refuses(float score, int key) const { return score == tied && key >= end; }
 };
 
-// Scores of keys outside their query's window, or behind what its threshold takes of the tied, become NaN: it is above nothing.
+// Scores of keys outside their query's window become NaN: it is above nothing.
+__device__ __forceinline__ void drop_outside(float (&score)[LANE_QUERIES][2], const Seat& seat, int key0, const int2* windows) {
+  const Seat at = seat.anew();
+#pragma unroll
+  for (int q = 0; q < LANE_QUERIES; ++q) {
+    const int2 w = windows[q * 4 + at.lane_query];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = key0 + at.key(half);
+      if (key < w.x || key >= w.y) score[q][half] = NAN;
+    }
+  }
+}
+
+// The same, and of keys behind what their query's threshold takes of the tied.
 __device__ __forceinline__ void drop_refused(float (&score)[LANE_QUERIES][2], const Seat& seat, int key0, const int2* windows,
                                              const Threshold* thresholds) {
   const Seat at = seat.anew();

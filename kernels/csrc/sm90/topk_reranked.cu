@@ -12,19 +12,21 @@
 namespace misa {
 namespace {
 
-constexpr int SEGMENT = 1 << 16, SEGMENTS = 64;  // keys are listed by their low 16 bits, segment by segment
+constexpr int SEGMENT = 1 << 16, SEGMENTS = 64;  // keys are listed by 16 bits, segment by segment
 constexpr int WORD_KEYS = 32;                    // neighbouring keys whose marks lie in 16 bytes
 constexpr int BATCH_WORDS = 8;                   // a thread's, of a segment
 static_assert(BATCH_WORDS * WORD_KEYS * RANKERS == SEGMENT && BATCH_WORDS * RANKERS <= Ranks::BINS);
 
-// One bit a row and key, as the scorer's ballots make them: [rows / 4][tiles of 64 keys][warp][half] words of four rows, in which
-// bit 4·key + row stands for key warp · 16 + half · 8 + key of the tile.
+// One bit a row and key, as the scorer's ballots make them: [tile of 64 keys][warp][half] words of four rows, in which bit 4·key + row
+// stands for key warp · 16 + half · 8 + key of the tile. A group of four has words for all keys of the call, `pitch` tiles behind those
+// of the group before it, and only the ones around its windows are used: rows ascend with their requests' keys, so where `pitch` tiles
+// hold the longest window, no two groups use the same.
 struct Marks {
   uint32_t* words;
   int first;  // row of the first bit
   int rows;
-  int tiles;
-  __device__ uint32_t* group(int i) const { return words + int64_t(i / 4) * tiles * 8; }
+  int pitch;
+  __device__ uint32_t* group(int i) const { return words + int64_t(i / 4) * pitch * 8; }
 };
 
 struct Mark {
@@ -37,13 +39,14 @@ struct Mark {
 
   struct Lane {
     const Mark& sink;
-    const int rows;
+    const Task& task;
     Seat seat;
+    bool splits, apart;           // whether some scores tie at their thresholds, and whether the row block's windows start apart
     float threshold[LANE_QUERIES];
     uint32_t mine[LANE_QUERIES];  // all bits for the query whose words this lane stores: to compare would take a predicate each
     uint2* to;                    // of its row group, or null
 
-    __device__ Lane(const Mark& sink, Shared&, const Task& task) : sink(sink), rows(task.rows) {
+    __device__ Lane(const Mark& sink, Shared&, const Task& task) : sink(sink), task(task) {
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
         mine[q] = threadIdx.x % 32 == q ? ~0u : 0;
@@ -52,19 +55,39 @@ struct Mark {
     }
     __device__ bool begin(const Seat& at) {
       seat = at;
-      const int lane = threadIdx.x % 32, i = seat.first + lane * 4;
-      bool splits = false;
+      splits = false;
 #pragma unroll
       for (int q = 0; q < LANE_QUERIES; ++q) {
-        const bool live = seat.query(q) < rows;
+        const bool live = seat.query(q) < task.rows;
         threshold[q] = live ? sink.thresholds[seat.query(q)].above : INFINITY;
         splits |= live && sink.thresholds[seat.query(q)].splits();
       }
-      to = lane < LANE_QUERIES && i < rows ? reinterpret_cast<uint2*>(sink.marks.group(i)) + seat.warp : nullptr;
-      return __reduce_max_sync(~0u, int(splits)) > 0;
+      splits = __any_sync(~0u, splits);
+      const Extent block(task, seat.first / ROWS * ROWS, ROWS);
+      apart = block.lo < block.all_lo;
+      to = group(seat);
+      return splits || apart;
+    }
+    // The words of four queries that this lane stores.
+    __device__ uint2* group(const Seat& at) const {
+      const int lane = at.lane(), i = at.first + lane * 4;
+      return lane < LANE_QUERIES && i < task.rows ? reinterpret_cast<uint2*>(sink.marks.group(i)) + at.warp : nullptr;
     }
     __device__ void refuse(float (&score)[LANE_QUERIES][2], int key0, const int2* windows) {
-      drop_refused(score, seat, key0, windows, sink.thresholds);
+      if (splits) drop_refused(score, seat, key0, windows, sink.thresholds);
+      else drop_outside(score, seat, key0, windows);
+      if (!apart) return;
+      // Where the group sees nothing, words of others lie.
+      const Seat at = seat.anew();
+      bool seen = false;
+      if (at.lane() < LANE_QUERIES) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int2 w = windows[at.lane() * 4 + j];
+          seen |= key0 < w.y && key0 + KEYS > w.x;
+        }
+      }
+      to = seen ? group(at) : nullptr;
     }
     __device__ void take(const float (&score)[LANE_QUERIES][2], int key0, const int2*) {
       uint2 own{};
@@ -84,11 +107,11 @@ struct RerankSmem : RankSmem<INDEX_HEADS> {
   int counted;
 };
 
-// The listed keys of a row, in segments; the last has no end.
+// The listed keys of a row, by their places in segments; the last has no end.
 struct Listed {
   const uint16_t* low;
   const int* ends;
-  int base;  // of the first segment
+  int base;  // of the first segment: the first key of a word of marks
 
   struct Cursor {
     const uint16_t* low;
@@ -123,18 +146,19 @@ struct Some {
   __device__ Cursor cursor() const { return {*this}; }
 };
 
-// Lists the marked keys of row i in [start, end); returns how many there are, more than `room` if they do not fit.
-__device__ __forceinline__ int list_marked(RerankSmem& s, const Marks& marks, int i, int start, int end, int room, uint16_t* low) {
-  const uint4* from = reinterpret_cast<const uint4*>(marks.group(i));
-  const int first = start / SEGMENT, last = (end - 1) / SEGMENT, bit = i % 4;
+// Lists the marked keys of row i in [base, end), of which `base` begins a word; returns how many there are, more than `room` if they do not
+// fit.
+__device__ __forceinline__ int list_marked(RerankSmem& s, const Marks& marks, int i, int base, int end, int room, uint16_t* low) {
+  const uint4* from = reinterpret_cast<const uint4*>(marks.group(i)) + base / WORD_KEYS;
+  const int seen = end - base, last = (seen - 1) / SEGMENT, bit = i % 4;
   int listed = 0;
-  for (int segment = first; segment <= last && listed <= room; ++segment) {
+  for (int segment = 0; segment <= last && listed <= room; ++segment) {
     uint4 raw[BATCH_WORDS];
 #pragma unroll
     for (int j = 0; j < BATCH_WORDS; ++j) {
       const int word = (segment * BATCH_WORDS + j) * RANKERS + threadIdx.x;
-      // What lies outside the window's tiles was never written.
-      raw[j] = word >= start / WORD_KEYS && word <= (end - 1) / WORD_KEYS ? __ldcg(from + word) : uint4{0, 0, 0, 0};
+      // What lies outside the window's tiles was never written, or is another row's.
+      raw[j] = word <= (seen - 1) / WORD_KEYS ? __ldcg(from + word) : uint4{0, 0, 0, 0};
     }
     uint32_t own = 0;
 #pragma unroll
@@ -162,7 +186,7 @@ __device__ __forceinline__ int list_marked(RerankSmem& s, const Marks& marks, in
     }
     __syncthreads();
     listed = s.counted;
-    if (threadIdx.x == 0) s.ends[segment - first] = segment < last ? listed : INT_MAX;
+    if (threadIdx.x == 0) s.ends[segment] = segment < last ? listed : INT_MAX;
   }
   return listed;
 }
@@ -223,16 +247,16 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
     scorer.order();
 
     const int start = job.in.start(t), length = job.in.length(t);
-    const Listed list{low, s.ends, start / SEGMENT * SEGMENT};
+    const Listed list{low, s.ends, start / WORD_KEYS * WORD_KEYS};
     int n = length;
     if (length <= candidates) {
-      for (int j = threadIdx.x; j < n; j += RANKERS) low[j] = uint16_t(start + j);
+      for (int j = threadIdx.x; j < n; j += RANKERS) low[j] = uint16_t(start - list.base + j);
       if (threadIdx.x < SEGMENTS) {
         const int after = list.base - start + (int(threadIdx.x) + 1) * SEGMENT;
         s.ends[threadIdx.x] = after < n ? after : INT_MAX;
       }
     } else {
-      n = list_marked(s, job.marks, i, start, start + length, job.room, low);
+      n = list_marked(s, job.marks, i, list.base, start + length, job.room, low);
     }
     const auto fail = [&] {
       if (threadIdx.x == 0) job.failed.add(t);
@@ -334,6 +358,7 @@ struct RerankedPlan {
   int rank;             // of the threshold in the sample
   int candidates;       // C
   int room;             // keys that a thread block can list
+  int pitch;            // tiles of 64 keys from one row group's marks to the next's
   int64_t sampled, ld;  // columns of the sampled scores, and of those of failed rows
   Failed failed;
   Sample sample;
@@ -360,7 +385,7 @@ void topk(Bytes inputs, Bytes output, Bytes division, int64_t stages, int64_t st
   for (int first = 0; first < in.rows; first += plan.rows) {
     const int rows = std::min(plan.rows, in.rows - first);
     const Task task = task_of(in, first, rows);
-    const Marks marks{static_cast<uint32_t*>(plan.marks), first, rows, (in.keys + TILE - 1) / TILE * (TILE / KEYS)};
+    const Marks marks{static_cast<uint32_t*>(plan.marks), first, rows, plan.pitch};
     const Task sampling = plan.sample.of(task);
     const Logits sampled{static_cast<float*>(plan.marks), plan.sampled, true};
     if (stages & SAMPLE) launch_score(sampling, plan.sample.keys, sampled, processors, stream);

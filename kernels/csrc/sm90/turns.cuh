@@ -24,6 +24,11 @@ struct Turns {
     if constexpr (ON) sm90::named_arrive(next, 256);
   }
 
+  // Lets others multiply so many products.
+  __device__ void skip(int products) const {
+    for (int i = 0; i < products; ++i) wait(), pass();
+  }
+
   // Takes back what the constructor gave.
   __device__ void end() const {
     if (first) wait();
