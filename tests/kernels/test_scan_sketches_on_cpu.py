@@ -96,25 +96,32 @@ def test_score_keys_order_like_scores() -> None:
     assert near[2] > near[3]
 
 
-@COMPILER
-def test_candidates_are_the_best_keys_and_the_newest_tokens(tmp_path: pathlib.Path) -> None:
-    library = compiled(tmp_path, "sketch_candidates")
+@pytest.fixture(scope="module")
+def lister(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    library = compiled(tmp_path_factory.mktemp("candidates"), "sketch_candidates")
     library.list_rows.restype = ctypes.c_bool
+    return library
+
+
+@COMPILER
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+def test_candidates_are_the_best_keys_and_the_newest_tokens(lister: ctypes.CDLL, blocks: int) -> None:
     candidates, room = 256, 60 * PAGE
     random = np.random.default_rng(0)
     cases = [
         random.integers(0, 0x10000, room),  # all of it
         np.full(room, 0x8000),  # all alike
-        random.choice([0, 1, 0xFFFF], room),  # NaN, the lowest, the highest
+        random.choice([0, 1, 0xFFFE], room),  # NaN, the lowest, the highest
         0x8000 + np.arange(room) // 3,
-        (random.normal(0, 900, room) + 0x9000).clip(0, 0xFFFF),
+        (random.normal(0, 900, room) + 0x9000).clip(0, 0xFFFE),
+        (random.normal(0, 9, room) + 0x8000).round(),  # around zero
     ]
     lens = [0, 256, 257, 319, 320, 60 * PAGE - 1]
     for case in cases:
         keys = aligned(np.tile(case, (len(lens), 1)), np.uint16)
         seq_lens = np.asarray(lens, np.int32)
         got = aligned(np.full((len(lens), candidates), -9), np.int32)
-        call(library.list_rows, keys, seq_lens, got, room, candidates, len(lens))
+        call(lister.list_rows, keys, seq_lens, got, room, candidates, len(lens), blocks)
         expected = torch.full((len(lens), candidates), -9, dtype=torch.int32)
         list_candidates(torch.from_numpy(keys), torch.from_numpy(seq_lens), positions=expected)
         assert np.array_equal(got, expected.numpy())
@@ -122,16 +129,21 @@ def test_candidates_are_the_best_keys_and_the_newest_tokens(tmp_path: pathlib.Pa
 
 
 @COMPILER
-def test_candidates_come_from_all_blocks_and_from_keys_that_none_holds(tmp_path: pathlib.Path) -> None:
-    library = compiled(tmp_path, "sketch_candidates")
-    library.list_rows.restype = ctypes.c_bool
-    candidates, room = 4096, 2100 * PAGE
+@pytest.mark.parametrize(
+    ("blocks", "pages"),
+    [(1, 1500), (2, 1200), (8, 2100)],  # a warp has six chunks, more than it holds; three; two, and some warps none
+)
+def test_candidates_come_from_all_blocks_and_from_keys_that_none_holds(
+    lister: ctypes.CDLL, blocks: int, pages: int
+) -> None:
+    candidates, room = 4096, pages * PAGE
     random = np.random.default_rng(0)
-    crowded = (random.normal(0, 900, room) + 0x9000).clip(0, 0xFFFF)
-    keys = aligned(np.stack([crowded, crowded // 512 * 512]), np.uint16)
-    lens = [room - 1, room - 70]
-    got = torch.full((2, candidates), -9, dtype=torch.int32)
-    call(library.list_rows, keys, np.asarray(lens, np.int32), got.numpy(), room, candidates, 2)
+    crowded = (random.normal(0, 900, room) + 0x9000).clip(0, 0xFFFE)
+    bunched = crowded + 3000 * (np.arange(room) // 500 % 40 == 7)  # whole runs of lanes are chosen
+    keys = aligned(np.stack([crowded, crowded // 512 * 512, bunched]), np.uint16)
+    lens = [room - 1, room - 70, room]
+    got = torch.full((len(lens), candidates), -9, dtype=torch.int32)
+    call(lister.list_rows, keys, np.asarray(lens, np.int32), got.numpy(), room, candidates, len(lens), blocks)
     _expect_by_definition(keys, lens, got)
 
 

@@ -11,6 +11,11 @@ __device__ __forceinline__ int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+__device__ __forceinline__ int cluster_blocks() {
+  int blocks;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));
+  return blocks;
+}
 // Meets all threads of the cluster in two steps, between which a thread may do other things. Barriers that were initialised and fenced
 // before the first are there for all of them after the second.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
@@ -19,11 +24,11 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// A block's own T in shared memory, and that of another block of the cluster.
+// A block's own T, which is all of its dynamic shared memory, and that of another block of the cluster.
 template <class T>
 __device__ __forceinline__ T& shared() {
-  __shared__ T own;
-  return own;
+  extern __shared__ __align__(1024) uint8_t dynamic[];
+  return *reinterpret_cast<T*>(dynamic);
 }
 template <class T>
 __device__ __forceinline__ T& shared_of(int rank) {

@@ -1,9 +1,11 @@
 // The candidates of decode rows: the C tokens of the highest score keys, the newest tokens always among them. One cluster a row.
 //
-// A histogram of one key in eight gives a bound that the cut hardly lies below; a second one, of the few keys above it, finds the cut.
-// (Counting all keys was what bound this: they crowd in few bins.) Where the bound was too high, or the cut far above it, a histogram of
-// all keys gives another. Histograms are summed over the cluster. Then each warp counts what it has above the cut and on it, and lists
-// that in the order of positions, so that among equal keys the earlier tokens are in.
+// A sample of the row's keys gives a bound that the cut hardly lies below. A lane marks what it has from there on, a bit for each of its
+// 32 neighbouring keys, and counts the marked ones in a histogram; the blocks add up one another's and find the cut. Then lanes mark what
+// they have above the cut and on it, and list that in the order of positions, so that among equal keys the earlier tokens are in. Where
+// the bound was too high, or the cut far above it, a coarse histogram of all keys gives another bound.
+#include <array>
+
 #include "cluster.cuh"
 #include "launch.cuh"
 #include "mma_sync.cuh"
@@ -13,12 +15,14 @@
 namespace misa {
 namespace {
 
-constexpr int BLOCKS = 8, THREADS = 512, WARPS = THREADS / 32, PAGE = 64;  // of a cluster, and of each of its blocks
-constexpr int RESIDENT = 4;                                               // blocks of a multiprocessor: 64 clusters run at once
-constexpr int EACH = 8;                                                   // keys that a lane loads at once
-constexpr int LOADS = 4;                                                  // whose keys a block keeps
-constexpr int COARSE_SHIFT = 5, BINS = 2048, OWN_BINS = BINS / BLOCKS;     // the coarse bins take keys of 16 bits
-static_assert(OWN_BINS <= THREADS && OWN_BINS % 32 == 0 && BINS << COARSE_SHIFT == 1 << 16);
+constexpr int MOST_BLOCKS = 8;             // of a cluster
+constexpr int THREADS = 512, WARPS = THREADS / 32;
+constexpr int PAGE = 64;
+constexpr int RUN = 32, EACH = 8;          // neighbouring keys of a lane, and of them those that it loads at once
+constexpr int CHUNK = 32 * RUN, HELD = 4;  // keys of a warp at a time, and how often it has room for so many
+constexpr int SAMPLE = 1024;
+constexpr int COARSE_SHIFT = 5, BINS = 2048, OWN_BINS = BINS / THREADS;  // the coarse bins take keys of 16 bits
+static_assert(OWN_BINS == 4 && BINS << COARSE_SHIFT == 1 << 16 && SAMPLE % THREADS == 0 && SAMPLE == 1 << 10);
 
 struct Candidates {
   const uint16_t* scores;  // [R, room]
@@ -28,163 +32,224 @@ struct Candidates {
   int candidates;
 };
 
+struct Marks {
+  uint32_t above, ties;  // of the cut
+};
+struct Found {
+  uint32_t bin, above, inside;  // where the wanted key is, and keys in higher bins and in that one
+};
 struct Count {
-  uint32_t above, ties;
+  uint32_t above, ties, earlier;  // the last: above the cut in the blocks before this one
 };
 
 struct Smem {
-  uint4 keys[LOADS][THREADS];
-  uint32_t bins[BINS];      // of this block's keys
+  alignas(16) uint16_t keys[WARPS][HELD][CHUNK];
+  uint4 bins[BINS / OWN_BINS];
+  uint64_t landed[WARPS][HELD];
+  Found found;
+  uint32_t earlier_ties;
   uint32_t scan[WARPS];
-  uint32_t totals[BLOCKS];  // keys in the part of the bins that each block sums up
-  uint32_t bin, above, inside;  // where the wanted key is, and keys in higher bins and in that one
-  Count warps[WARPS], blocks[BLOCKS];
+  Count warps[WARPS];
 };
 
-__device__ __forceinline__ uint32_t key_of(const uint4& eight, int i) {
-  const uint32_t pair = i < 2 ? eight.x : i < 4 ? eight.y : i < 6 ? eight.z : eight.w;
-  return i % 2 ? pair >> 16 : pair & 0xFFFF;
+__device__ __forceinline__ uint32_t part(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y
+                                                                                    : i == 2   ? v.z
+                                                                                               : v.w; }
+
+// Which of a lane's keys reach a bound: a bit each, in their order.
+__device__ __forceinline__ uint32_t reaching(const uint16_t* run, uint32_t bound) {
+  constexpr uint32_t HIGHEST = 0x80008000u;  // bits of two keys
+  const uint32_t low = (bound & 0x7FFF) * 0x10001u, low_half = bound >> 15 ? 0u : ~0u;
+  const auto reach = [&](uint32_t two) {  // in the highest bits
+    const uint32_t rest = (two | HIGHEST) - low;
+    return (two & rest) | (low_half & (two | rest));
+  };
+  uint32_t marks = 0;
+#pragma unroll
+  for (int i = 0; i < RUN / EACH; ++i) {
+    const int piece = (i + threadIdx.x % 32 / 2) % (RUN / EACH);  // lanes differ, and with that banks
+    const uint4 eight = reinterpret_cast<const uint4*>(run)[piece];
+    const uint32_t first = sm90::pick_bytes<0x7531>(reach(eight.x), reach(eight.y)), last = sm90::pick_bytes<0x7531>(reach(eight.z), reach(eight.w));
+    const uint32_t spread = (first >> 4 & 0x08080808u) | (last & 0x80808080u);
+    marks |= (spread * 0x00204081u >> 24) << piece * EACH;  // the product moves all eight into the highest byte
+  }
+  return marks;
 }
 
-// Finds the bin of the cluster's histogram in which the `need`-th largest key lies (s.bin, s.above, s.inside); the lowest one if there are fewer.
-// Each block sums up a part of the bins, the first one the highest; whose part holds the key tells the others.
-__device__ void find_bin(Smem& s, uint32_t need) {
-  const int rank = sm90::cluster_rank(), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int bin = BINS - 1 - rank * OWN_BINS - int(threadIdx.x);
-  sm90::cluster_sync();
-  uint32_t own = 0;
-  if (threadIdx.x < OWN_BINS) {
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) own += sm90::shared_of<Smem>(b).bins[bin];
-  }
-  const uint32_t in_warp = warp_sum_up(own, lane);
-  if (lane == 31) s.scan[warp] = in_warp;
+// Finds the bin in which the `need`-th largest key lies; the lowest one if there are fewer. A thread has four neighbouring bins, the first
+// thread the highest ones.
+__device__ void find_bin(Smem& s, uint32_t need, const uint4& own) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t all = own.x + own.y + own.z + own.w, upto = warp_sum_up(all, lane);
+  if (lane == 31) s.scan[warp] = upto;
   __syncthreads();
-  const uint32_t upto = __reduce_add_sync(~0u, lane < warp ? s.scan[lane] : 0u) + in_warp;
-  if (threadIdx.x == OWN_BINS - 1) {
+  uint32_t above = __reduce_add_sync(~0u, lane < warp ? s.scan[lane] : 0u) + upto - all;
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) sm90::shared_of<Smem>(b).totals[rank] = upto;
+  for (int i = OWN_BINS - 1; i >= 0; --i) {
+    const uint32_t bin = BINS - (threadIdx.x + 1) * OWN_BINS + i, inside = part(own, i);
+    if (above < need && (above + inside >= need || bin == 0)) s.found = {bin, above, inside};
+    above += inside;
   }
-  sm90::cluster_sync();
-  uint32_t before = upto - own;
-  for (int b = 0; b < rank; ++b) before += s.totals[b];
-  if (threadIdx.x < OWN_BINS && before < need && (before + own >= need || bin == 0)) {
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      Smem& other = sm90::shared_of<Smem>(b);
-      other.bin = bin, other.above = before, other.inside = own;
-    }
-  }
-  sm90::cluster_sync();
+  __syncthreads();
 }
 
-__global__ void __launch_bounds__(THREADS, RESIDENT) candidates_kernel(const Candidates in) {
+__global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates in) {
   Smem& s = sm90::shared<Smem>();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = sm90::cluster_rank();
-  const int row = blockIdx.x / BLOCKS, thread = rank * THREADS + threadIdx.x;  // of the cluster
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = sm90::cluster_rank(), blocks = sm90::cluster_blocks();
+  const int row = blockIdx.x / blocks, thread = rank * THREADS + threadIdx.x;  // of the cluster
   const int length = __ldg(in.lens + row);
   int32_t* positions = in.positions + int64_t(row) * in.candidates;
-  sm90::launch_wait();  // rows of this step may still be read by the launch before last
-  sm90::launch_next();
   if (length <= in.candidates) {
-    for (int i = thread; i < length; i += BLOCKS * THREADS) positions[i] = i;
+    sm90::launch_wait();  // rows of this step may still be read by the launch before last
+    sm90::launch_next();
+    for (int i = thread; i < length; i += blocks * THREADS) positions[i] = i;
     return;
   }
   const int scored = sketched_pages(length) * PAGE;
   const uint32_t wanted = in.candidates - (length - scored);
-  for (int i = thread; i < length - scored; i += BLOCKS * THREADS) positions[wanted + i] = scored + i;
 
-  // A warp has a run of whole pages, so of whole loads.
+  // A warp has a run of chunks; where it has room for all of them they come once, otherwise anew each time that all are looked at.
   const uint16_t* scores = in.scores + row * in.room;
-  const int share = (scored / PAGE + BLOCKS * WARPS - 1) / (BLOCKS * WARPS) * PAGE;
-  const int from = min((rank * WARPS + warp) * share, scored), to = min(from + share, scored);
-  const auto load = [&](int base) { return __ldcg(reinterpret_cast<const uint4*>(scores + base)); };
-  uint4 first[LOADS];
-#pragma unroll
-  for (int i = 0; i < LOADS; ++i) first[i] = load(min(from + (i * 32 + lane) * EACH, scored - EACH));
-#pragma unroll
-  for (int i = 0; i < LOADS; ++i) s.keys[i][threadIdx.x] = first[i];
-  const auto keys_at = [&](int i, int base) { return i < LOADS ? s.keys[i][threadIdx.x] : load(base); };
-  const auto each = [&](const auto& visit) {
-    for (int i = 0, base = from + lane * EACH; base < to; ++i, base += 32 * EACH) visit(keys_at(i, base));
-  };
-  const auto clear = [&] {
-    for (int i = threadIdx.x; i < BINS; i += THREADS) s.bins[i] = 0;
-    __syncthreads();
-  };
-  // A key that `need` of every `step`-th one reach, but for the bits of a coarse bin.
-  const auto bound = [&](int step, uint32_t need) {
-    clear();
-    each([&](const uint4& eight) {
-#pragma unroll
-      for (int i = 0; i < EACH; ++i)
-        if (i % step == 0) atomicAdd(&s.bins[key_of(eight, i) >> COARSE_SHIFT], 1u);
-    });
-    find_bin(s, need);
-    return s.bin << COARSE_SHIFT;
-  };
-  // Whether the cut lies less than BINS above `lo`: in s.bin then.
-  const auto cut_above = [&](uint32_t lo) {
-    clear();
-    each([&](const uint4& eight) {
-#pragma unroll
-      for (int i = 0; i < EACH; ++i)
-        if (key_of(eight, i) >= lo) atomicAdd(&s.bins[min(key_of(eight, i) - lo, BINS - 1u)], 1u);
-    });
-    find_bin(s, wanted);
-    return s.above + s.inside >= wanted && s.bin < BINS - 1;
-  };
-  const uint32_t expected = wanted / EACH;  // in a sample of every eighth key
-  uint32_t lo = bound(EACH, expected + 4 * uint32_t(sqrtf(expected)));
-  if (!cut_above(lo)) lo = bound(1, wanted), cut_above(lo);
-  const uint32_t cut = lo + s.bin, need = wanted - s.above;  // `need` keys equal to the cut, and all above it
-
-  Count count{};
-  each([&](const uint4& eight) {
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) count.above += key_of(eight, i) > cut, count.ties += key_of(eight, i) == cut;
-  });
-  count = {__reduce_add_sync(~0u, count.above), __reduce_add_sync(~0u, count.ties)};
-  if (lane == 0) s.warps[warp] = count;
-  __syncthreads();
-  const auto sum = [&](const Count* counts, int n) {  // of the first n
-    const Count own = lane < n ? counts[lane] : Count{};
-    return Count{__reduce_add_sync(~0u, own.above), __reduce_add_sync(~0u, own.ties)};
-  };
-  if (warp == 0) {
-    const Count all = sum(s.warps, WARPS);
-    if (lane < BLOCKS) sm90::shared_of<Smem>(lane).blocks[rank] = all;
-  }
-  sm90::cluster_sync();
-  const Count blocks = sum(s.blocks, rank), warps = sum(s.warps, warp);
-  uint32_t above = blocks.above + warps.above, ties = blocks.ties + warps.ties;
-
-  for (int i = 0, base = from + lane * EACH; base - lane * EACH < to; ++i, base += 32 * EACH) {
-    uint4 eight{};
-    if (base < to) eight = keys_at(i, base);
-    uint32_t own = 0;  // above in the lower half, ties in the upper one
-    if (base < to) {
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) own += (key_of(eight, i) > cut) + (key_of(eight, i) == cut) * 0x10000u;
+  const int chunks = (scored + blocks * WARPS * CHUNK - 1) / (blocks * WARPS * CHUNK);
+  const int from = min((rank * WARPS + warp) * chunks * CHUNK, scored), to = min(from + chunks * CHUNK, scored);
+  const bool held = chunks <= HELD;
+  const uint32_t landed = sm90::smem_address(s.landed[warp]);
+  const auto fetch = [&](int turn) {
+    const int first = from + turn % chunks * CHUNK, bytes = max(min(CHUNK, to - first), 0) * int(sizeof(uint16_t));
+    if (lane == 0) {
+      sm90::barrier_arrive_expect(landed + turn % HELD * 8, bytes);
+      if (bytes) sm90::copy_run(sm90::smem_address(s.keys[warp][turn % HELD]), scores + first, bytes, landed + turn % HELD * 8);
     }
-    const uint32_t upto = warp_sum_up(own, lane), all = __shfl_sync(~0u, upto, 31);
-    uint32_t before = above + ((upto - own) & 0xFFFF), equal = ties + ((upto - own) >> 16);
-    if (own) {
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        const uint32_t key = key_of(eight, i);
-        if (key > cut || (key == cut && equal < need)) positions[before + min(equal, need)] = base + i;
-        before += key > cut, equal += key == cut;
+  };
+  int turn = 0;  // of the next chunk
+  // Hands over the first position of this lane's keys of each chunk, the keys, and all bits if there are any. It gives back what came of the keys.
+  const auto each = [&](bool is_last, const auto& use) {
+    if (held) turn = 0;
+    for (int chunk = 0; chunk < chunks; ++chunk, ++turn) {
+      sm90::barrier_wait(landed + turn % HELD * 8, turn / HELD % 2);
+      const int first = from + chunk * CHUNK + lane * RUN;
+      const uint32_t marks = use(first, s.keys[warp][turn % HELD] + lane * RUN, first < to ? ~0u : 0u);
+      if (!held && (!is_last || chunk + HELD < chunks)) {
+        __any_sync(~0u, marks);  // waits for all lanes' loads; a copy would not
+        fetch(turn + HELD);
       }
     }
-    above += all & 0xFFFF, ties += all >> 16;
+  };
+  if (lane < HELD) sm90::barrier_init(landed + lane * 8, 1);
+  sm90::barrier_init_fence();
+  s.bins[threadIdx.x] = {};
+  __syncwarp();
+  sm90::launch_wait();
+  sm90::launch_next();
+  for (int i = 0; i < min(HELD, chunks); ++i) fetch(i);
+
+  uint32_t* bins = &s.bins[0].x;
+  uint4& own_bins = s.bins[THREADS - 1 - threadIdx.x];
+  uint32_t sample[SAMPLE / THREADS];
+#pragma unroll
+  for (int i = 0; i < SAMPLE / THREADS; ++i) {
+    const uint32_t number = i * THREADS + threadIdx.x;
+    const uint32_t fraction = number << 22 | number * 0x9E3779B1u >> 10;  // of the row: hashed, as keys may repeat with a period
+    sample[i] = __ldcg(scores + (uint64_t(fraction) * uint32_t(scored) >> 32));
   }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < SAMPLE / THREADS; ++i) atomicAdd(&bins[sample[i] >> COARSE_SHIFT], 1u);
+  __syncthreads();
+  const uint32_t expected = wanted * uint64_t(SAMPLE) / scored;
+  uint4 own = own_bins;
+  own_bins = {};
+  find_bin(s, expected + 4 * uint32_t(sqrtf(expected)) + 1, own);
+  uint32_t bound = s.found.bin << COARSE_SHIFT;
+
+  uint4 earlier;  // keys of this thread's bins in the blocks before this one
+  for (bool is_coarse = false;;) {
+    const int shift = is_coarse ? COARSE_SHIFT : 0;
+    each(false, [&](int, const uint16_t* run, uint32_t valid) {
+      const uint32_t marks = reaching(run, bound) & valid;
+      for (uint32_t left = marks; left; left &= left - 1) atomicAdd(&bins[min((run[__ffs(left) - 1] - bound) >> shift, BINS - 1u)], 1u);
+      return marks;
+    });
+    sm90::cluster_sync();
+    own = earlier = {};
+#pragma unroll
+    for (int b = 0; b < MOST_BLOCKS; ++b)
+      if (b < blocks) {
+        const uint4 theirs = sm90::shared_of<Smem>(b).bins[THREADS - 1 - threadIdx.x];
+        own.x += theirs.x, own.y += theirs.y, own.z += theirs.z, own.w += theirs.w;
+        if (b < rank) earlier.x += theirs.x, earlier.y += theirs.y, earlier.z += theirs.z, earlier.w += theirs.w;
+      }
+    find_bin(s, wanted, own);
+    const Found found = s.found;
+    if (!is_coarse && found.above + found.inside >= wanted && found.bin < BINS - 1) break;
+    bound = is_coarse ? found.bin << COARSE_SHIFT : 0;
+    is_coarse = !is_coarse;
+    sm90::cluster_sync();  // the others have read
+    own_bins = {};
+    __syncthreads();
+  }
+  sm90::cluster_arrive();  // no block ends before all have read
+  const uint32_t cut = bound + s.found.bin, need = wanted - s.found.above;  // `need` keys equal to the cut, and all above it
+
+  const auto mark = [&](const uint16_t* run, uint32_t valid) {
+    const uint32_t above = reaching(run, cut + 1);
+    return Marks{above & valid, reaching(run, cut) & ~above & valid};
+  };
+  const auto marks_in = [](const uint16_t* run) { return reinterpret_cast<Marks*>(const_cast<uint16_t*>(run)); };  // the place of keys that are done with
+  Count count{};
+#pragma unroll
+  for (int i = 0; i < OWN_BINS; ++i) {
+    const uint32_t bin = BINS - (threadIdx.x + 1) * OWN_BINS + i;
+    if (bin > s.found.bin) count.earlier += part(earlier, i);
+    if (bin == s.found.bin) s.earlier_ties = part(earlier, i);
+  }
+  each(false, [&](int, const uint16_t* run, uint32_t valid) {
+    const Marks marks = mark(run, valid);
+    if (held) *marks_in(run) = marks;
+    count.above += __popc(marks.above), count.ties += __popc(marks.ties);
+    return marks.above | marks.ties;
+  });
+  count = {__reduce_add_sync(~0u, count.above), __reduce_add_sync(~0u, count.ties), __reduce_add_sync(~0u, count.earlier)};
+  if (lane == 0) s.warps[warp] = count;
+  __syncthreads();
+  const Count theirs = lane < WARPS ? s.warps[lane] : Count{};
+  uint32_t above = __reduce_add_sync(~0u, (lane < warp ? theirs.above : 0u) + theirs.earlier);
+  uint32_t ties = __reduce_add_sync(~0u, lane < warp ? theirs.ties : 0u) + s.earlier_ties;
+
+  each(true, [&](int first, const uint16_t* run, uint32_t valid) {
+    Marks marks = held ? *marks_in(run) : mark(run, valid);
+    const uint32_t counts = __popc(marks.above) | __popc(marks.ties) << 16, upto = warp_sum_up(counts, lane);
+    const uint32_t tied = min(ties + (upto - counts >> 16), need);
+    while (tied + __popc(marks.ties) > need) marks.ties ^= 1u << 31 - __clz(marks.ties);  // the earliest ones are in
+    int32_t* next = positions + above + (upto - counts & 0xFFFF) + tied;
+    for (uint32_t left = marks.above | marks.ties; left; left &= left - 1) *next++ = first + __ffs(left) - 1;
+    const uint32_t all = __shfl_sync(~0u, upto, 31);
+    above += all & 0xFFFF, ties += all >> 16;
+    return marks.above | marks.ties;
+  });
+  for (int i = thread; i < length - scored; i += blocks * THREADS) positions[wanted + i] = scored + i;
+  sm90::cluster_wait();
 }
 
 // ---- host
 
+// Blocks of a cluster: as many as let all rows run at once.
+int blocks_of(int64_t rows) {
+  static const std::array<int, 3> most = [] {  // clusters of 2, 4 and 8 blocks that run at once
+    std::array<int, 3> clusters;
+    for (int i = 0; i < 3; ++i) clusters[i] = resident_clusters(candidates_kernel, 2 << i, THREADS, sizeof(Smem));
+    return clusters;
+  }();
+  int blocks = 1;
+  for (const int clusters : most)
+    if (rows <= clusters) blocks *= 2;
+  return blocks;
+}
+
 void candidates(Bytes call, int64_t rows, int64_t stream) {
-  launch_behind("candidates_kernel", candidates_kernel, int(rows) * BLOCKS, THREADS, stream_at(stream), unpack<Candidates>(call), BLOCKS);
+  const int blocks = blocks_of(rows);
+  launch_behind("candidates_kernel", candidates_kernel, int(rows) * blocks, THREADS, stream_at(stream), unpack<Candidates>(call), blocks,
+                sizeof(Smem));
 }
 
 }  // namespace

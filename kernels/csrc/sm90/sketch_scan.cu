@@ -52,13 +52,17 @@ struct Smem {
 
 __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-__device__ __forceinline__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+__device__ __forceinline__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y
+                                                                                    : i == 2   ? v.z
+                                                                                               : v.w; }
 
 // Of the key of a row of operands: how far up its codes stand in their bytes.
 __device__ constexpr int shift_of(int group, int odd) { return (2 * group + odd) % PLANES * BITS; }
 
 __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
+  int lane = threadIdx.x % 32;
+  asm("" : "+r"(lane));  // or the compiler finds it anew for every page
+  const int warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
   const int row = blockIdx.x / in.blocks;
   const int first = ((blockIdx.x % in.blocks) * WARPS + warp) * in.span;
   const int length = __ldg(in.lens + row);
@@ -135,52 +139,56 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
   }
 
   uint32_t* scores = reinterpret_cast<uint32_t*>(in.scores + row * in.room + int64_t(first) * PAGE) + c * 8 + r;
-  for (int p = 0; p < count; ++p) {
-    const int stage = p % STAGES;
-    const uint8_t* page = landing + stage * SKETCH_BYTES;
-    sm90::barrier_wait(landed + stage * 8, p / STAGES % 2);
-    uint4 codes[BITS][2];
+  for (int turn = 0; turn * STAGES < count; ++turn) {
+#pragma unroll(TILES == 1 ? STAGES : 1)  // so that a stage's place is a constant, where registers are left for it
+    for (int stage = 0; stage < STAGES; ++stage) {
+      const int p = turn * STAGES + stage;
+      if (p >= count) break;
+      const uint8_t* page = landing + stage * SKETCH_BYTES;
+      sm90::barrier_wait(landed + stage * 8, turn % 2);
+      uint4 codes[BITS][2];
 #pragma unroll
-    for (int i = 0; i < 2 * BITS; ++i) codes[i / 2][i % 2] = *reinterpret_cast<const uint4*>(page + (i * 32 + lane) * 16);
-    const uint4 scales = *reinterpret_cast<const uint4*>(page + CODE_BYTES + r * 16);
-    float mean_part[TILES][2];
+      for (int i = 0; i < 2 * BITS; ++i) codes[i / 2][i % 2] = *reinterpret_cast<const uint4*>(page + (i * 32 + lane) * 16);
+      const uint4 scales = *reinterpret_cast<const uint4*>(page + CODE_BYTES + r * 16);
+      float mean_part[TILES][2];
 #pragma unroll
-    for (int t = 0; t < TILES; ++t)
+      for (int t = 0; t < TILES; ++t)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) mean_part[t][e] = __shfl_sync(~0u, p < 8 ? with_mean[t][e] : with_mean[t][2 + e], p % 8 * 4 + c);
+        for (int e = 0; e < 2; ++e) mean_part[t][e] = __shfl_sync(~0u, p < 8 ? with_mean[t][e] : with_mean[t][2 + e], p % 8 * 4 + c);
 
-    float sums[4] = {};  // [0] of even key r of group c, [2] of the odd one
+      float sums[4] = {};  // [0] of even key r of group c, [2] of the odd one
 #pragma unroll
-    for (int group = 0; group < 4; ++group) {
-      constexpr uint32_t LOWEST = 0x01010101u * ((1 << BITS) - 1);
-      uint32_t a[STEPS][4];
+      for (int group = 0; group < 4; ++group) {
+        constexpr uint32_t LOWEST = 0x01010101u * ((1 << BITS) - 1);
+        uint32_t a[STEPS][4];
 #pragma unroll
-      for (int i = 0; i < STEPS * 4; ++i)
-        a[i / 4][i % 4] = word(codes[2 * group / PLANES][i / 8], i / 2 % 4) & LOWEST << shift_of(group, i % 2);
-      const uint32_t pair = word(scales, group);
-      const float scale[2] = {low_bf16(pair) / (1 << shift_of(group, 0)), high_bf16(pair) / (1 << shift_of(group, 1))};
+        for (int i = 0; i < STEPS * 4; ++i)
+          a[i / 4][i % 4] = word(codes[2 * group / PLANES][i / 8], i / 2 % 4) & LOWEST << shift_of(group, i % 2);
+        const uint32_t pair = word(scales, group);
+        const float scale[2] = {low_bf16(pair) / (1 << shift_of(group, 0)), high_bf16(pair) / (1 << shift_of(group, 1))};
 #pragma unroll
-      for (int t = 0; t < TILES; ++t) {
-        int d[4];
-        sm90::mma_int8(d, a[0], query[t][0], start[t][group % (PLANES / 2)]);
+        for (int t = 0; t < TILES; ++t) {
+          int d[4];
+          sm90::mma_int8(d, a[0], query[t][0], start[t][group % (PLANES / 2)]);
 #pragma unroll
-        for (int step = 1; step < STEPS; ++step) sm90::mma_int8(d, a[step], query[t][step], d);
-        float active[4];  // twice, but in the residual's column
+          for (int step = 1; step < STEPS; ++step) sm90::mma_int8(d, a[step], query[t][step], d);
+          float active[4];  // twice, but in the residual's column
 #pragma unroll
-        for (int odd = 0; odd < 2; ++odd)
+          for (int odd = 0; odd < 2; ++odd)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float x = fmaf(scale[odd], __int_as_float(d[odd * 2 + e]) - BASE, mean_part[t][e]);
-            if (!(is_linear && t == TILES - 1 && e == 1)) x += fabsf(x);
-            active[e * 2 + odd] = x;
-          }
-        sm90::mma_tf32(sums, active, gate[t][group]);
+            for (int e = 0; e < 2; ++e) {
+              float x = fmaf(scale[odd], __int_as_float(d[odd * 2 + e]) - BASE, mean_part[t][e]);
+              if (!(is_linear && t == TILES - 1 && e == 1)) x += fabsf(x);
+              active[e * 2 + odd] = x;
+            }
+          sm90::mma_tf32(sums, active, gate[t][group]);
+        }
       }
+      scores[p * (PAGE / 2)] = score_keys(sums[0], sums[2]);
+      // Behind what the page's numbers went into: a bulk copy does not wait for loads that are still under way.
+      __syncwarp();
+      if (lane == p + STAGES && lane < count) fetch(stage);
     }
-    scores[p * (PAGE / 2)] = score_keys(sums[0], sums[2]);
-    // Behind what the page's numbers went into: a bulk copy does not wait for loads that are still under way.
-    __syncwarp();
-    if (lane == p + STAGES && lane < count) fetch(stage);
   }
 }
 

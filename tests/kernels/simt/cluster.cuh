@@ -6,6 +6,7 @@ namespace sm90 {
 
 constexpr int BLOCKS_AT_MOST = 8;
 inline int cluster_rank() { return simt::cluster_rank(); }
+inline int cluster_blocks() { return simt::cluster; }
 inline simt::Meeting all_blocks;
 inline std::map<int, long> entered;  // the round that each thread has arrived for
 inline void cluster_arrive() {
