@@ -22,6 +22,9 @@ constexpr int PAGE = 64, DIM = 128;
 constexpr int CODE_BYTES = PAGE * DIM * BITS / 8, SKETCH_BYTES = CODE_BYTES + PAGE * 2;
 constexpr int WARPS = 4;          // of a thread block
 constexpr int STAGES = 4;         // pages on their way to a warp, or read by it
+constexpr int WINDOW = 16;        // pages whose products with their means come at once
+constexpr int WINDOWS = TILES == 1 ? 1 : 2;           // of a warp, at most: with one tile of columns a second costs registers
+constexpr int RESIDENT = TILES <= 2 ? 6 - TILES : 1;  // blocks of a multiprocessor, at least
 constexpr int STEPS = DIM / 32;   // products over 32 dimensions
 constexpr int PLANES = 8 / BITS;  // codes of a byte
 // A whole number below 2²² in size, added to the bits of this float, is added to the float: conversions run at a quarter of the rate.
@@ -41,7 +44,7 @@ struct Scan {
   int columns;
   int residual;             // whether the last column has no ReLU
   int candidates;           // rows of no more tokens are not scored
-  int span;                 // pages of a warp
+  int span;                 // pages of a warp, at most WINDOWS · WINDOW
   int blocks;               // thread blocks of a row
 };
 
@@ -59,7 +62,7 @@ __device__ __forceinline__ uint32_t word(const uint4& v, int i) { return i == 0 
 // Of the key of a row of operands: how far up its codes stand in their bytes.
 __device__ constexpr int shift_of(int group, int odd) { return (2 * group + odd) % PLANES * BITS; }
 
-__global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
+__global__ void __launch_bounds__(WARPS * 32, RESIDENT) scan_kernel(const Scan in) {
   int lane = threadIdx.x % 32;
   asm("" : "+r"(lane));  // or the compiler finds it anew for every page
   const int warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
@@ -86,12 +89,19 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
   sm90::barrier_init_fence();
   __syncwarp();
   if (lane < min(STAGES, count)) fetch(lane);
-  uint4 mean[2][4];  // dimensions 32·c … 32·c + 31 of pages r and r + 8
+  uint4 mean[2][4];  // dimensions 32·c … 32·c + 31 of pages r and r + 8 of a window
+  const auto load_means = [&](int window) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t of = __shfl_sync(~0u, id, min(r + 8 * half, count - 1));
+    for (int half = 0; half < 2; ++half) {
+      const int64_t of = __shfl_sync(~0u, id, min(window + r + 8 * half, count - 1));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) mean[half][i] = sm90::load_once(in.means + of * DIM * 2 + c * 64 + i * 16);
+      for (int i = 0; i < 4; ++i) mean[half][i] = sm90::load_once(in.means + of * DIM * 2 + c * 64 + i * 16);
+    }
+  };
+  load_means(0);
+  if (WINDOWS > 1 && lane >= WINDOW && lane < count) {
+#pragma unroll
+    for (int i = 0; i < DIM * 2; i += 128) sm90::prefetch(in.means + int64_t(id) * DIM * 2 + i);
   }
 
   sm90::launch_wait();
@@ -100,7 +110,6 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
   uint32_t query[TILES][STEPS][2];  // the same dimensions of column 8·t + r
   int start[TILES][PLANES / 2][4];  // of sums of products, as the bits of BASE
   float gate[TILES][4][2];  // for each group of 16 keys; those of a lane's column of sums are its own, the others 0
-  float with_mean[TILES][4] = {};
 #pragma unroll
   for (int t = 0; t < TILES; ++t) {
     const int column = t * 8 + r;
@@ -115,14 +124,6 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
     constexpr uint32_t ONES[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) sm90::mma_int8(sum, ONES, query[t][step], sum);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint2 pairs = sm90::bf16_of_int8(query[t][i / 2][i % 2]);
-      const uint32_t a[4] = {word(mean[0][i / 2], i % 2 * 2), word(mean[1][i / 2], i % 2 * 2), word(mean[0][i / 2], i % 2 * 2 + 1),
-                             word(mean[1][i / 2], i % 2 * 2 + 1)};
-      const uint32_t b[2] = {pairs.x, pairs.y};
-      sm90::mma_bf16(with_mean[t], a, b);
-    }
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int own = t * 8 + c * 2 + e;
@@ -139,55 +140,80 @@ __global__ void __launch_bounds__(WARPS * 32) scan_kernel(const Scan in) {
   }
 
   uint32_t* scores = reinterpret_cast<uint32_t*>(in.scores + row * in.room + int64_t(first) * PAGE) + c * 8 + r;
-  for (int turn = 0; turn * STAGES < count; ++turn) {
-#pragma unroll(TILES == 1 ? STAGES : 1)  // so that a stage's place is a constant, where registers are left for it
-    for (int stage = 0; stage < STAGES; ++stage) {
-      const int p = turn * STAGES + stage;
-      if (p >= count) break;
-      const uint8_t* page = landing + stage * SKETCH_BYTES;
-      sm90::barrier_wait(landed + stage * 8, turn % 2);
-      uint4 codes[BITS][2];
+  float with_mean[TILES][4];
+  const auto multiply_means = [&] {
 #pragma unroll
-      for (int i = 0; i < 2 * BITS; ++i) codes[i / 2][i % 2] = *reinterpret_cast<const uint4*>(page + (i * 32 + lane) * 16);
-      const uint4 scales = *reinterpret_cast<const uint4*>(page + CODE_BYTES + r * 16);
-      float mean_part[TILES][2];
+    for (int t = 0; t < TILES; ++t) {
 #pragma unroll
-      for (int t = 0; t < TILES; ++t)
+      for (int i = 0; i < 4; ++i) with_mean[t][i] = 0.f;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) mean_part[t][e] = __shfl_sync(~0u, p < 8 ? with_mean[t][e] : with_mean[t][2 + e], p % 8 * 4 + c);
-
-      float sums[4] = {};  // [0] of even key r of group c, [2] of the odd one
-#pragma unroll
-      for (int group = 0; group < 4; ++group) {
-        constexpr uint32_t LOWEST = 0x01010101u * ((1 << BITS) - 1);
-        uint32_t a[STEPS][4];
-#pragma unroll
-        for (int i = 0; i < STEPS * 4; ++i)
-          a[i / 4][i % 4] = word(codes[2 * group / PLANES][i / 8], i / 2 % 4) & LOWEST << shift_of(group, i % 2);
-        const uint32_t pair = word(scales, group);
-        const float scale[2] = {low_bf16(pair) / (1 << shift_of(group, 0)), high_bf16(pair) / (1 << shift_of(group, 1))};
-#pragma unroll
-        for (int t = 0; t < TILES; ++t) {
-          int d[4];
-          sm90::mma_int8(d, a[0], query[t][0], start[t][group % (PLANES / 2)]);
-#pragma unroll
-          for (int step = 1; step < STEPS; ++step) sm90::mma_int8(d, a[step], query[t][step], d);
-          float active[4];  // twice, but in the residual's column
-#pragma unroll
-          for (int odd = 0; odd < 2; ++odd)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float x = fmaf(scale[odd], __int_as_float(d[odd * 2 + e]) - BASE, mean_part[t][e]);
-              if (!(is_linear && t == TILES - 1 && e == 1)) x += fabsf(x);
-              active[e * 2 + odd] = x;
-            }
-          sm90::mma_tf32(sums, active, gate[t][group]);
-        }
+      for (int i = 0; i < 8; ++i) {
+        asm("" : "+r"(query[t][i / 2][i % 2]));  // or the compiler keeps the pairs
+        const uint2 pairs = sm90::bf16_of_int8(query[t][i / 2][i % 2]);
+        const uint32_t a[4] = {word(mean[0][i / 2], i % 2 * 2), word(mean[1][i / 2], i % 2 * 2), word(mean[0][i / 2], i % 2 * 2 + 1),
+                               word(mean[1][i / 2], i % 2 * 2 + 1)};
+        const uint32_t b[2] = {pairs.x, pairs.y};
+        sm90::mma_bf16(with_mean[t], a, b);
       }
-      scores[p * (PAGE / 2)] = score_keys(sums[0], sums[2]);
-      // Behind what the page's numbers went into: a bulk copy does not wait for loads that are still under way.
-      __syncwarp();
-      if (lane == p + STAGES && lane < count) fetch(stage);
+    }
+  };
+  multiply_means();
+#pragma unroll 1
+  for (int window = 0; window < count; window += WINDOW) {
+    for (int turn = window / STAGES; turn < (window + WINDOW) / STAGES && turn * STAGES < count; ++turn) {
+#pragma unroll(TILES == 1 ? STAGES : 1)  // so that a stage's place is a constant, where registers are left for it
+      for (int stage = 0; stage < STAGES; ++stage) {
+        const int p = turn * STAGES + stage;
+        if (p >= count) break;
+        const uint8_t* page = landing + stage * SKETCH_BYTES;
+        sm90::barrier_wait(landed + stage * 8, turn % 2);
+        uint4 codes[BITS][2];
+#pragma unroll
+        for (int i = 0; i < 2 * BITS; ++i) codes[i / 2][i % 2] = *reinterpret_cast<const uint4*>(page + (i * 32 + lane) * 16);
+        const uint4 scales = *reinterpret_cast<const uint4*>(page + CODE_BYTES + r * 16);
+        float mean_part[TILES][2];
+#pragma unroll
+        for (int t = 0; t < TILES; ++t)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) mean_part[t][e] = __shfl_sync(~0u, p % WINDOW < 8 ? with_mean[t][e] : with_mean[t][2 + e], p % 8 * 4 + c);
+
+        float sums[4] = {};  // [0] of even key r of group c, [2] of the odd one
+#pragma unroll
+        for (int group = 0; group < 4; ++group) {
+          constexpr uint32_t LOWEST = 0x01010101u * ((1 << BITS) - 1);
+          uint32_t a[STEPS][4];
+#pragma unroll
+          for (int i = 0; i < STEPS * 4; ++i)
+            a[i / 4][i % 4] = word(codes[2 * group / PLANES][i / 8], i / 2 % 4) & LOWEST << shift_of(group, i % 2);
+          const uint32_t pair = word(scales, group);
+          const float scale[2] = {low_bf16(pair) / (1 << shift_of(group, 0)), high_bf16(pair) / (1 << shift_of(group, 1))};
+#pragma unroll
+          for (int t = 0; t < TILES; ++t) {
+            int d[4];
+            sm90::mma_int8(d, a[0], query[t][0], start[t][group % (PLANES / 2)]);
+#pragma unroll
+            for (int step = 1; step < STEPS; ++step) sm90::mma_int8(d, a[step], query[t][step], d);
+            float active[4];  // twice, but in the residual's column
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd)
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                float x = fmaf(scale[odd], __int_as_float(d[odd * 2 + e]) - BASE, mean_part[t][e]);
+                if (!(is_linear && t == TILES - 1 && e == 1)) x += fabsf(x);
+                active[e * 2 + odd] = x;
+              }
+            sm90::mma_tf32(sums, active, gate[t][group]);
+          }
+        }
+        scores[p * (PAGE / 2)] = score_keys(sums[0], sums[2]);
+        // Behind what the page's numbers went into: a bulk copy does not wait for loads that are still under way.
+        __syncwarp();
+        if (lane == p + STAGES && lane < count) fetch(stage);
+      }
+    }
+    if (WINDOWS > 1 && window + WINDOW < count) {
+      load_means(window + WINDOW);
+      multiply_means();
     }
   }
 }

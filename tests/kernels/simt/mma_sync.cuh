@@ -55,6 +55,7 @@ uint32_t pick_bytes(uint32_t low, uint32_t high) {
   }
   return picked;
 }
+inline void prefetch(const void*) {}
 inline uint4 load_once(const void* global) { return *static_cast<const uint4*>(global); }
 
 }  // namespace sm90
