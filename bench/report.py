@@ -4,8 +4,8 @@
 
 Writes README.md and the figures beside the CSVs, and, between the markers `<!-- NAME -->` and `<!-- /NAME -->` of a
 page that has them, the table NAME: `measured` in docs/measured.md and the README, `quality` and `needles` in
-docs/quality.md. A table of kernels holds one GPU and, of each preset, one commit, the last one in the file; the newest
-row of a case wins.
+docs/quality.md, `watching` in docs/operations.md. A table of kernels holds one GPU and, of each preset, one commit, the
+last one in the file; the newest row of a case wins.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ def read(path: Path) -> list[Record]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def read_json(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON list; none where it does not exist."""
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def newest(rows: Iterable[Record]) -> list[Record]:
@@ -168,19 +173,8 @@ def end_to_end(rows: Sequence[Record]) -> list[Table]:
                 stock, ours = (statistics.median(float(r[column]) for r in arms[a]) * unit for a in ("stock", arm))
                 line += [f"{stock:.3g}", f"{ours:.3g}", f"{stock / ours:.2f}"]
             cells.append(line)
-    columns = [
-        "GPU",
-        "prompt",
-        "clients",
-        "arm",
-        "requests",
-        "TTFT stock, s",
-        "ours",
-        "×",
-        "TPOT stock, ms",
-        "ours",
-        "×",
-    ]
+    times = ["TTFT stock, s", "ours", "×", "TPOT stock, ms", "ours", "×"]
+    columns = ["GPU", "prompt", "clients", "arm", "requests", *times]
     note = "One of eight ranks of DeepSeek-V3.2 with random weights, through HTTP; medians of requests."
     return [Table("Through the server", columns, cells, note)] if cells else []
 
@@ -195,19 +189,9 @@ def quality_tables(rows: Sequence[Record]) -> list[Table]:
             shown = front[:: max(1, -(-len(front) // KEPT))] + [row for row in own if _presets(row, phase)]
             unique = {tuple(row.values()): row for row in sorted(shown, key=lambda row: float(row[cost]))}.values()
             columns = ["preset", "selection", "columns", f"{cost} / stock's", "recall", "p10", "worst layer", "front"]
+            numbers = ("columns", cost, "recall", "p10", "worst_layer")
             cells = [
-                [
-                    *(
-                        _presets(r, phase),
-                        _selection(r),
-                        r["columns"],
-                        r[cost],
-                        r["recall"],
-                        r["p10"],
-                        r["worst_layer"],
-                    ),
-                    "yes" if r["front"] == "1" else "",
-                ]
+                [_presets(r, phase), _selection(r), *(r[name] for name in numbers), "yes" if r["front"] == "1" else ""]
                 for r in unique
             ]
             if cells:
@@ -235,6 +219,20 @@ def needle_tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
         note = f"{depths} depths, from the start (0 %) to the end of the text (100 %); commit {commits}."
         found.append(Table(f"Needles found by {model}", ["tokens", *arms], cells, note))
     return found
+
+
+def watching_tables(looks: Sequence[dict[str, Any]]) -> list[Table]:
+    """What watching costs, a line for each look."""
+    cells = []
+    for look in looks:
+        share = "" if look["share"] is None else f"{look['share']:.2%} of {look['step_ms']:g} ms"
+        times = (f"{look[column]:.0f}" for column in ("gpu_us", "host_us"))
+        cells.append([look["look"], f"{look['looks_a_step']:.3g}", *times, share, f"{look['budget']:.1%}"])
+    if not looks:
+        return []
+    shape = ", ".join(f"{name} {looks[0][name]}" for name in ("preset", "rows", "length", "layers", "audited", "every"))
+    columns = ["look", "in a step", "GPU, µs", "host, µs", "share", "at most"]
+    return [Table("Watching", columns, cells, f"{environment(looks)} {shape}.")]
 
 
 def _presets(row: Record, phase: Phase) -> str:
@@ -368,12 +366,13 @@ def main(words: Sequence[str] | None = None) -> int:
     (options.results / "README.md").write_text("\n\n".join([*sections, *served]) + "\n")
     plot(rows, options.results)
     quality = "\n\n".join(map(str, quality_tables(read(options.results / "selection.csv"))))
-    listed = options.results / "needles.json"
-    needles = "\n\n".join(map(str, needle_tables(json.loads(listed.read_text()) if listed.exists() else [])))
+    needles = "\n\n".join(map(str, needle_tables(read_json(options.results / "needles.json"))))
+    watching = "\n\n".join(map(str, watching_tables(read_json(options.results / "watching.json"))))
     for page, name, text in (
         (options.docs / "measured.md", "measured", "\n\n".join([summary(rows), *served])),
         (options.docs / "quality.md", "quality", quality),
         (options.docs / "quality.md", "needles", needles),
+        (options.docs / "operations.md", "watching", watching),
         (options.readme, "measured", summary(rows)),
     ):
         if page.exists() and text:

@@ -27,6 +27,12 @@ def event_us(calls: Sequence[Callable[[], object]], repeats: int = 15, flush_byt
     return _median_us(calls, repeats, before=prepare)
 
 
+def synchronize(device: str) -> None:
+    """Wait for `device`, if it is one to wait for."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
 def host_us(call: Callable[[], object], repeats: int = 15) -> float:
     """Median µs that the host needs to launch `call`."""
     times = []

@@ -2,78 +2,151 @@
 
     python -m sglang_misa.bench.watching [--preset faithful] [--rows 16] [--length 131072] [--step-ms MS] …
 
-One layer of made-up requests, the classes that serve. The canary (`--misa-verify-stats`) looks at each step: `gpu_us`
-is what its kernels take, `host_us` what the scheduler's thread does, which may run ahead of the GPU. The audit
-(`--misa-audit-rows`) looks at one replay of a decode graph in `--every`, and at one prefill call of a layer in as many;
-the host waits for it, so `wall_us` is all of it. `share` is a look, spread over the steps between two of them, by a
-step's time as you have measured it on your server (`--step-ms`; `--chunk-ms` of a prefill chunk of `--layers` layers).
+One layer of made-up requests, the classes that serve; nothing is timed before each look has found what it must. The
+canary (`--misa-verify-stats`) looks at each step. The audit (`--misa-audit-rows`) looks at one replay of a decode graph
+in `--every`, and at one prefill call of a layer in as many. `gpu_us` is what a look's kernels take, `host_us` how long
+it holds the scheduler's thread, which runs ahead of the GPU for the canary and waits for it in an audit. `share` is the
+time of a step that a look takes, spread over the steps between two of them: that of the GPU for the canary, both for an
+audit. A step's time is what you have measured on your server (`--step-ms`; `--chunk-ms` of a prefill chunk of
+`--layers` layers).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import logging
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 
 from sglang_misa import versions
-from sglang_misa.arguments import at_least
+from sglang_misa.arguments import at_least, file_to_write
+from sglang_misa.bench import check, kernels, timing
 from sglang_misa.bench import layer as bench
-from sglang_misa.bench.timing import event_us, host_us, wall_us
-from sglang_misa.call import Run
-from sglang_misa.canary import Canary
-from sglang_misa.config import PRESETS, Audit
+from sglang_misa.call import Output, Run
+from sglang_misa.canary import SAMPLE, Canary, StaleStatistics
+from sglang_misa.config import PRESETS, Audit, Phase
 from sglang_misa.kernels.layout import PAGE
+from sglang_misa.metrics import recorder
 from sglang_misa.runtime import Runtime
 from sglang_misa.selection import Selector
 
 INDEX_HEADS, CHUNK = 64, 8192
+BUDGETS = {"canary": 0.005, "audit": 0.01}  # of a step
+NEAR = 1e-3  # of recall: two of the 2048 tokens, as rounding decides at the cut
 
 
-def watched(preset: str, shape: bench.Shape, audited: int) -> tuple[bench.Layer, Selector]:
-    """A layer whose page statistics are there, and what selects in it: it audits `audited` rows of every call."""
-    layer = bench.Layer.make(shape)
-    config = PRESETS[preset].model_copy(update={"audit": Audit(rows=audited, every=1)})
-    serving = Selector(
-        Runtime(config, INDEX_HEADS, bench.TOPK, shape.length, shape.device, rank=0, ranks=1), [layer.index_k_pages]
-    )
-    serving.engine.pages_written(0, torch.arange(len(layer.index_k_pages), device=shape.device) * PAGE + PAGE - 1)
-    return layer, serving
+@dataclass(frozen=True)
+class Look:
+    """What one look costs, and the share of a step's time that is, where that is known."""
+
+    look: str
+    gpu_us: float
+    host_us: float
+    looks_a_step: float  # on average
+    step_ms: float | None
+    share: float | None
+    budget: float
+
+    @classmethod
+    def of(cls, look: str, gpu_us: float, host_us: float, looks: float, step_ms: float | None) -> Look:
+        kind = look.split(",")[0]
+        us = gpu_us if kind == "canary" else host_us
+        share = None if step_ms is None else round(us * looks / step_ms / 1e3, 6)
+        return cls(look, round(gpu_us, 1), round(host_us, 1), looks, step_ms, share, BUDGETS[kind])
+
+    def __str__(self) -> str:
+        told = f"{self.look:<16} gpu_us={self.gpu_us:<8} host_us={self.host_us:<8}"
+        return told if self.share is None else f"{told} share={self.share:.3%} of at most {self.budget:.1%}"
 
 
-def canary_us(preset: str, rows: int, length: int) -> tuple[float, float]:
-    """(GPU, host) µs of the canary's look at a step of `rows` requests."""
-    layer, serving = watched(preset, bench.Shape("decode", INDEX_HEADS, rows, length, "random"), 0)
-    place = torch.arange(length, device="cuda")
-    req_to_token = layer.page_table[:, place // PAGE] * PAGE + (place % PAGE).int()
-    canary, ids = Canary(serving.engine, [0], "raise"), torch.arange(rows, device="cuda")
-    names = [str(row) for row in range(rows)]
+@dataclass(frozen=True)
+class Watched:
+    """A layer whose page statistics are there, where every row has selected its newest tokens."""
 
-    def look() -> None:
-        canary.step(req_to_token, ids, layer.seq_lens, names)
+    layer: bench.Layer
+    serving: Selector
+    output: Output
 
-    return event_us([look])[0], host_us(look)
+    @classmethod
+    def make(cls, preset: str, shape: bench.Shape, audited: int) -> Watched:
+        """Of a server that audits `audited` rows of every call."""
+        layer = bench.Layer.make(shape)
+        config = PRESETS[preset].model_copy(update={"audit": Audit(rows=audited, every=1)})
+        runtime = Runtime(config, INDEX_HEADS, bench.TOPK, shape.length, shape.device, rank=0, ranks=1)
+        serving = Selector(runtime, [layer.index_k_pages])
+        serving.engine.pages_written(0, torch.arange(len(layer.index_k_pages), device=shape.device) * PAGE + PAGE - 1)
+        ids = torch.empty(shape.rows, bench.TOPK, dtype=torch.int32, device=shape.device)
+        output = Output(ids, layer.page_table, layer.row_batch)
+        newest = torch.arange(1, bench.TOPK + 1, device=shape.device)
+        ids.copy_(output.of(layer.seq_lens.long().unsqueeze(1) - newest))
+        return cls(layer, serving, output)
+
+    def canary(self) -> Callable[[], None]:
+        """A look of a canary at a step of all requests. Raises RuntimeError where it misses a bit, or tells of none."""
+        length, device = self.layer.shape.length, self.layer.shape.device
+        place, rows = torch.arange(length, device=device), torch.arange(len(self.layer.page_table), device=device)
+        req_to_token = self.layer.page_table[:, place // PAGE] * PAGE + (place % PAGE).int()
+        step = req_to_token, rows, self.layer.seq_lens, [str(row) for row in rows.tolist()]
+
+        def finds() -> bool:
+            canary = Canary(self.serving.engine, [0], "raise")
+            try:
+                for _ in range(2):  # at the second it is told what it saw at the first
+                    canary.step(*step)
+                    timing.synchronize(device)
+            except StaleStatistics:
+                return True
+            return False
+
+        for kind in self.serving.engine.stats.kinds(0):
+            for flipped in (True, False):
+                kind.view(torch.uint8)[:, -1] ^= 1
+                if finds() != flipped:
+                    raise RuntimeError(f"canary: expected a mismatch where a bit is flipped alone, {flipped=}")
+        canary = Canary(self.serving.engine, [0], "raise")
+        return lambda: canary.step(*step)
+
+    def audit(self, phase: Phase) -> Callable[[], None]:
+        """A look of the audit at a call of all rows. Raises RuntimeError where `check` finds another recall."""
+        auditor, rows, look = self.serving.auditor, self.layer.shape.rows, self._audit(phase)
+        look()
+        told = recorder.status()["recall"][phase]["0"]["recall"]
+        audited = auditor.rows(0, rows) if phase == "prefill" else range(min(auditor.settings.rows, rows))
+        seen = {t: self.layer.row(t, self.serving.engine, 0) for t in audited}
+        chosen = {t: self.layer.positions(t, self.output.ids[t]) for t in audited}
+        expected = statistics.mean(check.recall(seen[t], chosen[t], bench.TOPK) for t in audited)
+        if abs(told - expected) > NEAR:
+            raise RuntimeError(f"audit, {phase}: expected a recall of {expected:.4f}, got {told:.4f}")
+        return look
+
+    def _audit(self, phase: Phase) -> Callable[[], None]:
+        if phase == "decode":
+            step = self.layer.decode_call(0, self.output.ids)
+            return lambda: self.serving.auditor.look_at_decode(step)
+        call = self.layer.extend_call(self.output.ids)
+        return lambda: self.serving.auditor.look_at_extend(call, [Run(call.spans, 0, self.layer.shape.rows)])
 
 
-def decode_audit_us(preset: str, rows: int, length: int, audited: int) -> float:
-    """Wall µs of the audit of one layer in one decode step."""
-    layer, serving = watched(preset, bench.Shape("decode", INDEX_HEADS, rows, length, "random"), audited)
-    call = layer.decode_call(0, torch.full((rows, bench.TOPK), -1, dtype=torch.int32, device="cuda"))
-    serving.engine.decode(call, PRESETS[preset].decode)
-    return wall_us(lambda: serving.auditor.look_at_decode(call))
-
-
-def prefill_audit_us(preset: str, length: int, audited: int) -> float:
-    """Wall µs of the audit of one layer in one prefill call."""
-    layer, serving = watched(preset, bench.Shape("prefill", INDEX_HEADS, CHUNK, length, "random"), audited)
-    call = layer.extend_call(torch.full((CHUNK, bench.TOPK), -1, dtype=torch.int32, device="cuda"))
-    serving.engine.extend(call, [(PRESETS[preset].prefill, Run(call.spans, 0, CHUNK))])
-    return wall_us(lambda: serving.auditor.look_at_extend(call, [Run(call.spans, 0, CHUNK)]))
-
-
-def _share(us: float, each: float, of_ms: float | None) -> str:
-    return "" if of_ms is None else f"  share={us * each / of_ms / 1e3:.4%}"
+def measure(options: argparse.Namespace) -> Iterator[Look]:
+    """The looks of the given command line, one after another. Raises RuntimeError on a wrong result."""
+    decode = bench.Shape("decode", INDEX_HEADS, options.rows, options.length, "random")
+    prefill = bench.Shape("prefill", INDEX_HEADS, min(CHUNK, options.length), options.length, "random")
+    a_chunk = options.layers / options.every
+    for shape in (decode, prefill):
+        watched = Watched.make(options.preset, shape, options.audited)
+        if shape is decode:
+            look = watched.canary()
+            times = timing.event_us([look])[0], timing.host_us(look)
+            yield Look.of(f"canary, {SAMPLE} pages", *times, 1.0, options.step_ms)
+        look = watched.audit(shape.phase)
+        step = (1 / options.every, options.step_ms) if shape is decode else (a_chunk, options.chunk_ms)
+        gpu_us = sum(timing.kernel_us(look).values())
+        yield Look.of(f"audit, {shape.phase}", gpu_us, timing.wall_us(look), *step)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,24 +158,33 @@ def main(argv: Sequence[str]) -> int:
     decoding = [name for name, config in PRESETS.items() if config.decode.active]
     parser.add_argument("--preset", choices=decoding, default="faithful")
     parser.add_argument("--rows", type=at_least(1), default=16, help="requests of a decode step")
-    parser.add_argument("--length", type=at_least(1), default=131072, help="tokens of each")
+    parser.add_argument("--length", type=at_least(bench.TOPK + 1), default=131072, help="tokens of each")
     parser.add_argument("--layers", type=at_least(1), default=bench.LAYERS, help="of the model, for --chunk-ms")
     parser.add_argument("--audited", type=at_least(1), default=4, help="rows of an audited call")
     parser.add_argument("--every", type=at_least(1), default=Audit().every, help="the server's --misa-audit-every")
     parser.add_argument("--step-ms", type=float, help="ms of a decode step on your server")
     parser.add_argument("--chunk-ms", type=float, help=f"ms of a prefill chunk of {CHUNK} tokens on your server")
+    parser.add_argument("--json", type=file_to_write, help="write what was measured there")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("expected a GPU, got none; run it where the server will run", file=sys.stderr)
         return 2
-    place = f"device={torch.cuda.get_device_name()} sglang={versions.installed()} preset={options.preset}"
-    print(f"{place} rows={options.rows} length={options.length} audited={options.audited} every={options.every}")
-    gpu, host = canary_us(options.preset, options.rows, options.length)
-    print(f"canary          gpu_us={gpu:.1f}  host_us={host:.1f}{_share(gpu, 1, options.step_ms)}", flush=True)
-    wall = decode_audit_us(options.preset, options.rows, options.length, options.audited)
-    print(f"audit, decode   wall_us={wall:.0f}{_share(wall, 1 / options.every, options.step_ms)}", flush=True)
-    wall = prefill_audit_us(options.preset, options.length, options.audited)
-    print(f"audit, prefill  wall_us={wall:.0f}{_share(wall, options.layers / options.every, options.chunk_ms)}")
+    logging.getLogger("sglang_misa").setLevel(logging.CRITICAL)  # what is flipped on purpose is no news
+    sizes = {name: getattr(options, name) for name in ("preset", "rows", "length", "layers", "audited", "every")}
+    place = {
+        "gpu": torch.cuda.get_device_name(),
+        "sglang": versions.installed(),
+        "torch": torch.__version__,
+        "driver": kernels.driver(),
+        "commit": kernels.commit(),
+    }
+    print("  ".join(f"{name}={value}" for name, value in (place | sizes).items()), flush=True)
+    looks = []
+    for look in measure(options):
+        print(look, flush=True)
+        looks.append(look)
+    if options.json is not None:
+        options.json.write_text(json.dumps([place | sizes | asdict(look) for look in looks], indent=1) + "\n")
     return 0
 
 

@@ -166,6 +166,41 @@ def slot_page_means_fwd_kernel(
         _store_page_mean(p_keys, p_scales, p_means, p_sketches, slot // PAGE, BITS, FAR, PAGE, HEAD_DIM, PAGE_BYTES)
 
 
+@triton.jit
+def compared_pages_fwd_kernel(
+    p_keys, p_scales, p_means, p_sketches, p_pages, p_seen, p_wrong,
+    BITS: tl.constexpr, FAR: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr,
+):  # fmt: skip
+    MEAN: tl.constexpr = HEAD_DIM // 2  # in words
+    SKETCH: tl.constexpr = (PAGE * HEAD_DIM * BITS // 8 + PAGE * 2) // 4 if BITS else 0
+    i = tl.program_id(0)
+    i_page = tl.load(p_pages + i).to(tl.int64)
+    if i_page < 0:
+        tl.store(p_wrong + i, -1)
+    else:
+        p_stored = p_seen + i * (MEAN + SKETCH)
+        p_expected = p_stored + tl.num_programs(0) * (MEAN + SKETCH)
+        # numbered by page, as the statistics that are stored: this program's lies at `p_expected`
+        p_fresh_means = p_expected.to(tl.pointer_type(tl.bfloat16)) - i_page * HEAD_DIM
+        p_fresh_sketches = (p_expected + MEAN).to(tl.pointer_type(tl.uint8)) - i_page * (SKETCH * 4)
+        _store_page_mean(
+            p_keys, p_scales, p_fresh_means, p_fresh_sketches, i_page, BITS, FAR, PAGE, HEAD_DIM, PAGE_BYTES
+        )
+        tl.debug_barrier()
+        o = tl.arange(0, MEAN)
+        b_stored = tl.load(p_means.to(tl.pointer_type(tl.int32)) + i_page * MEAN + o)
+        tl.store(p_stored + o, b_stored)
+        wrong = tl.max((b_stored != tl.load(p_expected + o, cache_modifier=".cg")).to(tl.int32), 0)
+        if BITS:
+            o = tl.arange(0, triton.next_power_of_2(SKETCH))
+            mask = o < SKETCH
+            b_stored = tl.load(p_sketches.to(tl.pointer_type(tl.int32)) + i_page * SKETCH + o, mask=mask, other=0)
+            tl.store(p_stored + MEAN + o, b_stored, mask=mask)
+            b_expected = tl.load(p_expected + MEAN + o, mask=mask, other=0, cache_modifier=".cg")
+            wrong = tl.maximum(wrong, tl.max((b_stored != b_expected).to(tl.int32), 0))
+        tl.store(p_wrong + i, wrong)
+
+
 def update_page_means(
     index_k_pages: torch.Tensor,
     means: torch.Tensor,
@@ -274,6 +309,27 @@ def update_slots(
         slot_page_means_fwd_kernel[(len(slots),)](
             *views, means, written, slots, **_options(_sketch_bits(index_k_pages, sketches))
         )
+
+
+def compare_pages(
+    index_k_pages: torch.Tensor, means: torch.Tensor, pages: torch.Tensor, sketches: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the statistics of `pages` anew and compare them with those stored, bit by bit, in one launch.
+
+    index_k_pages [P, 8448] uint8; means [P, 128] bf16; pages [N] int32 or int64, negative for none; sketches uint8
+    [P, sketch_bytes(b)], optional. Returns what is stored and what was computed, int32 [2, N, words] of the mean and
+    then the sketch, and int32 [N]: 1 where they differ, 0 where not, -1 for no page. Raises ValueError for another
+    layout.
+    """
+    views = _views(index_k_pages, means)
+    bits = _sketch_bits(index_k_pages, sketches)
+    held = means if sketches is None else sketches
+    words = (HEAD_DIM * 2 + (0 if sketches is None else held.shape[1])) // 4
+    seen = torch.empty(2, len(pages), words, dtype=torch.int32, device=means.device)
+    wrong = torch.empty(len(pages), dtype=torch.int32, device=means.device)
+    if len(pages):
+        compared_pages_fwd_kernel[(len(pages),)](*views, means, held, pages, seen, wrong, **_options(bits))
+    return seen, wrong
 
 
 def _views(index_k_pages: torch.Tensor, means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

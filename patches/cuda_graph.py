@@ -43,7 +43,8 @@ def capture_one(
 
 def _keep_taps(backend: Any, shape_key: Any, capture: decode_gate.Capture) -> None:
     if capture.taps:
-        vars(backend).setdefault("misa_taps", {})[shape_key] = Taps(capture.taps)
+        config = runtime.current().config
+        vars(backend).setdefault("misa_taps", {})[shape_key] = Taps(capture.taps, config.audit.every)
 
 
 def replay(original: Callable[..., Any], self: Any, shape_key: Any, static_forward_batch: Any, **kwargs: Any) -> Any:

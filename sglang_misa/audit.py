@@ -3,38 +3,59 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sglang_misa import decode_gate, reference
-from sglang_misa.call import DecodeCall, ExtendCall, Output, Run
+from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, Span
 from sglang_misa.config import Audit, Phase, SelectionPolicy
 from sglang_misa.engines import Engine
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 from sglang_misa.ladder import Ladders
 from sglang_misa.metrics import recorder
 
-
-def overlap(dense: Tensor, chosen: Tensor, topk: int) -> tuple[float, float, float]:
-    """Recall, IoU and score mass kept of one row's selection, each from 0 to 1.
-
-    dense [L]: scores of all heads over the visible tokens, NaN the worst; chosen [L]: mask of the tokens selected.
-    Recall = |A∩B| / k and mass = Σ_A (I - min I) / Σ_B (I - min I), with B the dense top k (k = min(topk, L)).
-    """
-    finite = dense[dense.isfinite()]
-    above = torch.nan_to_num(dense.double() - (finite.min() if len(finite) else 0.0), nan=0.0, neginf=0.0)
-    best = torch.nan_to_num(dense, nan=-torch.inf, neginf=-torch.inf).topk(min(topk, dense.numel())).indices
-    wanted = torch.zeros_like(chosen).scatter_(0, best, True)
-    common = (wanted & chosen).sum().item()
-    total = above[wanted].sum().item()
-    mass = above[chosen].sum().item() / total if total else 1.0
-    return common / best.numel(), common / max(1, int((wanted | chosen).sum().item())), mass
-
-
 Result = tuple[float, float, float]  # recall, IoU, score mass of one row
+_COPIES = 16  # of a row's scores, that comparing it holds at once
+
+
+def kept(dense: Tensor, lens: Tensor, output: Output) -> Tensor:
+    """Recall, IoU and score mass, each from 0 to 1, of what `output` holds of its T rows: fp64 [T, 3].
+
+    dense fp32 [T, L]: scores of all heads, NaN the worst; lens [T]: the tokens that a row sees, the first of them.
+    """
+    length = dense.shape[1]
+    parts = (slice(*part) for part in reference.row_chunks(len(dense), _COPIES * length))
+    return torch.cat([overlap(dense[p], lens[p], _chosen(output.rows(p), length), output.topk) for p in parts])
+
+
+def _chosen(output: Output, length: int) -> Tensor:
+    """Mask [T, length] of the positions that `output` holds."""
+    positions = torch.arange(length, device=output.ids.device).expand(len(output.ids), length)
+    ids, held = output.of(positions), output.ids.sort(1).values
+    place = torch.searchsorted(held, ids).clamp_max_(output.topk - 1)
+    return held.gather(1, place) == ids
+
+
+def overlap(dense: Tensor, lens: Tensor, chosen: Tensor, topk: int) -> Tensor:
+    """The same of selections as masks [T, L].
+
+    Recall = |A∩B| / |B| and mass = Σ_A (I - min I) / Σ_B (I - min I), with B the best of the tokens seen, up to topk.
+    """
+    visible = torch.arange(dense.shape[1], device=dense.device) < lens.unsqueeze(1)
+    best = reference.finite(dense, visible).topk(min(topk, dense.shape[1])).indices
+    wanted = torch.zeros_like(visible).scatter_(1, best, True) & visible
+    chosen = chosen & visible
+    least = torch.nan_to_num(dense, *(torch.inf,) * 3).masked_fill_(~visible, torch.inf).amin(1, keepdim=True)
+    above = torch.nan_to_num(dense.double() - torch.nan_to_num(least, posinf=0.0), nan=0.0, neginf=0.0)
+    sets = torch.stack((wanted, chosen, wanted & chosen, wanted | chosen))
+    best_count, _, common, union = sets.sum(2, dtype=torch.float64)
+    of_best, of_chosen = (sets[:2] * above).sum(2)
+    mass = torch.where(of_best > 0, of_chosen / of_best, 1.0)
+    return torch.stack((common / best_count, common / union, mass), 1)
 
 
 @dataclass
@@ -55,32 +76,28 @@ class Auditor:
         """Audit sampled rows of `runs`, those that the policy selected, if this call of the layer is due."""
         if not self.due("prefill", call.layer):
             return
-        results = []
-        for part in (part for run in runs for part in run.alone()):
-            (span,), keys = part.spans, None
-            for row in self.rows(part.first, part.last):
-                keys = call.keys(span) if keys is None else keys
-                output = call.output.rows(slice(row, row + 1))
-                seen = keys[: span.seen_by(row)]
-                results.append(self._row(call.index_q[row], call.head_gates[row], seen, output))
-        self.record("prefill", call.layer, results)
+        parts = [part for run in runs for part in run.alone()]
+        results = [self.extend_rows(call, part.spans[0], self.rows(part.first, part.last)) for part in parts]
+        self.record("prefill", call.layer, torch.cat(results).tolist())
         probe = self.ladders.probe("prefill", call.layer)
         if probe is not None:
             self.probe_extend(call, probe, runs)
 
     def probe_extend(self, call: ExtendCall, policy: SelectionPolicy, runs: Sequence[Run]) -> None:
         """Tell the ladder what `policy` would keep of sampled rows of `runs`."""
-        recalls = [
-            self._probe_row(call.alone(part.spans[0], row), policy)
-            for run in runs
-            for part in run.alone()
-            for row in self.rows(part.first, part.last)
-        ]
-        self.ladders.observe("prefill", call.layer, recalls, probed=True)
+        results = []
+        for part in (part for run in runs for part in run.alone()):
+            for row in self.rows(part.first, part.last):
+                one = call.alone(part.spans[0], row)
+                self.engine.extend(one, [(policy, Run(one.spans, 0, 1))])
+                results.append(self.extend_rows(one, one.spans[0], range(1)))
+        self.ladders.observe("prefill", call.layer, torch.cat(results)[:, 0].tolist(), probed=True)
 
-    def _probe_row(self, one: ExtendCall, policy: SelectionPolicy) -> float:
-        self.engine.extend(one, [(policy, Run(one.spans, 0, 1))])
-        return self._row(one.index_q[0], one.head_gates[0], one.keys(one.spans[0]), one.output)[0]
+    def extend_rows(self, call: ExtendCall, span: Span, rows: range) -> Tensor:
+        """Results fp64 [n, 3] of some rows of a call, all of one request."""
+        picked, keys = slice(rows.start, rows.stop, rows.step), call.keys(span)[: span.seen_by(rows[-1])]
+        dense = reference.index_scores(call.index_q[None, picked], call.head_gates[None, picked], keys[None])
+        return kept(dense[0], call.seq_lens[picked], call.output.rows(picked))
 
     def look_at_decode(self, call: DecodeCall) -> None:
         """Audit the first rows of a call that is due; while a CUDA graph is captured, leave a tap for its replays."""
@@ -89,11 +106,13 @@ class Auditor:
         capture = decode_gate.capture()
         if capture is None:
             if self.due("decode", call.layer):
-                self.record("decode", call.layer, self.decode_rows(call))
+                self.audit_decode(call)
         elif self._taps(call):
-            rows = slice(0, self.settings.rows)
-            copies = {name: getattr(call, name)[rows].clone() for name in ("index_q", "head_gates", "ids")}
-            capture.taps.append(Tap(self, replace(call, **copies)))
+            capture.taps.append(partial(self.audit_decode, self._copied(call, "index_q", "head_gates", "ids")))
+
+    def audit_decode(self, call: DecodeCall) -> None:
+        """Audit the first rows of `call`, whose output is written."""
+        self.record("decode", call.layer, self.decode_rows(call))
 
     def look_past_decode(self, call: DecodeCall) -> None:
         """The same for a call that stock DSA selects for, whose policy may select again."""
@@ -105,8 +124,14 @@ class Auditor:
                 self.probe_decode(call.first(self.settings.rows))
         elif self._taps(call):
             first = call.first(self.settings.rows)
-            copies = {name: getattr(first, name).clone() for name in ("index_q", "head_gates")}
-            capture.taps.append(ProbeTap(self, replace(first, **copies)))
+            capture.taps.append(partial(self.probe_decode, self._copied(first, "index_q", "head_gates")))
+
+    def _copied(self, call: DecodeCall, *names: str) -> DecodeCall:
+        """`call` with copies of its first rows, which a CUDA graph makes.
+
+        The page table and the lengths stay in the graph's own buffers, and the pages in the pool, until the next step.
+        """
+        return replace(call, **{name: getattr(call, name)[: self.settings.rows].clone() for name in names})
 
     def _taps(self, call: DecodeCall) -> bool:
         return torch.cuda.is_current_stream_capturing() and call.layer % self.settings.decode_layers == 0
@@ -129,30 +154,27 @@ class Auditor:
         self._calls[phase, layer] = count + 1
         return (count + layer) % self.settings.every == 0
 
-    def rows(self, first: int, last: int) -> list[int]:
-        """Evenly spread rows of [first, last) to audit, the last one always among them."""
+    def rows(self, first: int, last: int) -> range:
+        """Evenly spaced rows of [first, last) to audit, the last one always among them."""
         count = min(self.settings.rows, last - first)
-        return sorted({last - 1 - (last - first) * i // count for i in range(count)}) if count else []
+        apart = (last - first) // count
+        return range(last - 1 - (count - 1) * apart, last, apart)
 
     def decode_rows(self, call: DecodeCall) -> list[Result]:
         """Results of the first rows that had more than k tokens to choose from."""
-        results = []
-        for row, length in enumerate(call.seq_lens[: len(call.ids)][: self.settings.rows].tolist()):
-            if length <= self.topk:
-                continue
-            pages = call.page_table[row, : -(-length // PAGE)].long()
-            keys = reference.dequantize_pages(call.index_k_pages[pages]).reshape(-1, HEAD_DIM)[:length]
-            table = None if call.positions else call.page_table[row : row + 1]
-            output = Output(call.ids[row : row + 1], table, None if table is None else table.new_zeros(1))
-            results.append(self._row(call.index_q[row], call.head_gates[row], keys, output))
-        return results
-
-    def _row(self, index_q: Tensor, head_gates: Tensor, keys: Tensor, output: Output) -> Result:
-        """Result of one row: index_q [H, 128], head_gates [H], keys fp32 [L, 128]; `output` holds its selection."""
-        dense = reference.index_scores(index_q[None, None], head_gates[None, None], keys[None]).flatten()
-        positions = torch.arange(len(keys), device=keys.device).unsqueeze(0)
-        chosen = torch.isin(output.of(positions).flatten(), output.ids.flatten())
-        return overlap(dense, chosen, self.topk)
+        rows = slice(0, min(self.settings.rows, len(call.ids)))
+        lens = call.seq_lens[rows].tolist()
+        long = [row for row, length in enumerate(lens) if length > self.topk]
+        if not long:
+            return []
+        dense = call.head_gates.new_zeros(len(lens), max(lens), dtype=torch.float32)
+        for row in long:  # one after another: their keys in fp32 take most of the room
+            pages = call.page_table[row, : -(-lens[row] // PAGE)].long()
+            keys = reference.dequantize_pages(call.index_k_pages[pages]).reshape(1, -1, HEAD_DIM)[:, : lens[row]]
+            queries = call.index_q[None, row, None], call.head_gates[None, row, None]
+            dense[row, : lens[row]] = reference.index_scores(*queries, keys).flatten()
+        results = kept(dense, call.seq_lens[rows], call.output.rows(rows)).tolist()
+        return [results[row] for row in long]
 
     def record(self, phase: Phase, layer: int, results: Sequence[Result]) -> None:
         """Count the rows' results, and tell the ladder."""
@@ -161,41 +183,17 @@ class Auditor:
         self.ladders.observe(phase, layer, [recall for recall, _, _ in results], probed=False)
 
 
-@dataclass(frozen=True)
-class Tap:
-    """Copies that a CUDA graph makes of what the first rows of one layer's call selected with, and what they got.
-
-    The page table and the lengths stay in the graph's own buffers, and the pages in the pool, until the next step.
-    """
-
-    auditor: Auditor
-    call: DecodeCall  # of the copies
-
-    def audit(self) -> None:
-        self.auditor.record("decode", self.call.layer, self.auditor.decode_rows(self.call))
-
-
-@dataclass(frozen=True)
-class ProbeTap:
-    """The same of a graph of stock DSA: what its first rows selected with, for the policy that may select again."""
-
-    auditor: Auditor
-    call: DecodeCall  # of the copies
-
-    def audit(self) -> None:
-        self.auditor.probe_decode(self.call)
-
-
 @dataclass
 class Taps:
-    """The taps of one captured graph; they take turns, one at a replay in `every`."""
+    """What one captured graph leaves to look at after its replays; it takes turns, one at a replay in `every`."""
 
-    taps: Sequence[Tap | ProbeTap]
+    looks: Sequence[Callable[[], None]]
+    every: int
     _replays: int = 0
 
     def replayed(self) -> None:
         """Call after each replay of the graph, on its stream."""
         self._replays += 1
-        turn, rest = divmod(self._replays, self.taps[0].auditor.settings.every)
+        turn, rest = divmod(self._replays, self.every)
         if rest == 0:
-            self.taps[turn % len(self.taps)].audit()
+            self.looks[turn % len(self.looks)]()

@@ -33,23 +33,20 @@ class StaleStatistics(RuntimeError):
 
 @dataclass(frozen=True)
 class _Look:
-    """One step's sample of `layer`: row n of a tensor is one page; wrong bool [n] on the device."""
+    """One step's sample of `layer`, and what `Engine.compared` says of it."""
 
     layer: int
     requests: Sequence[str]  # of the step
     sample: PageSample
-    stored: tuple[Tensor, ...]
-    expected: tuple[Tensor, ...]
-    wrong: Tensor
-    counts: Tensor  # int64 [2] on the host: pages, wrong ones
-    done: torch.cuda.Event | None  # behind the copy of `counts`
+    seen: Tensor
+    wrong: Tensor  # on the host
+    done: torch.cuda.Event | None  # behind the copy of `wrong`
 
     def problems(self) -> list[str]:
         """One sentence for each wrong page, with the values that differ. Waits for the device."""
         found = []
-        for i in self.wrong.nonzero().flatten().tolist():
-            stored = torch.cat([_bits(each[i]) for each in self.stored])
-            expected = torch.cat([_bits(each[i]) for each in self.expected])
+        for i in (self.wrong == 1).nonzero().flatten().tolist():
+            stored, expected = self.seen[:, i].cpu().view(torch.uint8)
             (first, *more) = (stored != expected).nonzero().flatten().tolist()
             page, request = int(self.sample.pages[i]), self.requests[int(self.sample.rows[i])]
             found.append(
@@ -84,22 +81,18 @@ class Canary:
     def _look(self, req_to_token: Tensor, req_ids: Tensor, seq_lens: Tensor, requests: Sequence[str]) -> _Look:
         layer = self._random.choice(self.layers)
         sample = self._sampler.draw(req_to_token, req_ids[: len(requests)], seq_lens[: len(requests)])
-        stored, expected = self.engine.stats.of(layer, sample.pages), self.engine.recomputed(layer, sample.pages)
-        wrong = torch.zeros_like(sample.drawn)
-        for found, right in zip(stored, expected, strict=True):
-            wrong |= (_bits(found) != _bits(right)).any(1)
-        wrong &= sample.drawn
-        counts = torch.stack((sample.drawn, wrong)).sum(1)
+        seen, wrong = self.engine.compared(layer, sample.pages)
         done = None
-        if counts.is_cuda:
-            counts = torch.empty_like(counts, device="cpu", pin_memory=True).copy_(counts, non_blocking=True)
+        if wrong.is_cuda:
+            wrong = torch.empty_like(wrong, device="cpu", pin_memory=True).copy_(wrong, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        return _Look(layer, requests, sample, stored, expected, wrong, counts, done)
+        return _Look(layer, requests, sample, seen, wrong, done)
 
     def _tell(self, look: _Look) -> None:
-        seen, wrong = look.counts.tolist()
-        recorder.verified(seen, wrong)
+        verdicts = look.wrong.tolist()
+        wrong = verdicts.count(1)
+        recorder.verified(wrong + verdicts.count(0), wrong)
         if wrong == 0:
             return
         problems = look.problems()
@@ -107,11 +100,6 @@ class Canary:
             logger.error("%s", problem)
         if self.action == "raise":
             raise StaleStatistics("; ".join(problems))
-
-
-def _bits(values: Tensor) -> Tensor:
-    """The bytes of `values`, last dimension last: NaN equals itself."""
-    return values.contiguous().view(torch.uint8)
 
 
 def of_runner(runner: Any) -> Canary | None:

@@ -15,15 +15,14 @@ _PARTS = 1 << 20  # places of the first page drawn, between two of them
 
 @dataclass(frozen=True)
 class PageSample:
-    """Drawn pages, as int64 [n] and bool [n] on the device, n = 0 for a step without requests."""
+    """Drawn pages, integer [n] on the device; n = 0 for a step without requests."""
 
-    pages: Tensor  # physical page ids; 0 where not drawn
+    pages: Tensor  # physical page ids, -1 where there are fewer than were asked for
     rows: Tensor  # of the step: whose page it is
-    drawn: Tensor  # False where there are fewer pages than were asked for
 
     def where_drawn(self) -> Tensor:
-        """The ids of the pages drawn. Waits for the device."""
-        return self.pages[self.drawn]
+        """The ids int64 of the pages drawn. Waits for the device."""
+        return self.pages[self.pages >= 0].long()
 
 
 class PageSampler:
@@ -45,16 +44,15 @@ class PageSampler:
         device, first = req_to_token.device, self._random.randrange(_PARTS)
         if not len(req_ids):
             none = torch.empty(0, dtype=torch.int64, device=device)
-            return PageSample(none, none, none.bool())
-        complete = seq_lens.long() // PAGE
+            return PageSample(none, none)
+        complete = seq_lens // PAGE
         ends = complete.cumsum(0)
         # Evenly spaced over all pages, laid end to end: no page twice unless there are fewer than asked for. The place
         # before the first lies in front of them all.
         parts = torch.arange(first - _PARTS, first + self.size * _PARTS, _PARTS, device=device)
-        place = parts * ends[-1] // (self.size * _PARTS)
-        drawn = place[1:] > place[:-1]
-        place = place[1:]
-        rows = torch.searchsorted(ends, place, right=True).clamp(max=len(ends) - 1)
-        position = (place - (ends - complete)[rows]) * PAGE
-        pages = torch.where(drawn, req_to_token[req_ids[rows].long(), position].long() // PAGE, 0)
-        return PageSample(pages, rows, drawn)
+        places = parts * ends[-1] // (self.size * _PARTS)
+        place = places[1:]
+        rows = torch.searchsorted(ends[:-1], place, right=True)
+        logical = place - (ends - complete)[rows]
+        pages = req_to_token[:, ::PAGE][req_ids[rows].long(), logical] // PAGE
+        return PageSample(torch.where(place > places[:-1], pages, -1), rows)

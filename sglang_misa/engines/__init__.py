@@ -29,8 +29,11 @@ class Engine(Protocol):
     def pages_written(self, layer: int, slots: Tensor) -> None:
         """Update the pages whose last token is among `slots` [n] int64, just written in `layer` by stock's path."""
 
-    def recomputed(self, layer: int, pages: Tensor) -> tuple[Tensor, ...]:
-        """What `stats.of` should be of `pages` [n] int64: computed anew from the pool's bytes, stored nowhere."""
+    def compared(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """The statistics of `pages` [n] integer, as stored and as computed anew from the pool's bytes, and a verdict.
+
+        int32 [2, n, words], by bits, and int32 [n]: 1 where the two differ, 0 where not, -1 for a negative page.
+        """
 
     def end_step(self, page_table: Tensor, seq_lens: Tensor) -> None:
         """Update, in every layer, the page that each row's newest token completed. Capturable in a CUDA graph."""

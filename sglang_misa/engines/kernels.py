@@ -102,12 +102,9 @@ class KernelEngine:
     def pages_written(self, layer: int, slots: Tensor) -> None:
         page_means.update_slots(self.index_k_pages[layer], self.stats.means[layer], slots, self.stats.sketch(layer))
 
-    def recomputed(self, layer: int, pages: Tensor) -> tuple[Tensor, ...]:
-        copies = self.index_k_pages[layer][pages]
-        fresh = tuple(kind.new_empty(len(pages), kind.shape[1]) for kind in self.stats.kinds(layer))
-        last_slots = torch.arange(PAGE - 1, len(pages) * PAGE, PAGE, device=pages.device)
-        page_means.update_slots(copies, fresh[0], last_slots, *fresh[1:])
-        return fresh
+    def compared(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        stats = self.stats.means[layer], pages, self.stats.sketch(layer)
+        return page_means.compare_pages(self.index_k_pages[layer], *stats)
 
     def end_step(self, page_table: Tensor, seq_lens: Tensor) -> None:
         self.behind = False
@@ -150,6 +147,7 @@ def warm_up(runtime: Runtime) -> None:
             engine.extend(*_made_up_extend(runtime, policy, table, rows, number % 2 == 0, device))
     for policy in filter(_is_active, runtime.config.policies("decode")):
         engine.pages_written(0, torch.arange(pages * PAGE, device=device))
+        engine.compared(0, table[0])
         # Each with its own launch sizes, and none that stock selects.
         for rows in dict.fromkeys(max(rows, policy.min_rows) for rows in (1, 4, 32, 64)):
             lens = torch.full((rows,), pages * PAGE, dtype=torch.int32, device=device)

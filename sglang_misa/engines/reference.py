@@ -68,8 +68,11 @@ class ReferenceEngine:
     def pages_written(self, layer: int, slots: Tensor) -> None:
         self._update(layer, slots[slots % PAGE == PAGE - 1] // PAGE)
 
-    def recomputed(self, layer: int, pages: Tensor) -> tuple[Tensor, ...]:
-        return (reference.page_means(self.index_k_pages[layer][pages]).bfloat16(),)
+    def compared(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        at = pages.clamp_min(0)
+        expected = reference.page_means(self.index_k_pages[layer][at]).bfloat16()
+        seen = torch.stack((self.stats.means[layer][at], expected)).view(torch.int32)
+        return seen, (seen[0] != seen[1]).any(1).int().masked_fill(pages < 0, -1)
 
     def end_step(self, page_table: Tensor, seq_lens: Tensor) -> None:
         self.behind = False

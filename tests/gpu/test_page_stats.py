@@ -8,7 +8,13 @@ from torch import Tensor
 
 from sglang_misa.bench.inputs import unpack_pages
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
-from sglang_misa.kernels.page_means import Layers, update_last_page_means, update_page_means, update_slots
+from sglang_misa.kernels.page_means import (
+    Layers,
+    compare_pages,
+    update_last_page_means,
+    update_page_means,
+    update_slots,
+)
 
 DEVICE = "cuda"
 LENGTH, BLOCK = 131072, 256
@@ -35,3 +41,4 @@ def test_the_whole_prefix_the_newest_pages_and_written_slots_give_the_same_bits(
     update_slots(pool, stored, (table[0].long()[:, None] * PAGE + torch.arange(PAGE, device=DEVICE)).flatten())
     for name, other in (("decode", decoded), ("slots", stored)):
         assert torch.equal(other[table[0]], means[table[0]]), f"{name}: other bits than the full pass"
+    assert not compare_pages(pool, means, table[0])[1].any(), "computed anew: other bits than the full pass"

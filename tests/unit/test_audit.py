@@ -1,13 +1,17 @@
 """What an audit measures, and which calls and rows it looks at."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pools import reference_engine, reference_runtime
 
-from sglang_misa import audit
+from sglang_misa import audit, reference
+from sglang_misa.call import Output
 from sglang_misa.config import Audit, MisaConfig, SelectionPolicy
+from sglang_misa.kernels.layout import PAGE
 from sglang_misa.ladder import Ladders
 
 POLICY = SelectionPolicy(heads=4, block_size=64)
@@ -20,13 +24,15 @@ def auditor(**settings: float) -> audit.Auditor:
     return audit.Auditor(config.audit, runtime.topk, reference_engine([]), ladders)
 
 
+def kept(dense: list[float], chosen: list[bool], topk: int) -> list[float]:
+    row = torch.tensor(dense), torch.tensor([len(dense)]), torch.tensor(chosen)
+    return audit.overlap(row[0][None], row[1], row[2][None], topk)[0].tolist()
+
+
 def test_overlap_by_hand() -> None:
-    dense = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
-    chosen = torch.tensor([True, False, True, False, False])
-    recall, iou, mass = audit.overlap(dense, chosen, topk=2)
-    assert (recall, iou) == (0.5, pytest.approx(1 / 3))
-    assert mass == pytest.approx(6 / 7)
-    assert audit.overlap(dense, torch.ones(5, dtype=torch.bool), topk=2048) == (1.0, 1.0, 1.0)
+    dense = [5.0, 4.0, 3.0, 2.0, 1.0]
+    assert kept(dense, [True, False, True, False, False], 2) == pytest.approx([1 / 2, 1 / 3, 6 / 7])
+    assert kept(dense, [True] * 5, 2048) == [1.0, 1.0, 1.0]
 
 
 @given(st.integers(0, 10**6), st.integers(1, 12), st.floats(-100, 100))
@@ -34,14 +40,41 @@ def test_mass_is_a_share_whatever_the_scores_signs(seed: int, topk: int, shift: 
     g = torch.Generator().manual_seed(seed)
     dense = torch.randn(12, generator=g) + shift
     chosen = torch.zeros(12, dtype=torch.bool).scatter_(0, torch.randperm(12, generator=g)[:topk], True)
-    recall, _, mass = audit.overlap(dense, chosen, topk)
+    recall, _, mass = kept(dense.tolist(), chosen.tolist(), topk)
     assert 0 <= mass <= 1
     assert (mass == 1) == (recall == 1)
 
 
 def test_a_broken_score_is_never_wanted() -> None:
-    dense = torch.tensor([torch.nan, -torch.inf, -1.0, -2.0])
-    assert audit.overlap(dense, torch.tensor([False, False, True, True]), topk=2)[0] == 1.0
+    assert kept([torch.nan, -torch.inf, -1.0, -2.0], [False, False, True, True], 2)[0] == 1.0
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["positions", "offsets", "slots"]), st.booleans())
+def test_rows_together_keep_what_each_keeps_alone(seed: int, kind: str, parts: bool) -> None:
+    """By sets and sums in Python; what a row does not see, and the tail of its page table, may hold anything."""
+    g, k, width = torch.Generator().manual_seed(seed), 16, 3
+    lens = torch.randint(1, width * PAGE + 1, (5,), generator=g).tolist()
+    dense = torch.randn(len(lens), max(lens), generator=g)
+    table = torch.randperm(len(lens) * width, generator=g).int().view(len(lens), width)
+    positions = torch.full((len(lens), k), -1)
+    for row, length in enumerate(lens):
+        positions[row, : min(k, length)] = torch.randperm(length, generator=g)[:k]
+        dense[row, length:] = torch.nan if row % 2 else torch.inf
+    rows = torch.arange(len(lens), dtype=torch.int32)
+    places = {"positions": {}, "offsets": {"offsets": 1000 * rows}, "slots": {"page_table": table, "row_batch": rows}}
+    output = Output(torch.empty(len(lens), k, dtype=torch.int32), **places[kind])
+    output.ids.copy_(output.of(positions))
+    for row, length in enumerate(lens):
+        table[row, -(-length // PAGE) :] = 2**31 - 1
+    with mock.patch.object(reference, "_CHUNK_ELEMENTS", 1 if parts else reference._CHUNK_ELEMENTS):
+        found = audit.kept(dense, torch.tensor(lens), output)
+    for row, length in enumerate(lens):
+        scores = dense[row, :length].double()
+        best, mine = set(scores.topk(min(k, length)).indices.tolist()), {p for p in positions[row].tolist() if p >= 0}
+        mass = [sum(float(scores[p] - scores.min()) for p in tokens) for tokens in (mine, best)]
+        expected = [len(best & mine) / len(best), len(best & mine) / len(best | mine), 1.0]
+        expected[2] = mass[0] / mass[1] if mass[1] else 1.0
+        assert found[row].tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_one_call_in_every_is_audited_and_layers_take_turns() -> None:
@@ -53,6 +86,6 @@ def test_one_call_in_every_is_audited_and_layers_take_turns() -> None:
 
 def test_rows_are_spread_and_hold_the_last() -> None:
     one = auditor(rows=4)
-    assert one.rows(100, 200) == [124, 149, 174, 199]
-    assert one.rows(7, 9) == [7, 8]
-    assert one.rows(5, 5) == []
+    assert list(one.rows(100, 200)) == [124, 149, 174, 199]
+    assert list(one.rows(7, 9)) == [7, 8]
+    assert list(one.rows(0, 10)) == [3, 5, 7, 9]

@@ -2,12 +2,14 @@
 
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from sglang_misa.bench import report, selection
 from sglang_misa.bench.kernels import COLUMNS
+from sglang_misa.bench.watching import Look
 
 GPU = "NVIDIA H200"
 
@@ -117,3 +119,18 @@ def test_no_right_row_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         report.main(["--results", str(tmp_path)])
     assert "run bench.kernels --csv" in capsys.readouterr().err
+
+
+def test_what_watching_costs_is_told_once_it_was_measured(folder: Path) -> None:
+    page = folder / "docs/operations.md"
+    page.parent.mkdir()
+    page.write_text("<!-- watching -->\nbefore\n<!-- /watching -->\n")
+    written(folder)
+    assert "before" in page.read_text()
+    look = asdict(Look.of("canary, 16 pages", 55.2, 420.4, 1.0, 23.0))
+    sizes = {"preset": "faithful", "rows": 16, "length": 131072, "layers": 61, "audited": 4, "every": 64}
+    (folder / "results/watching.json").write_text(json.dumps([{"gpu": GPU, "commit": "abc1234"} | sizes | look]))
+    written(folder)
+    assert "| canary, 16 pages | 1 | 55 | 420 | 0.24% of 23 ms | 0.5% |" in page.read_text()
+    assert "NVIDIA H200; commit abc1234. preset faithful, rows 16, length 131072" in page.read_text()
+    assert "before" not in page.read_text()

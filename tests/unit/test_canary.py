@@ -110,10 +110,18 @@ def test_kernels_compute_the_same_bits_wherever_a_page_lies(preset: str) -> None
     engine = KernelEngine(reference_runtime(PRESETS[preset]), [pages])
     engine.pages_written(0, torch.tensor([1, 3]) * PAGE + PAGE - 1)
     engine.end_step(torch.tensor([[4, 5]], dtype=torch.int32), torch.tensor([2 * PAGE], dtype=torch.int32))
-    some = torch.tensor([5, 1, 3])
-    for stored, expected in zip(engine.stats.of(0, some), engine.recomputed(0, some), strict=True):
-        assert torch.equal(stored, expected)
-        assert stored.float().abs().sum() > 0
+    some = torch.tensor([5, -1, 1, 3], dtype=torch.int32)
+    seen, wrong = engine.compared(0, some)
+    assert wrong.tolist() == [0, -1, 0, 0]
+    bits = torch.cat([kind.view(torch.uint8) for kind in engine.stats.of(0, some[[0, 2, 3]].long())], 1)
+    for side in seen.view(torch.uint8)[:, [0, 2, 3]]:
+        assert torch.equal(side, bits)
+    for kind in engine.stats.kinds(0):  # the last bit of each kind of statistic counts
+        kind.view(torch.uint8)[3, -1] ^= 0x80
+        seen, wrong = engine.compared(0, some)
+        assert wrong.tolist() == [0, -1, 0, 1]
+        assert (seen[0, 3] != seen[1, 3]).sum() == 1
+        kind.view(torch.uint8)[3, -1] ^= 0x80
 
 
 def test_the_flag_asks_for_a_decode_policy() -> None:

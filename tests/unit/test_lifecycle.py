@@ -369,7 +369,6 @@ def test_kernels_take_the_slots_of_pages_that_come_back(pool: Any, tokens: list[
     for back in (loaded, swapped):
         pages = back[::PAGE] // PAGE
         for layer in range(LAYERS):
-            for stored, expected in zip(engine.stats.of(layer, pages), engine.recomputed(layer, pages), strict=True):
-                assert torch.equal(stored, expected)
+            assert not engine.compared(layer, pages)[1].any()
             means = engine.stats.means[layer][pages]  # rounded down by Triton's interpreter
             torch.testing.assert_close(means, pool.model.means(layer, tokens), rtol=2**-7, atol=1e-6)

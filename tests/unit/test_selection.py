@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import reference_runtime
 
-from sglang_misa import reference, selection
+from sglang_misa import decode_gate, reference, selection
+from sglang_misa.audit import Taps
 from sglang_misa.call import spans
 from sglang_misa.config import Audit, MisaConfig, SelectionPolicy
 from sglang_misa.engines import kernels
@@ -291,3 +292,21 @@ def test_rows_that_see_no_more_than_k_are_not_audited_in_decode(recorder: Record
     call = batch.decode(batch.queries(2))
     one.decode(replace(call))
     assert recorder.status()["recall"]["decode"]["0"]["rows"] == 1
+
+
+def test_a_tap_audits_in_turn_what_a_captured_step_selected(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    batch = Batch(7, [500, 430, 400], width=9)
+    one = selector(batch, decode=DECODE, audit=Audit(rows=2, every=3))
+    call = batch.decode(batch.queries(3))
+    with decode_gate.capturing(stock=False) as capture:
+        one.decode(call)
+    one.auditor.audit_decode(call)
+    taken = recorder.status()["recall"]["decode"]["0"]
+    call.ids.fill_(-1)  # the graph's own buffers serve other calls too; the tap has copies
+    taps = Taps(capture.taps, every=3)
+    for replay in range(7):
+        assert recorder.status()["recall"]["decode"]["0"] == pytest.approx(taken | {"rows": 2 + 2 * (replay // 3)})
+        taps.replayed()
