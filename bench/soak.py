@@ -3,10 +3,11 @@
     python -m sglang_misa.bench.soak --minutes 30 --out soak.json [--scale cpu|gpu] [--model-path DIR flags…]
 
 Without --model-path a random model is served from a pool that is too small for its load, in front of a host cache and
-a disk that fills up. The report has the minutes, requests, events by kind, mismatches, errors, and the memory at start
-and end in bytes: resident in the server's processes, and in tensors of theirs on GPUs, whoever else is there. Exit
-status 1 where a kind of event was never seen, a statistic was wrong, a request failed, or memory grew by more than
-GROWTH.
+a disk that fills up. The report has the minutes, requests, events by kind, mismatches, errors, and the memory after a
+warm-up and at the end in bytes: resident in the server's processes, and in tensors of theirs on GPUs, whoever else is
+there. `memory` tells of the second half what each process has of each kind, and what is added to it an hour. Exit
+status 1 where a kind of event was never seen, a statistic was wrong, a request failed, memory grew by more than GROWTH,
+or a process's own by more than STEADY_GROWTH in that half.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import torch
 
 from sglang_misa import random_model, versions
 from sglang_misa.admission import STORAGE_TRIED
-from sglang_misa.bench import sabotage
+from sglang_misa.bench import resident, sabotage
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.procs import HOST, ServerProcess, free_port, is_healthy
 
@@ -44,10 +45,11 @@ CLIENTS = 6  # requests at once
 NEW = (10, 120)  # tokens of an answer
 PAUSE_S = 1.0  # between SIGSTOP and SIGCONT
 TIMEOUT_S, START_S = 120.0, 600.0
-WARM_UP = 0.25  # share of the time before memory is looked at
+WARM_UP = 0.25  # share of the time before memory_start is taken
 GROWTH = 1.1  # of memory, after that
+STEADY_S = 300.0  # that the second half must last for a trend in it to be one
+STEADY_GROWTH = 0.02  # of all processes' own memory, that one may add to its own in the second half
 DISK_PAGES = 40  # that are saved before the disk is full
-STATE, PARENT, RSS = 0, 1, 21  # columns of /proc/*/stat behind the name
 TURNS = ("short", "long", "shared prefix", "next turn", "left mid-stream", "too long")
 # Beside retractions for want of room, after which SGLang admits fewer requests.
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
@@ -132,6 +134,7 @@ class Report:
     memory_end: int = 0
     gpu_memory_start: int = 0
     gpu_memory_end: int = 0
+    memory: list[resident.Growth] = field(default_factory=list)  # of the second half
     corruption_found_within: int = 0  # steps allowed
     corruption_found_after_steps: int = 0
 
@@ -151,6 +154,15 @@ class Report:
         ):
             if end > start * GROWTH:
                 found.append(f"expected {what} to stay, got {start} bytes at first and {end} last")
+        own = [growth for growth in self.memory if growth.kind == "anon"]
+        half_s, allowed = self.minutes * 60 / 2, STEADY_GROWTH * sum(growth.resident for growth in own)
+        for growth in own:
+            added = growth.per_hour * half_s / resident.HOUR_S
+            if half_s >= STEADY_S and added > allowed:
+                found.append(
+                    f"expected the memory of {growth.process} to grow by {allowed:.0f} bytes at most in the second "
+                    f"half, got {added:.0f}"
+                )
         return [*found, *self.errors]
 
 
@@ -255,26 +267,15 @@ class Soak:
             raise RuntimeError(f"expected the cache flushed, got {status} {answer}")
         self.saw("flushed")
 
-    def processes(self) -> dict[int, list[str]]:
-        """The server's processes, whose sessions are several: their ids, and what /proc/*/stat has behind the name."""
-        stats: dict[int, list[str]] = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                stats[int(path.parent.name)] = path.read_text().rpartition(")")[2].split()
-        known = {self.process.group}
-        while found := {pid for pid, stat in stats.items() if int(stat[PARENT]) in known} - known:
-            known |= found
-        return {pid: stats[pid] for pid in known if pid in stats}
+    def signal(self, number: int) -> None:
+        """Send a signal to each of the server's processes."""
+        for pid in resident.family(self.process.group):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def memory(self) -> int:
         """Resident bytes of the server's processes."""
-        return sum(int(stat[RSS]) for stat in self.processes().values()) * os.sysconf("SC_PAGESIZE")
-
-    def signal(self, number: int) -> None:
-        """Send a signal to each of the server's processes."""
-        for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+        return resident.total(resident.family(self.process.group))
 
     def gpu_memory(self) -> int:
         """Bytes of the server's tensors on GPUs after its last step, as its processes say; 0 without any."""
@@ -289,7 +290,7 @@ class Soak:
         time.sleep(seconds / 2)
         self.signal(signal.SIGSTOP)
         time.sleep(PAUSE_S)
-        if {stat[STATE] for stat in self.processes().values()} <= {"T", "Z"}:
+        if {process.state for process in resident.family(self.process.group).values()} <= {"T", "Z"}:
             self.saw("stopped and continued")
         self.signal(signal.SIGCONT)
         for client in clients:
@@ -300,12 +301,15 @@ class Soak:
         probe, alike = self.prompt(random.Random(-1), self.scale.long[0]), self.scale.alike
         before, _ = self.generate(probe, alike)
         begin = time.monotonic()
-        self.load(seconds * WARM_UP)
-        self.report.memory_start, self.report.gpu_memory_start = self.memory(), self.gpu_memory()
-        self.flush()
-        self.load(seconds * (1 - WARM_UP))
-        self.report.minutes = (time.monotonic() - begin) / 60
+        with resident.watch(self.process.group) as samples:
+            self.load(seconds * WARM_UP)
+            self.report.memory_start, self.report.gpu_memory_start = self.memory(), self.gpu_memory()
+            self.flush()
+            self.load(seconds * (1 - WARM_UP))
+        end = time.monotonic()
+        self.report.minutes = (end - begin) / 60
         self.report.memory_end, self.report.gpu_memory_end = self.memory(), self.gpu_memory()
+        self.report.memory = resident.growths([sample for sample in samples if sample[0] > (begin + end) / 2])
         self.flush()
         after, _ = self.generate(probe, alike)
         metrics = self.metrics()

@@ -17,6 +17,10 @@ MAX_RUNNING_REQUESTS = 16  # each reserves a table as wide as the context
 # the rotary cache in fp32 as on a GPU.
 ENVIRONMENT = {"SGLANG_DSA_FUSE_TOPK": "0", "SGLANG_ROPE_CACHE_FP32": "1"}
 
+# What bounds a worker's memory, unless the user chose otherwise: PyTorch (ideep) and oneDNN each keep the last 1024
+# products of bf16 matrices by their shapes, half a megabyte apiece, and every length of a prompt is a shape.
+BOUNDS = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     """SGLang on plain CPU tensors, out of tree: SGLang's in-tree CPU engine needs a CPU build of sgl_kernel."""
@@ -28,6 +32,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         from sglang_misa.cpu import hooks
 
         os.environ.update(ENVIRONMENT)
+        for name, value in BOUNDS.items():
+            os.environ.setdefault(name, value)
         hooks.install_for_arguments()
         if server_args.attention_backend in ("intel_amx", "torch_native"):
             server_args.attention_backend = None  # SGLang's CPU default; None lets a DSA model choose "dsa"
