@@ -6,6 +6,16 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+from sglang_misa.validation import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises ConfigError with one sentence, where argparse prints every flag and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([f"{message.removeprefix('argument ')}; see --help"])
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang_misa import admission, versions
+from sglang_misa.arguments import Parser
 from sglang_misa.config import PHASES, ConfigError, MisaConfig, Phase, SelectionPolicy, preset_name
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, statistics_bytes
 from sglang_misa.text import ranges, table
@@ -118,10 +119,7 @@ def _capability() -> tuple[int, int] | None:
 
 def _arguments(words: Sequence[str]) -> SimpleNamespace:
     """What admission asks of ServerArgs, as far as the flags themselves say it. Raises ConfigError."""
-    try:
-        given = _parser().parse_known_args(words)[0]
-    except argparse.ArgumentError as error:
-        raise ConfigError([str(error)]) from None
+    given = _parser().parse_known_args(words)[0]
     if given.tp_size < 1:
         raise ConfigError([f"--tp-size: expected 1 or more, got {given.tp_size}; correct it"])
     decode = SimpleNamespace(backend=given.cuda_graph_backend_decode)
@@ -130,7 +128,7 @@ def _arguments(words: Sequence[str]) -> SimpleNamespace:
 
 def _parser() -> argparse.ArgumentParser:
     """Reads the flags that admission judges."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     for rule in admission.ARGUMENTS + admission.DECODE_ARGUMENTS:
         names = (rule.flag, *ALIASES.get(rule.name, ()))
         default = rule.allowed[0]

@@ -69,7 +69,9 @@ class Dump(BaseModel):
     )
     rows: int = Field(64, ge=1, le=MOST, description="query rows of a prompt in each layer, from its last chunk")
     layers: tuple[int, ...] | None = Field(None, description="layers to dump, as in 0,30,60; 'all' dumps every one")
-    gib: float = Field(4.0, gt=0, description="GiB that a rank may write; a prompt that does not fit is left out")
+    gib: float = Field(
+        4.0, gt=0, allow_inf_nan=False, description="GiB that a rank may write; a prompt that does not fit is left out"
+    )
 
     @property
     def path(self) -> Path | None:

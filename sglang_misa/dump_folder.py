@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import os
+import stat
+import tempfile
 from collections.abc import Iterator
 
 from sglang_misa.config import Dump
 
 
 def problems(settings: Dump, layers: int | None) -> Iterator[str]:
-    """Sentences for a folder that others can read or that cannot be made, and for layers over the model's `layers`."""
+    """Sentences for a folder that others can read or that cannot be written, and for layers that the model lacks.
+
+    layers: of the model; None where they are not known. A folder is tried by making one inside it, or inside the
+    nearest one above it that exists: permissions alone do not tell of file systems that are full, read-only or /proc.
+    """
     if (folder := settings.path) is None:
         return
-    if folder.exists():
-        if not folder.is_dir():
-            yield f"--misa-dump: expected a folder, got a file at {folder}; name another"
-        elif folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
-            mode = folder.stat().st_mode & 0o777
-            yield f"--misa-dump: expected a folder of this user alone, mode 0700, got {mode:04o}; chmod 700 {folder}"
+    existing = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+    mode = existing.stat().st_mode
+    if not stat.S_ISDIR(mode):
+        yield f"--misa-dump: expected a folder, got a file at {existing}; name another"
+    elif existing == folder and (existing.stat().st_uid != os.getuid() or mode & 0o077):
+        got = stat.S_IMODE(mode)
+        yield f"--misa-dump: expected a folder of this user alone, mode 0700, got {got:04o}; chmod 700 {folder}"
     else:
-        above = next(each for each in folder.parents if each.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-            yield f"--misa-dump: expected a folder that can be made, got {folder} in {above}; name another"
+        try:
+            tempfile.TemporaryDirectory(dir=existing).cleanup()
+        except OSError as error:
+            yield (
+                f"--misa-dump: expected a folder that can be written, got {folder} ({error.strerror} in {existing}); "
+                "name another"
+            )
     beyond = [layer for layer in settings.layers or () if layers is not None and not 0 <= layer < layers]
     if beyond:
         listed = ", ".join(map(str, beyond))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import ipaddress
-import json
 import os
 import socket
 import sys
@@ -20,8 +19,10 @@ from typing import Any
 from sglang_misa import admission, check, flags, key_mask, preflight, supervisor, versions
 from sglang_misa import config as misa
 from sglang_misa.admission import AdmissionError
+from sglang_misa.arguments import Parser
 from sglang_misa.config import ConfigError, MisaConfig
 from sglang_misa.cpu import ENV as CPU_ENV
+from sglang_misa.validation import parsed_object, read_text
 
 PLUGIN, CPU_PLATFORM = "misa", "misa_cpu"  # our entry points, by the names that SGLANG_PLUGINS and SGLANG_PLATFORM use
 DEFAULT_PORT = 30000  # SGLang's
@@ -33,8 +34,8 @@ MODEL_TYPES = {"architectures": list, **dict.fromkeys(SIZES, int)}
 
 def main(argv: Sequence[str]) -> int:
     """Run the server, the demo or the check until it ends; returns the exit status."""
-    ours, rest = _parser().parse_known_args(argv)
     try:
+        ours, rest = _parser().parse_known_args(argv)
         flags.reject_unknown_flags(rest)
         from_flags = flags.from_flags(ours)
         ConfigError.raise_if(_both_problems(from_flags))
@@ -45,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
         unreachable = [*port, *_host_problems(theirs, ours, keys)]
         if ours.check and ours.demo:
             raise ConfigError(["--check: expected no --demo, which brings its model and flags, got both; drop one"])
+        if ours.demo_report is not None and not ours.demo:
+            raise ConfigError(["--demo-report: expected --demo with it, which writes the report, got none; add it"])
         if ours.check:
             return _check(chosen, rest, theirs, unreachable)
         ConfigError.raise_if([*unreachable, *([] if port else _port_problems(theirs))])
@@ -64,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sglang_misa.launch_server",
         description="SGLang's server with MISA token selection. Without --misa-* flags and SGLANG_MISA_CONFIG it is "
         "stock SGLang.",
@@ -132,8 +135,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _peek(words: Sequence[str]) -> argparse.Namespace:
-    """The few SGLang flags that are read here too; all stay in the words that SGLang gets."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    """The few SGLang flags that are read here too; all stay in the words that SGLang gets. Raises ConfigError."""
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--model-path", "--model")
     parser.add_argument("--load-format")
@@ -142,10 +145,7 @@ def _peek(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int)
     parser.add_argument("--api-key")
-    try:
-        return parser.parse_known_args(words)[0]
-    except argparse.ArgumentError as error:
-        raise ConfigError([str(error)]) from None
+    return parser.parse_known_args(words)[0]
 
 
 def _port_number_problems(theirs: argparse.Namespace) -> Iterator[str]:
@@ -253,13 +253,10 @@ def _model_config(theirs: argparse.Namespace) -> Mapping[str, Any] | None:
                 f"{theirs.model_path}; check the path"
             ]
         )
-    try:
-        model = json.loads(file.read_text(encoding="utf-8"))
-        found = {**model, **model.get("text_config", {}), **json.loads(theirs.json_model_override_args)}
-    except (ValueError, OSError, AttributeError, TypeError, RecursionError) as error:
-        raise ConfigError(
-            [f"{file}: expected a JSON object, and another in --json-model-override-args, got neither ({error})"]
-        ) from None
+    model = parsed_object(read_text("--model-path", file), str(file))
+    override = parsed_object(theirs.json_model_override_args, "--json-model-override-args")
+    text = model.get("text_config")
+    found = {**model, **(text if isinstance(text, dict) else {}), **override}
     ConfigError.raise_if(
         f"{file}: expected {name} to be {kind.__name__}, got {found[name]!r}; correct it"
         for name, kind in MODEL_TYPES.items()

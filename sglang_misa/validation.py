@@ -40,6 +40,14 @@ def parsed(text: str, source: str, expected: str = "one JSON object") -> Any:
         raise ConfigError([f"{source}: expected {expected}, got {short(text)} ({error})"]) from None
 
 
+def parsed_object(text: str, source: str) -> dict[str, Any]:
+    """The JSON object in `text`. Raises ConfigError, for JSON of another kind too."""
+    found = parsed(text, source)
+    if not isinstance(found, dict):
+        raise ConfigError([f"{source}: expected one JSON object, got {short(found)}; correct it"])
+    return found
+
+
 def read_text(flag: str, path: str | Path) -> str:
     """The text of a JSON file that `flag` named. Raises ConfigError where it cannot be read."""
     try:

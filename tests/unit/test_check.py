@@ -95,14 +95,17 @@ def test_what_a_launch_would_refuse_for_its_words_a_check_refuses(checked, model
     ("words", "why"),
     [
         (["--api-key-file", "/no/such/key"], "--api-key-file: expected a readable text file"),
-        (["--page-size", "x"], "argument --page-size: invalid int value: 'x'"),
+        (["--page-size", "x"], "--page-size: invalid int value: 'x'; see --help"),
+        (["--misa-dump", "/proc/no-folder"], "--misa-dump: expected a folder that can be written"),
+        (["--misa-dump", "d", "--misa-dump-gib", "inf"], "--misa-dump-gib: expected a finite number, got inf"),
         (["--tp", "0"], "--tp-size: expected 1 or more, got 0"),
     ],
 )
-def test_words_that_cannot_be_read_have_a_sentence(model, capsys, words, why):
+def test_words_that_cannot_be_used_have_a_sentence(model, capsys, words, why):
     wanted = ["--check", "--misa-preset", "misa", "--model-path", model]
     assert launch_server.main([*wanted, *words]) == launch_server.REFUSED
-    assert why in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert why in told.out + told.err
 
 
 def test_flags_that_only_sglang_can_judge_are_listed(checked, model):

@@ -110,7 +110,13 @@ def test_a_missing_folder_and_one_without_a_model(refused, tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '"text"', "[" * 100_000])
 def test_a_broken_config(refused, tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    assert "expected a JSON object" in refused("--model-path", str(tmp_path))
+    assert "config.json: expected one JSON object, got" in refused("--model-path", str(tmp_path))
+
+
+def test_a_broken_override_of_the_model(refused, folder):
+    model = folder(random_model.config(random_model.CPU))
+    message = refused("--model-path", model, "--json-model-override-args", "{")
+    assert "--json-model-override-args: expected one JSON object, got '{'" in message
 
 
 @pytest.mark.parametrize(
@@ -222,6 +228,16 @@ def test_keys_come_from_files(tmp_path):
 
 def test_the_demo_brings_its_model(refused):
     assert "--demo brings its model" in refused("--demo", "--model-path", "owner/model")
+
+
+def test_a_report_of_no_demo(refused):
+    assert "--demo-report: expected --demo with it" in refused("--demo-report", "report", "--model-path", "owner/model")
+
+
+def test_a_word_that_argparse_refuses_is_one_sentence(refused):
+    message = refused("--misa-preset", "fst")
+    assert "--misa-preset: invalid choice: 'fst'" in message
+    assert len(message.splitlines()) == 2
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user that may not read a file")
