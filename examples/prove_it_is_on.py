@@ -2,7 +2,7 @@
 
 Sends a prompt over the length gates and prints which selections its indexer calls went to. A decode policy that wants
 steps of many rows is tried with --decode alone, which sends so many prompts at once. Exit status 0 where every phase
-that was tried used its policy.
+that was tried used its policy, 1 where one did not, 2 where no server told.
 """
 
 from __future__ import annotations
@@ -74,4 +74,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (Refusal, OSError) as error:  # no key, or no server that tells
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)

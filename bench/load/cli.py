@@ -270,10 +270,9 @@ def _measure(command: Run | Sweep | Ab | Max | Resume, arguments: list[str] | No
         folder = command.out or Path(f"load-{datetime.now():%Y%m%d-%H%M%S}")
     check_plan(plan)
     keys = Keys.read(plan.access)
-    store = Store(folder, keys)
-    store.save_plan(plan)
-    store.save_environment(Environment.now(sys.argv[1:] if arguments is None else arguments, keys))
-    with Live(console, len(plan.cells) * plan.blocks * len(plan.arms)) as live:
+    with Store(folder, keys) as store, Live(console, len(plan.cells) * plan.blocks * len(plan.arms)) as live:
+        store.save_plan(plan)
+        store.save_environment(Environment.now(sys.argv[1:] if arguments is None else arguments, keys))
         if plan.search is not None:
             found = CapacitySearch(plan, store, keys, live).run()
             return _conclude(found.plan, found.units, conclude(found), store, keys, console)

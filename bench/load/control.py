@@ -106,7 +106,7 @@ class Control:
                     wanted, way_out = "a server that speaks TLS", "give http:// where it does not"
                 raise LoadError(f"{self.url}: expected {wanted}, got {error}; {way_out}") from None
             except requests.RequestException as error:
-                self.last_error = str(error)
+                self.last_error = _reason(error)
                 return False
             if 300 <= status < 400:
                 raise LoadError(f"{self.url}{path}: expected a server, got a redirect (HTTP {status}); give its target")
@@ -228,6 +228,12 @@ class Control:
             return b""
         self.has_metrics = status not in NOT_THERE
         return content if status == 200 else b""
+
+
+def _reason(error: BaseException) -> str:
+    """What an error of `requests` comes down to, without the layers that repeat address and path."""
+    inner = error.__cause__ or error.__context__
+    return str(error) if inner is None else _reason(inner)
 
 
 def _labels(labels: Mapping[str, str]) -> str:

@@ -18,6 +18,7 @@ from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import LoadError, Protocol, problem_of
 
 MAX_UNIT = 512 * 1024 * 1024  # bytes of a stored unit that are read at most
+BEGINNING = ("plan.json", "environment.json")  # written before any server is asked
 DERIVED = ("ttft", "tpot", "e2e")
 REQUEST_COLUMNS = (
     *(
@@ -41,10 +42,28 @@ class Store:
     def __init__(self, folder: Path, keys: Keys):
         self.folder = folder
         self._keys = keys
+        self._made = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise LoadError(f"out: expected a folder that can be made, got {folder} ({error.strerror})") from None
+            raise LoadError(
+                f"out: expected a folder that can be made, got {folder} ({error.strerror}); change --out"
+            ) from None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Remove a folder that was made for nothing: after a LoadError, where it holds no unit, answer or log."""
+        if (
+            kind is not None
+            and issubclass(kind, LoadError)
+            and self._made
+            and {path.name for path in self.folder.iterdir()} <= {*BEGINNING}
+        ):
+            for name in BEGINNING:
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Write one artefact atomically; keys are erased from values before they come here. Raises LoadError."""

@@ -61,10 +61,14 @@ class Common:
         """Arms and access, without the load test's cells. Raises LoadError."""
         count = len(self.servers)
         names = self.names or self.expect or NAMED[:count]
-        if len(names) != count or len({*names}) < count or len(self.expect) not in (0, count):
+        if len(self.expect) not in (0, count):
             raise LoadError(
-                f"names: expected {count} different ones for as many servers, and as many --expect or none, got "
-                f"{', '.join(names)}; set --names"
+                f"expect: expected a selection for each of the {count} servers, or none, got {', '.join(self.expect)}; "
+                "correct --expect"
+            )
+        if len(names) != count or len({*names}) < count:
+            raise LoadError(
+                f"names: expected {count} different ones for as many servers, got {', '.join(names)}; set --names"
             )
         if self.new_tokens < 1:
             raise LoadError(f"new_tokens: expected at least 1, got {self.new_tokens}; raise --new-tokens")
@@ -79,6 +83,9 @@ class Common:
             serving=self.serving,
             bounds=self.bounds,
         )
+
+    def check(self) -> None:
+        """Refuse what would fail later, before a server is asked or started. Raises LoadError."""
 
     @property
     def extra(self) -> dict[str, Any]:
@@ -95,9 +102,9 @@ class Common:
         raise NotImplementedError
 
 
-def _both(arms: Sequence[Arm]) -> None:
-    if len(arms) < 2:
-        raise LoadError(f"servers: expected two or more to compare, got {arms[0].server}; name another")
+def _several(servers: Sequence[str]) -> None:
+    if len(servers) < 2:
+        raise LoadError(f"servers: expected two or more to compare, got {servers[0]}; name another")
 
 
 @dataclass(frozen=True)
@@ -120,8 +127,22 @@ class Needles(Common):
     json: Path | None = None
     """a list to put the results into, in the place of those of the same model, arm, length and depth"""
 
+    def check(self) -> None:
+        if self.depths < 2 or self.repeats < 1 or not self.tokens or not 0 <= self.others < len(NAMES):
+            raise LoadError(
+                f"needles: expected lengths, at least 2 depths, 1 repeat and 0 to {len(NAMES) - 1} others, got "
+                f"{len(self.lengths)}, {self.depths}, {self.repeats} and {self.others}; correct them"
+            )
+        if self.json is not None and not self.json.parent.is_dir():
+            raise LoadError(f"json: expected a file in a folder that exists, got {self.json}; change --json")
+        _listed(self.json)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of the prompts, the shortest first. Raises LoadError."""
+        return sorted(Lengths.parse(text).longest for text in self.lengths)
+
     def measure(self, collector: Collector, arms: Sequence[Arm], commit: str) -> list[Section]:
-        _listed(self.json)  # or it is refused now
         found = self.of_answers(collector, arms, commit)
         if self.json is not None:
             rows = {tuple(row[name] for name in CELL): row for row in [*_listed(self.json), *found[0].rows]}
@@ -135,14 +156,9 @@ class Needles(Common):
 
     def make(self, tokenize: Tokenize) -> list[Question]:
         """The questions, the shortest first. Raises LoadError."""
-        lengths = [Lengths.parse(text).longest for text in self.lengths]
-        if self.depths < 2 or self.repeats < 1 or not lengths or not 0 <= self.others < len(NAMES):
-            raise LoadError(
-                "needles: expected lengths, at least 2 depths, 1 repeat and 0 to 49 others; change what is less"
-            )
-        source = source_of(Workload(text=self.text, seed=self.seed), max(lengths), tokenize)
+        source = source_of(Workload(text=self.text, seed=self.seed), self.tokens[-1], tokenize)
         depths = np.linspace(0, 1, self.depths).round(3).tolist()
-        shape = (sorted(lengths), depths, self.repeats, self.others, self.new_tokens, self.seed)
+        shape = (self.tokens, depths, self.repeats, self.others, self.new_tokens, self.seed)
         return list(questions.needles(source, TEMPLATES[self.template], *shape))
 
 
@@ -187,8 +203,11 @@ class Agree(Common):
     def extra(self) -> dict[str, Any]:
         return wants_logprobs(self.protocol)
 
+    def check(self) -> None:
+        _several(self.servers)
+        questions.read(self.prompts)
+
     def measure(self, collector: Collector, arms: Sequence[Arm], commit: str) -> list[Section]:
-        _both(arms)
         asked = collector.run(lambda tok: questions.prompts(self.prompts, tok, self.new_tokens, self.least))
         return [sections.agreement(asked, arms)]
 
@@ -206,12 +225,25 @@ class Recall(Common):
     audit: bool = False
     """read the live audit of each arm instead (--misa-audit-rows), without asking anything"""
 
+    def check(self) -> None:
+        if self.audit:
+            return
+        _several(self.servers)
+        if self.prompts is None:
+            raise LoadError("prompts: expected prompts to select on, got none; add --prompts FILE, or --audit")
+        questions.read(self.prompts)
+        if self.protocol.api != "generate":
+            raise LoadError(
+                f"api: expected --api generate, which returns selections, got {self.protocol.api}; leave it out"
+            )
+
     @property
     def positions(self) -> int | None:
         return None if self.audit else self.index_topk
 
     def measure(self, collector: Collector, arms: Sequence[Arm], commit: str) -> list[Section]:
-        if self.audit:
+        prompts = self.prompts
+        if self.audit or prompts is None:
             collector.run(lambda tok: [])
             found = sections.audited(collector.audited)
             if not found.rows:
@@ -220,14 +252,6 @@ class Recall(Common):
                     "policy, and send it prompts over --misa-prefill-min-len"
                 )
             return [found]
-        _both(arms)
-        prompts = self.prompts
-        if prompts is None:
-            raise LoadError("prompts: expected prompts to select on, got none; add --prompts FILE, or --audit")
-        if self.protocol.api != "generate":
-            raise LoadError(
-                f"api: expected --api generate, which returns selections, got {self.protocol.api}; leave it out"
-            )
         asked = collector.run(lambda tok: questions.prompts(prompts, tok, self.new_tokens, self.least))
         return [sections.recall(asked, arms, collector, self.index_topk)]
 
@@ -238,6 +262,9 @@ class Tasks(Common):
 
     folder: Path = Path("tasks")
     """folder with *.jsonl"""
+
+    def check(self) -> None:
+        questions.task_files(self.folder)
 
     def measure(self, collector: Collector, arms: Sequence[Arm], commit: str) -> list[Section]:
         asked = collector.run(lambda tok: questions.tasks(self.folder, tok, self.new_tokens))
@@ -265,11 +292,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(command: Command, arguments: Sequence[str], console: Console) -> int:
     plan = command.plan()
+    command.check()
     keys = Keys.read(plan.access)
-    store = Store(command.out or Path(f"quality-{datetime.now():%Y%m%d-%H%M%S}"), keys)
     environment = Environment.now(arguments, keys, module="sglang_misa.bench.quality")
-    store.save_environment(environment)
-    with Live(console, 0) as live:
+    folder = command.out or Path(f"quality-{datetime.now():%Y%m%d-%H%M%S}")
+    with Store(folder, keys) as store, Live(console, 0) as live:
+        store.save_environment(environment)
         collector = Collector(
             plan, store, keys, live, extra=command.extra, index_topk=command.positions, limit_s=command.limit_s
         )

@@ -115,7 +115,7 @@ def prompts(path: Path, tokenize: Tokenize, new_tokens: int, least: int) -> list
 
     least: tokens under which a prompt is too short, as stock DSA would run in both arms.
     """
-    texts = [_text_of(row, path) for row in rows(path)] if path.suffix == ".jsonl" else [_read(path)]
+    texts = [_text_of(row, path) for row in rows(path)] if path.suffix == ".jsonl" else [read(path)]
     found = []
     for number, text in enumerate(texts, 1):
         ids = tuple(tokenize(text)) if text.strip() else ()
@@ -135,9 +135,8 @@ def tasks(folder: Path, tokenize: Tokenize, new_tokens: int) -> list[Question]:
 
     Of RULER's each output must be found; of LongBench's the best F1 counts. Raises LoadError.
     """
-    files = sorted(folder.glob("*.jsonl"))
     found = []
-    for file in files:
+    for file in task_files(folder):
         for number, row in enumerate(rows(file), 1):
             measure, answers = ("found", row["outputs"]) if "outputs" in row else ("f1", row.get("answers"))
             if not isinstance(answers, list) or not answers:
@@ -149,13 +148,20 @@ def tasks(folder: Path, tokenize: Tokenize, new_tokens: int) -> list[Question]:
             told = tuple(str(answer) for answer in answers)
             found.append(Question(f"{file.stem} · {number}", ids, new_tokens, told, measure, length=len(ids)))
     if not found:
-        raise LoadError(f"{folder}: expected *.jsonl files with questions, got none; name another folder")
+        raise LoadError(f"{folder}: expected questions in its *.jsonl files, got none; name another folder")
     return found
+
+
+def task_files(folder: Path) -> list[Path]:
+    """The *.jsonl files of a folder, in order. Raises LoadError where there is none."""
+    if not (files := sorted(folder.glob("*.jsonl"))):
+        raise LoadError(f"folder: expected a folder with *.jsonl files, got {folder} without; correct --folder")
+    return files
 
 
 def rows(path: Path) -> Iterator[dict[str, object]]:
     """Objects of a JSON Lines file. Raises LoadError."""
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(read(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -174,7 +180,8 @@ def _text_of(row: dict[str, object], path: Path) -> str:
     return text
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """The text of a file that a user named. Raises LoadError."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -21,6 +21,7 @@ from sglang_misa.bench.load.prompts import source_of
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import Access, Bounds, Load, Protocol, Workload
 from sglang_misa.bench.load.shell import GATE_FAILED, INVALID, OK, USAGE
+from sglang_misa.bench.quality.cli import main as quality
 from sglang_misa.config import PHASES, PRESETS
 from sglang_misa.procs import free_port
 
@@ -260,7 +261,14 @@ def test_nobody_at_the_url_is_told_at_once(tmp_path, capsys):
     start = time.monotonic()
     assert main(["run", f"http://127.0.0.1:{free_port()}", *SMALL, "--out", str(tmp_path)]) == USAGE
     assert time.monotonic() - start < 10
-    assert "refused" in capsys.readouterr().err
+    assert capsys.readouterr().err.rstrip().endswith("Connection refused; start it")
+
+
+def test_a_folder_made_for_nothing_goes_again(tmp_path):
+    nobody = f"http://127.0.0.1:{free_port()}"
+    assert main(["run", nobody, *SMALL, "--out", str(tmp_path / "load")]) == USAGE
+    assert quality(["needles", nobody, "--out", str(tmp_path / "quality")]) == USAGE
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failed_requests_fail_the_default_gate(mocks, tmp_path, capsys):

@@ -163,7 +163,8 @@ def test_tasks_score_every_output_or_the_best_f1(pair, tmp_path):
         (["recall"], "expected prompts to select on"),
         (["recall", "--audit"], "expected recall in /server_info"),
         (["needles", "--names", "one", "one"], "expected 2 different ones for as many servers"),
-        (["needles", "--expect", "dsa"], "expected 2 different ones for as many servers"),
+        (["needles", "--expect", "dsa"], "expected a selection for each of the 2 servers"),
+        (["needles", "--json", "{missing}/needles.json"], "expected a file in a folder that exists"),
         (["needles", "--json", "{short}"], "expected a list of results"),
         (["needles", "--limit-s", "0", "--lengths", "4k"], "expected time for one question"),
         (["needles", "--lengths", "100", "--depths", "2"], "expected room for 9 facts"),
@@ -178,6 +179,20 @@ def test_what_cannot_be_done_is_refused(pair, tmp_path, capsys, words, told):
     words = [word.format(folder=tmp_path, **files) for word in words]
     assert main([words[0], a, b, *words[1:], "--out", str(tmp_path / "run")]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["needles", "--lengths", "many"], ["needles", "--depths", "1"], ["needles", "--json", "/no/such/file.json"]),
+        *(["agree", "--prompts", "/no/such"], ["recall"], ["tasks", "--folder", "/no/such"]),
+    ],
+)
+def test_words_are_judged_before_a_server_is_asked(tmp_path, capsys, words):
+    nobody = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+    assert main([words[0], *nobody, *words[1:], "--out", str(tmp_path / "run")]) == 2
+    assert "expected a server" not in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_server_that_returns_no_selections_is_refused(pair, prompts, tmp_path, capsys):
