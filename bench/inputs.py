@@ -90,9 +90,9 @@ def trained_file(path: Path) -> dict[str, Tensor]:
 
     try:
         tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path}: expected a safetensors file, got another ({error}); name files of --misa-dump"
+            f"{path}: expected a safetensors file that can be read, got {error}; name files of --misa-dump"
         ) from None
     missing = [name for name in ("index_q", "head_gates", "index_k", "k_scale") if name not in tensors]
     if missing:

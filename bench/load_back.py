@@ -198,7 +198,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--repeats", type=at_least(1), default=5)
     parser.add_argument("--csv", type=file_to_write, help="append the rows there")
     arguments = parser.parse_args(argv)
-    found = rows(arguments)
+    try:
+        found = rows(arguments)
+    except ValueError as error:  # SGLang's word on a host pool that does not fit, or on a layout
+        parser.error(f"expected a host pool that SGLang can make, got: {error} Lower --layers, or change --layout")
     names = [field.name for field in fields(Timing)]
     for row in found:
         print(*(f"{name}={value}" for name, value in asdict(row).items()))

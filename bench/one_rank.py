@@ -87,7 +87,11 @@ def main(argv: Sequence[str]) -> int:
     """Serve until it ends; returns the exit status of `sglang_misa.launch_server`."""
     from sglang_misa import launch_server
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_misa.bench.one_rank",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--layers", type=int, default=LAYERS, help="how many of the 61 layers to serve")
     parser.add_argument("--tp", type=int, default=1, help="GPUs, each with the share of one of the eight ranks")
     options, rest = parser.parse_known_args(argv)

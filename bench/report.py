@@ -341,7 +341,7 @@ def summary(rows: Sequence[Record]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m sglang_misa.bench.report", description=__doc__)
     root = Path(__file__).resolve().parents[1]
     parser.add_argument("--results", type=Path, default=root / "bench/results", help="folder of the CSVs")
     parser.add_argument("--docs", type=Path, default=root / "docs", help="folder of measured.md and quality.md")

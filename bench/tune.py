@@ -96,9 +96,16 @@ def upkeep() -> Iterator[str]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_misa.bench.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", nargs="+", choices=[*CUTS, "upkeep"])
-    for what in parser.parse_args(words).what:
+    options = parser.parse_args(words)
+    if not torch.cuda.is_available():
+        parser.error("expected a GPU, got none; run it on the machine of the server")
+    for what in options.what:
         for line in upkeep() if what == "upkeep" else cuts(what):
             print(line, flush=True)
     return 0

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 from pydantic import ConfigDict
@@ -35,4 +36,5 @@ def schema() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m sglang_misa.bench.load.results", description=schema.__doc__).parse_args()
     print(schema(), end="")

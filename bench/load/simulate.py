@@ -7,13 +7,14 @@ some requests are ten times as slow. The figures of a block go through the same 
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sglang_misa.arguments import at_least
 from sglang_misa.bench.load.stats import Estimate, block_ratio, holm
 from sglang_misa.bench.load.verdict import SEQUENTIAL_BLOCKS
 
@@ -135,5 +136,7 @@ def _rows(runs: int) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    for row in _rows(int(sys.argv[1]) if len(sys.argv) > 1 else RUNS):
-        print(row)
+    parser = argparse.ArgumentParser(prog="python -m sglang_misa.bench.load.simulate", description=__doc__)
+    parser.add_argument("runs", nargs="?", type=at_least(1), default=RUNS, help="simulated runs a line")
+    for row in _rows(parser.parse_args().runs):
+        print(row, flush=True)
