@@ -223,7 +223,7 @@ def _sketched(bits: Literal[1, 2], heads: int) -> SelectionPolicy:
     return _peak(heads, sketch=bits, candidates=8192, block_size=PAGE, min_len=65536, min_rows=16)
 
 
-# Each gate stands where the kernels have overtaken stock (docs/measured.md).
+# Each gate is the length from which on the kernels are faster than stock (docs/kernel-notes.md).
 PRESETS: dict[str, MisaConfig] = {
     "dsa": MisaConfig(),
     # As published: MISA and MISA† (arXiv 2605.07363), HISA (arXiv 2603.28458), and the best of both in its phase.
