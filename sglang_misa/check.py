@@ -49,7 +49,7 @@ def report(
         f"{_source(config)}; SGLang {found.sglang}; device {found.device}",
         table([("phase", "length", "selected by"), *_rows(config, found.model)]),
         _memory(config, found.model),
-        "\n".join(["Not known here:", *(f"  - {each}" for each in _unknown(found, model, words))]),
+        "\n".join(["Not checked here:", *(f"  - {each}" for each in _unknown(found, model, words))]),
     ]
     return "\n\n".join(paragraphs), admission.problems(found)
 
@@ -88,16 +88,16 @@ def _source(config: MisaConfig) -> str:
 
 def _unknown(found: admission.Candidate, model: Mapping[str, Any] | None, words: Sequence[str]) -> Iterator[str]:
     if model is None:
-        yield "the model's sizes, as --model-path is no folder: taken to be DeepSeek-V3.2's"
-    else:
-        yield "whether SGLang serves this architecture with DSA: taken so where config.json has index_topk"
+        yield "the model's sizes, as --model-path is no folder: assumed to be DeepSeek-V3.2's"
+    elif found.is_dsa:
+        yield "whether SGLang serves this architecture with DSA: assumed, as config.json has index_topk"
     if _installed() is None:
-        yield f"SGLang's version, as none is installed: taken to be {found.sglang}, of {versions.known()}"
+        yield f"SGLang's version, as none is installed: assumed to be {found.sglang}, of {versions.known()}"
     if found.device == "cuda" and _capability() is None:
-        yield "the GPU, as none is here: taken to be a Hopper"
+        yield "the GPU, as this machine has none: assumed to be a Hopper"
     flags = (word.partition("=")[0] for word in _parser().parse_known_args(words)[1] if word.startswith("--"))
     if others := [flag for flag in dict.fromkeys(flags) if flag not in READ]:
-        yield f"whether SGLang knows {', '.join(others)}, and takes what was given with them"
+        yield f"whether SGLang knows {', '.join(others)}, and accepts their values"
     yield "what SGLang derives from its flags, its --config file, the weights, and hooks of other plugins"
 
 

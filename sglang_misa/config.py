@@ -44,18 +44,18 @@ class Audit(BaseModel):
         0,
         ge=0,
         le=MOST,
-        description="query rows of an audited call that are checked against all heads; 0 turns the audit off",
+        description="query rows of each audited call that are compared with all heads; 0 turns the audit off",
     )
     every: int = Field(
-        64, ge=1, le=MOST, description="audit one call of a layer, and one replay of a decode graph, in this many"
+        64, ge=1, le=MOST, description="audit one in this many calls of a layer, and replays of a decode graph"
     )
-    decode_layers: int = Field(8, ge=1, le=MOST, description="with decode graphs, audit one layer in this many")
+    decode_layers: int = Field(8, ge=1, le=MOST, description="with decode graphs, audit one in this many layers")
     floor: float = Field(
         0.0,
         ge=0.0,
         le=1.0,
-        description="a layer whose mean audited recall is lower goes on with faithful, then with stock DSA, and "
-        "decode as a whole with stock DSA; 0 turns it off",
+        description="a layer whose mean audited recall is lower falls back to faithful, then to stock DSA, and decode "
+        "as a whole to stock DSA; 0 turns this off",
     )
 
 
@@ -65,12 +65,19 @@ class Dump(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     folder: str | None = Field(
-        None, min_length=1, description="write index keys, sampled queries and head gates of long prompts there"
+        None,
+        min_length=1,
+        description="write index keys, sampled queries and head gates of long prompts to this folder",
     )
-    rows: int = Field(64, ge=1, le=MOST, description="query rows of a prompt in each layer, from its last chunk")
-    layers: tuple[int, ...] | None = Field(None, description="layers to dump, as in 0,30,60; 'all' dumps every one")
+    rows: int = Field(
+        64, ge=1, le=MOST, description="query rows written for each prompt and layer, from the last chunk"
+    )
+    layers: tuple[int, ...] | None = Field(None, description="layers to dump, as in 0,30,60; 'all' dumps every layer")
     gib: float = Field(
-        4.0, gt=0, allow_inf_nan=False, description="GiB that a rank may write; a prompt that does not fit is left out"
+        4.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="GiB that each rank may write; a prompt that would exceed it is left out",
     )
 
     @property
@@ -103,20 +110,20 @@ class MisaConfig(BaseModel):
 
     verify_stats: VerifyStats = Field(
         "off",
-        description="compute a sample of page statistics again at each step and compare the bits: log reports a "
+        description="recompute a sample of page statistics at each step and compare it bit by bit: log reports a "
         "mismatch, raise stops the server",
     )
     verify_ranks: int = Field(
         0,
         ge=0,
         le=MOST,
-        description="once in so many steps tensor-parallel ranks compare their selections and page statistics, and a "
-        "difference stops the server; 0 turns it off",
+        description="once in this many steps tensor-parallel ranks compare their selections and page statistics, and a "
+        "difference stops the server; 0 turns this off",
     )
     allow_unverified: bool = Field(
         False,
-        description="serve on a GPU a version of SGLang that was verified on CPUs alone, and decode behind a prefill "
-        "server that transfers by other means than Mooncake",
+        description="serve on a GPU with a version of SGLang that was verified on CPUs only, and decode behind a "
+        "prefill server with KV transfer other than Mooncake's",
     )
 
     @field_validator("backend", mode="before")

@@ -90,7 +90,7 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--misa-preset",
         choices=[*PRESETS],
-        help=f"start from a named method, which further flags change; flags without one change {DEFAULT_PRESET}",
+        help=f"start from this preset, which further flags change (default: {DEFAULT_PRESET}, where any flag is given)",
     )
     group.add_argument("--misa-config", metavar="FILE", help="start from a JSON file shaped like SGLANG_MISA_CONFIG")
     group.add_argument(

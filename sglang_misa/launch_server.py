@@ -69,25 +69,33 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m sglang_misa.launch_server",
-        description="SGLang's server with MISA token selection. Without --misa-* flags and SGLANG_MISA_CONFIG it is "
-        "stock SGLang.",
+        description="SGLang's server with the token selection of sglang-misa. Without --misa-* flags and "
+        "SGLANG_MISA_CONFIG it is stock SGLang.",
         epilog="Every other flag is SGLang's and goes to it untouched: see python -m sglang.launch_server --help. "
-        "One is also read here: --device cpu serves on a machine without a GPU, for demos and tests.",
+        "--device cpu serves on a machine without a GPU, for demos and tests.",
         allow_abbrev=False,
     )
     flags.add_cli_flags(parser)
     keys = parser.add_argument_group("keys")
-    keys.add_argument("--api-key-file", metavar="FILE", help="SGLang's --api-key, read from a file: not seen in ps")
+    keys.add_argument(
+        "--api-key-file", metavar="FILE", help="SGLang's --api-key, read from a file, so that ps does not show it"
+    )
     keys.add_argument("--admin-api-key-file", metavar="FILE", help="the same for SGLang's --admin-api-key")
-    keys.add_argument("--no-api-key", action="store_true", help="serve other machines without a key")
+    keys.add_argument("--no-api-key", action="store_true", help="allow other machines to use the server without a key")
     parser.add_argument(
-        "--check", action="store_true", help="say what would run, its memory and every refusal, and load nothing"
+        "--check",
+        action="store_true",
+        help="print what would run, its memory and every reason against it; load no weights",
     )
     demo = parser.add_argument_group("demo")
     demo.add_argument(
-        "--demo", action="store_true", help="a small trained model on the CPU: who finds the needles, then serve it"
+        "--demo",
+        action="store_true",
+        help="ask a small trained model on the CPU for hidden facts, under stock DSA and a preset; then serve it",
     )
-    demo.add_argument("--demo-report", metavar="DIR", type=Path, help="write a page, its pictures and JSON there")
+    demo.add_argument(
+        "--demo-report", metavar="DIR", type=Path, help="write a page with pictures and JSON to this folder"
+    )
     return parser
 
 
@@ -97,7 +105,7 @@ def _check(chosen: MisaConfig | None, rest: Sequence[str], theirs: argparse.Name
     print(would_run)
     problems = [*problems, *_word_problems(theirs, weights=False), *found]
     problems += [*_environment_problems(os.environ), *_cache_problems(chosen, theirs)]
-    print("\n" + str(AdmissionError(problems)) if problems else "\nNothing speaks against it.")
+    print("\n" + str(AdmissionError(problems)) if problems else "\nNo reason against this launch was found.")
     return REFUSED if problems else 0
 
 

@@ -35,33 +35,36 @@ class SelectionPolicy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     heads: int | None = Field(
-        None, ge=1, le=MOST, description="index heads that score a query, chosen by the router; 'all' routes none"
+        None,
+        ge=1,
+        le=MOST,
+        description="index heads that score each query, chosen by the router; 'all' disables routing",
     )
     router: Router = Field(
         "mean",
         description="router statistic over blocks: mean of |w·ReLU(q·k̃)| (the MISA paper), peak = its maximum, "
         "signed = mean of w·ReLU(q·k̃), weight = |w| alone",
     )
-    residual: bool = Field(False, description="add one linear column that stands for the heads that are not routed")
+    residual: bool = Field(False, description="add one linear column that approximates the heads that are not routed")
     blocks: int | None = Field(
         None,
         ge=2,
         le=MOST,
-        description="token blocks kept for a query by their mean keys, the first and the newest among them; 'all' "
-        "keeps every one",
+        description="token blocks kept for each query, ranked by their mean keys, always with the first and the "
+        "newest; 'all' keeps every block",
     )
     sketch: Literal[1, 2] | None = Field(
-        None, description="scan sketches of 1 or 2 bits a coordinate in the place of the keys; needs candidates"
+        None, description="scan sketches of 1 or 2 bits a coordinate instead of the keys; needs candidates"
     )
     candidates: int | None = Field(
         None,
         ge=1,
         le=MOST,
-        description="tokens kept by the cheap score and scored again with all heads; 'none' takes the top k of the "
+        description="tokens kept by the cheap score and scored again with all heads; 'none' takes the top k by the "
         "cheap score",
     )
     exact: bool = Field(
-        False, description="score with all heads and select exactly by this package's kernels, without a score matrix"
+        False, description="score with all heads and select exactly with this package's kernels, without a score matrix"
     )
     block_size: int = Field(
         256,
@@ -74,11 +77,11 @@ class SelectionPolicy(BaseModel):
         8192,
         ge=0,
         le=MOST,
-        description="contexts of up to so many tokens get stock DSA: a query's in prefill, that of a step's longest "
-        "request in decode",
+        description="leave contexts of up to this many tokens to stock DSA: in prefill by query, in decode by the "
+        "longest request of the step",
     )
     min_rows: int = Field(
-        1, ge=1, le=MOST, description="steps of fewer rows (requests times tokens that are verified) get stock DSA"
+        1, ge=1, le=MOST, description="leave steps of fewer rows (requests times verified tokens) to stock DSA"
     )
 
     @field_validator("router", mode="before")

@@ -44,7 +44,7 @@ def test_phases_gates_and_memory(checked, model):
         "7 of 64 heads by peak, the others as one column",
         "38 B a token and layer",
         "152 B a token in 4 layers",
-        "Nothing speaks against it",
+        "No reason against this launch was found",
     ):
         assert words in out
 
@@ -116,7 +116,7 @@ def test_flags_that_only_sglang_can_judge_are_listed(checked, model):
 
 def test_a_model_elsewhere_is_said_to_be_unknown(checked):
     _, out = checked("--misa-preset", "misa", "--model-path", "owner/model")
-    assert "taken to be DeepSeek-V3.2's" in out
+    assert "assumed to be DeepSeek-V3.2's" in out
 
 
 def test_a_laptop_needs_neither_torch_nor_sglang(model):
@@ -132,4 +132,4 @@ def test_a_laptop_needs_neither_torch_nor_sglang(model):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "SGLang's version, as none is installed" in run.stdout
-    assert "the GPU, as none is here" in run.stdout
+    assert "the GPU, as this machine has none" in run.stdout
