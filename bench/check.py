@@ -1,4 +1,4 @@
-"""Whether a kernel's selection is the policy's: no time is reported for a wrong one.
+"""Checks of a kernel's selection against its policy, before any time is reported.
 
 Scores are intervals. Tensor cores keep about 13 fraction bits of a sum of fp8 products, so a kernel may rank two keys
 either way whose intervals meet, and no others. What an interval is relative to is the size of the products and not of

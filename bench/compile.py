@@ -1,4 +1,4 @@
-"""CUDA sources built side by side before the first call, which would build them one after another."""
+"""Builds of CUDA sources, side by side: the first call would build them one after another."""
 
 from __future__ import annotations
 

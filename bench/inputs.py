@@ -1,4 +1,4 @@
-"""Inputs of one request's indexer by name: random, of a trained model, and hostile to kernels that sample or rank.
+"""Inputs of one request's indexer, by name: random, from a trained model, or adversarial to sampling and ranking.
 
 random              nothing is shared; gates are heavy-tailed, one in ten negative
 topics              stretches of 256 tokens share a direction, and queries lean towards some

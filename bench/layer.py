@@ -1,4 +1,4 @@
-"""One layer of an indexer: pages in random physical order, an engine's calls, and stock's beside them."""
+"""One layer of an indexer for benches: pages in random physical order, calls of an engine, and stock's calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The time that page statistics add to a load-back: cached tokens that return from the host cache to the KV pool.
+"""Bench of host-cache load-back: the time that page statistics add when cached tokens return to the KV pool.
 
     python -m sglang_misa.bench.load_back [--tokens 131072] [--layers 61] [--io-backend kernel] [--layout page_first]
 

@@ -1,11 +1,11 @@
-"""The measured tables and figures, written from the CSVs: what a page says was in a row of a file.
+"""Tables and figures of the measured pages, written from the CSVs.
 
     python -m sglang_misa.bench.report [--results bench/results] [--docs docs] [--readme README.md]
 
-Writes README.md and the figures beside the CSVs, and, between the markers `<!-- NAME -->` and `<!-- /NAME -->` of a
-page that has them, the table NAME: `measured` in docs/measured.md and the README, `quality` and `needles` in
-docs/quality.md, `watching` in docs/operations.md. A table of kernels holds one GPU and, of each preset, one commit, the
-last one in the file; the newest row of a case wins.
+Writes the figures beside the CSVs, and the table NAME between the markers `<!-- NAME -->` and `<!-- /NAME -->` of
+each page that has them: `results` in the README beside the CSVs, `measured` in docs/measured.md and the README,
+`quality` and `needles` in docs/quality.md, `watching` in docs/operations.md. A table of kernels holds one GPU and, of
+each preset, one commit, the last one in the file; the newest row of a case wins.
 """
 
 from __future__ import annotations
@@ -115,7 +115,12 @@ def by_length(title: str, rows: Sequence[Record]) -> Table:
         cells.append([*line, f"{statistics.mean(recalls):.3f}" if recalls and key[3] == "trained" else ""])
     heads = [name for n in lengths for name in (f"{n // K}K stock", "ours", "×")]
     unit = "µs" if rows and rows[0]["phase"] == "decode" else "ms"
-    note = f"Times in {unit}, medians. Of several trained files: the slowest ratio, the mean recall at the longest."
+    note = f"Times in {unit}, medians."
+    if files := sorted({name for row in rows for kind, _, name in [row["inputs"].partition(":")] if kind == "trained"}):
+        note += (
+            f" Trained inputs: {', '.join(files)} of a small model; of several, the slowest ratio, and the mean recall "
+            "at the longest. [Quality](../../docs/quality.md#small-trained-indexers) has the recall of all layers."
+        )
     return Table(title, ["policy", "H", "rows", "inputs", *heads, "recall"], cells, note)
 
 
@@ -352,7 +357,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(
             f"--results: expected right rows in {options.results}/kernels.csv, got none; run bench.kernels --csv"
         )
-    sections = [HEAD]
+    sections = []
     for gpu in sorted({row["gpu"] for row in rows}):
         found = {row["phase"] for row in rows if row["gpu"] == gpu}
         phases = [phase for phase in PHASES if phase in found]
@@ -363,12 +368,12 @@ def main(words: Sequence[str] | None = None) -> int:
                 part = [row for row in rows if (*stand(row), row["phase"]) == (gpu, sglang, phase)]
                 sections += [environment(part), *map(str, kernel_tables(part))] if part else []
     served = [str(table) for table in end_to_end(read(options.results / "one_rank.csv"))]
-    (options.results / "README.md").write_text("\n\n".join([*sections, *served]) + "\n")
     plot(rows, options.results)
     quality = "\n\n".join(map(str, quality_tables(read(options.results / "selection.csv"))))
     needles = "\n\n".join(map(str, needle_tables(read_json(options.results / "needles.json"))))
     watching = "\n\n".join(map(str, watching_tables(read_json(options.results / "watching.json"))))
     for page, name, text in (
+        (options.results / "README.md", "results", "\n\n".join([*sections, *served])),
         (options.docs / "measured.md", "measured", "\n\n".join([summary(rows), *served])),
         (options.docs / "quality.md", "quality", quality),
         (options.docs / "quality.md", "needles", needles),
@@ -379,19 +384,6 @@ def main(words: Sequence[str] | None = None) -> int:
             page.write_text(between(page.read_text(), name, text))
     return 0
 
-
-HEAD = """# Results
-
-Written by `python -m sglang_misa.bench.report` from the CSVs in this folder; do not edit. `kernels.csv` holds the whole
-indexer of one layer, stock beside ours in one run, after a check of the result (`bench.kernels`); ours is everything:
-page statistics, routing, scoring and selection. `one_rank.csv` has requests through a server (`bench.one_rank`,
-`bench.load`), `selection.csv` what selections keep on trained index tensors (`bench.selection`), `needles.json` what
-served models found (`bench.quality`; `train-large.log` tells how the larger of them was trained), `agreement.csv` what
-three load-test clients say of one server ([bench/load](../load/README.md#beside-other-clients)), `load_back.csv` what
-statistics add to a load-back from a host cache (`bench.load_back`), `soak.json` what thirty minutes of mixed load with
-faults came to on the CPU platform (`bench.soak`). Random inputs say what a shape costs, and nothing about recall. What
-was tried, and why kernels are as they are:
-[docs/kernel-notes.md](../../docs/kernel-notes.md)."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""How GPU work is timed: medians of events with a cold L2, or of CUDA-graph replays, in turn; and kernel by kernel."""
+"""Timing of GPU work: medians of CUDA events with a cold L2, or of CUDA-graph replays in turn; also by kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the decode launches of HISA's block filter are cut: every cut timed, and what the page statistics add to a step.
+"""Launch sizes of HISA's decode kernels, each of them timed, and the time that page statistics add to a step.
 
     python -m sglang_misa.bench.tune keep score upkeep
 

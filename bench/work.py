@@ -1,4 +1,4 @@
-"""What a policy cannot avoid: its FLOP in prefill, its bytes in decode. Floor and rates come from this one count."""
+"""Least FLOP (prefill) and bytes (decode) that a policy needs: the bench's lower bounds and rates derive from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes one unit of what a block brought: figures, why they may not be used, and what to know when reading them."""
+"""From the raw records of a block to a unit: its figures, why they may be invalid, and notes for the reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Carries out searches for the highest load, for one arm or for two in turns, and says what they found."""
+"""Search for the highest load, for one arm or for two in turn, and its result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is judged before the first request: a mistake that would be noticed only after hours, or never."""
+"""Checks of a plan before the first request: mistakes that would otherwise be noticed after hours, or never."""
 
 from __future__ import annotations
 

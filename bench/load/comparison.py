@@ -1,4 +1,4 @@
-"""Two earlier runs as the two arms of one, where both measured the same cells with the same prompts."""
+"""Comparison of two earlier runs, as two arms of one run, where both measured the same cells and prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversation as one server hears it: the body of each turn, and what its prefix cache should know by then."""
+"""A conversation as requests to one server: the body of each turn, and the expected prefix-cache hits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sends the prepared conversations of one block, as a closed or an open loop, and keeps what came of them."""
+"""Sends the prepared conversations of one block, as a closed or an open loop, and records the results."""
 
 from __future__ import annotations
 

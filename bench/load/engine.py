@@ -1,4 +1,4 @@
-"""Carries out a plan: A B B A over servers that run together, or one after the other where they do not fit at once."""
+"""Execution of a plan: A B B A over servers that run together, or one server after the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run was made: this client, the servers' own words, the GPUs, and the command that repeats it."""
+"""Environment of a run: this client, what the servers report, the GPUs, and the command that repeats the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fields of what a server sent, by the kind that they must have: a stranger's JSON may hold anything under any name."""
+"""Typed access to the fields of a server's JSON, in which any name may hold anything."""
 
 from __future__ import annotations
 

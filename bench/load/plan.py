@@ -1,4 +1,4 @@
-"""A whole run as data: its arms, its cells, its service limits. What `plan.json` holds, and what cells are known by."""
+"""A whole run as data: arms, cells and service limits. This is what `plan.json` holds."""
 
 from __future__ import annotations
 

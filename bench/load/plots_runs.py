@@ -1,4 +1,4 @@
-"""Plots of single requests and seconds: how latencies are distributed, and what happened when."""
+"""Plots of single requests and of seconds: the distribution of latencies, and the course of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Brings a server and a block's requests to the line: warm-up, empty cache, shared prefixes, bodies ready to send."""
+"""Preparation of a block: warm-up, empty cache, shared prefixes, and request bodies ready to send."""
 
 from __future__ import annotations
 

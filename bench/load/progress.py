@@ -1,4 +1,4 @@
-"""What the user sees while it runs: a live bar on a terminal, a line now and then elsewhere."""
+"""Progress of a run: a live bar on a terminal, otherwise a line now and then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens to ask with: random ids, or prose (built in or from a file) put through the server's own tokenizer."""
+"""Tokens of prompts: random ids, or prose (built in or from a file) put through the server's own tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data that every other part reads: one request, one block of one arm, one ratio of two arms."""
+"""Data types of the load test: one request, one block of one arm, one ratio of two arms."""
 
 from __future__ import annotations
 

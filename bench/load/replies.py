@@ -1,4 +1,4 @@
-"""What one answer's stream says: tokens and their times, text, counts, cache hits, and how it ended.
+"""Parsers of answer streams: tokens and their times, text, counts, cache hits, and the finish reason.
 
 A token is what the server counts: text alone is not a token (a read may bring several, speculative decoding does), and
 a token may come without text (half a character, a special token).

@@ -1,4 +1,4 @@
-"""The artefacts that people read: one self-contained HTML file, PNG plots, a JSON of every figure, two CSV files."""
+"""Artefacts for readers: one self-contained HTML file, PNG plots, a JSON file of every figure, two CSV files."""
 
 from __future__ import annotations
 

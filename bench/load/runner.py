@@ -1,4 +1,4 @@
-"""One block of one arm in one cell: prepared, driven, assembled."""
+"""Measurement of one block of one arm in one cell: prepare, drive, assemble."""
 
 from __future__ import annotations
 

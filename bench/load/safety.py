@@ -1,4 +1,4 @@
-"""What keeps a load test from hurting anybody: only near targets, keys never in artefacts, bounded bodies."""
+"""Safety of a load test: only near targets, no keys in artefacts, bounded bodies."""
 
 from __future__ import annotations
 

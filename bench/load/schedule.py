@@ -1,4 +1,4 @@
-"""When requests of an open loop are due: pure functions of a load and a seeded generator."""
+"""Times at which the requests of an open loop are due: pure functions of a load and a seeded generator."""
 
 from __future__ import annotations
 

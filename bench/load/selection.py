@@ -1,4 +1,4 @@
-"""Whether a server's own status says that it runs the token selection that its arm claims, and how often it did."""
+"""Checks, by a server's own status, that it runs the token selection that its arm claims, and how often."""
 
 from __future__ import annotations
 

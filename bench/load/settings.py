@@ -1,4 +1,4 @@
-"""What the user chooses, as frozen pydantic models: the CLI is made from them, `plan.json` and the cell hashes too."""
+"""Settings of the user as frozen pydantic models, from which the command line and `plan.json` are made."""
 
 from __future__ import annotations
 

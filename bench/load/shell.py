@@ -1,4 +1,4 @@
-"""The shell around a bench's commands: their command line, interruptions, and what a misuse says."""
+"""Shell of the bench commands: command line, interruptions, and messages for misuse."""
 
 from __future__ import annotations
 

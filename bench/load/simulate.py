@@ -1,4 +1,4 @@
-"""How often the A/B's intervals are wrong on equal servers, and how often they find a real difference.
+"""Simulation of A/B runs: how often intervals are wrong on equal servers, and find a real difference.
 
 `python -m sglang_misa.bench.load.simulate` prints the tables of the README. A simulated request takes
 TTFT × block noise × request noise × drift; all noise is log-normal, drift grows with each block that is measured, and

@@ -1,4 +1,4 @@
-"""Server-sent events from bytes in any cut."""
+"""Parser of server-sent events, for bytes that arrive in any pieces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Percentiles, and what blocks of measurements say of a mean or a ratio.
+"""Percentiles, and confidence intervals of means and ratios over blocks.
 
 Requests of one block share a warm machine and noisy neighbours, so the block is the unit of every interval here:
 intervals over single requests are too narrow wherever blocks differ (`simulate.py` measures by how much).

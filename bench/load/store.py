@@ -1,4 +1,4 @@
-"""Artefacts of a run in one folder, written whole or not at all: units are what `resume` skips and `compare` reads."""
+"""The folder of a run, with atomically written artefacts: `resume` skips its units and `compare` reads them."""
 
 from __future__ import annotations
 

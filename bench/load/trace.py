@@ -1,4 +1,4 @@
-"""Replay of a recorded trace: when requests came, how long they were, and which blocks of tokens they shared.
+"""Replay of a recorded trace: arrival times, lengths, and which blocks of tokens requests shared.
 
 One JSON object a line, as Mooncake published its traces: `timestamp` (milliseconds), `input_length`, `output_length`
 (tokens) and `hash_ids`, one for each 512 tokens of the prompt; equal ids are equal tokens. The tokens themselves are

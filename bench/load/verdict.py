@@ -1,4 +1,4 @@
-"""What the measured units say: figures by arm and cell, ratios by block, one sentence, and the gates."""
+"""Verdict over the measured units: figures by arm and cell, ratios by block, one sentence, and the gates."""
 
 from __future__ import annotations
 

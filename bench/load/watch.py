@@ -1,4 +1,4 @@
-"""Whether the client itself kept up, and what the GPUs did meanwhile."""
+"""Monitors of a block: whether the client kept up, and the GPUs' load meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The client processes of one block: each drives its share of the load, and one ledger takes in what all brought.
+"""Client processes of one block: each drives its share of the load, and one ledger collects the results.
 
 The parent holds the conversations. A worker asks for more as its clients come free, so a closed loop stays one loop;
 the requests of an open loop are dealt out before the start. All processes read one clock (CLOCK_MONOTONIC), and the

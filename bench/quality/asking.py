@@ -1,4 +1,4 @@
-"""One greedy answer of one server, with log-probabilities and selected positions where they are asked for."""
+"""Request of one greedy answer, with log-probabilities and selected positions where they are asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every arm's answer to every question, over the load test's servers: A B, then B A, or one server after another."""
+"""Collects each arm's answer to each question, from servers that run together or one after another."""
 
 from __future__ import annotations
 

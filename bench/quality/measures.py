@@ -1,4 +1,4 @@
-"""What two arms' answers have in common: tokens, log-probabilities, selected positions, found needles."""
+"""Measures of two arms' answers: agreement of tokens, log-probabilities and selected positions, needles found."""
 
 from __future__ import annotations
 

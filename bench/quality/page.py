@@ -1,4 +1,4 @@
-"""The report of a quality run, in the load test's look: one HTML page that loads nothing, and its plots as PNG."""
+"""Report of a quality run: one self-contained HTML page, and its plots as PNG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked: prompts as token ids, the same ones for every arm, and what a right answer holds."""
+"""Questions: prompts as token ids, the same for every arm, and what a right answer contains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has found, as sections of its page: from answers to rows, and to the sentence that sums them up."""
+"""Sections of the report: from answers to rows and a summary sentence."""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ def folder(tmp_path: Path) -> Path:
         row(phase="decode", rows=64, stock_us=300.0, ours_us=100.0, ratio=3.0),
     ]
     (tmp_path / "results").mkdir()
+    (tmp_path / "results/README.md").write_text("<!-- results -->\n<!-- /results -->\n")
     with (tmp_path / "results/kernels.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -58,6 +59,7 @@ def test_a_page_holds_the_newest_right_rows_of_one_commit(folder: Path) -> None:
     assert "exact" not in page  # wrong
     assert "8.00" not in page  # measured again
     assert "| fast (h = 7, residual) | 64 | 8192 | trained | 18 | 2 | 7.00 | 0.950 |" in page  # slowest, mean recall
+    assert "Trained inputs: layer0, layer2 of a small model" in page
     assert page.index("one-key | 5.00") < page.index("period-24 | 6.00")
     assert "| fast (h = 7, residual) | 64 | 1024 | random | 18 | 2 | 6.50 |  |" in page
     assert "| fast (h = 7, residual) | 64 | 64 | random | 300 | 100 | 3.00 |  |" in page
