@@ -47,8 +47,8 @@ NAME = "misa-demo"  # and the demo's process: under it the server is known to be
 QUESTIONS = {"lengths": ("1k",), "depths": 5, "repeats": 1, "template": "pairs", "new_tokens": 4}
 FLAGS = f"--device cpu --model-path {MODEL} --sleep-on-idle --skip-server-warmup"
 SHOWN = {
-    "needles": "Needles found",
-    "recall": "Share of stock DSA's tokens that are kept, audited",
+    "needles": "Needles found of asked",
+    "recall": "Audited recall: share of stock DSA's tokens that are selected",
     "times": "Seconds of an answer",
 }
 
@@ -251,11 +251,11 @@ def _print(console: Console, config: MisaConfig, found: Sequence[Section], statu
             table.add_row(*row)
         console.print(table)
     selected = ", ".join(f"{config.policy(phase).label} in {phase}" for phase in PHASES)
-    console.print(f"Selected by {selected}, after {TOPK} tokens; SGLang {status['sglang']}.")
+    console.print(f"Selected by {selected}, in contexts over {TOPK} tokens; SGLang {status['sglang']}.")
     console.print(
-        f"{found[0].verdict}\nThe model has two layers and was trained for minutes. This shows the machinery on keys "
-        "that were learned, and says nothing of what DeepSeek-V3.2 would lose: docs/quality.md tells how to ask yours. "
-        "The times are PyTorch's on this CPU, the audit included, and say nothing of the kernels."
+        f"{found[0].verdict}\nThe model has two layers and was trained for minutes. This shows that the parts work on "
+        "learned keys. It does not show what DeepSeek-V3.2 would lose: docs/quality.md says how to measure your model. "
+        "The times are those of PyTorch on this CPU, with the audit, and say nothing about the kernels."
     )
 
 

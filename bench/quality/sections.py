@@ -42,13 +42,13 @@ def needles(asked: Sequence[Asked], arms: Sequence[Arm], models: Mapping[str, st
         p = measures.sign_test(marks[0], own)
         worse = p < NEVER and np.mean(own) < np.mean(marks[0])
         tone = "bad" if worse else tone
-        verdict += f" {arm.name} {'finds fewer' if worse else 'is not seen to find fewer'} (sign test: p = {p:.3g})."
+        verdict += f" {arm.name}: {'a' if worse else 'no'} significant loss (sign test: p = {p:.3g})."
     return Section("needles", verdict, rows, tone, figures={"needles": heatmaps(rows)}, grid=_grid(rows))
 
 
 def _share(arm: Arm, marks: Sequence[bool]) -> str:
     low, high = wilson(sum(marks), len(marks), 0.95) if marks else (0.0, 1.0)
-    return f"{arm.name} found {sum(marks)} of {len(marks)} needles [{low:.1%}, {high:.1%}]"
+    return f"{arm.name} found {sum(marks)} of {len(marks)} needles (95 % interval: {low:.1%} to {high:.1%})"
 
 
 def _grid(rows: Sequence[Row]) -> Table:

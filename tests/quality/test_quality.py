@@ -88,8 +88,8 @@ def test_three_arms_are_each_held_against_the_first(pair, tmp_path):
     words = ["all", a, a, b, "--names", "stock", "same", "low", *NEEDLES, "--json", str(listed)]
     assert main([*words, "--out", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert "same is not seen to find fewer" in page
-    assert "low finds fewer (sign test: p = 0.000488)" in page
+    assert "same: no significant loss" in page
+    assert "low: a significant loss (sign test: p = 0.000488)" in page
     assert {(row["arm"], row["recall"]) for row in read(tmp_path, "recall")} == {("low", 0.5)}
     assert {row["arm"]: row["equal"] for row in read(tmp_path, "agree")}["same"] == 1
     assert len(read(tmp_path, "times")) == 3 * 2
