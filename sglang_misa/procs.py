@@ -202,4 +202,7 @@ def _supervise(parent: int, command: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or not sys.argv[1].isdecimal():
+        print("procs: expected a parent's process id and a command; ServerProcess runs this file", file=sys.stderr)
+        raise SystemExit(2)
     raise SystemExit(_supervise(int(sys.argv[1]), sys.argv[2:]))

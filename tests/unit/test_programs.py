@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-INTERNAL = {"sglang_misa.procs"}  # started by the package alone
 FORWARDS = {"sglang_misa.bench.soak"}  # whose unknown words are the launcher's: SGLang judges them
 
 
@@ -19,7 +18,7 @@ def programs() -> list[str]:
             if 'if __name__ == "__main__":' in file.read_text(encoding="utf-8"):
                 parts = file.relative_to(folder).with_suffix("").parts
                 found.add(".".join([package, *(part for part in parts if part != "__main__")]))
-    return sorted(found - INTERNAL - FORWARDS)
+    return sorted(found - FORWARDS)
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
