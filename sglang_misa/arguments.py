@@ -27,7 +27,7 @@ def at_least(least: int) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, got {word!r}")
+            raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, got {word!r}; correct it")
         return value
 
     return number
@@ -37,7 +37,7 @@ def file_to_write(word: str) -> Path:
     """A file in a folder that exists and can be written."""
     path = Path(word).expanduser()
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"expected a file in a folder that can be written, got {word!r}")
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that can be written, got {word!r}; change it")
     return path
 
 

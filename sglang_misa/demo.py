@@ -146,7 +146,7 @@ def _measured(
 
 def _stock_problems(config: MisaConfig) -> Iterator[str]:
     if not config.active:
-        yield "--misa-preset: expected a selection to hold against stock DSA, got stock DSA; choose another"
+        yield "--misa-preset: expected a preset to compare with stock DSA, got stock DSA itself; choose another"
 
 
 def _report_problems(report: Path | None) -> Iterator[str]:

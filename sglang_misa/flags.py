@@ -156,7 +156,7 @@ def from_flags(arguments: argparse.Namespace) -> MisaConfig | None:
                 value = SWITCH[word]
         except ValueError:
             expected = flag.kind.expected + (f" or '{flag.none_word}'" if flag.none_word else "")
-            problems.append(f"{flag.name}: expected {expected}, got {short(word)}")
+            problems.append(f"{flag.name}: expected {expected}, got {short(word)}; correct it")
             continue
         target = data
         for key in flag.path[:-1]:

@@ -37,7 +37,7 @@ def parsed(text: str, source: str, expected: str = "one JSON object") -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError([f"{source}: expected {expected}, got {short(text)} ({error})"]) from None
+        raise ConfigError([f"{source}: expected {expected}, got {short(text)} ({error}); correct it"]) from None
 
 
 def parsed_object(text: str, source: str) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def read_text(flag: str, path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{flag}: expected a readable JSON file, got {path} ({error})"]) from None
+        raise ConfigError([f"{flag}: expected a readable JSON file, got {path} ({error}); check it"]) from None
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
@@ -79,7 +79,7 @@ def _sentence(error: Any, model: type[BaseModel], source: str, flags: Mapping[st
         return f"{where}: expected a value, got none; add it"
     if kind == "value_error":  # a sentence of ours
         return f"{where}: {error['ctx']['error']}"
-    return f"{where}: {_expected(error['msg'])}, got {short(error.get('input'))}"
+    return f"{where}: {_expected(error['msg'])}, got {short(error.get('input'))}; correct it"
 
 
 def _expected(message: str) -> str:

@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 def _dumped(given: argparse.Namespace) -> list[Dumped]:
     """What to read: the files that are named, or those that the server writes for the prompts."""
     if not 0 < given.target <= 1:
-        raise ConfigError([f"--target: expected more than 0 and at most 1, got {given.target}"])
+        raise ConfigError([f"--target: expected more than 0 and at most 1, got {given.target}; correct it"])
     if (given.server is None) != (given.dump is None) or (given.server is None) != bool(given.files):
         raise ConfigError(["expected files, or --server with its --dump, got neither or both; choose one"])
     if given.server is None:
@@ -179,7 +179,9 @@ def _in(folder: Path) -> set[Path]:
 
 def _costs(given: argparse.Namespace, model: ModelIdentity) -> Costs:
     if given.length <= model.index_topk:
-        raise ConfigError([f"--length: expected more than the model's top-k of {model.index_topk}, got {given.length}"])
+        raise ConfigError(
+            [f"--length: expected more than the model's top-k of {model.index_topk}, got {given.length}; raise it"]
+        )
     if given.costs == "model":
         return Modelled(model.index_heads, given.length)
     return Measured.read(Path(given.costs), model.index_heads, given.length, given.batch)

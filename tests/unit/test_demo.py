@@ -33,7 +33,7 @@ def test_a_scaled_preset_keeps_as_much_of_the_top_k():
     ("words", "expected"),
     [
         (["--demo-report", "{file}/report"], "--demo-report: expected a folder that can be made"),
-        (["--misa-preset", "dsa"], "expected a selection to hold against stock DSA"),
+        (["--misa-preset", "dsa"], "expected a preset to compare with stock DSA"),
     ],
 )
 def test_a_demo_that_would_show_nothing_is_refused(capsys, tmp_path, words, expected):
