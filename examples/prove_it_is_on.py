@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sglang_misa import asking, key_mask, status
+from sglang_misa import http_request, key_mask, status
 from sglang_misa.config import PHASES
 from sglang_misa.refusal import Refusal
 
@@ -60,7 +60,7 @@ def _send(url: str, key: str | None, length: int) -> None:
         "input_ids": [random.randrange(3, 250) for _ in range(length)],
         "sampling_params": {"max_new_tokens": 64, "ignore_eos": True},  # so that prompts sent together decode together
     }
-    asking.ask(f"{url.rstrip('/')}/generate", key, TIMEOUT, body)
+    http_request.ask(f"{url.rstrip('/')}/generate", key, TIMEOUT, body)
 
 
 def _grown(before: Mapping[str, Any], after: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, int]:

@@ -5,7 +5,7 @@ import sys
 __version__ = "0.2.0"
 
 if sys.argv[:1] == ["-m"]:  # Python is locating one of our programs
-    from sglang_misa.extras import excepthook
+    from sglang_misa.missing_packages import excepthook
 
     sys.excepthook = excepthook
     if hasattr(sys.stdout, "reconfigure"):

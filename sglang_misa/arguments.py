@@ -12,9 +12,10 @@ from sglang_misa.validation import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises ConfigError with one sentence, where argparse prints every flag and exits."""
+    """A parser whose mistakes are ConfigErrors of one sentence."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise ConfigError, where argparse prints the usage and exits."""
         raise ConfigError([f"{message.removeprefix('argument ')}; see --help"])
 
 

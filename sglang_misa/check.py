@@ -17,7 +17,7 @@ from sglang_misa import admission, versions
 from sglang_misa.arguments import Parser
 from sglang_misa.config import PHASES, ConfigError, MisaConfig, Phase, SelectionPolicy, preset_name
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, statistics_bytes
-from sglang_misa.text import ranges, table
+from sglang_misa.text_tables import ranges, table
 
 # Taken for granted where no folder tells: DeepSeek-V3.2's.
 UNKNOWN_MODEL = {"index_n_heads": 64, "index_topk": 2048, "index_head_dim": HEAD_DIM, "architectures": ["unknown"]}

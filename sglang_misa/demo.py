@@ -24,7 +24,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sglang_misa import config as misa
-from sglang_misa.asking import ask
 from sglang_misa.bench.load.environment import Environment
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import LoadError, Serving
@@ -34,6 +33,7 @@ from sglang_misa.bench.quality.cli import All
 from sglang_misa.bench.quality.collect import Collector
 from sglang_misa.bench.quality.page import Section
 from sglang_misa.config import PHASES, PRESETS, Audit, ConfigError, MisaConfig, SelectionPolicy, preset_name
+from sglang_misa.http_request import ask
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.procs import HOST, ServerError, ServerProcess, free_port
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from sglang_misa import __version__
 from sglang_misa.config import PHASES, MisaConfig, Phase, SelectionPolicy, preset_name
-from sglang_misa.text import ranges
+from sglang_misa.text_tables import ranges
 
 RECALL_BINS = 1000  # a layer's recalls are kept as a histogram of this resolution
 RECALL_BUCKETS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999, 1.0)

@@ -35,7 +35,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sglang_misa import twins
+from sglang_misa import reference_ops
 from sglang_misa.config import Router, SelectionPolicy
 from sglang_misa.kernels import page_means as statistics
 from sglang_misa.kernels.decode import topk_blocks as decode_blocks
@@ -91,7 +91,7 @@ def page_statistics(
     """
     if _on_kernels(backend, index_k_pages):
         return statistics.update_page_means(index_k_pages, page_means, page_table, seq_lens, block_size, sketches)
-    return twins.page_statistics(index_k_pages, page_table, seq_lens, block_size, page_means, sketches)
+    return reference_ops.page_statistics(index_k_pages, page_table, seq_lens, block_size, page_means, sketches)
 
 
 def route(
@@ -110,14 +110,14 @@ def route(
     """
     if _on_kernels(backend, index_q):
         return routing.route(index_q, head_gates, blocks, heads, router, residual=True)
-    return twins.route(index_q, head_gates, blocks, heads, router)
+    return reference_ops.route(index_q, head_gates, blocks, heads, router)
 
 
 def block_scores(index_q: Tensor, head_gates: Tensor, blocks: Blocks, *, backend: Backend = "kernels") -> Tensor:
     """Scores fp32 [T, M] of the blocks by all heads, -inf where a block is not complete (arXiv 2603.28458)."""
     if _on_kernels(backend, index_q):
         return routing.block_scores(index_q, head_gates, blocks)
-    return twins.block_scores(index_q, head_gates, blocks)
+    return reference_ops.block_scores(index_q, head_gates, blocks)
 
 
 def topk_routed(rows: Rows, keys: Keys, heads: RoutedHeads, output: Output, *, backend: Backend = "kernels") -> Tensor:
@@ -126,7 +126,7 @@ def topk_routed(rows: Rows, keys: Keys, heads: RoutedHeads, output: Output, *, b
     h and the residual's column are one of `layout.ROUTED_HEADS` together. head_ids of all heads are DSA itself.
     Returns output.ids.
     """
-    run = prefill_routed.topk_routed if _on_kernels(backend, rows.index_q) else twins.topk_routed
+    run = prefill_routed.topk_routed if _on_kernels(backend, rows.index_q) else reference_ops.topk_routed
     run(rows, keys, heads, output)
     return output.ids
 
@@ -138,7 +138,7 @@ def topk_reranked(
 
     k ≤ candidates ≤ `layout.MAX_CANDIDATES`. Returns output.ids.
     """
-    run = prefill_reranked.topk_reranked if _on_kernels(backend, rows.index_q) else twins.topk_reranked
+    run = prefill_reranked.topk_reranked if _on_kernels(backend, rows.index_q) else reference_ops.topk_reranked
     run(rows, keys, heads, candidates, output)
     return output.ids
 
@@ -158,7 +158,7 @@ def topk_blocks(
     block_scores as `block_scores` finds them. The first and the newest complete block stay in any case; tokens of the
     blocks are at least k. Returns output.ids.
     """
-    run = prefill_blocks.topk_blocks if _on_kernels(backend, rows.index_q) else twins.topk_blocks
+    run = prefill_blocks.topk_blocks if _on_kernels(backend, rows.index_q) else reference_ops.topk_blocks
     run(rows, keys, block_scores, blocks, block_size, output)
     return output.ids
 
@@ -177,7 +177,7 @@ def decode_topk_blocks(
         decode_blocks.decode_topk(rows, page_means, scratch=room, out=Chosen(out))
     else:
         policy = SelectionPolicy(blocks=blocks, block_size=block_size, min_len=0)
-        twins.decode_topk(policy, rows, page_means, out)
+        reference_ops.decode_topk(policy, rows, page_means, out)
     return out
 
 
@@ -206,7 +206,7 @@ def decode_topk_sketched(
             block_size=PAGE,
             min_len=0,
         )
-        twins.decode_topk(wanted, rows, stats.means, out)
+        reference_ops.decode_topk(wanted, rows, stats.means, out)
     return out
 
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sglang_misa import __version__, key_mask
-from sglang_misa.asking import ask
 from sglang_misa.config import PHASES
+from sglang_misa.http_request import ask
 from sglang_misa.refusal import Refusal
-from sglang_misa.text import table
+from sglang_misa.text_tables import table
 
 TIMEOUT = 30.0  # seconds: SGLang answers between two steps
 NOT_AS_ASKED, UNKNOWN = 1, 2  # exit statuses

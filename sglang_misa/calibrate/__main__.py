@@ -29,7 +29,7 @@ from sglang_misa.calibrate.costs import SHIPPED, Costs, Measured, Modelled
 from sglang_misa.config import PHASES, PRESETS, ConfigError, Phase, SelectionPolicy
 from sglang_misa.policy_file import LayerPolicy, ModelIdentity, PolicyFile
 from sglang_misa.refusal import Refusal
-from sglang_misa.text import ranges, table
+from sglang_misa.text_tables import ranges, table
 
 REFUSED = 2
 GATED: dict[Phase, SelectionPolicy] = {"prefill": PRESETS["fast"].prefill, "decode": PRESETS["faithful"].decode}

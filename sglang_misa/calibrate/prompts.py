@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from sglang_misa import asking
+from sglang_misa import http_request
 from sglang_misa.config import ConfigError
 
 CHARACTERS = 3  # of a token of source text, roughly and rather too few: a prompt must fit the server's context
@@ -66,7 +66,7 @@ def ask(url: str, number: int, prompt: str, new_tokens: int, key: str | None) ->
     """The greedy answer to prompt `number`. Raises ConfigError without one."""
     body = {"text": prompt, "sampling_params": {"max_new_tokens": new_tokens, "temperature": 0}}
     try:
-        said = json.loads(asking.ask(f"{url.rstrip('/')}/generate", key, TIMEOUT, body))
+        said = json.loads(http_request.ask(f"{url.rstrip('/')}/generate", key, TIMEOUT, body))
         return Answer(said["text"], said["meta_info"]["prompt_tokens"])
     except urllib.error.HTTPError as error:
         told = error.read(300).decode("utf-8", "replace")

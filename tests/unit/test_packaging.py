@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_misa import extras
+from sglang_misa import missing_packages
 from sglang_misa.calibrate.costs import SHIPPED
 from sglang_misa.demo import MODEL
 
@@ -48,11 +48,11 @@ def test_files_that_are_read_are_packaged(setuptools):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_without_its_extra_says_so(program, tmp_path):
     module = program.removeprefix("sglang_misa/").removesuffix(".py").removesuffix("/__main__").replace("/", ".")
-    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules |= dict.fromkeys({extras.PACKAGES})")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules |= dict.fromkeys({missing_packages.PACKAGES})")
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     command = [sys.executable, "-m", f"sglang_misa.{module}"]
     run = subprocess.run(command, env=environ, capture_output=True, text=True)
-    assert run.returncode == extras.MISSING
+    assert run.returncode == missing_packages.MISSING
     said = rf"sglang_misa.{module}: expected the package (\w+), got none; .*\[(bench|bench,sglang)\]"
     assert re.match(said, run.stderr), run.stderr
     assert len(run.stderr.splitlines()) == 1
@@ -61,4 +61,4 @@ def test_a_program_without_its_extra_says_so(program, tmp_path):
 def test_the_extras_bring_what_programs_are_told_to_install():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     brought = {re.split(r"[^\w]", line)[0] for name in ("bench", "sglang") for line in listed[name]}
-    assert brought <= extras.PACKAGES
+    assert brought <= missing_packages.PACKAGES

@@ -19,6 +19,7 @@ from sglang_misa.kernels.prefill.route import Blocks
 def page_statistics(
     index_k_pages: Tensor, page_table: Tensor, seq_lens: Tensor, block_size: int, means: Tensor, sketches: Tensor | None
 ) -> Tensor:
+    """See `ops.page_statistics`; reads the lengths on the host."""
     blocks = means.new_zeros(len(seq_lens), page_table.shape[1] * PAGE // block_size, HEAD_DIM)
     for request, length in enumerate(seq_lens.tolist()):
         ids = page_table[request, : length // PAGE].long()
@@ -41,6 +42,7 @@ def route(index_q: Tensor, head_gates: Tensor, blocks: Blocks, heads: int, route
 
 
 def block_scores(index_q: Tensor, head_gates: Tensor, blocks: Blocks) -> Tensor:
+    """See `ops.block_scores`."""
     return _statistics(index_q, head_gates, blocks, "mean").blocks[0]
 
 
@@ -62,10 +64,12 @@ def _statistics(index_q: Tensor, head_gates: Tensor, blocks: Blocks, router: Rou
 
 
 def topk_routed(rows: Rows, keys: Keys, heads: RoutedHeads, output: Output) -> None:
+    """See `ops.topk_routed`."""
     _choose(_routed_scores(rows, keys, heads), _inside(rows, keys), rows.ks, output)
 
 
 def topk_reranked(rows: Rows, keys: Keys, heads: RoutedHeads, candidates: int, output: Output) -> None:
+    """See `ops.topk_reranked`."""
     inside = _inside(rows, keys)
     cheap = reference.finite(_routed_scores(rows, keys, heads), inside)
     best = torch.sort(cheap, dim=-1, descending=True, stable=True).indices[:, :candidates]
@@ -74,6 +78,7 @@ def topk_reranked(rows: Rows, keys: Keys, heads: RoutedHeads, candidates: int, o
 
 
 def topk_blocks(rows: Rows, keys: Keys, scores: Tensor, blocks: int, block_size: int, output: Output) -> None:
+    """See `ops.topk_blocks`."""
     inside = _inside(rows, keys)
     complete = inside.sum(-1) // block_size
     best = reference.keep_blocks(scores[None], complete[None], blocks)[0]
