@@ -103,7 +103,9 @@ def _read_key(kind: str, variable: str | None, path: str | None) -> str | None:
         try:
             key = Path(path).read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise LoadError(f"{kind} key: expected a readable UTF-8 file, got {path} ({error})") from None
+            raise LoadError(
+                f"{kind} key: expected a readable UTF-8 file, got {path} ({error}); correct the path"
+            ) from None
     else:
         return None
     if not is_key(key):

@@ -40,7 +40,7 @@ def read(workload: Workload) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(f"trace: expected a readable UTF-8 file, got {path} ({error})") from None
+        raise LoadError(f"trace: expected a readable UTF-8 file, got {path} ({error}); correct --trace") from None
     rows = [_row(line, f"trace: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     limit = workload.max_len
     kept = [r for r in rows if limit is None or r.input_length + r.output_length <= limit]

@@ -31,6 +31,7 @@ from sglang_misa.bench.quality.questions import TEMPLATES, Question, Tokenize
 from sglang_misa.bench.quality.words import NAMES
 
 NAMED = ("stock", "misa")  # arms, where neither their names nor what they run is given
+NO_FILE = ("builtin", "ids")  # texts that are no file's
 CELL = ("model", "arm", "length", "depth")  # what a result of needles is known by
 
 
@@ -133,6 +134,8 @@ class Needles(Common):
                 f"needles: expected lengths, at least 2 depths, 1 repeat and 0 to {len(NAMES) - 1} others, got "
                 f"{len(self.lengths)}, {self.depths}, {self.repeats} and {self.others}; correct them"
             )
+        if self.text not in NO_FILE:
+            questions.read(Path(self.text))
         if self.json is not None and not self.json.parent.is_dir():
             raise LoadError(f"json: expected a file in a folder that exists, got {self.json}; change --json")
         _listed(self.json)

@@ -186,6 +186,7 @@ def test_what_cannot_be_done_is_refused(pair, tmp_path, capsys, words, told):
     [
         *(["needles", "--lengths", "many"], ["needles", "--depths", "1"], ["needles", "--json", "/no/such/file.json"]),
         *(["agree", "--prompts", "/no/such"], ["recall"], ["tasks", "--folder", "/no/such"]),
+        ["needles", "--text", "/no/such"],
     ],
 )
 def test_words_are_judged_before_a_server_is_asked(tmp_path, capsys, words):
