@@ -169,6 +169,7 @@ def slot_page_means_fwd_kernel(
 @triton.jit
 def compared_pages_fwd_kernel(
     p_keys, p_scales, p_means, p_sketches, p_pages, p_seen, p_wrong,
+    SKETCH_PAD: tl.constexpr,
     BITS: tl.constexpr, FAR: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr,
 ):  # fmt: skip
     MEAN: tl.constexpr = HEAD_DIM // 2  # in words
@@ -192,7 +193,7 @@ def compared_pages_fwd_kernel(
         tl.store(p_stored + o, b_stored)
         wrong = tl.max((b_stored != tl.load(p_expected + o, cache_modifier=".cg")).to(tl.int32), 0)
         if BITS:
-            o = tl.arange(0, triton.next_power_of_2(SKETCH))
+            o = tl.arange(0, SKETCH_PAD)
             mask = o < SKETCH
             b_stored = tl.load(p_sketches.to(tl.pointer_type(tl.int32)) + i_page * SKETCH + o, mask=mask, other=0)
             tl.store(p_stored + MEAN + o, b_stored, mask=mask)
@@ -328,7 +329,8 @@ def compare_pages(
     seen = torch.empty(2, len(pages), words, dtype=torch.int32, device=means.device)
     wrong = torch.empty(len(pages), dtype=torch.int32, device=means.device)
     if len(pages):
-        compared_pages_fwd_kernel[(len(pages),)](*views, means, held, pages, seen, wrong, **_options(bits))
+        pad = triton.next_power_of_2(words - HEAD_DIM // 2) if bits else 0
+        compared_pages_fwd_kernel[(len(pages),)](*views, means, held, pages, seen, wrong, pad, **_options(bits))
     return seen, wrong
 
 

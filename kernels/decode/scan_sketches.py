@@ -66,7 +66,8 @@ def span_of(rows: int, width: int, columns: int, resident: int) -> int:
     """Pages of a warp that take least time: `resident` blocks run at once, and a few left over take as long."""
 
     def time(span: int) -> int:
-        return triton.cdiv(rows * triton.cdiv(width, span * WARPS), resident) * (span + START)
+        blocks = rows * -(-width // (span * WARPS))
+        return -(-blocks // resident) * (span + START)
 
     return min(range(SHORTEST, WINDOW * (1 if columns <= COLUMN_TILE else 2) + 1), key=time)
 

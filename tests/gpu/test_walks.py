@@ -83,7 +83,8 @@ class SketchWalker(Walker):
 
     CANDIDATES = 4096
     FLAWS = ("means", "sketches", "cheap scores", "newest", "candidates", *CHOICES)
-    ROUNDED = 2**-9  # of the sizes that are added up: score keys have nine bits of fraction, gates ten
+    ROUNDED = 2**-9  # of the terms of a score: score keys have nine bits of fraction, gates ten
+    SINGLE = 2**-21  # of what its products cancel: they are added up in single precision
 
     def __init__(self, walk: Walk, heads: int, seed: int):
         super().__init__(walk, heads, seed)
@@ -117,7 +118,7 @@ class SketchWalker(Walker):
             whole[pages] = part
 
     def cheap_scores(self) -> tuple[Tensor, Tensor]:
-        """Scores [rows, TOKENS] by the columns that were chosen, and the sizes that they are added up of."""
+        """Scores [rows, TOKENS] by the columns that were chosen, and how far off a right kernel's may be."""
         columns, requests = self.made.scratch.columns, self.walk.requests
         q, gates = columns.queries.float(), columns.gates
         count = q.shape[1]
@@ -125,11 +126,14 @@ class SketchWalker(Walker):
         levels = self.codes[self.ids].view(requests, self.TOKENS, DIM) @ by_request
         levels -= ((2**self.bits - 1) / 2 * by_request.sum(1, keepdim=True)).floor()
         means = (self.inputs.page_means[self.ids].float() @ by_request).repeat_interleave(PAGE, 1)
-        products = means + self.scales[self.ids].view(requests, self.TOKENS, 1) * levels
-        products = products.mT.reshape(len(q), count, self.TOKENS)
+        levels *= self.scales[self.ids].view(requests, self.TOKENS, 1)
+        products, sizes = (
+            each.mT.reshape(len(q), count, self.TOKENS) for each in (means + levels, means.abs() + levels.abs())
+        )
         products[:, :-1].relu_()  # the last one is the residual
         terms = products * gates.unsqueeze(2)
-        return terms.sum(1), terms.abs().sum(1)
+        slack = self.ROUNDED * terms.abs() + self.SINGLE * sizes * gates.abs().unsqueeze(2)
+        return terms.sum(1), slack.sum(1)
 
     def judge(self) -> list[Tensor]:
         scratch, length = self.made.scratch, self.inputs.seq_lens.unsqueeze(1)
@@ -137,8 +141,8 @@ class SketchWalker(Walker):
         scored = (length // PAGE - 1).clamp(min=0) * PAGE
         by_sketch = (position < scored) & (length > self.CANDIDATES)
         keys = scratch.keys[:, : self.TOKENS].int()
-        score, size = self.cheap
-        low, high = score_keys(score - self.ROUNDED * size), score_keys(score + self.ROUNDED * size)
+        score, slack = self.cheap
+        low, high = score_keys(score - slack), score_keys(score + slack)
         listed = marked(scratch.positions, torch.arange(self.CANDIDATES, device=DEVICE) < length, self.TOKENS)
         newest = (position < length) & ~by_sketch
         rank = keys.long() * self.TOKENS - position  # no two are the same, and of equal keys the earlier is larger
