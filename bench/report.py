@@ -64,7 +64,7 @@ def newest(rows: Iterable[Record]) -> list[Record]:
     """The right rows of the last commit of each GPU, SGLang, preset and table, and of a case the last one."""
 
     def table(row: Record) -> tuple[str | bool, ...]:
-        return *stand(row), row["phase"], row["preset"], row["inputs"].startswith("hostile")
+        return *stand(row), row["phase"], row["preset"], row["inputs"].startswith("hostile"), shared(row)
 
     kept = [row for row in rows if row["correct"] == "True"]
     last = {table(row): row["commit"] for row in kept}
@@ -72,6 +72,11 @@ def newest(rows: Iterable[Record]) -> list[Record]:
     case = ("gpu", "sglang", "phase", "preset", "policy", *sizes)
     found = {tuple(row[c] for c in case): row for row in kept if row["commit"] == last[table(row)]}
     return list(found.values())
+
+
+def shared(row: Record) -> bool:
+    """Whether several prompts share the call: ` x64` behind its inputs."""
+    return " x" in row["inputs"]
 
 
 def stand(row: Record) -> tuple[str, str]:
@@ -82,7 +87,7 @@ def stand(row: Record) -> tuple[str, str]:
 def kernel_tables(rows: Sequence[Record]) -> list[Table]:
     """Of one GPU and SGLang: whole chunks, cached prefixes, hostile inputs, decode; as far as there are rows."""
     prefill = [row for row in rows if row["phase"] == "prefill"]
-    plain = [row for row in prefill if not row["inputs"].startswith("hostile")]
+    plain = [row for row in prefill if not row["inputs"].startswith("hostile") and not shared(row)]
     cached = [row for row in plain if int(row["rows"]) in CACHED_ROWS]
     wide = [row for row in plain if int(row["rows"]) == WIDE]
     decode = [row for row in rows if row["phase"] == "decode"]
@@ -92,6 +97,7 @@ def kernel_tables(rows: Sequence[Record]) -> list[Table]:
         for table in (
             by_length("Prefill: a chunk of 8192 rows", wide),
             by_length("Prefill: few new rows over a cached prefix", cached),
+            by_length("Prefill: few new rows of each of many prompts", [row for row in prefill if shared(row)]),
             by_input("Prefill: hostile inputs", hostile),
             by_length("Decode", decode),
         )
@@ -325,12 +331,13 @@ def between(page: str, name: str, text: str) -> str:
 
 
 def summary(rows: Sequence[Record]) -> str:
-    """The README's tables: prefill and decode of each preset at 128K, random inputs, H = 64, by GPU and SGLang."""
+    """The README's tables: each preset where it selects at 128K, random inputs, H = 64, by GPU and SGLang."""
+    least = {name: {"prefill": WIDE, "decode": config.decode.min_rows} for name, config in PRESETS.items()}
     chosen = [
         row
         for row in rows
         if row["inputs"] == "random" and row["index_heads"] == "64" and int(row["length"]) == 128 * K
-        if (row["phase"] == "prefill" and int(row["rows"]) == WIDE) or row["phase"] == "decode"
+        if int(row["rows"]) >= least[row["preset"]][row["phase"]]
     ]
     tables = []
     for gpu, sglang in sorted({*map(stand, chosen)}, key=lambda key: (key[0], _version(key[1])), reverse=True):

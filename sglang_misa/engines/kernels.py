@@ -31,7 +31,7 @@ class KernelEngine:
     """See `engines.Engine`. `admission` says which policies have no kernel."""
 
     # The rows of a thread block share their scan of keys, so one that has rows of many requests scans too much.
-    least_rows = 6
+    least_rows = 14
 
     def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor]):
         self.runtime = runtime
