@@ -5,8 +5,9 @@
 | radix_cache_server_kit | runs, with forced retractions, over a smaller tree of prompts |
 | abort_timeout_kit | runs: all aborted; time out in the queue, and while running in two waves |
 | pause_generation_kit | runs |
+| streaming_session_kit | runs: sessions whose prompts are refused for their length, again and again |
 | basic_scheduler_stress_kit and others of answers | not: weights at random know no capital |
-| cache_consistency_jitter | not: compares by bits over batches of other sizes, which needs deterministic inference |
+| cache_consistency_jitter | not: compares by bits, which needs deterministic inference, and holds up CUDA streams |
 | kv_canary | not: SGLang's canary has no DSA pool |
 
 Kits that cannot run are skipped only while the refusal that stops them is there.
@@ -24,6 +25,9 @@ import pytest
 from sglang.test.kits import radix_cache_server_kit
 from sglang.test.kits.abort_timeout_kit import AbortAllMixin, RunningTimeoutTwoWaveMixin, WaitingTimeoutMixin
 from sglang.test.kits.pause_generation_kit import PauseResumeInPlaceMixin
+from sglang.test.kits.streaming_session_kit import AbortLeakReproKitMixin
+from sglang.test.server_fixtures import streaming_session_fixture
+from transformers import AutoTokenizer
 
 from sglang_misa import random_model
 from sglang_misa.procs import free_port
@@ -33,6 +37,7 @@ pytestmark = pytest.mark.serving
 WATCHED = "--misa-verify-stats raise --max-total-tokens 16384"
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
 VOCAB = 32000  # the radix kit's tokens
+CONTEXT = 8192  # of the folder's servers
 
 
 class Kit(unittest.TestCase):
@@ -75,6 +80,18 @@ class TestRadixAbortPause(AbortAllMixin, PauseResumeInPlaceMixin, Kit):
             radix_cache_server_kit.run_radix_attention_test(self.base_url)
         assert self.verified()["pages"] > 0
         assert "Testing retraction" in self.process.log.read_text(errors="replace")
+
+
+class TestSessionAborts(AbortLeakReproKitMixin, Kit):
+    words, environ = f"{Kit.words} --enable-streaming-session", {}
+
+    @pytest.fixture(scope="class", autouse=True)
+    def sized(self, request: pytest.FixtureRequest, wide: Path) -> Iterator[None]:
+        """The kit's tokenizer, and its prompts that are too long, for the server's context."""
+        request.cls.tokenizer = AutoTokenizer.from_pretrained(wide)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(streaming_session_fixture, "ABORT_REPRO_ABORT_TOKENS", CONTEXT + 100)
+            yield
 
 
 class TestWaitingTimeout(WaitingTimeoutMixin, Kit):
