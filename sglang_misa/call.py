@@ -33,6 +33,11 @@ class Span:
         seen_by_first = self.length - self.rows + 1
         return self.first_row + min(max(min_len - seen_by_first + 1, 0), self.rows)
 
+    def over(self, min_len: int, tail: int) -> range:
+        """Rows that see more than `min_len` keys, but for the last `tail` of a prompt that ends here."""
+        chosen = range(self.gate(min_len), self.last_row - (tail if self.ends else 0))
+        return chosen or range(self.last_row, self.last_row)
+
     def seen_by(self, row: int) -> int:
         """Keys that row `row` of the call sees."""
         return self.length - (self.last_row - 1 - row)

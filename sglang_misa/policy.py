@@ -15,7 +15,12 @@ logger = logging.getLogger(__name__)
 Router = Literal["mean", "peak", "signed", "weight"]
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
-ONLY: Mapping[str, Phase] = {"sketch": "decode", "min_rows": "decode", "exact": "prefill"}  # fields of one phase
+ONLY: Mapping[str, Phase] = {
+    "sketch": "decode",
+    "min_rows": "decode",
+    "tail": "prefill",
+    "exact": "prefill",
+}  # fields of one phase
 MOST = (1 << 31) - 1  # of any count: kernels and tensors index with int32
 ALIASES = {"router": {"abs": "mean"}, "backend": {"triton": "kernels"}}  # words of earlier releases
 
@@ -82,6 +87,12 @@ class SelectionPolicy(BaseModel):
     )
     min_rows: int = Field(
         1, ge=1, le=MOST, description="leave steps of fewer rows (requests times verified tokens) to stock DSA"
+    )
+    tail: int = Field(
+        0,
+        ge=0,
+        le=MOST,
+        description="leave this many queries at the end of each prompt, by which an answer begins, to stock DSA",
     )
 
     @field_validator("router", mode="before")
@@ -175,6 +186,8 @@ class SelectionPolicy(BaseModel):
             )
         if self.min_rows > 1 and phase == "prefill":
             yield f"prefill.min_rows: expected 1, as only decode has it, got {self.min_rows}; drop it"
+        if self.tail and phase == "decode":
+            yield f"decode.tail: expected 0, as only prefill has the end of a prompt, got {self.tail}; drop it"
         if self.sketch is not None and phase == "prefill":
             yield f"prefill.sketch: expected none, as prefill reads a key for many rows, got {self.sketch}; drop it"
         if self.sketch is not None and self.candidates is None:

@@ -24,11 +24,15 @@ DSA = SelectionPolicy(exact=True)
 
 
 def runs(policy: SelectionPolicy, spans: Sequence[Span]) -> list[tuple[SelectionPolicy, Run]]:
-    """The rows of a call in as few runs as can be, each with what selects them: `policy` or, under its gate, DSA."""
+    """The rows of a call in as few runs as can be, each with what selects them.
+
+    That is `policy`, or DSA under its gate and in its tail.
+    """
     result: list[tuple[SelectionPolicy, Run]] = []
     for span in spans:
-        gate = span.gate(policy.min_len)
-        for chosen, first, last in ((DSA, span.first_row, gate), (policy, gate, span.last_row)):
+        own = span.over(policy.min_len, policy.tail)
+        parts = ((DSA, span.first_row, own.start), (policy, own.start, own.stop), (DSA, own.stop, span.last_row))
+        for chosen, first, last in parts:
             if first == last:
                 continue
             if result and result[-1][0] is chosen:
@@ -66,7 +70,7 @@ class Selector:
         policy = self.policy("prefill", layer)
         if not policy.active:
             return "recall-floor" if self.ladders.sunk(layer) else "policy-is-dsa"
-        over = [span.rows for span in spans if span.length > policy.min_len]
+        over = [len(span.over(policy.min_len, policy.tail)) for span in spans if span.length > policy.min_len]
         if not over:
             return "under-min-len"
         if sum(over) < self.engine.least_rows * len(over):

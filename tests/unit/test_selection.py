@@ -35,18 +35,21 @@ def test_the_gate_splits_rows_by_their_own_length(requests: list[tuple[int, int]
         assert span.gate(min_len) - span.first_row == sum(length <= min_len for length in seen)
 
 
-@given(requests_, st.integers(0, 120))
-def test_every_row_is_in_one_run_of_the_policy_or_of_dsa(requests: list[tuple[int, int]], min_len: int) -> None:
-    policy = SelectionPolicy(heads=4, min_len=min_len)
-    batch = spans([rows for rows, _ in requests], [rows + prefix for rows, prefix in requests])
+@given(requests_, st.integers(0, 120), st.integers(0, 60), st.sets(st.integers(0, 4)))
+def test_every_row_is_in_one_run_of_the_policy_or_of_dsa(
+    requests: list[tuple[int, int]], min_len: int, tail: int, ends: set[int]
+) -> None:
+    policy = SelectionPolicy(heads=4, min_len=min_len, tail=tail)
+    batch = spans([rows for rows, _ in requests], [rows + prefix for rows, prefix in requests], ends)
     seen = [prefix + i + 1 for rows, prefix in requests for i in range(rows)]
+    is_end = [n in ends and i >= rows - tail for n, (rows, _) in enumerate(requests) for i in range(rows)]
     request = [i for i, (rows, _) in enumerate(requests) for _ in range(rows)]
     runs = selection.runs(policy, batch)
     assert [row for _, run in runs for row in range(run.first, run.last)] == list(range(len(seen)))
     assert all(one is not other for (one, _), (other, _) in itertools.pairwise(runs)), "neighbours share a run"
     for chosen, run in runs:
         rows = range(run.first, run.last)
-        assert all((seen[row] > min_len) == (chosen is policy) for row in rows)
+        assert all((seen[row] > min_len and not is_end[row]) == (chosen is policy) for row in rows)
         assert [span.request for span in run.spans] == sorted({request[row] for row in rows})
         assert run.longest == max(seen[row] for row in rows)
         assert run.keys.stop - run.keys.start == sum(span.length for span in run.spans)
@@ -74,8 +77,38 @@ def test_stock_takes_calls_that_are_short_or_have_few_rows_a_request(extend_lens
     assert one.why_stock(0, spans(extend_lens, seq_lens)) == reason
 
 
+@pytest.mark.parametrize(
+    ("rows", "lens", "ends", "reason"),
+    [
+        ([300], [300], {0}, None),  # 172 rows see more than 128 keys, and 10 of them end the prompt
+        ([10], [300], {0}, "few-rows"),
+        ([10], [300], {}, None),  # a later chunk has the end
+        ([10, 11], [300, 300], {0, 1}, "few-rows"),  # half a row a request
+        ([10, 12], [300, 300], {0, 1}, None),
+    ],
+)
+def test_a_call_of_prompts_ends_alone_is_left_to_stock(rows, lens, ends, reason):
+    one = selector(Batch(1, [300], 5), prefill=SelectionPolicy(heads=2, min_len=128, tail=10))
+    assert one.why_stock(0, spans(rows, lens, ends)) == reason
+
+
 def sets(ids: torch.Tensor) -> list[set[int]]:
     return [set(row.tolist()) - {-1} for row in ids]
+
+
+def test_the_end_of_a_prompt_is_selected_as_stock_does() -> None:
+    rows, batch = [40, 30], Batch(3, [200, 150], width=6)
+    queries = batch.queries(sum(rows))
+
+    def selected(**policy: object) -> list[set[int]]:
+        call = batch.extend(rows, queries)
+        call = replace(call, spans=spans(rows, batch.lens, {0}))  # the second prompt goes on in a later call
+        selector(batch, prefill=SelectionPolicy(heads=1, block_size=64, **policy)).extend(call)
+        return sets(call.output.ids)
+
+    ended, whole, dsa = selected(min_len=120, tail=7), selected(min_len=120), selected(min_len=10**6)
+    assert ended == [*whole[:33], *dsa[33:40], *whole[40:]]
+    assert whole[33:40] != dsa[33:40]
 
 
 POLICIES = [
