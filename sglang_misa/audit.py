@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -73,25 +73,29 @@ class Auditor:
     _calls: Counter[tuple[Phase, int]] = field(default_factory=Counter)
 
     def look_at_extend(self, call: ExtendCall, runs: Sequence[Run]) -> None:
-        """Audit sampled rows of `runs`, those that the policy selected, if this call of the layer is due."""
+        """Audit sampled rows of `runs`, at least one, that the policy selected, if this call of the layer is due."""
         if not self.due("prefill", call.layer):
             return
-        parts = [part for run in runs for part in run.alone()]
-        results = [self.extend_rows(call, part.spans[0], self.rows(part.first, part.last)) for part in parts]
+        results = [self.extend_rows(call, span, rows) for span, rows in self._sampled(runs)]
         self.record("prefill", call.layer, torch.cat(results).tolist())
         probe = self.ladders.probe("prefill", call.layer)
         if probe is not None:
             self.probe_extend(call, probe, runs)
 
     def probe_extend(self, call: ExtendCall, policy: SelectionPolicy, runs: Sequence[Run]) -> None:
-        """Tell the ladder what `policy` would keep of sampled rows of `runs`."""
+        """Tell the ladder what `policy` would keep of sampled rows of `runs`, at least one."""
         results = []
-        for part in (part for run in runs for part in run.alone()):
-            for row in self.rows(part.first, part.last):
-                one = call.alone(part.spans[0], row)
+        for span, rows in self._sampled(runs):
+            for row in rows:
+                one = call.alone(span, row)
                 self.engine.extend(one, [(policy, Run(one.spans, 0, 1))])
                 results.append(self.extend_rows(one, one.spans[0], range(1)))
         self.ladders.observe("prefill", call.layer, torch.cat(results)[:, 0].tolist(), probed=True)
+
+    def _sampled(self, runs: Sequence[Run]) -> Iterator[tuple[Span, range]]:
+        """The rows of `runs` to audit, those of one request after another."""
+        for part in (part for run in runs for part in run.alone()):
+            yield part.spans[0], self.rows(part.first, part.last)
 
     def extend_rows(self, call: ExtendCall, span: Span, rows: range) -> Tensor:
         """Results fp64 [n, 3] of some rows of a call, all of one request."""

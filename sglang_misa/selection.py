@@ -101,7 +101,9 @@ class Selector:
         """Look at an extend call that stock DSA selected for; `call` makes it, if there is anything to see."""
         probe = self.ladders.probe("prefill", layer)
         if probe is not None and self.auditor.due("prefill", layer):
-            self.auditor.probe_extend(call(), probe, [run for by, run in runs(probe, spans) if by is probe])
+            own = [run for by, run in runs(probe, spans) if by is probe]
+            if own:
+                self.auditor.probe_extend(call(), probe, own)
         if self.dump.wants(layer, spans):
             self.dump.take(call())
 

@@ -18,6 +18,7 @@ from sglang_misa.engines import kernels
 from sglang_misa.engines.reference import ReferenceEngine
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.kernels.prefill.operands import RoutedHeads
+from sglang_misa.ladder import WINDOW
 from sglang_misa.metrics import Recorder
 from sglang_misa.selection import DSA, Selector
 
@@ -90,6 +91,20 @@ def test_stock_takes_calls_that_are_short_or_have_few_rows_a_request(extend_lens
 def test_a_call_of_prompts_ends_alone_is_left_to_stock(rows, lens, ends, reason):
     one = selector(Batch(1, [300], 5), prefill=SelectionPolicy(heads=2, min_len=128, tail=10))
     assert one.why_stock(0, spans(rows, lens, ends)) == reason
+
+
+@pytest.mark.parametrize("lens", [[300, 100], [100, 90]])
+def test_what_a_sunk_layer_would_select_is_seen_where_rows_pass_its_gate(lens, monkeypatch):
+    rows, batch = [40, 50], Batch(3, lens, width=5)
+    audit = Audit(rows=4, every=1, floor=0.9)
+    one = selector(batch, prefill=SelectionPolicy(heads=2, block_size=64, min_len=128), audit=audit)
+    for _ in range(2):  # over faithful to DSA
+        one.ladders.observe("prefill", 0, [0.0] * WINDOW, probed=False)
+        one.ladders.meet()
+    call, made = batch.extend(rows, batch.queries(sum(rows))), []
+    monkeypatch.setattr(one.ladders, "observe", lambda *_, probed: made.append(probed))
+    one.left_to_stock(0, call.spans, lambda: call)
+    assert made == ([True] if max(lens) > 128 else [])
 
 
 def sets(ids: torch.Tensor) -> list[set[int]]:
