@@ -48,6 +48,10 @@ class Keys:
     def __len__(self) -> int:
         return len(self.index_k)
 
+    def seen(self, longest: int | None) -> int:
+        """Keys that a row sees at most: all, unless `longest` says otherwise."""
+        return len(self) if longest is None else min(longest, len(self))
+
 
 @dataclass(frozen=True)
 class Residual:

@@ -177,7 +177,7 @@ class RerankedCall(Call):
     ):
         """longest: keys that a row sees at most; all, unless given."""
         super().__init__(rows, keys, heads, output)
-        longest = len(keys) if longest is None else min(longest, len(keys))
+        longest = keys.seen(longest)
         self.candidates, self.processors = candidates, multiprocessors(rows.device)
         rows_each = block_rows(heads.columns)
         self.plan = plan(len(rows), longest, candidates, rows_each, self.processors, budget, len(keys))
@@ -231,7 +231,7 @@ def topk_reranked(
         raise ValueError(
             f"candidates: expected k={output.topk} to {MAX_CANDIDATES}, got {candidates}; choose another C"
         )
-    seen = len(keys) if longest is None else min(longest, len(keys))
+    seen = keys.seen(longest)
     if seen > KEYS:
         raise ValueError(f"longest window: expected at most {KEYS} keys, got {seen}; score them with all heads")
     if not len(keys):

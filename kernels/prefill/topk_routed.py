@@ -52,7 +52,7 @@ class RoutedCall(Call):
     ):
         """longest: keys that a row sees at most; all, unless given."""
         super().__init__(rows, keys, heads, output)
-        longest = len(keys) if longest is None else min(longest, len(keys))
+        longest = keys.seen(longest)
         processors = multiprocessors(rows.device)
         self.plan = plan(len(rows), longest, output.topk, heads.columns, processors, budget, len(keys))
         self.ld = aligned(longest, 4)  # of scores that `redo` writes
