@@ -13,9 +13,8 @@ from sglang_misa.kernels.layout import HEAD_DIM, PAGE, ROUTED_HEADS
 from sglang_misa.kernels.structs import Candidates, Scan
 
 WARPS = 4  # of a thread block of the scan
-SHORTEST, WINDOW = 4, 16  # pages of a warp: at least, and those whose products with their means come at once
+LEAST_PAGES = 4  # of a warp
 START = 2  # what a warp's start costs, in pages
-COLUMN_TILE = 8  # columns of a product
 KEY_SCALE, KEY_SHIFT = 2.0**-94, 14  # a score's key: exponents from 2⁻³² on, linear below, and nine bits of fraction
 LARGEST_SIZE = 0x7FFE  # so that no number's key is NaN's
 
@@ -42,7 +41,8 @@ def scan_sketches(
         return
     count, width = columns.queries.shape[1], rows.page_table.shape[1]
     shape = {"sketch_bits": stats.bits, "columns": count}
-    span = span_of(len(rows), width, count, resident("sketch_scan", **shape))
+    module = build("sketch_scan", **shape)
+    span = span_of(len(rows), width, module.most_pages(), resident("sketch_scan", **shape))
     call = Scan(
         queries=columns.queries,
         gates=columns.gates,
@@ -59,17 +59,17 @@ def scan_sketches(
         span=span,
         blocks=triton.cdiv(width, span * WARPS),
     )
-    build("sketch_scan", **shape).scan(bytes(call), len(rows), torch.cuda.current_stream().cuda_stream)
+    module.scan(bytes(call), len(rows), torch.cuda.current_stream().cuda_stream)
 
 
-def span_of(rows: int, width: int, columns: int, resident: int) -> int:
-    """Pages of a warp that take least time: `resident` blocks run at once, and a few left over take as long."""
+def span_of(rows: int, width: int, most: int, resident: int) -> int:
+    """Pages of a warp, at most `most`, that take least time: `resident` blocks run at once, a few left over as long."""
 
     def time(span: int) -> int:
         blocks = rows * -(-width // (span * WARPS))
         return -(-blocks // resident) * (span + START)
 
-    return min(range(SHORTEST, WINDOW * (1 if columns <= COLUMN_TILE else 2) + 1), key=time)
+    return min(range(LEAST_PAGES, most + 1), key=time)
 
 
 def list_candidates(scores: torch.Tensor, seq_lens: torch.Tensor, *, positions: torch.Tensor) -> None:

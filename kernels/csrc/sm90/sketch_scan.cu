@@ -227,8 +227,11 @@ void scan(Bytes call, int64_t rows, int64_t stream) {
 
 int64_t resident() { return resident_blocks(scan_kernel, WARPS * 32); }
 
+int64_t most_pages() { return WINDOWS * WINDOW; }  // of a warp
+
 }  // namespace
 }  // namespace misa
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(scan, misa::scan);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(resident, misa::resident);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(most_pages, misa::most_pages);
