@@ -8,6 +8,10 @@ namespace {
 // Complete pages whose sketches a row of `length` tokens reads: not the newest, which this step or its drafts may have completed.
 __device__ __forceinline__ int sketched_pages(int length) { return max(length / 64 - 1, 0); }
 
+__device__ __forceinline__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y
+                                                                                    : i == 2   ? v.z
+                                                                                               : v.w; }
+
 // Two times 16 bits that order like the scores: sign, six bits of exponent for 2⁻³² … 2³¹ (below it is linear) and nine of fraction.
 // NaN is 0, below all numbers.
 __device__ __forceinline__ uint32_t score_keys(float low, float high) {

@@ -52,10 +52,6 @@ struct Smem {
   Count warps[WARPS];
 };
 
-__device__ __forceinline__ uint32_t part(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y
-                                                                                    : i == 2   ? v.z
-                                                                                               : v.w; }
-
 // Which of a lane's keys reach a bound: a bit each, in their order.
 __device__ __forceinline__ uint32_t reaching(const uint16_t* run, uint32_t bound) {
   constexpr uint32_t HIGHEST = 0x80008000u;  // bits of two keys
@@ -86,7 +82,7 @@ __device__ void find_bin(Smem& s, uint32_t need, const uint4& own) {
   uint32_t above = __reduce_add_sync(~0u, lane < warp ? s.scan[lane] : 0u) + upto - all;
 #pragma unroll
   for (int i = OWN_BINS - 1; i >= 0; --i) {
-    const uint32_t bin = BINS - (threadIdx.x + 1) * OWN_BINS + i, inside = part(own, i);
+    const uint32_t bin = BINS - (threadIdx.x + 1) * OWN_BINS + i, inside = word(own, i);
     if (above < need && (above + inside >= need || bin == 0)) s.found = {bin, above, inside};
     above += inside;
   }
@@ -200,8 +196,8 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
 #pragma unroll
   for (int i = 0; i < OWN_BINS; ++i) {
     const uint32_t bin = BINS - (threadIdx.x + 1) * OWN_BINS + i;
-    if (bin > s.found.bin) count.earlier += part(earlier, i);
-    if (bin == s.found.bin) s.earlier_ties = part(earlier, i);
+    if (bin > s.found.bin) count.earlier += word(earlier, i);
+    if (bin == s.found.bin) s.earlier_ties = word(earlier, i);
   }
   each(false, [&](int, const uint16_t* run, uint32_t valid) {
     const Marks marks = mark(run, valid);

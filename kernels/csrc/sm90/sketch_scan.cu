@@ -55,9 +55,6 @@ struct Smem {
 
 __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-__device__ __forceinline__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y
-                                                                                    : i == 2   ? v.z
-                                                                                               : v.w; }
 
 // Of the key of a row of operands: how far up its codes stand in their bytes.
 __device__ constexpr int shift_of(int group, int odd) { return (2 * group + odd) % PLANES * BITS; }
