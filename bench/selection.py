@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from sglang_misa.policy_file import ModelIdentity
 TOPK = 2048  # of a file that does not tell its model
 ALIGN = 1024  # a window's start: the largest block
 CANDIDATES = (2, 4, 8)  # times the top k
-ROUTERS: tuple[Router, ...] = ("mean", "peak", "signed", "weight")
+ROUTERS: tuple[Router, ...] = get_args(Router)
 BLOCK_SIZES = (64, 128, 256, 512, 1024)
 COLUMNS = (4, 8, 16)  # scored columns, the residual counted
 HISA = ((64, 128), (128, 64), (256, 64), (512, 64))  # blocks, block size
@@ -199,13 +199,15 @@ def policies() -> list[tuple[Phase, SelectionPolicy]]:
     for columns, router, residual, size in itertools.product(COLUMNS, ROUTERS, (False, True), BLOCK_SIZES):
         if router == "weight" and not residual and size != BLOCK_SIZES[0]:
             continue  # |w| looks at no block
+        if router == "error" and not residual:
+            continue  # it is the residual's
         heads = columns - residual
         found.append(("prefill", SelectionPolicy(heads=heads, router=router, residual=residual, block_size=size)))
     found += [("decode", SelectionPolicy(blocks=blocks, block_size=size)) for blocks, size in HISA]
     for bits in BITS:
         all_heads = SelectionPolicy(sketch=bits, block_size=PAGE)
-        peak = ({"heads": heads, "router": "peak", "residual": True} for heads in (7, 15))
-        found += [("decode", p) for p in (all_heads, *(all_heads.model_copy(update=axes) for axes in peak))]
+        routed = ({"heads": h, "router": r, "residual": True} for h in (7, 15) for r in ("peak", "error"))
+        found += [("decode", p) for p in (all_heads, *(all_heads.model_copy(update=axes) for axes in routed))]
     return found
 
 

@@ -106,7 +106,8 @@ def route(
     """The `heads` heads that score each row, and the others as one linear column.
 
     router ranks the heads by |w|·mean ReLU(q·k̃) over the row's complete blocks ("mean", arXiv 2605.07363), its maximum
-    ("peak"), w·mean ("signed") or |w| ("weight"). heads < H, so that a residual has a head to stand for.
+    ("peak"), w·mean ("signed"), |w| ("weight") or what the linear column gets wrong ("error"). heads < H, so that a
+    residual has a head to stand for.
     """
     if _on_kernels(backend, index_q):
         return routing.route(index_q, head_gates, blocks, heads, router, residual=True)

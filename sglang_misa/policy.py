@@ -12,7 +12,7 @@ from sglang_misa.kernels.layout import PAGE
 
 logger = logging.getLogger(__name__)
 
-Router = Literal["mean", "peak", "signed", "weight"]
+Router = Literal["mean", "peak", "signed", "weight", "error"]
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 ONLY: Mapping[str, Phase] = {
@@ -48,7 +48,7 @@ class SelectionPolicy(BaseModel):
     router: Router = Field(
         "mean",
         description="router statistic over blocks: mean of |w·ReLU(q·k̃)| (the MISA paper), peak = its maximum, "
-        "signed = mean of w·ReLU(q·k̃), weight = |w| alone",
+        "signed = mean of w·ReLU(q·k̃), weight = |w| alone, error = |w| times what a residual gets wrong of the head",
     )
     residual: bool = Field(False, description="add one linear column that approximates the heads that are not routed")
     blocks: int | None = Field(
@@ -183,6 +183,11 @@ class SelectionPolicy(BaseModel):
             yield (
                 f"{phase}.residual: expected routed heads with it, as all heads leave none over, got heads=all; set "
                 f"{flag}-heads, or drop {flag}-residual"
+            )
+        if self.router == "error" and self.heads is not None and not self.residual:
+            yield (
+                f"{phase}.router: expected a residual with error, which ranks heads by what that would get wrong, got "
+                f"none; set {flag}-residual, or choose another {flag}-router"
             )
         if self.min_rows > 1 and phase == "prefill":
             yield f"prefill.min_rows: expected 1, as only decode has it, got {self.min_rows}; drop it"

@@ -79,8 +79,9 @@ def block_statistics(
 
     index_q [N, T, H, 128], head_gates [N, T, H], k_tilde [N, M, 128], complete [N, T]: blocks complete at the row's own
     length. E over those blocks: `mean` of |w·ReLU(q·k̃)| (arXiv 2605.07363, Eq. 7), `peak` its maximum, `signed` the
-    mean of w·ReLU(q·k̃); |w| for `weight` or without a block. φ is ½ without a block, and 0 for a head whose products
-    are not finite, so that it adds nothing to the residual.
+    mean of w·ReLU(q·k̃), `error` |w|·σ·√(φ(1 − φ)), what a residual would get wrong; |w| for `weight`, without a block,
+    and for `error` without two. φ is ½ without a block. A head whose products are not finite has φ = 0, so that it adds
+    nothing to the residual, and no error.
     """
     n, rows, heads, _ = index_q.shape
     blocks = k_tilde.shape[1]
@@ -96,7 +97,7 @@ def block_statistics(
         part = slice(start, start + step)
         q, w, seen = index_q[:, part].float(), gates[:, part], visible[:, part].unsqueeze(2)
         dots = torch.matmul(q.flatten(1, 2), k_tilde.float().transpose(1, 2)).unflatten(1, q.shape[1:3])
-        positive[:, part] = _positive_share(dots.masked_fill(~seen, 0.0), seen.sum(-1).clamp_min(1), seen)
+        positive[:, part], error = _linear_part(dots.masked_fill(~seen, 0.0), seen.sum(-1).clamp_min(1), seen)
         activity = dots.relu()
         block_scores[:, part] = torch.matmul(w.unsqueeze(2), activity).squeeze(2)
         activity = activity.masked_fill_(~seen, 0.0)
@@ -106,6 +107,7 @@ def block_statistics(
             "peak": w.abs() * activity.amax(-1),
             "signed": w * mean,
             "weight": w.abs(),
+            "error": w.abs() * torch.where(seen.sum(-1) > 1, error, 1.0),
         }[router]
     some = complete.unsqueeze(-1) > 0
     return BlockStatistics(
@@ -115,12 +117,18 @@ def block_statistics(
     )
 
 
-def _positive_share(dots: Tensor, count: Tensor, seen: Tensor) -> Tensor:
-    """Φ(μ/σ) [N, T, H] of products [N, T, H, M] that are 0 where not `seen` [N, T, 1, M]; `count` [N, T, 1] are."""
+def _linear_part(dots: Tensor, count: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """φ = Φ(μ/σ) and σ·√(φ(1 − φ)), each [N, T, H], of products [N, T, H, M] that are 0 where not `seen` [N, T, 1, M].
+
+    count [N, T, 1]: how many are seen. Both are 0 where μ or σ is not finite.
+    """
     mean = dots.sum(-1) / count
     variance = ((dots - mean.unsqueeze(-1)) ** 2).masked_fill_(~seen, 0.0).sum(-1) / count
-    share = torch.where(variance > 0, torch.special.ndtr(mean * variance.rsqrt()), (mean.sign() + 1) / 2)
-    return torch.where(torch.isfinite(mean) & torch.isfinite(variance), share, 0.0)
+    z, spread = mean * variance.rsqrt(), variance > 0
+    share = torch.where(spread, torch.special.ndtr(z), (mean.sign() + 1) / 2)
+    error = torch.where(spread, (variance * torch.special.ndtr(z) * torch.special.ndtr(-z)).sqrt(), 0.0)
+    finite = torch.isfinite(mean) & torch.isfinite(variance)
+    return torch.where(finite, share, 0.0), torch.where(finite, error, 0.0)
 
 
 def residual_query(

@@ -14,6 +14,7 @@ from torch import Tensor
 from sglang_misa import ops
 from sglang_misa.bench.inputs import pack_pages
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, sketch_bytes
+from sglang_misa.kernels.prefill.route import ROUTERS
 
 TOPK, SIZE = 96, 64
 Found = tuple[Tensor, ...]
@@ -60,7 +61,7 @@ def _routing(device: str) -> tuple[Tensor, Tensor, ops.Blocks]:
 
 def route(backend: ops.Backend, device: str) -> Found:
     found: list[Tensor] = []
-    for router in ("mean", "peak", "signed", "weight"):
+    for router in ROUTERS:
         routed = ops.route(*_routing(device), 7, router=router, backend=backend)
         assert routed.residual is not None
         found += [routed.head_ids, routed.residual.scale]

@@ -115,7 +115,7 @@ class SketchPolicy:
     """What a step over sketches does, fixed for all its calls.
 
     heads:      routed heads h, or None: all heads score the sketches; h + residual is one of ROUTED_HEADS
-    router:     "mean", "peak", "signed" or "weight", see `route_pages`
+    router:     "mean", "peak", "signed", "weight" or, with a residual, "error", see `route_pages`
     residual:   whether the other heads score too, as one linear column
     candidates: tokens C that all heads score on the stored keys, k <= C
     """
@@ -133,6 +133,10 @@ class SketchPolicy:
             raise ValueError(f"heads + residual: expected one of {ROUTED_HEADS}, got {columns}")
         if self.router not in ROUTERS:
             raise ValueError(f"router: expected one of {ROUTERS}, got {self.router!r}")
+        if self.router == "error" and self.heads is not None and not self.residual:
+            raise ValueError(
+                "router: expected a residual with error, which ranks heads by what that gets wrong, got none"
+            )
         if not MIN_CANDIDATES <= self.candidates <= MAX_CANDIDATES or self.candidates % PAGE:
             raise ValueError(
                 f"candidates: expected a multiple of {PAGE} from {MIN_CANDIDATES} to {MAX_CANDIDATES}, "

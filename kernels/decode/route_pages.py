@@ -51,10 +51,11 @@ def route_pages(rows: PagedRows, page_means: Tensor, policy: SketchPolicy, *, ou
     """Fill `out` with the columns of every row of more tokens than the policy's candidates.
 
     `heads` None takes all of them. Fewer rank by |w| · mean ReLU(q·k̃) (`mean`), |w| · max ReLU(q·k̃) (`peak`),
-    w · mean ReLU(q·k̃) (`signed`) or |w| (`weight`), over the means k̃ of the row's complete pages but the newest; ties
-    fall to the lower head, NaN never wins.
-    The residual is Σ w · Φ(μ/σ) · q of the heads that are not routed, μ and σ of their products; a head whose μ, σ or
-    w is not finite adds nothing. NaN in a query counts as 0. A row's columns depend on the row alone, bit by bit.
+    w · mean ReLU(q·k̃) (`signed`), |w| (`weight`) or |w| · σ·√(φ(1 − φ)) (`error`), over the means k̃ of the row's
+    complete pages but the newest; ties fall to the lower head, NaN never wins.
+    The residual is Σ w · φ · q of the heads that are not routed, φ = Φ(μ/σ), μ and σ of their products; a head whose
+    μ, σ or w is not finite adds nothing and has no error. NaN in a query counts as 0. A row's columns depend on the row
+    alone, bit by bit.
 
     page_means: bf16 [P, 128], contiguous
     out:        of `heads` columns, and one more for a residual
@@ -105,7 +106,7 @@ def _route_on_cpu(rows: PagedRows, page_means: Tensor, policy: SketchPolicy, out
             statistic = _statistic(products, gates, policy)
             ids = statistic.sort(descending=True, stable=True).indices[: policy.heads].sort().values
             if policy.residual:
-                weights = gates * _positive_share(products)
+                weights = gates * _linear_part(products)[0]
                 weights = torch.where(weights.isfinite(), weights, 0.0).index_fill(0, ids, 0.0)
                 out.queries[row, -1], out.gates[row, -1] = _to_int8(weights @ q.nan_to_num())
         numbers, units = _to_int8(q[ids])
@@ -120,15 +121,19 @@ def _statistic(products: Tensor, gates: Tensor, policy: SketchPolicy) -> Tensor:
         "peak": weight * active.amax(1),
         "signed": gates * active.mean(1),
         "weight": weight,
+        "error": weight * _linear_part(products)[1] if products.shape[1] > 1 else weight,
     }[policy.router]
     return statistic.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=LOWEST)
 
 
-def _positive_share(products: Tensor) -> Tensor:
-    """Φ(μ/σ) of each head, 0 where either is not finite."""
+def _linear_part(products: Tensor) -> tuple[Tensor, Tensor]:
+    """φ = Φ(μ/σ) and σ·√(φ(1 − φ)) of each head, 0 where μ or σ is not finite."""
     variance, mean = torch.var_mean(products, 1, correction=0)
-    share = torch.where(variance > 0, torch.special.ndtr(mean * variance.rsqrt()), (mean.sign() + 1) / 2)
-    return torch.where(mean.isfinite() & variance.isfinite(), share, 0.0)
+    z, spread = mean * variance.rsqrt(), variance > 0
+    share = torch.where(spread, torch.special.ndtr(z), (mean.sign() + 1) / 2)
+    error = torch.where(spread, (variance * torch.special.ndtr(z) * torch.special.ndtr(-z)).sqrt(), 0.0)
+    finite = mean.isfinite() & variance.isfinite()
+    return torch.where(finite, share, 0.0), torch.where(finite, error, 0.0)
 
 
 def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,14 +5,16 @@ For query t, head j and pooled key k̃_b (the mean of the keys of block b), with
     statistic  E[t,j] = |w[t,j]| · Σ_b ReLU(x)  (mean: the MISA paper, arXiv 2605.07363, Eq. 7–8, whose 1/M ranks alike)
                E[t,j] = |w[t,j]| · max_b ReLU(x)  (peak)
                E[t,j] =  w[t,j]  · Σ_b ReLU(x)  (signed)        E[t,j] = |w[t,j]|  (weight)
+               E[t,j] = |w[t,j]| · σ·√(φ(1 − φ))  (error): what a residual would get wrong of the head, see there
     heads      the h largest of E[t,·]; ties go to the lower head, and a NaN loses to every number
     residual   q̄[t] = Σ_{j not among them} w[t,j] · φ[t,j] · q[t,j], φ = Φ(μ/σ) with mean and deviation of x:
-               ReLU(x) is x times "is it positive", and φ is the share of keys on which it is
+               ReLU(x) is x times "is it positive", and φ is the share of keys on which it is, so that the
+               deviation of what is lost is about σ·√(φ(1 − φ))
     scores     S[t,b] = Σ_j w[t,j] · ReLU(x)  over all heads (HISA, arXiv 2603.28458)
 
 Only blocks complete at the row's own length count, b < row_len // block_size. A row that has none routes by |w|, with
-φ = ½. As in DeepGEMM, ReLU of a NaN is 0; a head whose products are not finite has φ = 0. A row's heads, residual and
-scores do not depend on the rows and requests beside it.
+φ = ½; for an error it needs two. As in DeepGEMM, ReLU of a NaN is 0; a head whose products are not finite has φ = 0,
+and no error. A row's heads, residual and scores do not depend on the rows and requests beside it.
 
 `route` is CUDA (route.cu) and sums over blocks inside a thread; `block_scores` is Triton and sums over heads: a program
 holds up to 128 (query, head) columns against tiles of 64 pooled keys, and only the last tiles of a row pay for masks.
@@ -21,7 +23,7 @@ holds up to 128 (query, head) columns against tiles of 64 pooled keys, and only 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import triton
@@ -33,8 +35,8 @@ from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS
 from sglang_misa.kernels.prefill.operands import Residual, RoutedHeads
 from sglang_misa.kernels.structs import Route
 
-Router = Literal["mean", "peak", "signed", "weight"]
-ROUTERS: tuple[Router, ...] = ("mean", "peak", "signed", "weight")  # in the order of route.cu's enumeration
+Router = Literal["mean", "peak", "signed", "weight", "error"]
+ROUTERS: tuple[Router, ...] = get_args(Router)  # in the order of route.cu's enumeration
 
 _TILE = 64  # pooled keys a step: the tensor-core rows of one warpgroup
 _WIDE_FROM = 1024  # rows from which several queries share a program; below it each has its own, to fill the GPU
@@ -190,6 +192,8 @@ def route(
         raise ValueError(f"heads: expected 1 to {most}, got {heads}")
     if router not in ROUTERS:
         raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
+    if router == "error" and not residual and heads < index_heads:
+        raise ValueError("router: expected a residual with error, which ranks heads by what that gets wrong, got none")
     blocks.check(index_q, head_gates, cuda=True)
     head_ids = torch.empty(rows, heads, dtype=torch.int32, device=index_q.device)
     others = Residual.empty(rows, index_q.device) if residual else None

@@ -122,7 +122,7 @@ def test_wrong_arguments_are_named(device: str) -> None:
     blocks = Blocks(make_blocks([640], 64, 10, device), 64, rows, rows)
     with pytest.raises(ValueError, match="heads: expected 1 to the model's 64 index heads, got 65"):
         route(index_q, gates, blocks, 65)
-    with pytest.raises(ValueError, match="router: expected one of mean, peak, signed, weight, got 'qnorm'"):
+    with pytest.raises(ValueError, match="router: expected one of mean, peak, signed, weight, error, got 'qnorm'"):
         route(index_q, gates, blocks, 8, "qnorm")
     with pytest.raises(ValueError, match="expected 1 to 63, which leaves a head to the residual, got 64"):
         route(index_q, gates, blocks, 64, residual=True)

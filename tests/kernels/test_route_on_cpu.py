@@ -73,6 +73,8 @@ class Case:
         w, x = self.gates[row].astype(np.float64), self.products(row)
         if router == "weight" or x.shape[1] == 0:
             return np.abs(w)
+        if router == "error":
+            return np.abs(w) * (self.error(x) if x.shape[1] > 1 else 1.0)
         activity = np.where(np.isnan(x), 0, np.maximum(x, 0))
         with np.errstate(invalid="ignore"):
             return {
@@ -80,6 +82,13 @@ class Case:
                 "peak": np.abs(w) * activity.max(1),
                 "signed": w * activity.sum(1),
             }[router]
+
+    def error(self, x: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean, deviation = x.mean(1), x.std(1)
+            z = np.nan_to_num(mean / deviation, posinf=99, neginf=-99)
+        found = [math.sqrt(math.erfc(-r / math.sqrt(2)) * math.erfc(r / math.sqrt(2))) / 2 for r in z]
+        return np.where(np.isfinite(mean) & np.isfinite(deviation), deviation * found, 0.0)
 
     def share(self, row: int) -> np.ndarray:
         x = self.products(row)
@@ -104,8 +113,10 @@ def best(statistic: np.ndarray, heads: int) -> list[int]:
     return sorted(order[:heads])
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(
+    ("router", "residual"),
+    [(router, residual) for router in ROUTERS for residual in (False, True) if residual or router != "error"],
+)
 def test_heads_and_gates_of_the_others(kernels, router, residual):
     loaded, index_heads = kernels
     case = Case(index_heads)
@@ -167,7 +178,7 @@ def test_moments_hold_where_the_mean_is_far_from_zero(kernels):
         assert (np.abs(wanted[~others]) < 1e-4).sum() >= (~others).sum() - 1
 
 
-@pytest.mark.parametrize("router", ["mean", "peak"])
+@pytest.mark.parametrize("router", ["mean", "peak", "error"])
 def test_a_row_does_not_depend_on_its_neighbours(kernels, router):
     loaded, index_heads = kernels
     case = Case(index_heads, normal=True, seed=3)
@@ -206,11 +217,12 @@ def test_the_residual_is_the_quantised_sum_of_its_heads(kernels):
         )
 
 
-def test_the_reference_says_the_same(kernels):
+@pytest.mark.parametrize("router", ["peak", "error"])
+def test_the_reference_says_the_same(kernels, router):
     loaded, index_heads = kernels
     case = Case(index_heads, normal=True, seed=5)
     heads = 7
-    head_ids, gates = case.run(loaded, heads, "peak", True, share=12, workers=1)
+    head_ids, gates = case.run(loaded, heads, router, True, share=12, workers=1)
     query, scale = aligned(np.zeros((case.rows, 128)), np.uint8), aligned(np.zeros(case.rows), np.float32)
     call(loaded.residuals, case.q, gates, case.rows, query, scale)
     q, w = torch.from_numpy(of_e4m3(case.q)).float(), torch.from_numpy(case.gates)
@@ -218,7 +230,7 @@ def test_the_reference_says_the_same(kernels):
         k_tilde = torch.from_numpy(np.nan_to_num(case.pooled[case.batch[row]])).float()
         complete = torch.tensor([[case.lens[row] // PAGE]]).clamp(max=WIDTH)
         one = (q[row][None, None], w[row][None, None])
-        statistics = reference.block_statistics(*one, k_tilde[None], complete, "peak")
+        statistics = reference.block_statistics(*one, k_tilde[None], complete, router)
         ids = reference.top_heads(statistics.heads, heads)
         assert ids.flatten().tolist() == head_ids[row].tolist()
         wanted, step = reference.residual_query(*one, ids, statistics.positive)

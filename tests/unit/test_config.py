@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from sglang_misa import config, flags
 from sglang_misa.config import PHASES, PRESETS, Audit, ConfigError, Dump, MisaConfig, SelectionPolicy
 from sglang_misa.kernels.layout import PAGE
-from sglang_misa.policy import ONLY
+from sglang_misa.policy import ONLY, Router
 
 sizes = st.integers(1, 64).map(lambda pages: pages * PAGE)
 heads = st.none() | st.integers(1, 128)
@@ -28,10 +29,11 @@ def policies(draw, phase):
         candidates = draw(st.none() | st.integers(1, most or 1 << 20))
     if phase == "decode" and candidates is not None:
         sketch = draw(st.sampled_from([None, 1, 2]))
+    residual = heads_ is not None and draw(st.booleans())
     return SelectionPolicy(
         heads=heads_,
-        router=draw(st.sampled_from(["mean", "peak", "signed", "weight"])),
-        residual=heads_ is not None and draw(st.booleans()),
+        router=draw(st.sampled_from([router for router in get_args(Router) if residual or router != "error"])),
+        residual=residual,
         blocks=blocks,
         sketch=sketch,
         candidates=candidates,
@@ -128,7 +130,7 @@ MISTAKES = {
     "string for a number": ({"prefill": {"heads": "8"}}, "prefill.heads: expected a valid integer, got '8'"),
     "number for a word": (
         {"prefill": {"router": 1}},
-        "prefill.router: expected 'mean', 'peak', 'signed' or 'weight', got 1",
+        "prefill.router: expected 'mean', 'peak', 'signed', 'weight' or 'error', got 1",
     ),
     "float for an integer": ({"prefill": {"heads": 8.5}}, "prefill.heads"),
     "a floor that nothing is measured against": (
@@ -155,6 +157,10 @@ MISTAKES = {
     "unknown audit": ({"audit": {"row": 1}}, "audit.row: unknown name, did you mean rows?"),
     "re-ranking all heads": ({"decode": {"candidates": 8192}}, "decode.candidates: expected a policy that leaves"),
     "a residual of no heads": ({"prefill": {"residual": True}}, "prefill.residual: expected routed heads with it"),
+    "the error of no residual": (
+        {"prefill": {"heads": 3, "router": "error"}},
+        "prefill.router: expected a residual with error, which ranks heads by what that would get wrong, got none; set",
+    ),
     "a sketch in prefill": (
         {"prefill": {"heads": 8, "sketch": 1, "candidates": 8192}},
         "prefill.sketch: expected none, as prefill reads a key for many rows, got 1",

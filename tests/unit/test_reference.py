@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sglang_misa import reference
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels.layout import PAGE, PAGE_BYTES
+from sglang_misa.kernels.prefill.route import ROUTERS, Router
 
 HEADS, TOPK = 32, 96
 
@@ -40,7 +41,7 @@ def policies(**fixed: object) -> st.SearchStrategy[SelectionPolicy]:
         "blocks": st.sampled_from([None, 2, 4]),
         "candidates": st.sampled_from([None, TOPK, 128]),
         "block_size": st.sampled_from([64, 128]),
-        "router": st.sampled_from(["mean", "peak", "signed", "weight"]),
+        "router": st.sampled_from(ROUTERS),
     }
     fixed_axes = {k: st.just(v) for k, v in fixed.items()}
     built = st.builds(SelectionPolicy, **(axes | {"min_len": st.just(0)} | fixed_axes))
@@ -143,6 +144,37 @@ def test_router_picks_the_heads_that_answer_the_blocks() -> None:
         assert reference.top_heads(statistics.heads, 1).item() == head
     signed = reference.block_statistics(q, gates, k_tilde, complete, "signed")
     assert signed.heads[0, 0, 3] < 0  # the signed router would suppress the head that answers
+
+
+def test_the_error_router_picks_what_a_residual_would_get_wrong() -> None:
+    """Heads 1 and 2 are of one sign each, which a linear column has right; head 3 is the loudest of both signs."""
+    k_tilde = torch.randn(1, 40, 128, generator=torch.Generator().manual_seed(0))
+    k_tilde[..., 0] = 50.0
+    q = torch.zeros(1, 1, HEADS, 128)
+    q[..., 1, 0], q[..., 2, 0], q[..., 3, 1], q[..., 4, 2] = 9.0, -9.0, 2.0, 1.0
+    q[..., 1:3, 3] = 5.0
+    gates, complete = torch.ones(1, 1, HEADS), torch.full((1, 1), 40)
+    found = reference.block_statistics(q, gates, k_tilde, complete, "error").heads[0, 0]
+    assert found[3] > found[4] > 0
+    assert found[[0, 1, 2]].tolist() == [0.0] * 3
+    one = reference.block_statistics(q, gates * 3, k_tilde[:, :1], torch.ones(1, 1), "error").heads
+    assert one.tolist() == (gates * 3).tolist()  # a single block has no deviation
+
+
+def test_a_residual_beside_heads_routed_by_error_is_nearest_to_dsa() -> None:
+    """On keys whose pages differ more than the keys of a page, as texts have topics."""
+    case, g = Case(0, 4096, 60), torch.Generator().manual_seed(1)
+    pages = torch.randn(1, 64, 128, generator=g) + 2 * torch.randn(1, 1, 128, generator=g)
+    case.keys = 0.3 * case.keys + pages.repeat_interleave(PAGE, 1)
+    case.means = case.keys.unflatten(1, (-1, PAGE)).mean(2)
+    exact = case.scores(DSA)
+    seen = torch.isfinite(exact)
+
+    def off(router: Router) -> float:
+        policy = SelectionPolicy(heads=4, router=router, residual=True, block_size=64, min_len=0)
+        return float((case.scores(policy)[seen] - exact[seen]).square().mean())
+
+    assert off("error") < min(off(router) for router in ROUTERS if router != "error")
 
 
 def test_page_layout_round_trip() -> None:

@@ -1,9 +1,10 @@
 // MISA's router: the h of H index heads whose keys' scores a query is likely to owe most to, judged on pooled keys.
 //
 //   E[t, j] = |w[t, j]| · Σ_b or max_b ReLU(q[t, j] · k̃_b)        for b < row_len[t] / block_size; the h largest j are written
+//           = |w[t, j]| · σ·√(φ(1 - φ))                           what the residual would get wrong
 //
 // and the residual, one more query in the place of the other heads: q̄[t] = Σ_j w[t, j] · Φ(μ/σ) · q[t, j], with the mean and the
-// standard deviation of the same products.
+// standard deviation of the same products; φ = Φ(μ/σ).
 //
 // The 64 rows of a matrix product are the heads of one query (of two, where H = 32), held in registers as bf16, and its
 // columns are 128 pooled keys in shared memory: the sum over keys then stays inside a thread until a query is finished.
@@ -33,7 +34,7 @@ constexpr int PLACES = (UNITS + GROUPS - 1) / GROUPS;
 constexpr int THREADS = (GROUPS + 1) * 128;
 constexpr int HELP_REGISTERS = 56, FOLD_REGISTERS = 152;
 
-enum Router : int { MEAN, PEAK, SIGNED, WEIGHT };
+enum Router : int { MEAN, PEAK, SIGNED, WEIGHT, ERROR };
 
 struct Task {
   const float* gates;        // [T, INDEX_HEADS]
@@ -338,10 +339,14 @@ __device__ __forceinline__ void rank(const Task& task, const Smem<Fold>& s, int 
 #pragma unroll
       for (int i = 0; i < WARP_HEADS; ++i) {
         const float gate = task.gates[t * INDEX_HEADS + i * 32 + lane], weight = task.router == SIGNED ? gate : fabsf(gate);
-        key[i] = order(blocks > 0 && task.router != WEIGHT ? weight * values[0][q][i] : fabsf(gate));
+        float statistic = blocks > 0 && task.router != WEIGHT ? weight * values[0][q][i] : fabsf(gate);
         gates[i] = gate, share[i] = 0.5f;
-        if constexpr (Fold::MOMENTS)
-          if (blocks > 0) share[i] = positive_share(values[1][q][i], values[2][q][i], blocks);
+        if constexpr (Fold::MOMENTS) {
+          const LinearPart part = linear_part(values[1][q][i], values[2][q][i], blocks);
+          if (blocks > 0) share[i] = part.share;
+          if (task.router == ERROR) statistic = blocks > 1 ? weight * part.error : weight;  // one block has no σ
+        }
+        key[i] = order(statistic);
       }
       settle(task, t, key, gates, share);
     }

@@ -26,7 +26,7 @@ constexpr int WARP_ROWS = 16;                                   // heads of a wa
 constexpr int OWN_HEADS = INDEX_HEADS / WARPS;                  // heads of a warp when all are ranked
 constexpr int PARTS = THREADS / INDEX_HEADS;                    // threads of a head then
 
-enum Router : int { MEAN, PEAK, SIGNED, WEIGHT };  // as in decode/route_pages.py
+enum Router : int { MEAN, PEAK, SIGNED, WEIGHT, ERROR };  // as in decode/route_pages.py
 
 struct PageRoute {
   const uint8_t* index_q;   // [R, INDEX_HEADS, 128] e4m3
@@ -122,8 +122,11 @@ __device__ __forceinline__ void rank(const PageRoute& in, Smem& s, int row, int 
     active = in.router == PEAK ? fmaxf(active, theirs) : active + theirs;
   }
   const float gate = __ldg(in.head_gates + int64_t(row) * INDEX_HEADS + head);
+  const LinearPart rest = linear_part(sum, squares, pages);
   float statistic = fabsf(gate);
-  if (in.router != WEIGHT) {
+  if (in.router == ERROR) {
+    if (pages > 1) statistic *= rest.error;
+  } else if (in.router != WEIGHT) {
     statistic = (in.router == SIGNED ? gate : statistic) * (in.router == PEAK ? active : active / float(pages));
     if (sum != sum) statistic = sum;  // a maximum drops it
   }
@@ -139,7 +142,7 @@ __device__ __forceinline__ void rank(const PageRoute& in, Smem& s, int row, int 
 #pragma unroll
   for (int other = 1; other < PARTS; other *= 2) before += __shfl_xor_sync(~0u, before, other);
   const bool routed = before < in.heads;
-  const float weight = gate * positive_share(sum, squares, pages);
+  const float weight = gate * rest.share;
   s.weights[head] = !routed && fabsf(weight) <= FLT_MAX ? weight : 0.f;
   const uint32_t votes = __ballot_sync(~0u, routed);  // PARTS of each head
   s.routed[warp] = votes;

@@ -47,13 +47,19 @@ struct Folded {
   }
 };
 
-// Φ(μ/σ) of n products by their sum and sum of squares: the share of keys on which a head like this is positive; 0 where they are not
-// finite. In fp32 σ² is off by some 1e-6 of E[x²], which moves Φ by less than 1e-5 while |μ/σ| < 6, where Φ is not 0 or 1 yet.
-__device__ __forceinline__ float positive_share(float sum, float squares, int n) {
-  if (!(squares <= FLT_MAX)) return 0.f;
+// What a residual takes for a head's ReLU(x), by the sum and the sum of squares of n products x: `share` · x, with the share of keys on
+// which a head like this is positive, φ = Φ(μ/σ). "Is it positive" deviates from that by √(φ(1 - φ)), so `error`, that times σ, is what is
+// lost. Both are 0 where the products are not finite. In fp32 σ² is off by some 1e-6 of E[x²], which moves Φ by less than 1e-5 while
+// |μ/σ| < 6, where Φ is not 0 or 1 yet.
+struct LinearPart {
+  float share, error;
+};
+__device__ __forceinline__ LinearPart linear_part(float sum, float squares, int n) {
+  if (!(squares <= FLT_MAX)) return {0.f, 0.f};
   const float mean = sum / float(n), variance = squares / float(n) - mean * mean;
-  if (variance > 0.f) return normcdff(mean * rsqrtf(variance));
-  return mean > 0.f ? 1.f : mean < 0.f ? 0.f : 0.5f;
+  if (!(variance > 0.f)) return {mean > 0.f ? 1.f : mean < 0.f ? 0.f : 0.5f, 0.f};
+  const float z = mean * rsqrtf(variance), share = normcdff(z);
+  return {share, sqrtf(variance * share * normcdff(-z))};
 }
 
 }  // namespace
