@@ -147,8 +147,10 @@ def selection_flaw(policy: SelectionPolicy, row: Row, chosen: Tensor, topk: int)
         blocks = torch.tensor([[complete]], device=chosen.device)
         k_tilde = reference.block_means(row.means[None], policy.block_size // PAGE)
         rows = row.index_q[None, None], row.head_gates[None, None]
-        statistics = reference.block_statistics(*rows, k_tilde, blocks, policy.router)
-        finite = statistics.heads.isfinite().all() and statistics.blocks[..., :complete].isfinite().all()
+        stride = reference.block_stride(policy, blocks)
+        statistics = reference.block_statistics(*rows, k_tilde, blocks, policy.router, stride)
+        looked_at = statistics.blocks[..., : complete : 1 if stride is None else int(stride)]
+        finite = statistics.heads.isfinite().all() and looked_at.isfinite().all()
         faint = bool(complete) and 0 < float(row.means.abs().max()) < FAINT
         if faint or not finite:
             bounds = full.numbers(row.k_scale) if policy.blocks is None else full.anything()

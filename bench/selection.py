@@ -72,7 +72,7 @@ class Row:
         return (self.head_gates @ self.products).topk(min(self.topk, len(self.keys))).indices
 
     @cached_property
-    def _found(self) -> dict[tuple[int, int, Router], reference.BlockStatistics]:
+    def _found(self) -> dict[tuple[int, int, Router, int], reference.BlockStatistics]:
         return {}
 
     def known(self, policy: SelectionPolicy) -> int:
@@ -83,12 +83,13 @@ class Row:
     def statistics(self, policy: SelectionPolicy) -> reference.BlockStatistics:
         """The router's view of the row, over blocks of the policy's size; computed once."""
         complete = self.known(policy) // policy.block_size
-        key = complete, policy.block_size, policy.router
+        counts = torch.tensor([[complete]], device=self.keys.device)
+        stride = reference.block_stride(policy, counts)
+        key = complete, policy.block_size, policy.router, 1 if stride is None else int(stride)
         if key not in self._found:
             k_tilde = reference.block_means(self.means[None], policy.block_size // PAGE)
             rows = self.index_q[None, None], self.head_gates[None, None]
-            counts = torch.tensor([[complete]], device=self.keys.device)
-            self._found[key] = reference.block_statistics(*rows, k_tilde, counts, policy.router)
+            self._found[key] = reference.block_statistics(*rows, k_tilde, counts, policy.router, stride)
         return self._found[key]
 
     def scores(self, policy: SelectionPolicy, sketched: Row | None = None) -> Tensor:

@@ -9,6 +9,7 @@ PAGE = 64  # tokens
 HEAD_DIM = 128  # of an index head; bytes of a key
 PAGE_BYTES = PAGE * (HEAD_DIM + 4)
 
+ROUTED_PAGES = 256  # of a decode row over sketches, whose means its heads are routed by: at most so many, evenly spaced
 SKETCH_BITS = (1, 2)  # of each coordinate of a key's difference to its page's mean
 SKETCH_STEP = 0.9957  # σ between the four uniform levels that fit a Gaussian best
 

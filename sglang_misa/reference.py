@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sglang_misa.config import Router, SelectionPolicy
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE, SKETCH_STEP
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, ROUTED_PAGES, SKETCH_STEP
 
 LOWEST = torch.finfo(torch.float32).min
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -64,6 +64,16 @@ def index_scores(index_q: Tensor, head_gates: Tensor, keys: Tensor) -> Tensor:
     return scores
 
 
+def block_stride(policy: SelectionPolicy, complete: Tensor) -> Tensor | None:
+    """By every how many of its `complete` [N, T] blocks a row is routed; None: all.
+
+    Over sketches ROUTED_PAGES of them are enough, as far as no blocks are kept, which takes the scores of all.
+    """
+    if policy.sketch is None or policy.blocks is not None:
+        return None
+    return (complete - 1).div(ROUTED_PAGES, rounding_mode="floor").add(1).clamp_min(1)
+
+
 class BlockStatistics(NamedTuple):
     """What a row's products with the block means tell of its heads and of the blocks."""
 
@@ -73,15 +83,20 @@ class BlockStatistics(NamedTuple):
 
 
 def block_statistics(
-    index_q: Tensor, head_gates: Tensor, k_tilde: Tensor, complete: Tensor, router: Router
+    index_q: Tensor,
+    head_gates: Tensor,
+    k_tilde: Tensor,
+    complete: Tensor,
+    router: Router,
+    stride: Tensor | None = None,
 ) -> BlockStatistics:
     """Router statistic, positive shares and block scores, from one product with the block means.
 
     index_q [N, T, H, 128], head_gates [N, T, H], k_tilde [N, M, 128], complete [N, T]: blocks complete at the row's own
-    length. E over those blocks: `mean` of |w·ReLU(q·k̃)| (arXiv 2605.07363, Eq. 7), `peak` its maximum, `signed` the
-    mean of w·ReLU(q·k̃), `error` |w|·σ·√(φ(1 − φ)), what a residual would get wrong; |w| for `weight`, without a block,
-    and for `error` without two. φ is ½ without a block. A head whose products are not finite has φ = 0, so that it adds
-    nothing to the residual, and no error.
+    length, of which every `stride`-th [N, T] is looked at. E over those blocks: `mean` of |w·ReLU(q·k̃)| (arXiv
+    2605.07363, Eq. 7), `peak` its maximum, `signed` the mean of w·ReLU(q·k̃), `error` |w|·σ·√(φ(1 − φ)), what a residual
+    would get wrong; |w| for `weight`, without a block, for `error` without two. φ is ½ without a block. A head whose
+    products are not finite has φ = 0, so that it adds nothing to the residual, and no error.
     """
     n, rows, heads, _ = index_q.shape
     blocks = k_tilde.shape[1]
@@ -91,7 +106,10 @@ def block_statistics(
         return BlockStatistics(weight, torch.full_like(gates, 0.5), gates.new_empty(n, rows, 0))
     statistic, positive = torch.empty_like(gates), torch.empty_like(gates)
     block_scores = gates.new_empty(n, rows, blocks)
-    visible = torch.arange(blocks, device=k_tilde.device) < complete.unsqueeze(-1)  # [N, T, M]
+    index = torch.arange(blocks, device=k_tilde.device)
+    visible = index < complete.unsqueeze(-1)  # [N, T, M]
+    if stride is not None:
+        visible = visible & (index % stride.unsqueeze(-1) == 0)
     step = max(1, _CHUNK_ELEMENTS // max(1, n * heads * blocks))
     for start in range(0, rows, step):
         part = slice(start, start + step)
@@ -217,7 +235,7 @@ def policy_scores(
         known = (row_lens // PAGE - 1).clamp_min(0) * PAGE
     complete = known // policy.block_size
     k_tilde = block_means(means, policy.block_size // PAGE)
-    statistics = block_statistics(index_q, head_gates, k_tilde, complete, policy.router)
+    statistics = block_statistics(index_q, head_gates, k_tilde, complete, policy.router, block_stride(policy, complete))
     scanned = keys
     if policy.sketch is not None:
         assert sketched is not None, "a policy with a sketch selects from sketched keys"

@@ -1,7 +1,7 @@
 """The scored columns of decode rows: the routed heads of each row, and the residual of its other heads (CUDA, sm_90).
 
 One launch, a cluster of thread blocks a row. Queries leave as signed bytes, which is what the scan of sketches
-multiplies. Bytes: 256 for every 64 tokens of prefix, where the keys themselves are 8448.
+multiplies. Bytes: at most 64 KiB of means a row, whatever its length.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from sglang_misa.kernels.build import build
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.decode.operands import PagedRows, SketchPolicy
-from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE
+from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE, ROUTED_PAGES
 from sglang_misa.kernels.prefill.route import ROUTERS
 from sglang_misa.kernels.structs import PageRoute
 
@@ -52,7 +52,8 @@ def route_pages(rows: PagedRows, page_means: Tensor, policy: SketchPolicy, *, ou
 
     `heads` None takes all of them. Fewer rank by |w| · mean ReLU(q·k̃) (`mean`), |w| · max ReLU(q·k̃) (`peak`),
     w · mean ReLU(q·k̃) (`signed`), |w| (`weight`) or |w| · σ·√(φ(1 − φ)) (`error`), over the means k̃ of the row's
-    complete pages but the newest; ties fall to the lower head, NaN never wins.
+    complete pages but the newest, or of ROUTED_PAGES of them, evenly spaced; ties fall to the lower head, NaN never
+    wins.
     The residual is Σ w · φ · q of the heads that are not routed, φ = Φ(μ/σ), μ and σ of their products; a head whose
     μ, σ or w is not finite adds nothing and has no error. NaN in a query counts as 0. A row's columns depend on the row
     alone, bit by bit.
@@ -101,7 +102,8 @@ def _route_on_cpu(rows: PagedRows, page_means: Tensor, policy: SketchPolicy, out
             continue
         q, gates, ids = rows.index_q[row].float(), rows.head_gates[row], torch.arange(rows.index_heads)
         if policy.heads is not None:
-            pages = rows.page_table[row, : length // PAGE - 1].long()
+            known = length // PAGE - 1
+            pages = rows.page_table[row, : known : -(-known // ROUTED_PAGES)].long()
             products = q @ page_means[pages].float().T  # [H, pages]
             statistic = _statistic(products, gates, policy)
             ids = statistic.sort(descending=True, stable=True).indices[: policy.heads].sort().values

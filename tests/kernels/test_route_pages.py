@@ -16,12 +16,21 @@ from sketched_rows import Sketched, sketched
 from sglang_misa import reference
 from sglang_misa.kernels.decode.operands import SketchPolicy
 from sglang_misa.kernels.decode.route_pages import Columns, route_pages
-from sglang_misa.kernels.layout import INDEX_HEADS, PAGE
+from sglang_misa.kernels.layout import INDEX_HEADS, PAGE, ROUTED_PAGES
 from sglang_misa.kernels.prefill.route import ROUTERS, Router
 
 Way = Callable[[Sketched, SketchPolicy], Columns]
 LONGER_THAN = 128
-LENS = (0, 1, LONGER_THAN, 2 * PAGE + 1, 66 * PAGE, 331 * PAGE + 3)  # up to tiles of their own for all blocks, and more
+LENS = (
+    0,
+    1,
+    LONGER_THAN,
+    2 * PAGE + 1,
+    66 * PAGE,
+    257 * PAGE,
+    258 * PAGE + 63,
+    331 * PAGE + 3,
+)  # by all pages or every second
 
 
 def as_called(batch: Sketched, policy: SketchPolicy) -> Columns:
@@ -75,7 +84,8 @@ def check(batch: Sketched, policy: SketchPolicy, columns: Columns) -> None:
             assert torch.equal(columns.queries[row], empty.queries[row])
             assert columns.gates[row].isnan().all()
             continue
-        pages = batch.page_table[row, : length // PAGE - 1].long()
+        known = length // PAGE - 1
+        pages = batch.page_table[row, : known : -(-known // ROUTED_PAGES)].long()
         q, gates = batch.index_q[None, row, None], batch.head_gates[None, row, None]
         complete = torch.tensor([[len(pages)]], device=q.device)
         stats = reference.block_statistics(q, gates, batch.page_means[pages][None].float(), complete, policy.router)

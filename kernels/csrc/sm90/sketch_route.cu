@@ -1,8 +1,8 @@
 // What scores the sketched keys of decode rows: a row's routed heads, and the residual of the others, as signed bytes. One cluster a row.
 //
-// The blocks take tiles of the row's page means in turn, a few of which are always on their way to shared memory. Of a product of all
-// heads with a tile each thread has two heads, and keeps the sum of their products, the sum of squares, and the router's statistic. The
-// blocks send these to the first one, which ranks the heads and writes the columns. Sums have an order that depends on the row alone.
+// Each block multiplies all heads with a tile of page means: as many of the row's as all blocks have room for, evenly spaced. Each thread
+// has two heads, and keeps the sum of their products, the sum of squares, and the router's statistic. The blocks send these to the first
+// one, which ranks the heads and writes the columns. Sums have an order that depends on the row alone.
 #include "cluster.cuh"
 #include "heads.cuh"
 #include "launch.cuh"
@@ -15,11 +15,10 @@ namespace {
 constexpr int BLOCKS = 8, THREADS = 128, WARPS = THREADS / 32;  // of a cluster, and of each of its blocks
 constexpr int RESIDENT = 5;                                     // blocks of a multiprocessor: clusters of 64 rows run at once
 constexpr int PAGES = 32;                                       // of a tile
-constexpr int STAGES = 4;                                       // tiles on their way, or multiplied
+constexpr int ROUTED_PAGES = BLOCKS * PAGES;                    // as in layout.py
 constexpr int LINE = 128, HALF_BYTES = PAGES * LINE;            // of shared memory: half a page's dimensions, and half a tile's
-constexpr int STAGE_BYTES = 2 * HALF_BYTES;
 constexpr int PIECE = 16;                                       // bytes that a thread copies at once
-constexpr int COPIES = STAGE_BYTES / PIECE / THREADS;           // of a thread, for a tile
+constexpr int COPIES = 2 * HALF_BYTES / PIECE / THREADS;        // of a thread, for a tile
 constexpr int QUERY_COPIES = INDEX_HEADS * DIM / PIECE / THREADS;
 constexpr int MOMENTS = 3;                                      // kept of a head's products
 constexpr int WARP_ROWS = 16;                                   // heads of a warp in a product, which has room for 64
@@ -45,7 +44,8 @@ struct PageRoute {
 };
 
 struct Smem {
-  alignas(1024) uint8_t tiles[STAGES][2][HALF_BYTES];
+  alignas(1024) uint8_t tile[2][HALF_BYTES];
+  alignas(1024) uint8_t queries[INDEX_HEADS * DIM];
   alignas(16) float moments[BLOCKS][MOMENTS][INDEX_HEADS];  // sum, sum of squares and statistic, of each block's pages
   float rest[WARPS][DIM];                                   // the residual, of each warp's heads
   int keys[INDEX_HEADS];                                    // what heads are ranked by
@@ -54,7 +54,6 @@ struct Smem {
   uint32_t routed[WARPS];                                   // ballots
   uint64_t sent;
 };
-static_assert(STAGE_BYTES >= INDEX_HEADS * DIM);
 
 // The swizzle of 128 bytes: pieces change places within every eight lines.
 __device__ __forceinline__ int swizzled(int piece, int line) { return (piece ^ line % 8) * PIECE; }
@@ -170,20 +169,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) route_kernel(const PageRout
     return;
   }
 
-  // A thread copies the same piece of pages that lie 8 apart. Their numbers are looked up ahead, also behind the row's end.
-  const int piece = threadIdx.x % 16, line = threadIdx.x / 16;
-  const int first = block * PAGES + line, step = BLOCKS * PAGES;  // of its pages, and between a block's tiles
-  const int32_t* table = in.pages + row * in.pitch + first;
-  int ahead[STAGES][COPIES];
-  const auto look_up = [&](int (&ids)[COPIES], int tile) {
-    const int room = in.width - first - tile * step;
-#pragma unroll
-    for (int i = 0; i < COPIES; ++i) ids[i] = i * 8 < room ? __ldg(table + tile * step + i * 8) : 0;
-  };
-#pragma unroll
-  for (int tile = 0; tile < STAGES; ++tile) look_up(ahead[tile], tile);
   const int length = __ldg(in.lens + row), pages = sketched_pages(length);
   if (length <= in.candidates) return;
+  const int stride = (pages + ROUTED_PAGES - 1) / ROUTED_PAGES, count = (pages + stride - 1) / stride;
   if (block == 0 && threadIdx.x == 0) {
     sm90::barrier_init(sm90::smem_address(&s.sent), 1);
     sm90::barrier_init_fence();
@@ -191,33 +179,25 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) route_kernel(const PageRout
   }
   sm90::cluster_arrive();
 
-  const int count = ((pages + PAGES - 1) / PAGES - block + BLOCKS - 1) / BLOCKS;  // tiles of this block
-  const uint32_t tiles = sm90::smem_address(s.tiles);
-  const uint32_t landing = tiles + piece / 8 * HALF_BYTES + line * LINE + swizzled(piece % 8, line);
-  const uint8_t* means = in.means + piece * PIECE;
-  asm("" : "+l"(means));  // or the compiler adds up anew for every page
-  const auto fetch = [&](const int (&ids)[COPIES], int tile) {
-    if (tile < count) {
-      const int there = pages - first - tile * step;
+  // A thread copies the same piece of pages that lie 8 apart in the tile.
+  const int piece = threadIdx.x % 16, line = threadIdx.x / 16, first = block * PAGES + line;
+  int ids[COPIES];
 #pragma unroll
-      for (int i = 0; i < COPIES; ++i)
-        sm90::copy16(landing + tile % STAGES * STAGE_BYTES + i * 8 * LINE, means + int64_t(ids[i]) * (DIM * 2), i * 8 < there);
-    }
-    sm90::copies_commit();
-  };
-  // Queries come first, to the stage that is filled last: as rows r and r + 8 of a warp's product are heads 2·r and 2·r + 1 of its 16,
-  // pieces change places by pairs of heads.
-  const uint8_t* queries = s.tiles[STAGES - 1][0];
+  for (int i = 0; i < COPIES; ++i) ids[i] = first + i * 8 < count ? __ldg(in.pages + row * in.pitch + (first + i * 8) * stride) : 0;
+  // As rows r and r + 8 of a warp's product are heads 2·r and 2·r + 1 of its 16, pieces of queries change places by pairs of heads.
 #pragma unroll
   for (int i = 0; i < QUERY_COPIES; ++i) {
     const int head = i * 16 + threadIdx.x / 8;
     const uint8_t* from = in.index_q + (int64_t(row) * INDEX_HEADS + head) * DIM + threadIdx.x % 8 * PIECE;
-    sm90::copy16(sm90::smem_address(queries) + head * DIM + swizzled(threadIdx.x % 8, threadIdx.x / 16), from, true);
+    sm90::copy16(sm90::smem_address(s.queries) + head * DIM + swizzled(threadIdx.x % 8, threadIdx.x / 16), from, true);
   }
   sm90::copies_commit();
+  const uint32_t tile = sm90::smem_address(s.tile), landing = tile + piece / 8 * HALF_BYTES + line * LINE + swizzled(piece % 8, line);
 #pragma unroll
-  for (int tile = 0; tile < STAGES - 1; ++tile) fetch(ahead[tile], tile);
-  sm90::copies_wait<STAGES - 1>();
+  for (int i = 0; i < COPIES; ++i)
+    sm90::copy16(landing + i * 8 * LINE, in.means + int64_t(ids[i]) * (DIM * 2) + piece * PIECE, first + i * 8 < count);
+  sm90::copies_commit();
+  sm90::copies_wait<1>();
   __syncthreads();
 
   uint32_t a[DIM / 16][4] = {};  // 32 heads leave half of a product's rows 0
@@ -227,24 +207,21 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) route_kernel(const PageRout
     for (int k = 0; k < DIM / 16; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint8_t* two = queries + (heads + i % 2) * DIM + swizzled(k, lane / 4) + i / 2 * 8 + pair * 2;
+        const uint8_t* two = s.queries + (heads + i % 2) * DIM + swizzled(k, lane / 4) + i / 2 * 8 + pair * 2;
         a[k][i] = sm90::to_bf16(sm90::of_e4m3(*reinterpret_cast<const uint16_t*>(two)));
       }
   }
 
   Moments moments;
-  const uint64_t b = sm90::tile_descriptor(tiles);
-  for (int tile = 0; tile < count; ++tile) {
-    sm90::copies_wait<STAGES - 2>();
+  if (block * PAGES < count) {
+    sm90::copies_wait<0>();
     sm90::fence_async_shared();
-    __syncthreads();  // the tile is there, and nothing reads the one before
-    fetch(ahead[STAGES - 1], tile + STAGES - 1);
-    look_up(ahead[STAGES - 1], tile + STAGES);
+    __syncthreads();
     float d[PAGES / 2];
-    const uint64_t stage = b + tile % STAGES * (STAGE_BYTES / 16);
+    const uint64_t b = sm90::tile_descriptor(tile);
     sm90::mma_fence();
 #pragma unroll
-    for (int k = 0; k < DIM / 16; ++k) sm90::mma_bf16(d, a[k], stage + k / 4 * (HALF_BYTES / 16) + k % 4 * 2, k > 0);
+    for (int k = 0; k < DIM / 16; ++k) sm90::mma_bf16(d, a[k], b + k / 4 * (HALF_BYTES / 16) + k % 4 * 2, k > 0);
     sm90::mma_commit();
     sm90::mma_wait<0>();
     sm90::pin(d);
@@ -265,7 +242,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) route_kernel(const PageRout
 #pragma unroll
   for (int i = 0; i < OWN_HEADS; ++i) words[i] = query(warp * OWN_HEADS + i);
   sm90::barrier_wait(sm90::smem_address(&s.sent), 0);
-  rank(in, s, row, pages);
+  rank(in, s, row, count);
   if (in.residual) {
     float4 sum{};
 #pragma unroll
