@@ -147,9 +147,9 @@ def selection_flaw(policy: SelectionPolicy, row: Row, chosen: Tensor, topk: int)
         blocks = torch.tensor([[complete]], device=chosen.device)
         k_tilde = reference.block_means(row.means[None], policy.block_size // PAGE)
         rows = row.index_q[None, None], row.head_gates[None, None]
-        stride = reference.block_stride(policy, blocks)
-        statistics = reference.block_statistics(*rows, k_tilde, blocks, policy.router, stride)
-        looked_at = statistics.blocks[..., : complete : 1 if stride is None else int(stride)]
+        view = reference.View.of(policy, blocks)
+        statistics = reference.block_statistics(*rows, k_tilde, blocks, view)
+        looked_at = statistics.blocks[..., : complete : 1 if view.stride is None else int(view.stride)]
         finite = statistics.heads.isfinite().all() and looked_at.isfinite().all()
         faint = bool(complete) and 0 < float(row.means.abs().max()) < FAINT
         if faint or not finite:

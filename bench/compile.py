@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from sglang_misa.config import Phase, SelectionPolicy
+from sglang_misa.kernels.build import build
 from sglang_misa.kernels.prefill import route, topk_blocks, topk_reranked, topk_routed
 
 Job = Callable[[], object]
@@ -21,6 +22,8 @@ def jobs(phase: Phase, policies: Iterable[SelectionPolicy], index_heads: Sequenc
             columns = policy.columns or heads
             if policy.pooled:
                 found["route", heads] = functools.partial(route.module, heads)
+            if policy.pooled and policy.router == "error":
+                found["choose", heads] = functools.partial(build, "choose_heads", index_heads=heads)
             if policy.blocks is not None:
                 found["blocks", heads] = functools.partial(topk_blocks.module, heads)
             elif policy.candidates is not None:

@@ -72,7 +72,7 @@ class Row:
         return (self.head_gates @ self.products).topk(min(self.topk, len(self.keys))).indices
 
     @cached_property
-    def _found(self) -> dict[tuple[int, int, Router, int], reference.BlockStatistics]:
+    def _found(self) -> dict[tuple[int, int, Router, bool], reference.BlockStatistics]:
         return {}
 
     def known(self, policy: SelectionPolicy) -> int:
@@ -84,12 +84,12 @@ class Row:
         """The router's view of the row, over blocks of the policy's size; computed once."""
         complete = self.known(policy) // policy.block_size
         counts = torch.tensor([[complete]], device=self.keys.device)
-        stride = reference.block_stride(policy, counts)
-        key = complete, policy.block_size, policy.router, 1 if stride is None else int(stride)
+        view = reference.View.of(policy, counts)
+        key = complete, policy.block_size, view.router, view.tilted
         if key not in self._found:
             k_tilde = reference.block_means(self.means[None], policy.block_size // PAGE)
             rows = self.index_q[None, None], self.head_gates[None, None]
-            self._found[key] = reference.block_statistics(*rows, k_tilde, counts, policy.router, stride)
+            self._found[key] = reference.block_statistics(*rows, k_tilde, counts, view)
         return self._found[key]
 
     def scores(self, policy: SelectionPolicy, sketched: Row | None = None) -> Tensor:
@@ -224,7 +224,7 @@ def measure(layer: Layer, length: int, wanted: Sequence[tuple[Phase, SelectionPo
         sketched = dict(zip(sketches, others, strict=True))
         for phase, policy in wanted:
             kept = math.inf if policy.blocks is None else policy.blocks * policy.block_size
-            counts = [n * row.topk for n in CANDIDATES if n * row.topk < kept]
+            counts = [int(n * row.topk) for n in CANDIDATES if n * row.topk < kept]
             scores = row.scores(policy, sketched.get(policy.sketch) if policy.sketch else None)
             for n, share in zip((row.topk, *counts), row.kept(scores, (row.topk, *counts)), strict=True):
                 key = phase, policy if n == row.topk else policy.model_copy(update={"candidates": n})

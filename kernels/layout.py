@@ -13,6 +13,7 @@ ROUTED_PAGES = 256  # of a decode row over sketches, whose means its heads are r
 SKETCH_BITS = (1, 2)  # of each coordinate of a key's difference to its page's mean
 SKETCH_STEP = 0.9957  # σ between the four uniform levels that fit a Gaussian best
 
+TILT = 1.755  # deviations above the mean at which a residual is made: there is the best tenth of a Gaussian
 INDEX_HEADS = (32, 64)  # H of GLM-5 and DeepSeek-V3.2
 ROUTED_HEADS = (4, 8, 16, 32, 64)  # h that the prefill scorer is built for
 MAX_CANDIDATES = 16384  # C: a row's re-ranking runs in one thread block's shared memory

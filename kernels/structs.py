@@ -150,12 +150,33 @@ class Route(Struct):
         ("residual_gates", Pointer),
         ("residual_query", Pointer),
         ("residual_scale", Pointer),
+        ("products", Pointer),
         ("rows", Int),
         ("requests", Int),
         ("max_blocks", Int),
         ("block_size", Int),
         ("heads", Int),
         ("router", Int),
+    )
+
+
+class ChooseHeads(Struct):
+    """One choice of heads by what a residual gets wrong of them."""
+
+    sources = ("choose_heads",)
+    _fields_ = (
+        ("index_q", Pointer),
+        ("head_gates", Pointer),
+        ("row_len", Pointer),
+        ("products", Pointer),
+        ("direction", Pointer),
+        ("head_ids", Pointer),
+        ("residual_query", Pointer),
+        ("residual_scale", Pointer),
+        ("rows", Int),
+        ("max_blocks", Int),
+        ("block_size", Int),
+        ("heads", Int),
     )
 
 

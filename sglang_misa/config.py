@@ -221,13 +221,13 @@ class MisaConfig(BaseModel):
 HISA_DECODE = SelectionPolicy(blocks=64, block_size=128, min_len=32768)
 
 
-def _peak(heads: int = 7, **axes: Any) -> SelectionPolicy:
-    """Ours: heads routed by their peak, the others as one column."""
-    return SelectionPolicy(heads=heads, router="peak", residual=True, **axes)
+def _ours(heads: int, **axes: Any) -> SelectionPolicy:
+    """The heads that one column for all the others would get most wrong, and that column."""
+    return SelectionPolicy(heads=heads, router="error", residual=True, **axes)
 
 
-def _sketched(bits: Literal[1, 2], heads: int) -> SelectionPolicy:
-    return _peak(heads, sketch=bits, candidates=8192, block_size=PAGE, min_len=65536, min_rows=16)
+def _sketched(bits: Literal[1, 2]) -> SelectionPolicy:
+    return _ours(7, sketch=bits, candidates=8192, block_size=PAGE, min_len=65536, min_rows=16)
 
 
 # Each gate is the length from which on the kernels are faster than stock (docs/kernel-notes.md).
@@ -239,8 +239,8 @@ PRESETS: dict[str, MisaConfig] = {
     "hisa": MisaConfig(prefill=SelectionPolicy(blocks=64, block_size=128, min_len=24576), decode=HISA_DECODE),
     "misa-hisa": MisaConfig(prefill=SelectionPolicy(heads=8), decode=HISA_DECODE),
     # Ours (docs/quality.md).
-    "fast": MisaConfig(prefill=_peak(block_size=128), decode=_sketched(1, 7)),
-    "faithful": MisaConfig(prefill=_peak(candidates=4096, block_size=128, min_len=16384), decode=_sketched(2, 15)),
+    "fast": MisaConfig(prefill=_ours(3, block_size=512), decode=_sketched(1)),
+    "faithful": MisaConfig(prefill=_ours(3, candidates=3584, block_size=512, min_len=16384), decode=_sketched(2)),
     "exact": MisaConfig(prefill=SelectionPolicy(exact=True, min_len=16384)),
 }
 DEFAULT_PRESET = "faithful"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sglang_misa.config import Router, SelectionPolicy
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE, ROUTED_PAGES, SKETCH_STEP
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, ROUTED_PAGES, SKETCH_STEP, TILT
 
 LOWEST = torch.finfo(torch.float32).min
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -64,14 +64,24 @@ def index_scores(index_q: Tensor, head_gates: Tensor, keys: Tensor) -> Tensor:
     return scores
 
 
-def block_stride(policy: SelectionPolicy, complete: Tensor) -> Tensor | None:
-    """By every how many of its `complete` [N, T] blocks a row is routed; None: all.
+class View(NamedTuple):
+    """How the blocks of a row are looked at."""
 
-    Over sketches ROUTED_PAGES of them are enough, as far as no blocks are kept, which takes the scores of all.
-    """
-    if policy.sketch is None or policy.blocks is not None:
-        return None
-    return (complete - 1).div(ROUTED_PAGES, rounding_mode="floor").add(1).clamp_min(1)
+    router: Router
+    stride: Tensor | None = None  # [N, T]: every so many of them; None: all
+    tilted: bool = True  # whether errors are those of the keys that score high
+
+    @classmethod
+    def of(cls, policy: SelectionPolicy, complete: Tensor) -> View:
+        """As a policy does that finds `complete` [N, T] blocks.
+
+        Over sketches, which blur scores more than a residual does, ROUTED_PAGES of them are enough, as far as no blocks
+        are kept, which takes the scores of all; and the mean key is that of all keys.
+        """
+        stride = None
+        if policy.sketch is not None and policy.blocks is None:
+            stride = (complete - 1).div(ROUTED_PAGES, rounding_mode="floor").add(1).clamp_min(1)
+        return cls(policy.router, stride, tilted=policy.sketch is None)
 
 
 class BlockStatistics(NamedTuple):
@@ -83,20 +93,18 @@ class BlockStatistics(NamedTuple):
 
 
 def block_statistics(
-    index_q: Tensor,
-    head_gates: Tensor,
-    k_tilde: Tensor,
-    complete: Tensor,
-    router: Router,
-    stride: Tensor | None = None,
+    index_q: Tensor, head_gates: Tensor, k_tilde: Tensor, complete: Tensor, view: View
 ) -> BlockStatistics:
     """Router statistic, positive shares and block scores, from one product with the block means.
 
     index_q [N, T, H, 128], head_gates [N, T, H], k_tilde [N, M, 128], complete [N, T]: blocks complete at the row's own
-    length, of which every `stride`-th [N, T] is looked at. E over those blocks: `mean` of |w·ReLU(q·k̃)| (arXiv
+    length, of which every `stride`-th is looked at. E over those blocks: `mean` of |w·ReLU(q·k̃)| (arXiv
     2605.07363, Eq. 7), `peak` its maximum, `signed` the mean of w·ReLU(q·k̃), `error` |w|·σ·√(φ(1 − φ)), what a residual
     would get wrong; |w| for `weight`, without a block, for `error` without two. φ is ½ without a block. A head whose
     products are not finite has φ = 0, so that it adds nothing to the residual, and no error.
+
+    φ = Φ(μ/σ). By `error` μ is tilted, unless the view says otherwise, to μ + TILT · Cov(x, s) / σ_s with the scores s
+    by the residual of all heads: the mean product with the keys that score high, for which a residual matters.
     """
     n, rows, heads, _ = index_q.shape
     blocks = k_tilde.shape[1]
@@ -108,14 +116,18 @@ def block_statistics(
     block_scores = gates.new_empty(n, rows, blocks)
     index = torch.arange(blocks, device=k_tilde.device)
     visible = index < complete.unsqueeze(-1)  # [N, T, M]
-    if stride is not None:
-        visible = visible & (index % stride.unsqueeze(-1) == 0)
+    if view.stride is not None:
+        visible = visible & (index % view.stride.unsqueeze(-1) == 0)
     step = max(1, _CHUNK_ELEMENTS // max(1, n * heads * blocks))
     for start in range(0, rows, step):
         part = slice(start, start + step)
         q, w, seen = index_q[:, part].float(), gates[:, part], visible[:, part].unsqueeze(2)
         dots = torch.matmul(q.flatten(1, 2), k_tilde.float().transpose(1, 2)).unflatten(1, q.shape[1:3])
-        positive[:, part], error = _linear_part(dots.masked_fill(~seen, 0.0), seen.sum(-1).clamp_min(1), seen)
+        products = _Products.of(dots.masked_fill(~seen, 0.0), seen)
+        if view.router == "error" and view.tilted:
+            every = residual_query(q, w, torch.empty_like(w[..., :0], dtype=torch.int64), products.linear_part()[0])[0]
+            products = products.tilted(torch.matmul(every, k_tilde.float().transpose(1, 2)).unsqueeze(2))
+        positive[:, part], error = products.linear_part()
         activity = dots.relu()
         block_scores[:, part] = torch.matmul(w.unsqueeze(2), activity).squeeze(2)
         activity = activity.masked_fill_(~seen, 0.0)
@@ -126,7 +138,7 @@ def block_statistics(
             "signed": w * mean,
             "weight": w.abs(),
             "error": w.abs() * torch.where(seen.sum(-1) > 1, error, 1.0),
-        }[router]
+        }[view.router]
     some = complete.unsqueeze(-1) > 0
     return BlockStatistics(
         torch.where(some, statistic, weight),
@@ -135,18 +147,38 @@ def block_statistics(
     )
 
 
-def _linear_part(dots: Tensor, count: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """φ = Φ(μ/σ) and σ·√(φ(1 − φ)), each [N, T, H], of products [N, T, H, M] that are 0 where not `seen` [N, T, 1, M].
+class _Products(NamedTuple):
+    """A row's products with its blocks, and their moments; {-inf, 0} where those are not finite."""
 
-    count [N, T, 1]: how many are seen. Both are 0 where μ or σ is not finite.
-    """
-    mean = dots.sum(-1) / count
-    variance = ((dots - mean.unsqueeze(-1)) ** 2).masked_fill_(~seen, 0.0).sum(-1) / count
-    z, spread = mean * variance.rsqrt(), variance > 0
-    share = torch.where(spread, torch.special.ndtr(z), (mean.sign() + 1) / 2)
-    error = torch.where(spread, (variance * torch.special.ndtr(z) * torch.special.ndtr(-z)).sqrt(), 0.0)
-    finite = torch.isfinite(mean) & torch.isfinite(variance)
-    return torch.where(finite, share, 0.0), torch.where(finite, error, 0.0)
+    dots: Tensor  # [N, T, H, M], 0 where not seen
+    seen: Tensor  # [N, T, 1, M]
+    mean: Tensor  # [N, T, H]
+    deviation: Tensor  # [N, T, H]
+
+    @classmethod
+    def of(cls, dots: Tensor, seen: Tensor) -> _Products:
+        count = seen.sum(-1).clamp_min(1)
+        mean = dots.sum(-1) / count
+        variance = ((dots - mean.unsqueeze(-1)) ** 2).masked_fill_(~seen, 0.0).sum(-1) / count
+        finite = torch.isfinite(mean) & torch.isfinite(variance)
+        return cls(dots, seen, torch.where(finite, mean, -torch.inf), torch.where(finite, variance, 0.0).sqrt())
+
+    def tilted(self, scores: Tensor) -> _Products:
+        """The same of the blocks that score high by `scores` [N, T, 1, M]."""
+        count = self.seen.sum(-1).clamp_min(1)
+        scores = torch.where(self.seen & scores.isfinite(), scores, 0.0)
+        scores = (scores - (scores.sum(-1) / count).unsqueeze(-1)).masked_fill_(~self.seen, 0.0)
+        amount = TILT / (count * (scores.square().sum(-1) / count).sqrt())
+        shift = amount * (self.dots * scores).sum(-1)
+        wanted = (self.deviation > 0) & amount.isfinite()
+        return self._replace(mean=self.mean + torch.where(wanted, shift, 0.0))
+
+    def linear_part(self) -> tuple[Tensor, Tensor]:
+        """φ = Φ(μ/σ) and σ·√(φ(1 − φ)), each [N, T, H]."""
+        z, spread = self.mean / self.deviation, self.deviation > 0
+        share = torch.where(spread, torch.special.ndtr(z), (self.mean.sign() + 1) / 2)
+        both = torch.special.ndtr(z) * torch.special.ndtr(-z)
+        return share, torch.where(spread, self.deviation * both.sqrt(), 0.0)
 
 
 def residual_query(
@@ -235,7 +267,7 @@ def policy_scores(
         known = (row_lens // PAGE - 1).clamp_min(0) * PAGE
     complete = known // policy.block_size
     k_tilde = block_means(means, policy.block_size // PAGE)
-    statistics = block_statistics(index_q, head_gates, k_tilde, complete, policy.router, block_stride(policy, complete))
+    statistics = block_statistics(index_q, head_gates, k_tilde, complete, View.of(policy, complete))
     scanned = keys
     if policy.sketch is not None:
         assert sketched is not None, "a policy with a sketch selects from sketched keys"

@@ -5,7 +5,8 @@ For query t, head j and pooled key k̃_b (the mean of the keys of block b), with
     statistic  E[t,j] = |w[t,j]| · Σ_b ReLU(x)  (mean: the MISA paper, arXiv 2605.07363, Eq. 7–8, whose 1/M ranks alike)
                E[t,j] = |w[t,j]| · max_b ReLU(x)  (peak)
                E[t,j] =  w[t,j]  · Σ_b ReLU(x)  (signed)        E[t,j] = |w[t,j]|  (weight)
-               E[t,j] = |w[t,j]| · σ·√(φ(1 − φ))  (error): what a residual would get wrong of the head, see there
+               E[t,j] = |w[t,j]| · σ·√(φ(1 − φ))  (error): what a residual would get wrong of the head, where φ is
+               that of the keys that score high (tilt.py)
     heads      the h largest of E[t,·]; ties go to the lower head, and a NaN loses to every number
     residual   q̄[t] = Σ_{j not among them} w[t,j] · φ[t,j] · q[t,j], φ = Φ(μ/σ) with mean and deviation of x:
                ReLU(x) is x times "is it positive", and φ is the share of keys on which it is, so that the
@@ -33,7 +34,8 @@ from sglang_misa.kernels.build import build
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS
 from sglang_misa.kernels.prefill.operands import Residual, RoutedHeads
-from sglang_misa.kernels.structs import Route
+from sglang_misa.kernels.prefill.tilt import tilt
+from sglang_misa.kernels.structs import ChooseHeads, Route
 
 Router = Literal["mean", "peak", "signed", "weight", "error"]
 ROUTERS: tuple[Router, ...] = get_args(Router)  # in the order of route.cu's enumeration
@@ -178,7 +180,7 @@ def route(
     """The h index heads each query is scored with; with `residual` also that of the others.
 
     index_q [T, H, 128] fp8 e4m3; head_gates [T, H] fp32; heads h ≤ H ∈ {32, 64}, below H where a residual is wanted.
-    One launch or two, which a CUDA graph can hold.
+    One launch, two with a residual, four by error; a CUDA graph can hold them.
     A residual's scale is the largest |q̄| / 448; where that is 0 or not finite, it is 1 and the query 0.
     Raises ValueError for another layout.
     """
@@ -198,8 +200,10 @@ def route(
     head_ids = torch.empty(rows, heads, dtype=torch.int32, device=index_q.device)
     others = Residual.empty(rows, index_q.device) if residual else None
     gates = torch.empty_like(head_gates) if residual else None
+    requests, max_blocks, _ = blocks.block_means.shape
+    tilted = router == "error" and residual and max_blocks > 0
+    products = torch.empty(*head_gates.shape, 2, dtype=torch.float32, device=index_q.device) if tilted else None
     if rows:
-        requests, max_blocks, _ = blocks.block_means.shape
         call = Route(
             index_q=index_q,
             head_gates=head_gates,
@@ -210,15 +214,35 @@ def route(
             residual_gates=gates,
             residual_query=others and others.query,
             residual_scale=others and others.scale,
+            products=products,
             rows=rows,
             requests=requests,
             max_blocks=max_blocks,
             block_size=blocks.block_size,
             heads=heads,
-            # all heads are chosen whatever their statistic
-            router=ROUTERS.index("weight" if heads == index_heads else router),
+            # all heads are chosen whatever their statistic, and by error elsewhere
+            router=ROUTERS.index("weight" if heads == index_heads or router == "error" else router),
         )
-        module(index_heads).route(bytes(call), torch.cuda.current_stream(index_q.device).cuda_stream)
+        stream = torch.cuda.current_stream(index_q.device).cuda_stream
+        module(index_heads).route(bytes(call), stream)
+    if rows and tilted:
+        assert others is not None
+        direction = tilt(others.query, blocks.block_means, blocks.row_batch, blocks.row_len, blocks.block_size)
+        choice = ChooseHeads(
+            index_q=index_q,
+            head_gates=head_gates,
+            row_len=blocks.row_len,
+            products=products,
+            direction=direction,
+            head_ids=head_ids,
+            residual_query=others.query,
+            residual_scale=others.scale,
+            rows=rows,
+            max_blocks=max_blocks,
+            block_size=blocks.block_size,
+            heads=heads,
+        )
+        build("choose_heads", index_heads=index_heads).choose_heads(bytes(choice), stream)
     return RoutedHeads(head_ids, others)
 
 

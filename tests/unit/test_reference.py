@@ -66,7 +66,7 @@ def test_routed_heads_equal_all_heads_with_zeroed_gates_and_the_residual_is_one_
     heads = policy.heads or HEADS
     complete = case.row_lens // policy.block_size
     k_tilde = reference.block_means(case.means, policy.block_size // PAGE)
-    statistics = reference.block_statistics(case.q, case.gates, k_tilde, complete, policy.router)
+    statistics = reference.block_statistics(case.q, case.gates, k_tilde, complete, reference.View(policy.router))
     ids = reference.top_heads(statistics.heads, heads)
     zeroed = torch.zeros_like(case.gates).scatter(2, ids, case.gates.gather(2, ids))
     expected = reference.index_scores(case.q, zeroed, case.keys)
@@ -140,9 +140,9 @@ def test_router_picks_the_heads_that_answer_the_blocks() -> None:
     gates[..., 3], gates[..., 5] = -1.0, 2.0
     k_tilde, complete = torch.eye(128)[:1].unsqueeze(0), torch.ones(1, 1, dtype=torch.int32)
     for router, head in {"mean": 3, "weight": 5}.items():
-        statistics = reference.block_statistics(q, gates, k_tilde, complete, router)
+        statistics = reference.block_statistics(q, gates, k_tilde, complete, reference.View(router))
         assert reference.top_heads(statistics.heads, 1).item() == head
-    signed = reference.block_statistics(q, gates, k_tilde, complete, "signed")
+    signed = reference.block_statistics(q, gates, k_tilde, complete, reference.View("signed"))
     assert signed.heads[0, 0, 3] < 0  # the signed router would suppress the head that answers
 
 
@@ -154,10 +154,10 @@ def test_the_error_router_picks_what_a_residual_would_get_wrong() -> None:
     q[..., 1, 0], q[..., 2, 0], q[..., 3, 1], q[..., 4, 2] = 9.0, -9.0, 2.0, 1.0
     q[..., 1:3, 3] = 5.0
     gates, complete = torch.ones(1, 1, HEADS), torch.full((1, 1), 40)
-    found = reference.block_statistics(q, gates, k_tilde, complete, "error").heads[0, 0]
+    found = reference.block_statistics(q, gates, k_tilde, complete, reference.View("error")).heads[0, 0]
     assert found[3] > found[4] > 0
     assert found[[0, 1, 2]].tolist() == [0.0] * 3
-    one = reference.block_statistics(q, gates * 3, k_tilde[:, :1], torch.ones(1, 1), "error").heads
+    one = reference.block_statistics(q, gates * 3, k_tilde[:, :1], torch.ones(1, 1), reference.View("error")).heads
     assert one.tolist() == (gates * 3).tolist()  # a single block has no deviation
 
 
@@ -195,7 +195,7 @@ def test_the_residual_is_the_expected_value_of_the_heads_left_out() -> None:
     k_tilde = torch.zeros(1, 2, 128)
     k_tilde[0, :, 0], k_tilde[0, :, 1] = 1.0, torch.tensor([1.0, -1.0])
     complete = torch.full((1, 1), 2)
-    statistics = reference.block_statistics(q, gates, k_tilde, complete, "weight")
+    statistics = reference.block_statistics(q, gates, k_tilde, complete, reference.View("weight"))
     assert statistics.positive[0, 0, 1:4].tolist() == [1.0, 0.0, 0.5]
     query, scale = reference.residual_query(q, gates, torch.tensor([[[0]]]), statistics.positive)
     torch.testing.assert_close((query * scale.unsqueeze(-1))[0, 0, :3], torch.tensor([2.0, 2.0, 0.0]))
@@ -209,7 +209,7 @@ def test_a_head_that_is_not_finite_adds_nothing_to_the_residual() -> None:
     complete = case.row_lens // 64
     k_tilde = reference.block_means(case.means, 1)
     for gates in (clean, broken):
-        statistics = reference.block_statistics(case.q, gates, k_tilde, complete, "peak")
+        statistics = reference.block_statistics(case.q, gates, k_tilde, complete, reference.View("peak"))
         query, scale = reference.residual_query(case.q, gates, ids, statistics.positive)
         assert torch.isfinite(query * scale.unsqueeze(-1)).all()
         if gates is clean:

@@ -185,7 +185,9 @@ def route_in_torch(index_q, head_gates, blocks, heads, router, residual):
     assert not residual
     complete = (blocks.row_len // blocks.block_size)[:, None]
     pooled = blocks.block_means[blocks.row_batch].float()
-    statistics = reference.block_statistics(index_q[:, None], head_gates[:, None], pooled, complete, router)
+    statistics = reference.block_statistics(
+        index_q[:, None], head_gates[:, None], pooled, complete, reference.View(router)
+    )
     return RoutedHeads(reference.top_heads(statistics.heads, heads)[:, 0].int())
 
 

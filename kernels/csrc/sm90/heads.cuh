@@ -42,27 +42,34 @@ __device__ __forceinline__ void choose(const int (&key)[WARP_HEADS], int heads, 
   }
 }
 
-// The residual query Σ_j gates[t, j] · q[t, j] in e4m3 and what it is to be multiplied with. A lane has 16 dimensions of every
-// fourth head, and in the end the sums of four. Gates are finite; a NaN in a query is 0.
-__global__ void __launch_bounds__(ROW_THREADS)
-    residual_kernel(const uint8_t* q, const float* gates, int rows, uint32_t* query, float* scale) {
-  constexpr int PIECES = DIM / 16, PARTS = 32 / PIECES;
-  constexpr float LARGEST = 448.f;  // e4m3
-  const int64_t t = (int64_t(blockIdx.x) * ROW_THREADS + threadIdx.x) / 32;
-  if (t >= rows) return;
-  const int lane = threadIdx.x % 32, piece = lane % PIECES, part = lane / PIECES;
-  float sum[16] = {};
-#pragma unroll 8
-  for (int j = part; j < INDEX_HEADS; j += PARTS) {
-    const float gate = __ldg(gates + t * INDEX_HEADS + j);
-    const uint4 bytes = __ldg(reinterpret_cast<const uint4*>(q + (t * INDEX_HEADS + j) * DIM) + piece);
-    const uint32_t words[4] = {sm90::no_nan(bytes.x), sm90::no_nan(bytes.y), sm90::no_nan(bytes.z), sm90::no_nan(bytes.w)};
+// The gate in the residual: 0 of a head that is chosen, or not finite.
+__device__ __forceinline__ float residual_gate(bool chosen, float gate, float share) {
+  const float own = gate * share;
+  return !chosen && fabsf(own) <= FLT_MAX ? own : 0.f;
+}
+
+// How a warp takes a row's queries: a lane has a piece of 16 dimensions of every fourth head.
+constexpr int PIECES = DIM / 16, HEAD_STEP = 32 / PIECES;
+
+__device__ __forceinline__ uint4 query_piece(const uint8_t* q, int64_t t, int head, int piece) {
+  return __ldg(reinterpret_cast<const uint4*>(q + (t * INDEX_HEADS + head) * DIM) + piece);
+}
+
+// Calls take(dimension, number) for each of a piece, NaN as 0.
+template <class Take>
+__device__ __forceinline__ void each_number(const uint4& bytes, Take take) {
+  const uint32_t words[4] = {sm90::no_nan(bytes.x), sm90::no_nan(bytes.y), sm90::no_nan(bytes.z), sm90::no_nan(bytes.w)};
 #pragma unroll
-    for (int pair = 0; pair < 8; ++pair) {
-      const float2 two = sm90::of_e4m3(uint16_t(words[pair / 2] >> pair % 2 * 16));
-      sum[pair * 2] = fmaf(gate, two.x, sum[pair * 2]), sum[pair * 2 + 1] = fmaf(gate, two.y, sum[pair * 2 + 1]);
-    }
+  for (int pair = 0; pair < 8; ++pair) {
+    const float2 two = sm90::of_e4m3(uint16_t(words[pair / 2] >> pair % 2 * 16));
+    take(pair * 2, two.x), take(pair * 2 + 1, two.y);
   }
+}
+
+// Writes row t's residual in e4m3 and what it is to be multiplied with, by what each lane has summed of its piece.
+__device__ __forceinline__ void write_residual(const float (&sum)[16], int64_t t, uint32_t* query, float* scale) {
+  constexpr float LARGEST = 448.f;  // e4m3
+  const int lane = threadIdx.x % 32, piece = lane % PIECES, part = lane / PIECES;
   // Each of two lanes keeps the sums of half of their dimensions: eight, then four.
   const bool upper = part / 2, odd = part % 2;
   float half[8], own[4];
@@ -79,6 +86,21 @@ __global__ void __launch_bounds__(ROW_THREADS)
   const uint32_t low = sm90::to_e4m3({own[0] / step, own[1] / step}), high = sm90::to_e4m3({own[2] / step, own[3] / step});
   query[t * DIM / 4 + piece * 4 + upper * 2 + odd] = none ? 0 : low | high << 16;
   if (lane == 0) scale[t] = step;
+}
+
+// The residual query Σ_j gates[t, j] · q[t, j]. Gates are finite; a NaN in a query is 0.
+__global__ void __launch_bounds__(ROW_THREADS)
+    residual_kernel(const uint8_t* q, const float* gates, int rows, uint32_t* query, float* scale) {
+  const int64_t t = (int64_t(blockIdx.x) * ROW_THREADS + threadIdx.x) / 32;
+  if (t >= rows) return;
+  const int piece = threadIdx.x % PIECES, part = threadIdx.x % 32 / PIECES;
+  float sum[16] = {};
+#pragma unroll 8
+  for (int j = part; j < INDEX_HEADS; j += HEAD_STEP) {
+    const float gate = __ldg(gates + t * INDEX_HEADS + j);
+    each_number(query_piece(q, t, j, piece), [&](int i, float x) { sum[i] = fmaf(gate, x, sum[i]); });
+  }
+  write_residual(sum, t, query, scale);
 }
 
 }  // namespace

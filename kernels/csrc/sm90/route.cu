@@ -1,10 +1,10 @@
 // MISA's router: the h of H index heads whose keys' scores a query is likely to owe most to, judged on pooled keys.
 //
 //   E[t, j] = |w[t, j]| · Σ_b or max_b ReLU(q[t, j] · k̃_b)        for b < row_len[t] / block_size; the h largest j are written
-//           = |w[t, j]| · σ·√(φ(1 - φ))                           what the residual would get wrong
 //
 // and the residual, one more query in the place of the other heads: q̄[t] = Σ_j w[t, j] · Φ(μ/σ) · q[t, j], with the mean and the
-// standard deviation of the same products; φ = Φ(μ/σ).
+// standard deviation of the same products. Where heads go by what a residual gets wrong of them, only the products' moments and the
+// residual of all heads are made here: choose_heads.cu chooses.
 //
 // The 64 rows of a matrix product are the heads of one query (of two, where H = 32), held in registers as bf16, and its
 // columns are 128 pooled keys in shared memory: the sum over keys then stays inside a thread until a query is finished.
@@ -34,7 +34,7 @@ constexpr int PLACES = (UNITS + GROUPS - 1) / GROUPS;
 constexpr int THREADS = (GROUPS + 1) * 128;
 constexpr int HELP_REGISTERS = 56, FOLD_REGISTERS = 152;
 
-enum Router : int { MEAN, PEAK, SIGNED, WEIGHT, ERROR };
+enum Router : int { MEAN, PEAK, SIGNED, WEIGHT };
 
 struct Task {
   const float* gates;        // [T, INDEX_HEADS]
@@ -43,6 +43,7 @@ struct Task {
   int32_t* head_ids;         // [T, heads]
   float* residual_gates;     // [T, INDEX_HEADS] of the heads in the residual, 0 for the others; or null
   int rows, share, max_blocks, block_size, heads, router;
+  Normal* products;          // [T, INDEX_HEADS] of the heads, which are then chosen later; or null
 
   // Pooled keys that row t sees.
   __device__ int blocks(int t) const { return min(max(row_len[t], 0) / block_size, max_blocks); }
@@ -302,14 +303,12 @@ __device__ __forceinline__ void consume(Smem<Fold>& s) {
 // Ranks a row's heads by `key` and writes their choice, and the gates of the others in the residual, where those are finite.
 __device__ __forceinline__ void settle(const Task& task, int64_t t, const int (&key)[WARP_HEADS], const float (&gate)[WARP_HEADS],
                                        const float (&share)[WARP_HEADS]) {
-  bool chosen[WARP_HEADS];
-  choose(key, task.heads, task.head_ids + t * task.heads, chosen);
+  bool chosen[WARP_HEADS] = {};
+  if (!task.products) choose(key, task.heads, task.head_ids + t * task.heads, chosen);
   if (!task.residual_gates) return;
 #pragma unroll
-  for (int i = 0; i < WARP_HEADS; ++i) {
-    const float own = gate[i] * share[i];
-    task.residual_gates[t * INDEX_HEADS + i * 32 + threadIdx.x % 32] = !chosen[i] && fabsf(own) <= FLT_MAX ? own : 0.f;
-  }
+  for (int i = 0; i < WARP_HEADS; ++i)
+    task.residual_gates[t * INDEX_HEADS + i * 32 + threadIdx.x % 32] = residual_gate(chosen[i], gate[i], share[i]);
 }
 
 template <class Fold>
@@ -339,14 +338,13 @@ __device__ __forceinline__ void rank(const Task& task, const Smem<Fold>& s, int 
 #pragma unroll
       for (int i = 0; i < WARP_HEADS; ++i) {
         const float gate = task.gates[t * INDEX_HEADS + i * 32 + lane], weight = task.router == SIGNED ? gate : fabsf(gate);
-        float statistic = blocks > 0 && task.router != WEIGHT ? weight * values[0][q][i] : fabsf(gate);
+        key[i] = order(blocks > 0 && task.router != WEIGHT ? weight * values[0][q][i] : fabsf(gate));
         gates[i] = gate, share[i] = 0.5f;
         if constexpr (Fold::MOMENTS) {
-          const LinearPart part = linear_part(values[1][q][i], values[2][q][i], blocks);
-          if (blocks > 0) share[i] = part.share;
-          if (task.router == ERROR) statistic = blocks > 1 ? weight * part.error : weight;  // one block has no σ
+          const Normal products = Normal::of(values[1][q][i], values[2][q][i], blocks);
+          share[i] = linear_part(products).share;
+          if (task.products) task.products[t * INDEX_HEADS + i * 32 + lane] = products;
         }
-        key[i] = order(statistic);
       }
       settle(task, t, key, gates, share);
     }
@@ -394,6 +392,7 @@ struct Route {
   float* residual_gates;      // [rows, INDEX_HEADS] where a residual is wanted, or null
   uint32_t* residual_query;   // [rows, DIM] e4m3
   float* residual_scale;      // [rows]
+  Normal* products;           // [rows, INDEX_HEADS] where heads go by error, or null
   int rows, requests, max_blocks, block_size, heads, router;
 };
 
@@ -413,10 +412,12 @@ void launch_route(Task task, const Route& in, cudaStream_t stream) {
   check(cudaGetLastError(), "route_kernel");
 }
 
+// Heads and their residual; with `products` of these, and the residual of all heads.
 void route(Bytes call, int64_t stream_address) {
   const auto in = unpack<Route>(call);
   const cudaStream_t stream = stream_at(stream_address);
-  const Task task{in.head_gates, in.row_batch, in.row_len, in.head_ids, in.residual_gates, in.rows, 0, in.max_blocks, in.block_size, in.heads, in.router};
+  const Task task{in.head_gates, in.row_batch,   in.row_len,    in.head_ids, in.residual_gates, in.rows,
+                  0,             in.max_blocks, in.block_size, in.heads,    in.router,         in.products};
   const int row_blocks = (in.rows * 32 + ROW_THREADS - 1) / ROW_THREADS;
   const bool residual = in.residual_gates;
   if (in.max_blocks == 0 || (in.router == WEIGHT && !residual)) {

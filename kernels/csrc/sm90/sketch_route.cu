@@ -121,7 +121,7 @@ __device__ __forceinline__ void rank(const PageRoute& in, Smem& s, int row, int 
     active = in.router == PEAK ? fmaxf(active, theirs) : active + theirs;
   }
   const float gate = __ldg(in.head_gates + int64_t(row) * INDEX_HEADS + head);
-  const LinearPart rest = linear_part(sum, squares, pages);
+  const LinearPart rest = linear_part(Normal::of(sum, squares, pages));
   float statistic = fabsf(gate);
   if (in.router == ERROR) {
     if (pages > 1) statistic *= rest.error;

@@ -47,19 +47,26 @@ struct Folded {
   }
 };
 
-// What a residual takes for a head's ReLU(x), by the sum and the sum of squares of n products x: `share` · x, with the share of keys on
-// which a head like this is positive, φ = Φ(μ/σ). "Is it positive" deviates from that by √(φ(1 - φ)), so `error`, that times σ, is what is
-// lost. Both are 0 where the products are not finite. In fp32 σ² is off by some 1e-6 of E[x²], which moves Φ by less than 1e-5 while
-// |μ/σ| < 6, where Φ is not 0 or 1 yet.
+// Mean and deviation of a head's products; {-∞, 0} where they are not finite, so that the head counts as never positive. In fp32 σ² is off
+// by some 1e-6 of E[x²], which moves Φ(μ/σ) by less than 1e-5 while |μ/σ| < 6, where it is not 0 or 1 yet.
+struct Normal {
+  float mean, deviation;
+  static __device__ __forceinline__ Normal of(float sum, float squares, int n) {
+    if (!(squares <= FLT_MAX)) return {-INFINITY, 0.f};
+    const float mean = sum / float(n), variance = squares / float(n) - mean * mean;
+    return {mean, variance > 0.f ? sqrtf(variance) : 0.f};
+  }
+};
+
+// What a residual takes for a head's ReLU(x): `share` · x, with φ = Φ(μ/σ), the share of keys on which a head like this is positive; ½ where
+// nothing is known (a mean of 0 or of no products). "Is it positive" deviates from that by √(φ(1 - φ)), so `error`, that times σ, is lost.
 struct LinearPart {
   float share, error;
 };
-__device__ __forceinline__ LinearPart linear_part(float sum, float squares, int n) {
-  if (!(squares <= FLT_MAX)) return {0.f, 0.f};
-  const float mean = sum / float(n), variance = squares / float(n) - mean * mean;
-  if (!(variance > 0.f)) return {mean > 0.f ? 1.f : mean < 0.f ? 0.f : 0.5f, 0.f};
-  const float z = mean * rsqrtf(variance), share = normcdff(z);
-  return {share, sqrtf(variance * share * normcdff(-z))};
+__device__ __forceinline__ LinearPart linear_part(const Normal& x) {
+  if (!(x.deviation > 0.f)) return {x.mean > 0.f ? 1.f : x.mean < 0.f ? 0.f : 0.5f, 0.f};
+  const float z = x.mean / x.deviation, share = normcdff(z);
+  return {share, x.deviation * sqrtf(share * normcdff(-z))};
 }
 
 }  // namespace

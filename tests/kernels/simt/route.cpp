@@ -23,8 +23,8 @@ extern "C" {
 // As the host of route.cu chooses; `share` rows at a time go to each of `workers` thread blocks.
 bool route_rows(const uint8_t* q, const float* gates, const uint16_t* pooled, const int32_t* row_batch, const int32_t* row_len, int rows,
                 int requests, int max_blocks, int block_size, int heads, int router, int share, int workers, int32_t* head_ids,
-                float* residual_gates) {
-  const Task task{gates, row_batch, row_len, head_ids, residual_gates, rows, share, max_blocks, block_size, heads, router};
+                float* residual_gates, Normal* products) {
+  const Task task{gates, row_batch, row_len, head_ids, residual_gates, rows, share, max_blocks, block_size, heads, router, products};
   if (max_blocks == 0 || (router == WEIGHT && !residual_gates))
     return simt::launch((rows * 32 + ROW_THREADS - 1) / ROW_THREADS, ROW_THREADS, [&] { weight_kernel(task); });
   if (router == PEAK) return residual_gates ? launch<Folded<true, true>>(task, q, pooled, requests, workers)

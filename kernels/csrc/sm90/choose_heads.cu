@@ -1,0 +1,85 @@
+// The index heads that a residual would get most wrong, and the residual of the others. A warp a row.
+//
+//   E[t, j] = |w[t, j]| · σ·√(φ(1 - φ)),  φ = Φ(μ/σ)        the h largest j are written
+//
+// with the mean and deviation of a head's products with the pooled keys (route.cu), where the mean is tilted towards the keys that score
+// high (tilt.py) by the query's product with the row's direction.
+#include "heads.cuh"
+#include "output.cuh"
+#include "statistics.cuh"
+
+namespace misa {
+namespace {
+
+struct ChooseHeads {
+  const uint8_t* index_q;    // [rows, INDEX_HEADS, DIM] e4m3
+  const float* head_gates;   // [rows, INDEX_HEADS]
+  const int32_t* row_len;    // [rows]
+  const Normal* products;    // [rows, INDEX_HEADS]
+  const float* direction;    // [rows, DIM]
+  int32_t* head_ids;         // [rows, heads]
+  uint32_t* residual_query;  // [rows, DIM] e4m3
+  float* residual_scale;     // [rows]
+  int rows, max_blocks, block_size, heads;
+};
+
+constexpr int ROWS = ROW_THREADS / 32;
+
+// Queries are read once for the tilts and once for the residual: held, they would leave registers for a third of the warps.
+__global__ void __launch_bounds__(ROW_THREADS, 4) choose_kernel(const __grid_constant__ ChooseHeads in) {
+  __shared__ float held[ROWS][INDEX_HEADS];  // tilts, then gates in the residual
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, piece = lane % PIECES, part = lane / PIECES;
+  const int64_t t = int64_t(blockIdx.x) * ROWS + warp;
+  if (t >= in.rows) return;
+  float sum[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) sum[i] = __ldg(in.direction + t * DIM + piece * 16 + i);
+#pragma unroll 8
+  for (int j = part; j < INDEX_HEADS; j += HEAD_STEP) {
+    float tilt = 0.f;
+    each_number(query_piece(in.index_q, t, j, piece), [&](int i, float x) { tilt = fmaf(sum[i], x, tilt); });
+#pragma unroll
+    for (int other = 1; other < PIECES; other *= 2) tilt += __shfl_xor_sync(~0u, tilt, other);
+    if (piece == 0) held[warp][j] = tilt;
+  }
+  __syncwarp();
+  const bool known = min(in.row_len[t] / in.block_size, in.max_blocks) > 1;  // one block has no deviation
+  int key[WARP_HEADS];
+  float gate[WARP_HEADS], share[WARP_HEADS];
+#pragma unroll
+  for (int i = 0; i < WARP_HEADS; ++i) {
+    const int head = i * 32 + lane;
+    Normal products = in.products[t * INDEX_HEADS + head];
+    if (products.deviation > 0.f) products.mean += held[warp][head];
+    const LinearPart linear = linear_part(products);
+    gate[i] = in.head_gates[t * INDEX_HEADS + head], share[i] = linear.share;
+    key[i] = order(known ? fabsf(gate[i]) * linear.error : fabsf(gate[i]));
+  }
+  bool chosen[WARP_HEADS];
+  choose(key, in.heads, in.head_ids + t * in.heads, chosen);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < WARP_HEADS; ++i) held[warp][i * 32 + lane] = residual_gate(chosen[i], gate[i], share[i]);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 16; ++i) sum[i] = 0.f;
+#pragma unroll 8
+  for (int j = part; j < INDEX_HEADS; j += HEAD_STEP) {
+    const float weight = held[warp][j];
+    each_number(query_piece(in.index_q, t, j, piece), [&](int i, float x) { sum[i] = fmaf(weight, x, sum[i]); });
+  }
+  write_residual(sum, t, in.residual_query, in.residual_scale);
+}
+
+// ---- host -----------------------------------------------------------------------------------------------------------
+
+void choose_heads(Bytes call, int64_t stream) {
+  const auto in = unpack<ChooseHeads>(call);
+  choose_kernel<<<(in.rows + ROWS - 1) / ROWS, ROW_THREADS, 0, stream_at(stream)>>>(in);
+  check(cudaGetLastError(), "choose_kernel");
+}
+
+}  // namespace
+}  // namespace misa
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(choose_heads, misa::choose_heads);
