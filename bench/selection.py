@@ -39,7 +39,7 @@ from sglang_misa.policy_file import ModelIdentity
 
 TOPK = 2048  # of a file that does not tell its model
 ALIGN = 1024  # a window's start: the largest block
-CANDIDATES = (2, 4, 8)  # times the top k
+CANDIDATES = (1.5, 1.75, 2, 4, 8)  # times the top k
 ROUTERS: tuple[Router, ...] = get_args(Router)
 BLOCK_SIZES = (64, 128, 256, 512, 1024)
 COLUMNS = (4, 8, 16)  # scored columns, the residual counted

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sglang_misa.config import Router, SelectionPolicy
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE, ROUTED_PAGES, SKETCH_STEP, TILT
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, ROUTED_PAGES, SKETCH_STEP
+from sglang_misa.reference_products import Products
 
 LOWEST = torch.finfo(torch.float32).min
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -123,7 +124,7 @@ def block_statistics(
         part = slice(start, start + step)
         q, w, seen = index_q[:, part].float(), gates[:, part], visible[:, part].unsqueeze(2)
         dots = torch.matmul(q.flatten(1, 2), k_tilde.float().transpose(1, 2)).unflatten(1, q.shape[1:3])
-        products = _Products.of(dots.masked_fill(~seen, 0.0), seen)
+        products = Products.of(dots.masked_fill(~seen, 0.0), seen)
         if view.router == "error" and view.tilted:
             every = residual_query(q, w, torch.empty_like(w[..., :0], dtype=torch.int64), products.linear_part()[0])[0]
             products = products.tilted(torch.matmul(every, k_tilde.float().transpose(1, 2)).unsqueeze(2))
@@ -145,40 +146,6 @@ def block_statistics(
         positive.masked_fill_(~some, 0.5),
         block_scores.masked_fill_(~visible, -torch.inf),
     )
-
-
-class _Products(NamedTuple):
-    """A row's products with its blocks, and their moments; {-inf, 0} where those are not finite."""
-
-    dots: Tensor  # [N, T, H, M], 0 where not seen
-    seen: Tensor  # [N, T, 1, M]
-    mean: Tensor  # [N, T, H]
-    deviation: Tensor  # [N, T, H]
-
-    @classmethod
-    def of(cls, dots: Tensor, seen: Tensor) -> _Products:
-        count = seen.sum(-1).clamp_min(1)
-        mean = dots.sum(-1) / count
-        variance = ((dots - mean.unsqueeze(-1)) ** 2).masked_fill_(~seen, 0.0).sum(-1) / count
-        finite = torch.isfinite(mean) & torch.isfinite(variance)
-        return cls(dots, seen, torch.where(finite, mean, -torch.inf), torch.where(finite, variance, 0.0).sqrt())
-
-    def tilted(self, scores: Tensor) -> _Products:
-        """The same of the blocks that score high by `scores` [N, T, 1, M]."""
-        count = self.seen.sum(-1).clamp_min(1)
-        scores = torch.where(self.seen & scores.isfinite(), scores, 0.0)
-        scores = (scores - (scores.sum(-1) / count).unsqueeze(-1)).masked_fill_(~self.seen, 0.0)
-        amount = TILT / (count * (scores.square().sum(-1) / count).sqrt())
-        shift = amount * (self.dots * scores).sum(-1)
-        wanted = (self.deviation > 0) & amount.isfinite()
-        return self._replace(mean=self.mean + torch.where(wanted, shift, 0.0))
-
-    def linear_part(self) -> tuple[Tensor, Tensor]:
-        """φ = Φ(μ/σ) and σ·√(φ(1 − φ)), each [N, T, H]."""
-        z, spread = self.mean / self.deviation, self.deviation > 0
-        share = torch.where(spread, torch.special.ndtr(z), (self.mean.sign() + 1) / 2)
-        both = torch.special.ndtr(z) * torch.special.ndtr(-z)
-        return share, torch.where(spread, self.deviation * both.sqrt(), 0.0)
 
 
 def residual_query(

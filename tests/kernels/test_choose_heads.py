@@ -14,6 +14,7 @@ from torch import Tensor
 from sglang_misa import reference
 from sglang_misa.kernels.layout import HEAD_DIM, TILT
 from sglang_misa.kernels.prefill.tilt import tilt
+from sglang_misa.reference_products import Products
 
 SIZE = 64
 LENS = [700 * SIZE + 5, 30, 70 * SIZE, 2 * SIZE, SIZE + 63]  # of requests; rows see that, and less
@@ -147,5 +148,5 @@ def test_what_is_not_finite_is_not_chosen_and_not_in_the_residual(choose: tuple[
     assert 9 not in ids[1]
     assert 10 in ids[1]
     assert 11 not in ids[2]
-    error = reference._Products(torch.empty(0), torch.empty(0), products[3, :, 0], products[3, :, 1]).linear_part()[1]
+    error = Products(torch.empty(0), torch.empty(0), products[3, :, 0], products[3, :, 1]).linear_part()[1]
     assert ids[3].tolist() == sorted(error.argsort(descending=True)[:3].tolist())

@@ -124,7 +124,7 @@ def test_a_broken_router_is_left_and_a_repaired_one_comes_back(guarded, folder: 
     assert {layer: state["rung"] for layer, state in back["prefill"].items()} == dict.fromkeys(layers, 0)
     assert back["decode"]["all"]["rung"] == 0
     log = (folder / "log").read_text()
-    assert f"is under {FLOOR}; misa-peak-residual-hier selects instead of misa" in log
+    assert f"is under {FLOOR}; misa-error-residual-hier selects instead of misa" in log
     assert "prefill by misa keeps" in log
 
 

@@ -41,7 +41,7 @@ def test_phases_gates_and_memory(checked, model):
     for words in (
         "up to 16384 tokens",
         "fewer than 16 rows",
-        "7 of 64 heads by peak, the others as one column",
+        "3 of 64 heads by error, the others as one column",
         "38 B a token and layer",
         "152 B a token in 4 layers",
         "No reason against this launch was found",

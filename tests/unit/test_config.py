@@ -347,9 +347,9 @@ def test_policies_are_named_by_their_axes():
         "misa-hier",
         "hisa",
         "misa",
-        "misa-peak-residual",
-        "misa-peak-residual-hier",
+        "misa-error-residual",
+        "misa-error-residual-hier",
         "exact",
     ]
-    assert PRESETS["fast"].decode.name == "misa-peak-residual-sketch1"
+    assert PRESETS["fast"].decode.name == "misa-error-residual-sketch1"
     assert SelectionPolicy(heads=8, blocks=64, block_size=128).name == "misa+hisa"
