@@ -39,7 +39,7 @@ from sglang_misa.policy_file import ModelIdentity
 
 TOPK = 2048  # of a file that does not tell its model
 ALIGN = 1024  # a window's start: the largest block
-CANDIDATES = (1.5, 1.75, 2, 4, 8)  # times the top k
+CANDIDATES = (1.5, 2, 4, 8)  # times the top k
 ROUTERS: tuple[Router, ...] = get_args(Router)
 BLOCK_SIZES = (64, 128, 256, 512, 1024)
 COLUMNS = (4, 8, 16)  # scored columns, the residual counted
@@ -212,6 +212,11 @@ def policies() -> list[tuple[Phase, SelectionPolicy]]:
     return found
 
 
+def candidates(topk: int) -> list[int]:
+    """How many tokens are scored again: CANDIDATES times the top k, as multiples of a page, which sketches want."""
+    return [int(n * topk) // PAGE * PAGE for n in CANDIDATES]
+
+
 Shares = dict[tuple[Phase, SelectionPolicy], Tensor]  # [rows] of what a policy keeps
 
 
@@ -224,7 +229,7 @@ def measure(layer: Layer, length: int, wanted: Sequence[tuple[Phase, SelectionPo
         sketched = dict(zip(sketches, others, strict=True))
         for phase, policy in wanted:
             kept = math.inf if policy.blocks is None else policy.blocks * policy.block_size
-            counts = [int(n * row.topk) for n in CANDIDATES if n * row.topk < kept]
+            counts = [count for count in candidates(row.topk) if count < kept]
             scores = row.scores(policy, sketched.get(policy.sketch) if policy.sketch else None)
             for n, share in zip((row.topk, *counts), row.kept(scores, (row.topk, *counts)), strict=True):
                 key = phase, policy if n == row.topk else policy.model_copy(update={"candidates": n})

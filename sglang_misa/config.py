@@ -240,7 +240,7 @@ PRESETS: dict[str, MisaConfig] = {
     "misa-hisa": MisaConfig(prefill=SelectionPolicy(heads=8), decode=HISA_DECODE),
     # Ours (docs/quality.md).
     "fast": MisaConfig(prefill=_ours(3, block_size=512), decode=_sketched(1)),
-    "faithful": MisaConfig(prefill=_ours(3, candidates=3584, block_size=512, min_len=16384), decode=_sketched(2)),
+    "faithful": MisaConfig(prefill=_ours(3, candidates=3072, block_size=512, min_len=16384), decode=_sketched(2)),
     "exact": MisaConfig(prefill=SelectionPolicy(exact=True, min_len=16384)),
 }
 DEFAULT_PRESET = "faithful"

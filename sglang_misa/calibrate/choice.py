@@ -47,7 +47,7 @@ def candidates(costs: Costs, model: ModelIdentity) -> list[tuple[Phase, Selectio
     """The policies of the study with a cost, and that the model can have; without candidates, which `measure` adds."""
     found = []
     for phase, policy in selection.policies():
-        counts = [n * model.index_topk for n in selection.CANDIDATES]
+        counts = selection.candidates(model.index_topk)
         variants = [policy, *(policy.model_copy(update={"candidates": n}) for n in counts)]
         if any(_possible(phase, each, model) and costs.of(phase, each) is not None for each in variants):
             found.append((phase, policy))

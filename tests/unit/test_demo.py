@@ -24,7 +24,7 @@ def test_every_preset_can_select_on_the_model(name):
 
 def test_a_scaled_preset_keeps_as_much_of_the_top_k():
     assert SIZES["index_topk"] == demo.TOPK
-    assert demo.scaled(PRESETS["faithful"].prefill).candidates == 1.75 * demo.TOPK
+    assert demo.scaled(PRESETS["faithful"].prefill).candidates == 1.5 * demo.TOPK
     hisa = demo.scaled(PRESETS["hisa"].decode)
     assert hisa.blocks * hisa.block_size == 4 * demo.TOPK
 

@@ -24,9 +24,10 @@ struct ChooseHeads {
 };
 
 constexpr int ROWS = ROW_THREADS / 32;
+constexpr int OWN_HEADS = INDEX_HEADS / HEAD_STEP;  // of which a lane has a piece
 
 // Queries are read once for the tilts and once for the residual: held, they would leave registers for a third of the warps.
-__global__ void __launch_bounds__(ROW_THREADS, 4) choose_kernel(const __grid_constant__ ChooseHeads in) {
+__global__ void __launch_bounds__(ROW_THREADS, 3) choose_kernel(const __grid_constant__ ChooseHeads in) {
   __shared__ float held[ROWS][INDEX_HEADS];  // tilts, then gates in the residual
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, piece = lane % PIECES, part = lane / PIECES;
   const int64_t t = int64_t(blockIdx.x) * ROWS + warp;
@@ -34,14 +35,23 @@ __global__ void __launch_bounds__(ROW_THREADS, 4) choose_kernel(const __grid_con
   float sum[16];
 #pragma unroll
   for (int i = 0; i < 16; ++i) sum[i] = __ldg(in.direction + t * DIM + piece * 16 + i);
-#pragma unroll 8
-  for (int j = part; j < INDEX_HEADS; j += HEAD_STEP) {
-    float tilt = 0.f;
-    each_number(query_piece(in.index_q, t, j, piece), [&](int i, float x) { tilt = fmaf(sum[i], x, tilt); });
+  float tilt[OWN_HEADS] = {};  // NaN of a query with one, whose products have no deviation that a tilt could add to
 #pragma unroll
-    for (int other = 1; other < PIECES; other *= 2) tilt += __shfl_xor_sync(~0u, tilt, other);
-    if (piece == 0) held[warp][j] = tilt;
+  for (int j = 0; j < OWN_HEADS; ++j)
+    each_number(query_piece(in.index_q, t, j * HEAD_STEP + part, piece), [&](int i, float x) { tilt[j] = fmaf(sum[i], x, tilt[j]); });
+  // The lanes of a head's pieces share out their heads, half of them at a time.
+  int first = 0;
+#pragma unroll
+  for (int halved = 2; halved <= PIECES; halved *= 2) {
+    const int other = PIECES / halved, half = OWN_HEADS / halved;
+    const bool upper = piece & other;
+#pragma unroll
+    for (int j = 0; j < half; ++j)
+      tilt[j] = (upper ? tilt[j + half] : tilt[j]) + __shfl_xor_sync(~0u, upper ? tilt[j] : tilt[j + half], other);
+    first += upper ? half : 0;
   }
+#pragma unroll
+  for (int j = 0; j < OWN_HEADS / PIECES; ++j) held[warp][(first + j) * HEAD_STEP + part] = tilt[j];
   __syncwarp();
   const bool known = min(in.row_len[t] / in.block_size, in.max_blocks) > 1;  // one block has no deviation
   int key[WARP_HEADS];
@@ -66,7 +76,7 @@ __global__ void __launch_bounds__(ROW_THREADS, 4) choose_kernel(const __grid_con
 #pragma unroll 8
   for (int j = part; j < INDEX_HEADS; j += HEAD_STEP) {
     const float weight = held[warp][j];
-    each_number(query_piece(in.index_q, t, j, piece), [&](int i, float x) { sum[i] = fmaf(weight, x, sum[i]); });
+    each_number(without_nan(query_piece(in.index_q, t, j, piece)), [&](int i, float x) { sum[i] = fmaf(weight, x, sum[i]); });
   }
   write_residual(sum, t, in.residual_query, in.residual_scale);
 }

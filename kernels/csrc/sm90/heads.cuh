@@ -55,10 +55,14 @@ __device__ __forceinline__ uint4 query_piece(const uint8_t* q, int64_t t, int he
   return __ldg(reinterpret_cast<const uint4*>(q + (t * INDEX_HEADS + head) * DIM) + piece);
 }
 
-// Calls take(dimension, number) for each of a piece, NaN as 0.
+__device__ __forceinline__ uint4 without_nan(const uint4& bytes) {
+  return {sm90::no_nan(bytes.x), sm90::no_nan(bytes.y), sm90::no_nan(bytes.z), sm90::no_nan(bytes.w)};
+}
+
+// Calls take(dimension, number) for each of a piece.
 template <class Take>
 __device__ __forceinline__ void each_number(const uint4& bytes, Take take) {
-  const uint32_t words[4] = {sm90::no_nan(bytes.x), sm90::no_nan(bytes.y), sm90::no_nan(bytes.z), sm90::no_nan(bytes.w)};
+  const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
   for (int pair = 0; pair < 8; ++pair) {
     const float2 two = sm90::of_e4m3(uint16_t(words[pair / 2] >> pair % 2 * 16));
@@ -98,7 +102,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
 #pragma unroll 8
   for (int j = part; j < INDEX_HEADS; j += HEAD_STEP) {
     const float gate = __ldg(gates + t * INDEX_HEADS + j);
-    each_number(query_piece(q, t, j, piece), [&](int i, float x) { sum[i] = fmaf(gate, x, sum[i]); });
+    each_number(without_nan(query_piece(q, t, j, piece)), [&](int i, float x) { sum[i] = fmaf(gate, x, sum[i]); });
   }
   write_residual(sum, t, query, scale);
 }

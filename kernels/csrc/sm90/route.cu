@@ -338,10 +338,10 @@ __device__ __forceinline__ void rank(const Task& task, const Smem<Fold>& s, int 
 #pragma unroll
       for (int i = 0; i < WARP_HEADS; ++i) {
         const float gate = task.gates[t * INDEX_HEADS + i * 32 + lane], weight = task.router == SIGNED ? gate : fabsf(gate);
-        key[i] = order(blocks > 0 && task.router != WEIGHT ? weight * values[0][q][i] : fabsf(gate));
+        key[i] = order(Fold::RANKED && blocks > 0 ? weight * values[0][q][i] : fabsf(gate));
         gates[i] = gate, share[i] = 0.5f;
         if constexpr (Fold::MOMENTS) {
-          const Normal products = Normal::of(values[1][q][i], values[2][q][i], blocks);
+          const Normal products = Normal::of(values[Fold::SUM][q][i], values[Fold::SQUARES][q][i], blocks);
           share[i] = linear_part(products).share;
           if (task.products) task.products[t * INDEX_HEADS + i * 32 + lane] = products;
         }
@@ -423,12 +423,14 @@ void route(Bytes call, int64_t stream_address) {
   if (in.max_blocks == 0 || (in.router == WEIGHT && !residual)) {
     weight_kernel<<<row_blocks, ROW_THREADS, 0, stream>>>(task);
     check(cudaGetLastError(), "weight_kernel");
+  } else if (in.router == WEIGHT) {
+    launch_route<Folded<Statistic::NONE, true>>(task, in, stream);
   } else if (in.router == PEAK) {
-    if (residual) launch_route<Folded<true, true>>(task, in, stream);
-    else launch_route<Folded<true, false>>(task, in, stream);
+    if (residual) launch_route<Folded<Statistic::MAXIMUM, true>>(task, in, stream);
+    else launch_route<Folded<Statistic::MAXIMUM, false>>(task, in, stream);
   } else {
-    if (residual) launch_route<Folded<false, true>>(task, in, stream);
-    else launch_route<Folded<false, false>>(task, in, stream);
+    if (residual) launch_route<Folded<Statistic::SUM, true>>(task, in, stream);
+    else launch_route<Folded<Statistic::SUM, false>>(task, in, stream);
   }
   if (!residual) return;
   residual_kernel<<<row_blocks, ROW_THREADS, 0, stream>>>(in.index_q, in.residual_gates, in.rows, in.residual_query, in.residual_scale);

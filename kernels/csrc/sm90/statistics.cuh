@@ -9,14 +9,17 @@ namespace {
 
 constexpr int TILE = 128;  // pooled keys of a matrix product
 
+enum class Statistic { NONE, SUM, MAXIMUM };  // of ReLU(x)
+
 // What a pass over the pooled keys leaves of each (query, head): the statistic and, where a residual is wanted, the products' sum and
 // sum of squares. A NaN product counts nothing in a statistic, and makes the moments NaN.
-template <bool MAXIMUM, bool RESIDUAL>
+template <Statistic STATISTIC, bool RESIDUAL>
 struct Folded {
-  static constexpr bool MOMENTS = RESIDUAL;
-  static constexpr int VALUES = RESIDUAL ? 3 : 1;
+  static constexpr bool MOMENTS = RESIDUAL, RANKED = STATISTIC != Statistic::NONE, MAXIMUM = STATISTIC == Statistic::MAXIMUM;
+  static constexpr int SUM = RANKED ? 1 : 0, SQUARES = SUM + 1;     // places among the values, behind the statistic
+  static constexpr int VALUES = SUM + (RESIDUAL ? 2 : 0);
   static constexpr int CHUNK = RESIDUAL ? 4 : 5;  // tiles that stay while the block's queries pass: as many as fit beside the values
-  float values[VALUES][2][2] = {};                // [value][row of the thread's two][column's lowest bit]
+  float values[VALUES][2][2] = {};                  // [value][row of the thread's two][column's lowest bit]
 
   static __device__ float join(int value, float a, float b) { return MAXIMUM && value == 0 ? fmaxf(a, b) : a + b; }
 
@@ -31,11 +34,13 @@ struct Folded {
 #pragma unroll
         for (int bit = 0; bit < 2; ++bit) {
           const float x = MASKED && n * 8 + column + bit >= limit ? 0.f : d[n * 4 + row * 2 + bit];
-          float& statistic = values[0][row][bit];
-          statistic = MAXIMUM ? fmaxf(statistic, x) : statistic + fmaxf(x, 0.f);
+          if constexpr (RANKED) {
+            float& statistic = values[0][row][bit];
+            statistic = MAXIMUM ? fmaxf(statistic, x) : statistic + fmaxf(x, 0.f);
+          }
           if constexpr (RESIDUAL) {
-            values[1][row][bit] += x;
-            values[2][row][bit] = fmaf(x, x, values[2][row][bit]);
+            values[SUM][row][bit] += x;
+            values[SQUARES][row][bit] = fmaf(x, x, values[SQUARES][row][bit]);
           }
         }
   }

@@ -4,7 +4,7 @@
 namespace misa {
 namespace {
 
-alignas(1024) uint8_t raw[sizeof(Smem<Folded<true, false>>) + sizeof(Smem<Folded<true, true>>)];
+alignas(1024) uint8_t raw[sizeof(Smem<Folded<Statistic::SUM, false>>) + sizeof(Smem<Folded<Statistic::SUM, true>>)];
 
 template <class Fold>
 bool launch(const Task& task, const uint8_t* q, const uint16_t* pooled, int requests, int workers) {
@@ -27,10 +27,11 @@ bool route_rows(const uint8_t* q, const float* gates, const uint16_t* pooled, co
   const Task task{gates, row_batch, row_len, head_ids, residual_gates, rows, share, max_blocks, block_size, heads, router, products};
   if (max_blocks == 0 || (router == WEIGHT && !residual_gates))
     return simt::launch((rows * 32 + ROW_THREADS - 1) / ROW_THREADS, ROW_THREADS, [&] { weight_kernel(task); });
-  if (router == PEAK) return residual_gates ? launch<Folded<true, true>>(task, q, pooled, requests, workers)
-                                            : launch<Folded<true, false>>(task, q, pooled, requests, workers);
-  return residual_gates ? launch<Folded<false, true>>(task, q, pooled, requests, workers)
-                        : launch<Folded<false, false>>(task, q, pooled, requests, workers);
+  if (router == WEIGHT) return launch<Folded<Statistic::NONE, true>>(task, q, pooled, requests, workers);
+  if (router == PEAK) return residual_gates ? launch<Folded<Statistic::MAXIMUM, true>>(task, q, pooled, requests, workers)
+                                            : launch<Folded<Statistic::MAXIMUM, false>>(task, q, pooled, requests, workers);
+  return residual_gates ? launch<Folded<Statistic::SUM, true>>(task, q, pooled, requests, workers)
+                        : launch<Folded<Statistic::SUM, false>>(task, q, pooled, requests, workers);
 }
 
 bool residuals(const uint8_t* q, const float* gates, int rows, uint32_t* query, float* scale) {
