@@ -9,7 +9,7 @@ import torch
 
 from sglang_misa import ops
 
-HEADS, BLOCK, TOPK = 64, 128, 2048
+HEADS, BLOCK, TOPK = 64, 512, 2048
 rows, keys = 64, 16384
 device = "cuda" if torch.cuda.is_available() else "cpu"
 backend: ops.Backend = "kernels" if device == "cuda" else "reference"
@@ -27,7 +27,7 @@ block_means = (index_k.float() * k_scale[:, None]).view(1, -1, BLOCK, 128).mean(
 
 queries, pool = ops.Rows(index_q, head_gates, ks, ke), ops.Keys(index_k, k_scale)
 blocks = ops.Blocks(block_means, BLOCK, row_batch, ke)
-routed = ops.route(index_q, head_gates, blocks, 7, router="peak", backend=backend)
+routed = ops.route(index_q, head_gates, blocks, 3, router="error", backend=backend)  # the heads of the preset `fast`
 fast = ops.topk_routed(queries, pool, routed, ops.Output.empty(queries, TOPK), backend=backend)
 every_head = torch.arange(HEADS, dtype=torch.int32, device=device).expand(rows, -1).contiguous()
 exact = ops.RoutedHeads(every_head)

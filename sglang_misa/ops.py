@@ -106,8 +106,8 @@ def route(
     """The `heads` heads that score each row, and the others as one linear column.
 
     router ranks the heads by |w|·mean ReLU(q·k̃) over the row's complete blocks ("mean", arXiv 2605.07363), its maximum
-    ("peak"), w·mean ("signed"), |w| ("weight") or what the linear column gets wrong ("error"). heads < H, so that a
-    residual has a head to stand for.
+    ("peak"), w·mean ("signed"), |w| ("weight") or what the linear column gets wrong of keys that score high ("error").
+    heads < H, so that a residual has a head to stand for.
     """
     if _on_kernels(backend, index_q):
         return routing.route(index_q, head_gates, blocks, heads, router, residual=True)
@@ -188,9 +188,9 @@ def decode_topk_sketched(
     """Slots of the top k by all heads among each row's best candidates on sketches, on pages.
 
     stats as `page_statistics` writes them. The sketches are scored by all heads, or by routed ones (`router` as in
-    `route`, over pages) and the residual of the others. The newest complete page and what is behind it are always
-    candidates. The kernels rank sketched scores by 16 bits, so candidates whose scores differ by less than 2⁻⁹ may be
-    others than the reference's.
+    `route`, over at most `layout.ROUTED_PAGES` pages, and "error" is that of all keys) and the residual of the others.
+    The newest complete page and what is behind it are always candidates. The kernels rank sketched scores by 16 bits,
+    so candidates whose scores differ by less than 2⁻⁹ may be others than the reference's.
     """
     out = _slots(rows, k)
     if _on_kernels(backend, rows.index_q):

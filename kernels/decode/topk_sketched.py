@@ -3,7 +3,7 @@
 A step is five launches, each overlapping the end of the one before: `route_pages` chooses the columns of a row on
 page means, `scan_sketches` scores every sketched token by them, `list_candidates` takes the best C, `rescore` scores
 those with all heads on the stored keys, `topk_listed` selects.
-Bytes of a row: 4 a token of prefix for the router, 4 + 16 · bits + 2 for the scan, 132 a candidate.
+Bytes of a row: at most 64 KiB for the router, 4 + 16 · bits + 2 a token of prefix for the scan, 132 a candidate.
 """
 
 from __future__ import annotations

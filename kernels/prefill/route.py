@@ -38,7 +38,7 @@ from sglang_misa.kernels.prefill.tilt import tilt
 from sglang_misa.kernels.structs import ChooseHeads, Route
 
 Router = Literal["mean", "peak", "signed", "weight", "error"]
-ROUTERS: tuple[Router, ...] = get_args(Router)  # in the order of route.cu's enumeration
+ROUTERS: tuple[Router, ...] = get_args(Router)  # in the order of sketch_route.cu's enumeration; route.cu's has no error
 
 _TILE = 64  # pooled keys a step: the tensor-core rows of one warpgroup
 _WIDE_FROM = 1024  # rows from which several queries share a program; below it each has its own, to fill the GPU
