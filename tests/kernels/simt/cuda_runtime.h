@@ -2,6 +2,7 @@
 // another (those of a cluster at once), and the order of threads is random but repeatable. Barriers, warp collectives and atomics are what they are on a GPU;
 // launch() returns false when no thread can go on.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -43,19 +44,29 @@ namespace simt {
 
 constexpr int STACK = 1 << 16, WARP = 32;
 
+// Begun by its context, and then left and taken up by _longjmp: swapcontext asks the operating system twice each time.
 struct Fiber {
   ucontext_t context;
+  jmp_buf left;
   std::unique_ptr<char[]> stack{new char[STACK]};
-  bool done;
+  bool begun, done;
 };
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline std::mt19937 order{1};
 inline int current;
 inline bool moved;  // whether a thread has got on since the scheduler last looked
 
-inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
+inline void yield() {
+  if (_setjmp(fibers[current].left) == 0) _longjmp(scheduler, 1);
+}
+inline void resume(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.begun) _longjmp(fiber.left, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
+}
 
 struct Meeting {
   int arrived = 0;
@@ -93,7 +104,7 @@ inline bool launch(int blocks, int threads, const std::function<void()>& kernel,
     barriers.clear();
     for (int i = 0; i < running; ++i) {
       Fiber& fiber = fibers[i];
-      fiber.done = false;
+      fiber.begun = fiber.done = false;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = STACK, fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, run, 0);
@@ -104,7 +115,7 @@ inline bool launch(int blocks, int threads, const std::function<void()>& kernel,
       for (const int i : turns) {
         if (fibers[i].done) continue;
         any = true, current = i, threadIdx.x = i % threads, blockIdx.x = first + i / threads;
-        swapcontext(&scheduler, &fibers[i].context);
+        resume(fibers[i]);
       }
       if (any && !moved) return false;
     }
