@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -126,14 +127,14 @@ inline bool launch(int blocks, int threads, const std::function<void()>& kernel,
 // What all lanes of a warp hand over, to each of them.
 template <class T, class Use>
 auto together(T value, const Use& use) {
-  static std::map<int, std::vector<T>> given;
+  static std::map<int, std::array<T, WARP>> given;
   const int warp = current / WARP, lane = current % WARP;
-  std::vector<T>& values = given[warp];
-  values.resize(WARP);
+  std::array<T, WARP>& values = given[warp];
   values[lane] = value;
-  barriers[-1 - warp].wait(WARP);
+  Meeting& all = barriers[-1 - warp];
+  all.wait(WARP);
   const auto result = use(values, lane);
-  barriers[-1 - warp].wait(WARP);
+  all.wait(WARP);
   return result;
 }
 
