@@ -48,6 +48,7 @@ def call(function: Any, *arguments: Any) -> None:
         else ctypes.c_int64(a)
         for a in arguments
     ]
+    function.restype = ctypes.c_bool
     assert function(*converted), "some threads of a block could not go on, or a copy was not aligned"
 
 
