@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ SELECTION = (
 )
 CACHES = ("TVM_FFI_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")  # of compilers
 START_LIMIT = 300
+Ended = subprocess.CompletedProcess[str]
 
 
 @dataclass(frozen=True)
@@ -177,14 +178,20 @@ def together() -> Callable[..., list[Any]]:
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the launcher to its end with these words; the environment changes by keyword."""
+def begin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Callable[[], Ended]]]:
+    """Begins a launch with these words, the environment changed by keyword; what it returns waits for the end."""
+    with ExitStack() as running:  # they may serve, and should not
 
-    def run(*words: Any, **changes: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sglang_misa.launch_server", *map(str, words)]
-        log = tmp_path_factory.mktemp("launch") / "log"
-        with ServerProcess(command, log, environ=environment(**changes)) as process:  # it may serve, and should not
-            status = process.wait(START_LIMIT)
-        return subprocess.CompletedProcess(command, status, log.read_text(errors="replace"), "")
+        def run(*words: Any, **changes: str) -> Callable[[], Ended]:
+            command = [sys.executable, "-m", "sglang_misa.launch_server", *map(str, words)]
+            log = tmp_path_factory.mktemp("launch") / "log"
+            process = running.enter_context(ServerProcess(command, log, environ=environment(**changes)))
 
-    return run
+            def end() -> Ended:
+                status = process.wait(START_LIMIT)
+                process.stop()
+                return Ended(command, status, log.read_text(errors="replace"), "")
+
+            return end
+
+        yield run
