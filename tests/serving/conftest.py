@@ -32,6 +32,7 @@ SELECTION = (
 )
 CACHES = ("TVM_FFI_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")  # of compilers
 START_LIMIT = 300
+WATCH = Path(__file__).parent / "watch"  # its sitecustomize.py is in every process of a server
 Ended = subprocess.CompletedProcess[str]
 
 
@@ -115,7 +116,8 @@ def environment(**changes: str) -> dict[str, str]:
     ours = ("SGLANG_MISA", "SGLANG_PLUGINS", "SGLANG_PLATFORM", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     ours = {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0"}
-    return {**kept, **ours, **changes}
+    path = os.pathsep.join(filter(None, (str(WATCH), changes.get("PYTHONPATH"), os.environ.get("PYTHONPATH"))))
+    return {**kept, **ours, **changes, "PYTHONPATH": path}
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,6 @@ def of_ranks() -> dict[str, str]:
     """What the environment of a server with two ranks needs."""
     return {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parent / "watch"),
         "SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, sorted(os.sched_getaffinity(0))[:RANKS])),
         "SGLANG_NCCL_SO_PATH": "/nowhere",  # with NCCL at hand SGLang makes a communicator, which the CPU cannot have
     }
