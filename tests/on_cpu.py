@@ -31,7 +31,8 @@ def compiled(folder: pathlib.Path, source: str, **shape: int) -> ctypes.CDLL:
     device_sources(folder, source)
     library = folder / f"{source}.so"
     # Libraries built with other flags are not to share the "shared memory" of a function of the same name.
-    options = ["-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-fno-gnu-unique"]
+    # And a checked longjmp takes another fiber's stack for a broken one.
+    options = ["-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"]
     compiler = ["g++", *options, f"-I{folder}", *build.definitions(shape), "-o", library]
     subprocess.run([*compiler, folder / f"{source}.cpp"], check=True)
     return ctypes.CDLL(str(library))
@@ -47,6 +48,7 @@ def call(function: Any, *arguments: Any) -> None:
         else ctypes.c_int64(a)
         for a in arguments
     ]
+    function.restype = ctypes.c_bool
     assert function(*converted), "some threads of a block could not go on, or a copy was not aligned"
 
 

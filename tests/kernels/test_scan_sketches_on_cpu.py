@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import pathlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from on_cpu import COMPILER, aligned, call, compiled
+from on_cpu import COMPILER, aligned, call
 from sketched_rows import cheap_scores, sketched
 
 from sglang_misa.kernels.decode.operands import SketchPolicy
@@ -16,16 +16,20 @@ from sglang_misa.kernels.decode.route_pages import Columns
 from sglang_misa.kernels.decode.scan_sketches import list_candidates, scan_sketches, score_keys
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
+SCANS = [(1, 8, True), (2, 8, True), (2, 4, True), (1, 16, False), (2, 32, False)]  # bits, columns, residual
+LIBRARIES = [
+    *(("sketch_scan", {"sketch_bits": bits, "columns": columns}) for bits, columns, _ in SCANS),
+    ("sketch_candidates", {}),
+]
+Library = Callable[..., ctypes.CDLL]
+
 
 @COMPILER
-@pytest.mark.parametrize(
-    ("bits", "columns", "residual"), [(1, 8, True), (2, 8, True), (2, 4, True), (1, 16, False), (2, 32, False)]
-)
-def test_the_scan_scores_every_sketched_key(tmp_path: pathlib.Path, bits: int, columns: int, residual: bool) -> None:
+@pytest.mark.parametrize(("bits", "columns", "residual"), SCANS)
+def test_the_scan_scores_every_sketched_key(library: Library, bits: int, columns: int, residual: bool) -> None:
     lens = (0, 64, 128, 191, 192, 5 * PAGE, 23 * PAGE + 5, 40 * PAGE)
     batch = sketched(lens, bits, "cpu", heads=max(columns, 32), width=44)
-    library = compiled(tmp_path, "sketch_scan", sketch_bits=bits, columns=columns)
-    library.scan_rows.restype = ctypes.c_bool
+    scan = library("sketch_scan", sketch_bits=bits, columns=columns).scan_rows
     random = torch.Generator().manual_seed(0)
     numbers = torch.randint(-127, 128, (len(lens), columns, HEAD_DIM), dtype=torch.int8, generator=random)
     queries = aligned(numbers.numpy(), np.int8)
@@ -37,7 +41,7 @@ def test_the_scan_scores_every_sketched_key(tmp_path: pathlib.Path, bits: int, c
     sketches = aligned(batch.sketches.numpy(), np.uint8)
     table, seq_lens = batch.page_table.contiguous().numpy(), batch.seq_lens.numpy()
     call(
-        library.scan_rows, queries, gates.numpy(), means, sketches, table, seq_lens, got, 44, room, columns,
+        scan, queries, gates.numpy(), means, sketches, table, seq_lens, got, 44, room, columns,
         int(residual), longest, span, blocks, rows,
     )  # fmt: skip
     on_cpu = torch.full((rows, room), 0xABCD, dtype=torch.int32).to(torch.uint16)
@@ -61,11 +65,10 @@ def test_the_scan_scores_every_sketched_key(tmp_path: pathlib.Path, bits: int, c
 
 
 @COMPILER
-def test_a_nan_page_scores_below_all_others(tmp_path: pathlib.Path) -> None:
+def test_a_nan_page_scores_below_all_others(library: Library) -> None:
     batch = sketched((6 * PAGE,), 2, "cpu")
     batch.page_means[batch.page_table[0, 2].long()] = torch.nan
-    library = compiled(tmp_path, "sketch_scan", sketch_bits=2, columns=8)
-    library.scan_rows.restype = ctypes.c_bool
+    scan = library("sketch_scan", sketch_bits=2, columns=8).scan_rows
     got = aligned(np.full((1, 6 * PAGE), 0xABCD), np.uint16)
     operands = [
         torch.ones(1, 8, HEAD_DIM, dtype=torch.int8),
@@ -74,7 +77,7 @@ def test_a_nan_page_scores_below_all_others(tmp_path: pathlib.Path) -> None:
     ]
     q, gates, means = (aligned(x.contiguous().numpy(), x.numpy().dtype) for x in operands)
     call(
-        library.scan_rows, q, gates, means, aligned(batch.sketches.numpy(), np.uint8), batch.page_table.numpy(),
+        scan, q, gates, means, aligned(batch.sketches.numpy(), np.uint8), batch.page_table.numpy(),
         batch.seq_lens.numpy(), got, 6, 6 * PAGE, 8, 0, 100, 4, 1, 1,
     )  # fmt: skip
     assert (got[0, 2 * PAGE : 3 * PAGE] == 0).all()
@@ -97,10 +100,8 @@ def test_score_keys_order_like_scores() -> None:
 
 
 @pytest.fixture(scope="module")
-def lister(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    library = compiled(tmp_path_factory.mktemp("candidates"), "sketch_candidates")
-    library.list_rows.restype = ctypes.c_bool
-    return library
+def lister(library: Library) -> ctypes.CDLL:
+    return library("sketch_candidates")
 
 
 @COMPILER

@@ -5,16 +5,15 @@ import ctypes
 import numpy as np
 import pytest
 from exact_rows import TOPK, ExtendCase
-from on_cpu import COMPILER, aligned, call, compiled, ints
+from on_cpu import COMPILER, aligned, call, ints
 
 pytestmark = COMPILER
+LIBRARIES = [("topk_blocks", {"index_heads": 32})]
 
 
 @pytest.fixture(scope="module")
-def blocks(tmp_path_factory) -> ctypes.CDLL:
-    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_blocks", index_heads=32)
-    loaded.select_rows.restype = ctypes.c_bool
-    return loaded
+def blocks(library) -> ctypes.CDLL:
+    return library("topk_blocks", index_heads=32)
 
 
 @pytest.mark.parametrize("paged", [False, True])

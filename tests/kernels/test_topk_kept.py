@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from on_cpu import COMPILER, aligned, call, compiled
+from on_cpu import COMPILER, aligned, call
 
 from sglang_misa.kernels.decode.keep_blocks import KeptPages
 from sglang_misa.kernels.decode.operands import Chosen
@@ -17,13 +17,12 @@ LENS = (0, 1, K, K + 1, 1000, 4096, 4999)
 SPECIAL = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 3e38], np.float32)
 
 pytestmark = COMPILER
+LIBRARIES = [("topk_kept", {})]
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> ctypes.CDLL:
-    loaded = compiled(tmp_path_factory.mktemp("simt"), "topk_kept")
-    loaded.kept_rows.restype = loaded.listed_rows.restype = ctypes.c_bool
-    return loaded
+def kernels(library) -> ctypes.CDLL:
+    return library("topk_kept")
 
 
 def scores(name: str, room: int) -> np.ndarray:
@@ -43,7 +42,7 @@ NAMES = ["any", "one", "few", "crowded", "special"]
 
 @pytest.mark.parametrize("placed", [True, False], ids=["with positions", "slots alone"])
 @pytest.mark.parametrize("name", NAMES)
-def test_kept_tokens(library, name, placed):
+def test_kept_tokens(kernels, name, placed):
     room = 5120
     random = np.random.default_rng(3)
     pages = random.permutation(1 << 12)[: len(LENS) * room // PAGE].reshape(len(LENS), -1).astype(np.int32)
@@ -51,7 +50,7 @@ def test_kept_tokens(library, name, placed):
     logits, lens = scores(name, room), np.array(LENS, np.int32)
     got, at = np.full((2, len(LENS), K), -9, np.int32)
     place = at if placed else None
-    call(library.kept_rows, logits, lens, pages, blocks, room, BLOCK, got, place, K, len(LENS))
+    call(kernels.kept_rows, logits, lens, pages, blocks, room, BLOCK, got, place, K, len(LENS))
 
     expected, places = torch.empty(2, len(LENS), K, dtype=torch.int32)
     held = map(torch.from_numpy, (pages, blocks, lens))
@@ -63,14 +62,14 @@ def test_kept_tokens(library, name, placed):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_listed_tokens(library, name):
+def test_listed_tokens(kernels, name):
     room = 4096
     random = np.random.default_rng(4)
     lens = np.array(LENS, np.int32)
     listed = np.sort([random.permutation(max(n, room))[:room] for n in LENS]).astype(np.int32)
     table = random.permutation(1 << 12)[: len(LENS) * 80].reshape(len(LENS), -1).astype(np.int32)
     logits, (got, at) = scores(name, room), np.full((2, len(LENS), K), -9, np.int32)
-    call(library.listed_rows, logits, lens, aligned(listed, np.int32), table, 80, room, got, at, K, len(LENS))
+    call(kernels.listed_rows, logits, lens, aligned(listed, np.int32), table, 80, room, got, at, K, len(LENS))
 
     tensors = [torch.from_numpy(array) for array in (logits, listed, table, lens)]
     expected, places = torch.empty(2, len(LENS), K, dtype=torch.int32)

@@ -1,14 +1,11 @@
 """`topk_reranked` on the CPU (simt/), from marks to the top k, against numpy."""
 
 import ctypes
-import pathlib
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from exact_rows import TOPK, ExtendCase, scratch_of_sample
-from on_cpu import COMPILER, aligned, call, compiled, ints
+from on_cpu import COMPILER, aligned, call, ints
 
 from sglang_misa.kernels.prefill import plan as plans
 from sglang_misa.kernels.prefill import topk_reranked as rerank
@@ -16,27 +13,18 @@ from sglang_misa.kernels.prefill import topk_reranked as rerank
 pytestmark = COMPILER
 
 
-SHAPES = [(32, 8, 0), (32, 8, 1), (64, 4, 1), (64, 16, 1)]  # index heads, columns, residual
+def shape(index_heads: int, columns: int, residual: int) -> dict[str, int]:
+    return {"index_heads": index_heads, "columns": columns, "residual": residual}
+
+
+SHAPES = [(32, 8, 0), (32, 8, 1), (64, 4, 1), (64, 16, 1)]
+LIBRARIES = [("topk_reranked", shape(*each)) for each in SHAPES]
 FEW = ((20, 1500), (12, 300), (2, 2))  # requests, where each row is slow
 
 
-@pytest.fixture(scope="module")
-def builds(tmp_path_factory) -> Iterator[dict[tuple[int, int, int], Future[ctypes.CDLL]]]:
-    """The library of each shape: the next ones are compiled while one is tested."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {shape: pool.submit(build, tmp_path_factory.mktemp("simt"), *shape) for shape in SHAPES}
-        pool.shutdown(cancel_futures=True)
-
-
-def build(folder: pathlib.Path, index_heads: int, columns: int, residual: int) -> ctypes.CDLL:
-    loaded = compiled(folder, "topk_reranked", index_heads=index_heads, columns=columns, residual=residual)
-    loaded.rerank_rows.restype = ctypes.c_bool
-    return loaded
-
-
 @pytest.fixture(scope="module", params=SHAPES, ids="H={0[0]} {0[1]} columns {0[2]}".format)
-def reranking(request, builds) -> tuple[ctypes.CDLL, tuple[int, int, int]]:
-    return builds[request.param].result(), request.param
+def reranking(request, library) -> tuple[ctypes.CDLL, tuple[int, int, int]]:
+    return library("topk_reranked", **shape(*request.param)), request.param
 
 
 @pytest.mark.parametrize("candidates", [TOPK, 256])

@@ -2,16 +2,13 @@
 
 import ctypes
 import math
-import pathlib
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from exact_rows import THRESHOLD, TOPK, ExtendCase, scratch_of_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from on_cpu import COMPILER, aligned, call, compiled, ints
+from on_cpu import COMPILER, aligned, call, ints
 
 from sglang_misa.kernels.prefill import plan as plans
 
@@ -20,32 +17,21 @@ SETTINGS = settings(deadline=None, max_examples=60)
 pytestmark = COMPILER
 
 
-SHAPES = [(8, False), (4, True), (8, True), (16, True)]  # columns, residual
+WITH_RESIDUAL = (4, 8, 16)  # columns
+LIBRARIES = [
+    ("topk_routed", {"columns": 8, "residual": False}),
+    *(("topk_routed", {"columns": columns, "residual": True}) for columns in WITH_RESIDUAL),
+]
 
 
 @pytest.fixture(scope="module")
-def builds(tmp_path_factory) -> Iterator[dict[tuple[int, bool], Future[ctypes.CDLL]]]:
-    """The library of each shape: the next ones are compiled while one is tested."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {shape: pool.submit(routed, tmp_path_factory.mktemp("simt"), *shape) for shape in SHAPES}
-        pool.shutdown(cancel_futures=True)
+def kernels(library) -> ctypes.CDLL:
+    return library("topk_routed", columns=8, residual=False)
 
 
-@pytest.fixture(scope="module")
-def kernels(builds) -> ctypes.CDLL:
-    return builds[8, False].result()
-
-
-def routed(folder: pathlib.Path, columns: int, residual: bool) -> ctypes.CDLL:
-    loaded = compiled(folder, "topk_routed", columns=columns, residual=residual)
-    for name in ("divide_rows", "walk", "thresholds", "select_rows", "topk_rows"):
-        getattr(loaded, name).restype = ctypes.c_bool
-    return loaded
-
-
-@pytest.fixture(scope="module", params=[4, 8, 16], ids="{} columns".format)
-def with_residual(request, builds) -> tuple[ctypes.CDLL, int]:
-    return builds[request.param, True].result(), request.param
+@pytest.fixture(scope="module", params=WITH_RESIDUAL, ids="{} columns".format)
+def with_residual(request, library) -> tuple[ctypes.CDLL, int]:
+    return library("topk_routed", columns=request.param, residual=True), request.param
 
 
 def sampled_keys(kernels, keys: int, stride: int) -> np.ndarray:

@@ -148,7 +148,7 @@ def test_energy_of_all_gpus(monkeypatch):
     assert watch.figures() == {"gpu_energy_j": 100.0}
 
 
-def test_a_run_of_one_server_tells_its_figures(mocks, tmp_path):
+def test_a_run_of_one_server_tells_its_figures(mocks, pictures, tmp_path):
     mocks[0].script(ttft=0.02)
     assert main(["run", mocks[0].url, *SMALL, "--blocks", "2", "--out", str(tmp_path)]) == OK
     assert "TTFT p50 2" in results(tmp_path)["verdict"]
@@ -160,7 +160,7 @@ class Nothing:
     """A command without options."""
 
 
-def test_names_and_logs_are_no_markup_and_no_formulas(monkeypatch, capsys):
+def test_names_and_logs_are_no_markup_and_no_formulas(pictures, monkeypatch, capsys):
     """What stands in brackets or between dollars is the user's, or a server's: it must not end a run."""
     odd = "[/INST] $\\nope$ [red]"
     monkeypatch.setattr(progress, "QUIET_S", -1.0)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ SELECTION = (
 )
 CACHES = ("TVM_FFI_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")  # of compilers
 START_LIMIT = 300
+WATCH = Path(__file__).parent / "watch"  # its sitecustomize.py is in every process of a server
+Ended = subprocess.CompletedProcess[str]
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def environment(**changes: str) -> dict[str, str]:
     ours = ("SGLANG_MISA", "SGLANG_PLUGINS", "SGLANG_PLATFORM", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     ours = {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0"}
-    return {**kept, **ours, **changes}
+    path = os.pathsep.join(filter(None, (str(WATCH), changes.get("PYTHONPATH"), os.environ.get("PYTHONPATH"))))
+    return {**kept, **ours, **changes, "PYTHONPATH": path}
 
 
 @pytest.fixture(scope="session")
@@ -177,14 +180,20 @@ def together() -> Callable[..., list[Any]]:
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the launcher to its end with these words; the environment changes by keyword."""
+def begin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Callable[[], Ended]]]:
+    """Begins a launch with these words, the environment changed by keyword; what it returns waits for the end."""
+    with ExitStack() as running:  # they may serve, and should not
 
-    def run(*words: Any, **changes: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sglang_misa.launch_server", *map(str, words)]
-        log = tmp_path_factory.mktemp("launch") / "log"
-        with ServerProcess(command, log, environ=environment(**changes)) as process:  # it may serve, and should not
-            status = process.wait(START_LIMIT)
-        return subprocess.CompletedProcess(command, status, log.read_text(errors="replace"), "")
+        def run(*words: Any, **changes: str) -> Callable[[], Ended]:
+            command = [sys.executable, "-m", "sglang_misa.launch_server", *map(str, words)]
+            log = tmp_path_factory.mktemp("launch") / "log"
+            process = running.enter_context(ServerProcess(command, log, environ=environment(**changes)))
 
-    return run
+            def end() -> Ended:
+                status = process.wait(START_LIMIT)
+                process.stop()
+                return Ended(command, status, log.read_text(errors="replace"), "")
+
+            return end
+
+        yield run

@@ -103,18 +103,18 @@ class TestRunningTimeout(RunningTimeoutTwoWaveMixin, Kit):
     environ: ClassVar = {"SGLANG_REQ_RUNNING_TIMEOUT": "5"}
 
 
-def refused(launch: Any, model: Path, flags: str, why: str) -> None:
+def refused(begin: Any, model: Path, flags: str, why: str) -> None:
     """Skip with the words that stop a server of these flags; fail where none do."""
     words = f"--misa-preset dsa --misa-decode-blocks 4 --device cpu --port {free_port()} {flags} --model-path".split()
-    ended = launch(*words, model)
+    ended = begin(*words, model)()
     assert ended.returncode != 0
     assert why in ended.stdout, ended.stdout[-2000:]
     pytest.skip(next(line for line in ended.stdout.splitlines() if why in line).strip())
 
 
-def test_cache_consistency_jitter(launch: Any, model: Path) -> None:
-    refused(launch, model, "--enable-deterministic-inference", "the order of the selected tokens varies")
+def test_cache_consistency_jitter(begin: Any, model: Path) -> None:
+    refused(begin, model, "--enable-deterministic-inference", "the order of the selected tokens varies")
 
 
-def test_kv_canary(launch: Any, model: Path) -> None:
-    refused(launch, model, "--kv-canary raise", "no attacher registered for pool class DSATokenToKVPool")
+def test_kv_canary(begin: Any, model: Path) -> None:
+    refused(begin, model, "--kv-canary raise", "no attacher registered for pool class DSATokenToKVPool")

@@ -39,7 +39,6 @@ def guarded(start, model: Path, folder: Path) -> Iterator[Any]:
         f"--misa-dump {folder}/dump --misa-dump-rows {DUMPED} --misa-dump-gib {LIMIT / 2**30}"
     )
     environ = {
-        "PYTHONPATH": str(Path(__file__).parent / "watch"),
         "WATCH_POOL": str(folder / "pool"),
         "SABOTAGE": str(folder / "broken"),
     }

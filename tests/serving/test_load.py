@@ -11,12 +11,12 @@ from sglang_misa.bench.load.shell import OK
 pytestmark = pytest.mark.serving
 
 
-def test_dsa_against_misa(server, model, tmp_path):
+def test_dsa_against_misa(server, model, environ, tmp_path):
     """Each says what it ran, and its cached_tokens are those that were planned."""
     (tmp_path / "key").write_text(server.key)
     stock = (
-        f"OMP_NUM_THREADS=1 {sys.executable} -m sglang_misa.launch_server --model-path {model} --device cpu "
-        "--port {port} --enable-metrics --misa-preset dsa"
+        f"OMP_NUM_THREADS=1 PYTHONPATH={environ['PYTHONPATH']} {sys.executable} -m sglang_misa.launch_server "
+        f"--model-path {model} --device cpu --port {{port}} --enable-metrics --misa-preset dsa"
     )
     arms = ["--a", stock, "--a-expect", "dsa", "--b", f"http://127.0.0.1:{server.port}", "--b-expect", "misa"]
     asked = ["--text", "ids", "--id-range", "3", "250", "--input-len", "1k", "--output-len", "4"]

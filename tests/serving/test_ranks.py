@@ -33,7 +33,6 @@ def of_ranks() -> dict[str, str]:
     """What the environment of a server with two ranks needs."""
     return {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parent / "watch"),
         "SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, sorted(os.sched_getaffinity(0))[:RANKS])),
         "SGLANG_NCCL_SO_PATH": "/nowhere",  # with NCCL at hand SGLang makes a communicator, which the CPU cannot have
     }
@@ -106,10 +105,10 @@ def test_replicas_select_alike_while_the_other_one_idles(
 
 
 def test_a_hook_undone_in_one_rank_stops_the_launch_of_all(
-    launch: Any, model: Path, tmp_path: Path, of_ranks: dict[str, str]
+    begin: Any, model: Path, tmp_path: Path, of_ranks: dict[str, str]
 ) -> None:
     words = f"--misa-preset misa-hier --misa-prefill-candidates 64 --device cpu --tp {RANKS} --port {free_port()}"
-    ended = launch(*words.split(), "--model-path", model, **of_ranks, UNDONE_RANK="1")
+    ended = begin(*words.split(), "--model-path", model, **of_ranks, UNDONE_RANK="1")()
     assert ended.returncode != 0
     assert "sglang-misa stops the launch" in ended.stdout
     assert "_get_topk_ragged" in ended.stdout

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 
@@ -16,10 +15,13 @@ from sglang_misa import plugin, runtime, versions
 from sglang_misa.admission import AdmissionError
 from sglang_misa.config import ENV, PRESETS
 
-# Loads every installed plugin as each process of a server does, and prints which hooked functions changed.
+# Loads every installed plugin under each value of the variable in a fork of its own, as each process of a server does,
+# and prints which hooked functions changed. What a fork says goes into <name>.1 and <name>.2, its end to the caller.
+# No process waits for its interpreter to take SGLang apart.
 LOAD = """
-import json, sys
+import json, os, sys
 from sglang.srt.plugins import load_plugins
+from sglang_misa.config import ENV
 from sglang_misa.patches import register
 
 entries = (register.LOAD_MODEL, *register.PATCHES)
@@ -31,30 +33,48 @@ def functions():
         result[patch.target] = vars(owner)[name]
     return result
 
-before = functions()
-load_plugins()
-after = functions()
-print(json.dumps([target for target in before if before[target] is not after[target]]))
+before, ends = functions(), {}
+for case, value in json.loads(sys.argv[1]).items():
+    if os.fork() == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(f"{case}.{stream}", os.O_CREAT | os.O_WRONLY, 0o600), stream)
+        os.environ.update({} if value is None else {ENV: value})
+        try:
+            load_plugins()
+        except SystemExit as end:
+            print(end, file=sys.stderr, flush=True)
+            os._exit(1)
+        after = functions()
+        print(json.dumps([target for target in before if before[target] is not after[target]]), flush=True)
+        os._exit(0)
+    ends[case] = os.waitstatus_to_exitcode(os.wait()[1])
+print(json.dumps(ends), flush=True)
+os._exit(0)
 """
 
 
-def python(code, **environ):
+def python(code, *arguments, cwd=None, **environ):
     """Run `code` in a process of its own; a value of None removes the variable."""
     merged = {**os.environ, **environ}
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
+        [sys.executable, "-W", "ignore", "-c", code, *arguments],
         env={name: value for name, value in merged.items() if value is not None},
+        cwd=cwd,
         capture_output=True,
         text=True,
     )
 
 
 @pytest.fixture(scope="module")
-def loads():
-    """Processes that load the plugins under a value of the variable, all at once: each imports SGLang."""
-    values = {"off": None, "misa": "misa", "malformed": "{"}
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(values, pool.map(lambda value: python(LOAD, **{ENV: value}), values.values()), strict=True))
+def loads(tmp_path_factory):
+    """How loading the plugins under a value of the variable ended, and what it said. SGLang is imported once."""
+    folder = tmp_path_factory.mktemp("loads")
+    run = python(LOAD, json.dumps({"off": None, "misa": "misa", "malformed": "{"}), cwd=folder, **{ENV: None})
+    assert run.returncode == 0, run.stderr
+    return {
+        case: subprocess.CompletedProcess(case, end, *((folder / f"{case}.{n}").read_text() for n in (1, 2)))
+        for case, end in json.loads(run.stdout.splitlines()[-1]).items()
+    }
 
 
 def test_the_module_is_cheap_to_import():

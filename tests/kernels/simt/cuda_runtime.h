@@ -2,9 +2,11 @@
 // another (those of a cluster at once), and the order of threads is random but repeatable. Barriers, warp collectives and atomics are what they are on a GPU;
 // launch() returns false when no thread can go on.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -43,19 +45,29 @@ namespace simt {
 
 constexpr int STACK = 1 << 16, WARP = 32;
 
+// Begun by its context, and then left and taken up by _longjmp: swapcontext asks the operating system twice each time.
 struct Fiber {
   ucontext_t context;
+  jmp_buf left;
   std::unique_ptr<char[]> stack{new char[STACK]};
-  bool done;
+  bool begun, done;
 };
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline std::mt19937 order{1};
 inline int current;
 inline bool moved;  // whether a thread has got on since the scheduler last looked
 
-inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
+inline void yield() {
+  if (_setjmp(fibers[current].left) == 0) _longjmp(scheduler, 1);
+}
+inline void resume(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.begun) _longjmp(fiber.left, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
+}
 
 struct Meeting {
   int arrived = 0;
@@ -93,7 +105,7 @@ inline bool launch(int blocks, int threads, const std::function<void()>& kernel,
     barriers.clear();
     for (int i = 0; i < running; ++i) {
       Fiber& fiber = fibers[i];
-      fiber.done = false;
+      fiber.begun = fiber.done = false;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = STACK, fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, run, 0);
@@ -104,7 +116,7 @@ inline bool launch(int blocks, int threads, const std::function<void()>& kernel,
       for (const int i : turns) {
         if (fibers[i].done) continue;
         any = true, current = i, threadIdx.x = i % threads, blockIdx.x = first + i / threads;
-        swapcontext(&scheduler, &fibers[i].context);
+        resume(fibers[i]);
       }
       if (any && !moved) return false;
     }
@@ -115,14 +127,14 @@ inline bool launch(int blocks, int threads, const std::function<void()>& kernel,
 // What all lanes of a warp hand over, to each of them.
 template <class T, class Use>
 auto together(T value, const Use& use) {
-  static std::map<int, std::vector<T>> given;
+  static std::map<int, std::array<T, WARP>> given;
   const int warp = current / WARP, lane = current % WARP;
-  std::vector<T>& values = given[warp];
-  values.resize(WARP);
+  std::array<T, WARP>& values = given[warp];
   values[lane] = value;
-  barriers[-1 - warp].wait(WARP);
+  Meeting& all = barriers[-1 - warp];
+  all.wait(WARP);
   const auto result = use(values, lane);
-  barriers[-1 - warp].wait(WARP);
+  all.wait(WARP);
   return result;
 }
 
