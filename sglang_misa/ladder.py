@@ -178,6 +178,6 @@ def rungs(policy: SelectionPolicy, floor: float, *, index_heads: int, topk: int)
     if floor == 0 or not policy.active:
         return (policy,)
     more = PRESETS["faithful"].prefill.model_copy(update={"min_len": policy.min_len, "tail": policy.tail})
-    rescored = policy.blocks is None and (policy.candidates or 0) >= (more.candidates or 0)
+    rescored = policy.residual and policy.blocks is None and (policy.candidates or 0) >= (more.candidates or 0)
     impossible = any(more.problems("prefill", index_heads=index_heads, topk=topk))
     return (policy, DSA) if policy.exact or rescored or impossible else (policy, more, DSA)

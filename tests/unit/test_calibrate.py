@@ -53,9 +53,8 @@ def test_the_target_is_kept_on_rows_that_were_held_out(
     few = [
         (phase, policy)
         for phase, policy in selection.policies()
-        if policy.block_size == 128
-        and not policy.sketch
-        and (phase == "decode" or (policy.columns == 8 and policy.router == "peak"))
+        if not policy.sketch
+        and (policy.block_size == 128 if phase == "decode" else (policy.columns, policy.router) == (4, "error"))
     ]
     monkeypatch.setattr(selection, "policies", lambda: few)
     out, plot = tmp_path / "policy.json", tmp_path / "policy.png"
@@ -165,7 +164,7 @@ def test_a_measured_cost_is_that_of_the_table() -> None:
     ]
     assert costs.of("prefill", PRESETS["fast"].prefill) == pytest.approx(1 / min(ratios))
     assert costs.of("prefill", SelectionPolicy()) == 1.0
-    assert costs.of("prefill", SelectionPolicy(heads=4)) is None, "never measured"
+    assert costs.of("prefill", SelectionPolicy(heads=16)) is None, "never measured"
     assert "model" in Modelled(64, LENGTH).source
     assert Modelled(64, LENGTH).of("prefill", SelectionPolicy(heads=8)) < Modelled(64, LENGTH).of(
         "prefill", SelectionPolicy(heads=16)

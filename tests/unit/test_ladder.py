@@ -19,6 +19,7 @@ MISA = SelectionPolicy(heads=8, min_len=100)
 HISA = SelectionPolicy(blocks=64, block_size=128, min_len=100)
 TAILED = SelectionPolicy(heads=8, min_len=100, tail=32)
 FAITHFUL = PRESETS["faithful"].prefill.model_copy(update={"min_len": 100})
+HIER, MORE = PRESETS["misa-hier"].prefill, FAITHFUL.model_copy(update={"candidates": 8192})
 MODEL = {"index_heads": 64, "topk": 2048}
 
 
@@ -128,7 +129,8 @@ def test_without_a_floor_and_in_a_draft_model_nothing_moves() -> None:
         (HISA, (HISA, FAITHFUL, DSA)),
         (TAILED, (TAILED, FAITHFUL.model_copy(update={"tail": 32}), DSA)),
         (FAITHFUL, (FAITHFUL, DSA)),
-        (PRESETS["misa-hier"].prefill, (PRESETS["misa-hier"].prefill, DSA)),
+        (HIER, (HIER, FAITHFUL.model_copy(update={"min_len": HIER.min_len}), DSA)),
+        (MORE, (MORE, DSA)),
         (SelectionPolicy(exact=True), (SelectionPolicy(exact=True), DSA)),
         (DSA, (DSA,)),
     ],
