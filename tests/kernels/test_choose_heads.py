@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from on_cpu import COMPILER, aligned, call, compiled, ints
+from on_cpu import COMPILER, aligned, call, ints
 from torch import Tensor
 
 from sglang_misa import reference
@@ -20,6 +21,7 @@ SIZE = 64
 LENS = [700 * SIZE + 5, 30, 70 * SIZE, 2 * SIZE, SIZE + 63]  # of requests; rows see that, and less
 BATCH = [0] * 40 + [1] * 2 + [2] * 30 + [3, 3, 4]
 NAN = math.nan
+LIBRARIES = [("choose_heads", {"index_heads": heads}) for heads in (32, 64)]
 
 
 def operands(device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,9 +77,9 @@ def test_a_broken_block_and_equal_blocks_give_no_direction_that_spreads(device: 
 
 
 @pytest.fixture(scope="module", params=[32, 64], ids="H={}".format)
-def choose(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, int]:
+def choose(request: pytest.FixtureRequest, library: Callable[..., ctypes.CDLL]) -> tuple[ctypes.CDLL, int]:
     heads: int = request.param
-    loaded = compiled(tmp_path_factory.mktemp("choose"), "choose_heads", index_heads=heads)
+    loaded = library("choose_heads", index_heads=heads)
     loaded.choose.restype = ctypes.c_bool
     return loaded, heads
 

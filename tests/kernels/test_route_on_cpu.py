@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from on_cpu import COMPILER, aligned, call, compiled, ints
+from on_cpu import COMPILER, aligned, call, ints
 
 from sglang_misa import reference
 from sglang_misa.kernels.prefill import route
@@ -16,12 +16,14 @@ PAGE, WIDTH = 64, 700  # tokens of a block, and blocks: more than stay in shared
 INF, NAN = math.inf, math.nan
 ROUTERS = [router for router in route.ROUTERS if router != "error"]  # of which only the products are made here
 
+LIBRARIES = [("route", {"index_heads": heads}) for heads in (32, 64)]
+
 pytestmark = COMPILER
 
 
 @pytest.fixture(scope="module", params=[32, 64], ids="H={}".format)
-def kernels(request, tmp_path_factory) -> tuple[ctypes.CDLL, int]:
-    loaded = compiled(tmp_path_factory.mktemp("simt"), "route", index_heads=request.param)
+def kernels(request, library) -> tuple[ctypes.CDLL, int]:
+    loaded = library("route", index_heads=request.param)
     loaded.route_rows.restype = loaded.residuals.restype = ctypes.c_bool
     return loaded, request.param
 

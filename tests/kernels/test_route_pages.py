@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from on_cpu import COMPILER, aligned, call, compiled
+from on_cpu import COMPILER, aligned, call
 from sketched_rows import Sketched, sketched
 
 from sglang_misa import reference
@@ -21,6 +20,7 @@ from sglang_misa.kernels.prefill.route import ROUTERS, Router
 
 Way = Callable[[Sketched, SketchPolicy], Columns]
 LONGER_THAN = 128
+LIBRARIES = [("sketch_route", {"index_heads": heads}) for heads in INDEX_HEADS]
 LENS = (
     0,
     1,
@@ -46,12 +46,11 @@ def _room(batch: Sketched, policy: SketchPolicy) -> Columns:
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], ctypes.CDLL]:
-    @functools.cache
+def libraries(library: Callable[..., ctypes.CDLL]) -> Callable[[int], ctypes.CDLL]:
     def of(heads: int) -> ctypes.CDLL:
-        library = compiled(tmp_path_factory.mktemp("route"), "sketch_route", index_heads=heads)
-        library.route_rows.restype = ctypes.c_bool
-        return library
+        loaded = library("sketch_route", index_heads=heads)
+        loaded.route_rows.restype = ctypes.c_bool
+        return loaded
 
     return of
 
