@@ -1,7 +1,7 @@
 """What a policy's indexer costs over stock DSA's: measured, from a table of `bench.kernels`, or by a model of its work.
 
 The two are never mixed: a table knows few shapes exactly, the model all of them roughly. A table tells columns,
-candidates, blocks and bits apart, and neither routers nor block sizes, which cost next to nothing.
+candidates, blocks and bits apart, and neither routers nor block sizes, which differ by a few percent of a call.
 """
 
 from __future__ import annotations
