@@ -22,8 +22,8 @@ def jobs(phase: Phase, policies: Iterable[SelectionPolicy], index_heads: Sequenc
             columns = policy.columns or heads
             if policy.pooled:
                 found["route", heads] = functools.partial(route.module, heads)
-            if policy.pooled and policy.router == "error":
-                found["choose", heads] = functools.partial(build, "choose_heads", index_heads=heads)
+                if policy.router == "error":
+                    found["choose", heads] = functools.partial(build, "choose_heads", index_heads=heads)
             if policy.blocks is not None:
                 found["blocks", heads] = functools.partial(topk_blocks.module, heads)
             elif policy.candidates is not None:

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,13 +34,12 @@ from sglang_misa.arguments import at_least, device, file_to_write
 from sglang_misa.bench.inputs import pack_pages, trained_file
 from sglang_misa.bench.work import count
 from sglang_misa.config import Phase, Router, SelectionPolicy
-from sglang_misa.kernels.layout import PAGE
+from sglang_misa.kernels.layout import PAGE, ROUTERS
 from sglang_misa.policy_file import ModelIdentity
 
 TOPK = 2048  # of a file that does not tell its model
 ALIGN = 1024  # a window's start: the largest block
 CANDIDATES = (1.5, 2, 4, 8)  # times the top k
-ROUTERS: tuple[Router, ...] = get_args(Router)
 BLOCK_SIZES = (64, 128, 256, 512, 1024)
 COLUMNS = (4, 8, 16)  # scored columns, the residual counted
 HISA = ((64, 128), (128, 64), (256, 64), (512, 64))  # blocks, block size

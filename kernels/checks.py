@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sglang_misa.kernels.layout import ROUTERS
+
 
 def expect(
     name: str,
@@ -29,3 +31,11 @@ def expect(
             f"{name}: expected {' or '.join(map(str, dtypes))} of shape {shape}, {layout}, got {tensor.dtype} of shape "
             f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
         )
+
+
+def expect_router(router: str, *, routed: bool, residual: bool) -> None:
+    """Raise ValueError unless `router` is one that can rank the heads, where any are `routed`."""
+    if router not in ROUTERS:
+        raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
+    if router == "error" and routed and not residual:
+        raise ValueError("router: expected a residual with error, which ranks heads by what that gets wrong, got none")

@@ -1,9 +1,9 @@
-"""Layout of SGLang's index-K pool and the limits of the kernels: the one place for both. Imports no package.
+"""Layout of SGLang's index-K pool, limits of the kernels, and routers: the one place for them. Imports no package.
 
 A page is one uint8 row of PAGE_BYTES: PAGE keys of HEAD_DIM fp8 e4m3, then their PAGE fp32 scales.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 PAGE = 64  # tokens
 HEAD_DIM = 128  # of an index head; bytes of a key
@@ -15,6 +15,8 @@ SKETCH_STEP = 0.9957  # σ between the four uniform levels that fit a Gaussian b
 
 TILT = 1.755  # deviations above the mean at which a residual is made: there is the best tenth of a Gaussian
 INDEX_HEADS = (32, 64)  # H of GLM-5 and DeepSeek-V3.2
+Router = Literal["mean", "peak", "signed", "weight", "error"]  # in the order of heads.cuh's enumeration
+ROUTERS: tuple[Router, ...] = get_args(Router)
 ROUTED_HEADS = (4, 8, 16, 32, 64)  # h that the prefill scorer is built for
 MAX_CANDIDATES = 16384  # C: a row's re-ranking runs in one thread block's shared memory
 MAX_KEPT_PREFILL = 49152  # tokens of (blocks + 1) · block_size, and k / 2, that one row's top k holds in prefill

@@ -193,7 +193,6 @@ class PageRoute(Struct):
         ("queries", Pointer),
         ("gates", Pointer),
         ("pitch", Long),
-        ("width", Int),
         ("heads", Int),
         ("router", Int),
         ("residual", Int),

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from sglang_misa.kernels.layout import PAGE
-from sglang_misa.policy import MOST, PHASES, Phase, Router, SelectionPolicy, renamed
+from sglang_misa.kernels.layout import PAGE, Router
+from sglang_misa.policy import MOST, PHASES, Phase, SelectionPolicy, renamed
 from sglang_misa.policy_file import PolicyFile
 from sglang_misa.validation import ConfigError, parsed, validated
 

@@ -8,11 +8,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from sglang_misa.kernels.layout import PAGE
+from sglang_misa.kernels.layout import PAGE, Router
 
 logger = logging.getLogger(__name__)
 
-Router = Literal["mean", "peak", "signed", "weight", "error"]
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 ONLY: Mapping[str, Phase] = {

@@ -81,7 +81,7 @@ class View(NamedTuple):
         """
         stride = None
         if policy.sketch is not None and policy.blocks is None:
-            stride = (complete - 1).div(ROUTED_PAGES, rounding_mode="floor").add(1).clamp_min(1)
+            stride = (-(-complete // ROUTED_PAGES)).clamp_min(1)
         return cls(policy.router, stride, tilted=policy.sketch is None)
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sglang_misa import ops
 from sglang_misa.bench.inputs import pack_pages
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE, sketch_bytes
-from sglang_misa.kernels.prefill.route import ROUTERS
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, ROUTERS, sketch_bytes
 
 TOPK, SIZE = 96, 64
 Found = tuple[Tensor, ...]

@@ -8,9 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sglang_misa.kernels.checks import expect
-from sglang_misa.kernels.layout import HEAD_DIM, MAX_CANDIDATES, PAGE, PAGE_BYTES, ROUTED_HEADS, sketch_bits
-from sglang_misa.kernels.prefill.route import ROUTERS, Router
+from sglang_misa.kernels.checks import expect, expect_router
+from sglang_misa.kernels.layout import HEAD_DIM, MAX_CANDIDATES, PAGE, PAGE_BYTES, ROUTED_HEADS, Router, sketch_bits
 
 MIN_CANDIDATES = 2 * PAGE  # the newest complete page and the one behind it have no sketch to read yet
 
@@ -131,12 +130,7 @@ class SketchPolicy:
             raise ValueError("residual: expected routed heads beside it, got all heads; leave it out")
         if columns is not None and columns not in ROUTED_HEADS:
             raise ValueError(f"heads + residual: expected one of {ROUTED_HEADS}, got {columns}")
-        if self.router not in ROUTERS:
-            raise ValueError(f"router: expected one of {ROUTERS}, got {self.router!r}")
-        if self.router == "error" and self.heads is not None and not self.residual:
-            raise ValueError(
-                "router: expected a residual with error, which ranks heads by what that gets wrong, got none"
-            )
+        expect_router(self.router, routed=self.heads is not None, residual=self.residual)
         if not MIN_CANDIDATES <= self.candidates <= MAX_CANDIDATES or self.candidates % PAGE:
             raise ValueError(
                 f"candidates: expected a multiple of {PAGE} from {MIN_CANDIDATES} to {MAX_CANDIDATES}, "

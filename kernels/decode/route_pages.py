@@ -14,8 +14,7 @@ from torch import Tensor
 from sglang_misa.kernels.build import build
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.decode.operands import PagedRows, SketchPolicy
-from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE, ROUTED_PAGES
-from sglang_misa.kernels.prefill.route import ROUTERS
+from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE, ROUTED_PAGES, ROUTERS
 from sglang_misa.kernels.structs import PageRoute
 
 INT8_MAX = 127
@@ -85,7 +84,6 @@ def route_pages(rows: PagedRows, page_means: Tensor, policy: SketchPolicy, *, ou
             queries=out.queries,
             gates=out.gates,
             pitch=rows.page_table.stride(0),
-            width=rows.page_table.shape[1],
             heads=heads,
             router=ROUTERS.index(policy.router),
             residual=int(policy.residual),
@@ -105,17 +103,18 @@ def _route_on_cpu(rows: PagedRows, page_means: Tensor, policy: SketchPolicy, out
             known = length // PAGE - 1
             pages = rows.page_table[row, : known : -(-known // ROUTED_PAGES)].long()
             products = q @ page_means[pages].float().T  # [H, pages]
-            statistic = _statistic(products, gates, policy)
+            share, error = _linear_part(products)
+            statistic = _statistic(products, gates, error, policy)
             ids = statistic.sort(descending=True, stable=True).indices[: policy.heads].sort().values
             if policy.residual:
-                weights = gates * _linear_part(products)[0]
+                weights = gates * share
                 weights = torch.where(weights.isfinite(), weights, 0.0).index_fill(0, ids, 0.0)
                 out.queries[row, -1], out.gates[row, -1] = _to_int8(weights @ q.nan_to_num())
         numbers, units = _to_int8(q[ids])
         out.queries[row, : len(ids)], out.gates[row, : len(ids)] = numbers, gates[ids] * units
 
 
-def _statistic(products: Tensor, gates: Tensor, policy: SketchPolicy) -> Tensor:
+def _statistic(products: Tensor, gates: Tensor, error: Tensor, policy: SketchPolicy) -> Tensor:
     """What heads are ranked by, NaN below all numbers."""
     weight, active = gates.abs(), products.relu()
     statistic = {
@@ -123,7 +122,7 @@ def _statistic(products: Tensor, gates: Tensor, policy: SketchPolicy) -> Tensor:
         "peak": weight * active.amax(1),
         "signed": gates * active.mean(1),
         "weight": weight,
-        "error": weight * _linear_part(products)[1] if products.shape[1] > 1 else weight,
+        "error": weight * error if products.shape[1] > 1 else weight,
     }[policy.router]
     return statistic.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=LOWEST)
 

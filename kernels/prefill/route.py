@@ -24,29 +24,24 @@ holds up to 128 (query, head) columns against tiles of 64 pooled keys, and only 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from sglang_misa.kernels.build import build
-from sglang_misa.kernels.checks import expect
-from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS
+from sglang_misa.kernels.checks import expect, expect_router
+from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, ROUTERS, Router
 from sglang_misa.kernels.prefill.operands import Residual, RoutedHeads
+from sglang_misa.kernels.prefill.seen_blocks import OPERAND, seen_blocks
 from sglang_misa.kernels.prefill.tilt import tilt
 from sglang_misa.kernels.structs import ChooseHeads, Route
-
-Router = Literal["mean", "peak", "signed", "weight", "error"]
-ROUTERS: tuple[Router, ...] = get_args(Router)  # in the order of sketch_route.cu's enumeration; route.cu's has no error
 
 _TILE = 64  # pooled keys a step: the tensor-core rows of one warpgroup
 _WIDE_FROM = 1024  # rows from which several queries share a program; below it each has its own, to fill the GPU
 _WIDE_COLUMNS = 128  # (query, head) columns of such a program
 _WARPS, _REGISTERS, _STAGES = 4, 168, 2  # the register cap lets programs of one SM hide each other's waits
-
-# The interpreter multiplies bf16 bits as integers; fp32 holds the same values.
-_OPERAND = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
 
 @triton.jit
@@ -72,7 +67,7 @@ def _score_tile(
     # [TILE, HEAD_DIM]
     b_key = tl.load(p_key, mask=o_block[:, None] < stop, other=0.0) if MASKED else tl.load(p_key)
     # [TILE, ROWS * H]
-    b_x = tl.maximum(tl.dot(b_key.to(_OPERAND), b_q), 0.0)
+    b_x = tl.maximum(tl.dot(b_key.to(OPERAND), b_q), 0.0)
     # [TILE, ROWS]
     b_score = tl.sum(tl.reshape(b_x * b_gate[None, :], [TILE, ROWS, H]), axis=2)
     m_score = m_row[None, :]
@@ -100,19 +95,14 @@ def block_scores_fwd_kernel(
     TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m_row = i_row < rows
-    i_row = tl.minimum(i_row, rows - 1).to(tl.int64)
-    b_row_batch = tl.load(p_batch + i_row)
-    b_row_blocks = tl.where(m_row, tl.minimum(tl.load(p_len + i_row) // BLOCK_SIZE, max_blocks), 0)
-
+    i_row, m_row, b_row_batch, b_row_blocks = seen_blocks(p_batch, p_len, rows, max_blocks, BLOCK_SIZE, ROWS)
     o_col, o_dim = tl.arange(0, ROWS * H), tl.arange(0, HEAD_DIM)
     i_col_row = tl.minimum(tl.program_id(0) * ROWS + o_col // H, rows - 1).to(tl.int64)
     i_col = i_col_row * H + o_col % H
     # [ROWS * H]
     b_gate = tl.load(p_gate + i_col)
     # [HEAD_DIM, ROWS * H]
-    b_q = tl.trans(tl.load(p_q + i_col[:, None] * HEAD_DIM + o_dim[None, :]).to(_OPERAND))
+    b_q = tl.trans(tl.load(p_q + i_col[:, None] * HEAD_DIM + o_dim[None, :]).to(OPERAND))
     first = tl.program_id(1) * span
     last = tl.minimum(first + span, max_blocks)
     # Nearly always one request; where requests meet, one pass for each with the other rows masked.
@@ -192,10 +182,7 @@ def route(
             else f"the model's {index_heads} index heads"
         )
         raise ValueError(f"heads: expected 1 to {most}, got {heads}")
-    if router not in ROUTERS:
-        raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
-    if router == "error" and not residual and heads < index_heads:
-        raise ValueError("router: expected a residual with error, which ranks heads by what that gets wrong, got none")
+    expect_router(router, routed=heads < index_heads, residual=residual)
     blocks.check(index_q, head_gates, cuda=True)
     head_ids = torch.empty(rows, heads, dtype=torch.int32, device=index_q.device)
     others = Residual.empty(rows, index_q.device) if residual else None

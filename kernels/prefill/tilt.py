@@ -19,11 +19,9 @@ import triton
 import triton.language as tl
 
 from sglang_misa.kernels.layout import HEAD_DIM, TILT
+from sglang_misa.kernels.prefill.seen_blocks import OPERAND, seen_blocks
 
 _ROWS, _TILE, _WARPS = 64, 64, 4
-
-# The interpreter multiplies bf16 bits as integers; fp32 holds the same values.
-_OPERAND = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
 
 @triton.jit
@@ -31,7 +29,7 @@ def _tile(p_own, b_query, b_own, start, stop, HEAD_DIM: tl.constexpr, TILE: tl.c
     """Pooled keys [TILE, HEAD_DIM], 0 where not finite; the rows' scores [ROWS, TILE]; and whether a row sees a key."""
     o_block, o_dim = start + tl.arange(0, TILE), tl.arange(0, HEAD_DIM)
     b_key = tl.load(p_own + o_block[:, None] * HEAD_DIM + o_dim[None, :], mask=o_block[:, None] < stop, other=0.0)
-    b_key = tl.where(tl.abs(b_key.to(tl.float32)) < float("inf"), b_key, 0.0).to(_OPERAND)
+    b_key = tl.where(tl.abs(b_key.to(tl.float32)) < float("inf"), b_key, 0.0).to(OPERAND)
     return b_key, tl.dot(b_query, tl.trans(b_key)), o_block[None, :] < b_own[:, None]
 
 
@@ -51,15 +49,11 @@ def tilt_fwd_kernel(
     TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m_row = i_row < rows
-    i_row = tl.minimum(i_row, rows - 1).to(tl.int64)
+    i_row, m_row, b_batch, b_blocks = seen_blocks(p_batch, p_len, rows, max_blocks, BLOCK_SIZE, ROWS)
     o_dim = tl.arange(0, HEAD_DIM)
-    b_batch = tl.load(p_batch + i_row)
-    b_blocks = tl.where(m_row, tl.minimum(tl.load(p_len + i_row) // BLOCK_SIZE, max_blocks), 0)
     b_count = tl.maximum(b_blocks, 1).to(tl.float32)
     # [ROWS, HEAD_DIM]
-    b_query = tl.load(p_query + i_row[:, None] * HEAD_DIM + o_dim[None, :]).to(_OPERAND)
+    b_query = tl.load(p_query + i_row[:, None] * HEAD_DIM + o_dim[None, :]).to(OPERAND)
     b_sum = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     b_total, b_squares = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     # Nearly always one request; where requests meet, one pass for each with the other rows out of sight.
@@ -75,8 +69,8 @@ def tilt_fwd_kernel(
             b_key, b_score, m_seen = _tile(p_own, b_query, b_own, start, stop, HEAD_DIM, TILE)
             b_score = tl.where(m_seen, b_score - b_mean[:, None], 0.0)
             b_squares += tl.sum(b_score * b_score, axis=1)
-            b_high = b_score.to(_OPERAND)  # and what bf16 rounds off
-            b_sum += tl.dot(b_high, b_key) + tl.dot((b_score - b_high.to(tl.float32)).to(_OPERAND), b_key)
+            b_high = b_score.to(OPERAND)  # and what bf16 rounds off
+            b_sum += tl.dot(b_high, b_key) + tl.dot((b_score - b_high.to(tl.float32)).to(OPERAND), b_key)
     b_scale = TILT / (b_count * tl.sqrt(b_squares / b_count))
     b_direction = tl.where(((b_scale > 0.0) & (b_scale < float("inf")))[:, None], b_sum * b_scale[:, None], 0.0)
     tl.store(p_direction + i_row[:, None] * HEAD_DIM + o_dim[None, :], b_direction, mask=m_row[:, None])

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sglang_misa import reference
 from sglang_misa.bench.inputs import FP8
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, ROUTERS, Router
 from sglang_misa.kernels.page_means import update_page_means
-from sglang_misa.kernels.prefill.route import ROUTERS, Blocks, Router, block_scores, route
+from sglang_misa.kernels.prefill.route import Blocks, block_scores, route
 
 DEVICE = "cuda"
 ROWS, LENGTH, BLOCK, HEADS = 8192, 131072, 256, 8

@@ -9,12 +9,12 @@ import torch
 from on_cpu import COMPILER, aligned, call, ints
 
 from sglang_misa import reference
-from sglang_misa.kernels.prefill import route
-from sglang_misa.kernels.prefill.route import Router
+from sglang_misa.kernels import layout
+from sglang_misa.kernels.layout import Router
 
 PAGE, WIDTH = 64, 700  # tokens of a block, and blocks: more than stay in shared memory at once
 INF, NAN = math.inf, math.nan
-ROUTERS = [router for router in route.ROUTERS if router != "error"]  # of which only the products are made here
+ROUTERS = [router for router in layout.ROUTERS if router != "error"]  # of which only the products are made here
 
 LIBRARIES = [("route", {"index_heads": heads}) for heads in (32, 64)]
 

@@ -15,8 +15,7 @@ from sketched_rows import Sketched, sketched
 from sglang_misa import reference
 from sglang_misa.kernels.decode.operands import SketchPolicy
 from sglang_misa.kernels.decode.route_pages import Columns, route_pages
-from sglang_misa.kernels.layout import INDEX_HEADS, PAGE, ROUTED_PAGES
-from sglang_misa.kernels.prefill.route import ROUTERS, Router
+from sglang_misa.kernels.layout import INDEX_HEADS, PAGE, ROUTED_PAGES, ROUTERS, Router
 
 Way = Callable[[Sketched, SketchPolicy], Columns]
 LONGER_THAN = 128
@@ -66,7 +65,7 @@ def route(request: pytest.FixtureRequest, libraries: Callable[[int], ctypes.CDLL
         table = batch.page_table.contiguous()
         call(
             libraries(heads).route_rows, q, batch.head_gates.numpy(), means, table.numpy(), batch.seq_lens.numpy(),
-            queries, gates, table.stride(0), table.shape[1], heads if policy.heads is None else policy.heads,
+            queries, gates, table.stride(0), heads if policy.heads is None else policy.heads,
             ROUTERS.index(policy.router), int(policy.residual), policy.candidates, rows,
         )  # fmt: skip
         return Columns(torch.from_numpy(queries).to(device), columns.gates.to(device))

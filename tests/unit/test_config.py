@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from sglang_misa import config, flags
 from sglang_misa.config import PHASES, PRESETS, Audit, ConfigError, Dump, MisaConfig, SelectionPolicy
-from sglang_misa.kernels.layout import PAGE
-from sglang_misa.policy import ONLY, Router
+from sglang_misa.kernels.layout import PAGE, Router
+from sglang_misa.policy import ONLY
 
 sizes = st.integers(1, 64).map(lambda pages: pages * PAGE)
 heads = st.none() | st.integers(1, 128)

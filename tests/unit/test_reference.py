@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 
 from sglang_misa import reference
 from sglang_misa.config import SelectionPolicy
-from sglang_misa.kernels.layout import PAGE, PAGE_BYTES
-from sglang_misa.kernels.prefill.route import ROUTERS, Router
+from sglang_misa.kernels.layout import PAGE, PAGE_BYTES, ROUTERS, Router
 
 HEADS, TOPK = 32, 96
 

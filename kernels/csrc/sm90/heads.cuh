@@ -13,6 +13,8 @@ constexpr int DIM = 128;                      // head dimension
 constexpr int WARP_HEADS = INDEX_HEADS / 32;  // of a lane when a warp ranks
 constexpr int ROW_THREADS = 256;              // of the kernels that take one warp a row
 
+enum Router : int { MEAN, PEAK, SIGNED, WEIGHT, ERROR };  // as in layout.py; by error, prefill's heads are chosen in choose_heads.cu
+
 // Integers in the order of the numbers: -0 equals 0, and a NaN is below them all.
 __device__ __forceinline__ int order(float x) {
   const int bits = x == 0.f ? 0 : __float_as_int(x);

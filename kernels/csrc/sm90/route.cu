@@ -34,8 +34,6 @@ constexpr int PLACES = (UNITS + GROUPS - 1) / GROUPS;
 constexpr int THREADS = (GROUPS + 1) * 128;
 constexpr int HELP_REGISTERS = 56, FOLD_REGISTERS = 152;
 
-enum Router : int { MEAN, PEAK, SIGNED, WEIGHT };
-
 struct Task {
   const float* gates;        // [T, INDEX_HEADS]
   const int32_t* row_batch;  // [T]

@@ -25,18 +25,15 @@ constexpr int WARP_ROWS = 16;                                   // heads of a wa
 constexpr int OWN_HEADS = INDEX_HEADS / WARPS;                  // heads of a warp when all are ranked
 constexpr int PARTS = THREADS / INDEX_HEADS;                    // threads of a head then
 
-enum Router : int { MEAN, PEAK, SIGNED, WEIGHT, ERROR };  // as in decode/route_pages.py
-
 struct PageRoute {
   const uint8_t* index_q;   // [R, INDEX_HEADS, 128] e4m3
   const float* head_gates;  // [R, INDEX_HEADS]
   const uint8_t* means;     // [P, 128] bf16
-  const int32_t* pages;     // [R, width]: page table
+  const int32_t* pages;     // [R, …]: page table
   const int32_t* lens;      // [R]
   uint32_t* queries;        // [R, heads + residual, 128] signed bytes
   float* gates;             // [R, heads + residual]
   int64_t pitch;            // of the page table
-  int width;
   int heads;                // that are routed; INDEX_HEADS: all of them
   int router;
   int residual;             // whether the others are a column too
@@ -141,8 +138,7 @@ __device__ __forceinline__ void rank(const PageRoute& in, Smem& s, int row, int 
 #pragma unroll
   for (int other = 1; other < PARTS; other *= 2) before += __shfl_xor_sync(~0u, before, other);
   const bool routed = before < in.heads;
-  const float weight = gate * rest.share;
-  s.weights[head] = !routed && fabsf(weight) <= FLT_MAX ? weight : 0.f;
+  s.weights[head] = residual_gate(routed, gate, rest.share);
   const uint32_t votes = __ballot_sync(~0u, routed);  // PARTS of each head
   s.routed[warp] = votes;
   __syncthreads();

@@ -16,10 +16,10 @@ enum class Statistic { NONE, SUM, MAXIMUM };  // of ReLU(x)
 template <Statistic STATISTIC, bool RESIDUAL>
 struct Folded {
   static constexpr bool MOMENTS = RESIDUAL, RANKED = STATISTIC != Statistic::NONE, MAXIMUM = STATISTIC == Statistic::MAXIMUM;
-  static constexpr int SUM = RANKED ? 1 : 0, SQUARES = SUM + 1;     // places among the values, behind the statistic
+  static constexpr int SUM = RANKED ? 1 : 0, SQUARES = SUM + 1;  // places among the values, behind the statistic
   static constexpr int VALUES = SUM + (RESIDUAL ? 2 : 0);
   static constexpr int CHUNK = RESIDUAL ? 4 : 5;  // tiles that stay while the block's queries pass: as many as fit beside the values
-  float values[VALUES][2][2] = {};                  // [value][row of the thread's two][column's lowest bit]
+  float values[VALUES][2][2] = {};                // [value][row of the thread's two][column's lowest bit]
 
   static __device__ float join(int value, float a, float b) { return MAXIMUM && value == 0 ? fmaxf(a, b) : a + b; }
 

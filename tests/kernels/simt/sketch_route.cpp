@@ -4,8 +4,8 @@
 using namespace misa;
 
 extern "C" bool route_rows(const uint8_t* index_q, const float* head_gates, const uint8_t* means, const int32_t* pages, const int32_t* lens,
-                           uint32_t* queries, float* gates, int64_t pitch, int width, int heads, int router, int residual, int candidates,
+                           uint32_t* queries, float* gates, int64_t pitch, int heads, int router, int residual, int candidates,
                            int rows) {
-  const PageRoute in{index_q, head_gates, means, pages, lens, queries, gates, pitch, width, heads, router, residual, candidates};
+  const PageRoute in{index_q, head_gates, means, pages, lens, queries, gates, pitch, heads, router, residual, candidates};
   return simt::launch(rows * BLOCKS, THREADS, [&] { route_kernel(in); }, BLOCKS) && !sm90::misused;
 }
