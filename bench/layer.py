@@ -203,5 +203,5 @@ def extend(policy: SelectionPolicy, layer: Layer, engine: Engine) -> tuple[Call,
     """(call, slots): a call that selects for all rows of `layer`, and where it writes."""
     slots = torch.full((layer.shape.rows, TOPK), -1, dtype=torch.int32, device=layer.shape.device)
     call = layer.extend_call(slots)
-    runs = [(policy, Run(call.spans, 0, layer.shape.rows))]
+    runs = [(policy, Run.whole(call.spans))]
     return lambda: engine.extend(call, runs), slots

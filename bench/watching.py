@@ -129,7 +129,7 @@ class Watched:
             step = self.layer.decode_call(0, self.output.ids)
             return lambda: self.serving.auditor.look_at_decode(step)
         call = self.layer.extend_call(self.output.ids)
-        return lambda: self.serving.auditor.look_at_extend(call, [Run(call.spans, 0, self.layer.shape.rows)])
+        return lambda: self.serving.auditor.look_at_extend(call, Run.whole(call.spans))
 
 
 def measure(options: argparse.Namespace) -> Iterator[Look]:

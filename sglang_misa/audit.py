@@ -72,30 +72,30 @@ class Auditor:
     ladders: Ladders
     _calls: Counter[tuple[Phase, int]] = field(default_factory=Counter)
 
-    def look_at_extend(self, call: ExtendCall, runs: Sequence[Run]) -> None:
-        """Audit sampled rows of `runs`, at least one, that the policy selected, if this call of the layer is due."""
+    def look_at_extend(self, call: ExtendCall, run: Run) -> None:
+        """Audit sampled rows of `run`, which the policy selected, if this call of the layer is due."""
         if not self.due("prefill", call.layer):
             return
-        results = [self.extend_rows(call, span, rows) for span, rows in self._sampled(runs)]
+        results = [self.extend_rows(call, span, rows) for span, rows in self._sampled(run)]
         self.record("prefill", call.layer, torch.cat(results).tolist())
         probe = self.ladders.probe("prefill", call.layer)
         if probe is not None:
-            self.probe_extend(call, probe, runs)
+            self.probe_extend(call, probe, run)
 
-    def probe_extend(self, call: ExtendCall, policy: SelectionPolicy, runs: Sequence[Run]) -> None:
-        """Tell the ladder what `policy` would keep of sampled rows of `runs`, at least one."""
+    def probe_extend(self, call: ExtendCall, policy: SelectionPolicy, run: Run) -> None:
+        """Tell the ladder what `policy` would keep of sampled rows of `run`."""
         results = []
-        for span, rows in self._sampled(runs):
+        for span, rows in self._sampled(run):
             for row in rows:
                 one = call.alone(span, row)
-                self.engine.extend(one, [(policy, Run(one.spans, 0, 1))])
+                self.engine.extend(one, [(policy, Run.whole(one.spans))])
                 results.append(self.extend_rows(one, one.spans[0], range(1)))
         self.ladders.observe("prefill", call.layer, torch.cat(results)[:, 0].tolist(), probed=True)
 
-    def _sampled(self, runs: Sequence[Run]) -> Iterator[tuple[Span, range]]:
-        """The rows of `runs` to audit, those of one request after another."""
-        for part in (part for run in runs for part in run.alone()):
-            yield part.spans[0], self.rows(part.first, part.last)
+    def _sampled(self, run: Run) -> Iterator[tuple[Span, range]]:
+        """The rows of `run` to audit, those of one request after another."""
+        for span, rows in run.alone():
+            yield span, self.rows(rows.start, rows.stop)
 
     def extend_rows(self, call: ExtendCall, span: Span, rows: range) -> Tensor:
         """Results fp64 [n, 3] of some rows of a call, all of one request."""

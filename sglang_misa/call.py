@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,10 +34,11 @@ class Span:
         seen_by_first = self.length - self.rows + 1
         return self.first_row + min(max(min_len - seen_by_first + 1, 0), self.rows)
 
-    def over(self, min_len: int, tail: int) -> range:
-        """Rows that see more than `min_len` keys, but for the last `tail` of a prompt that ends here."""
-        chosen = range(self.gate(min_len), self.last_row - (tail if self.ends else 0))
-        return chosen or range(self.last_row, self.last_row)
+    def parts(self, min_len: int, tail: int) -> tuple[range, range, range]:
+        """Rows that see at most `min_len` keys, those that see more, and of these the last `tail` of a whole prompt."""
+        gate = self.gate(min_len)
+        end = max(gate, self.last_row - tail) if self.ends else self.last_row
+        return range(self.first_row, gate), range(gate, end), range(end, self.last_row)
 
     def seen_by(self, row: int) -> int:
         """Keys that row `row` of the call sees."""
@@ -57,30 +59,48 @@ def spans(extend_lens: Sequence[int], seq_lens: Sequence[int], ends: Collection[
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive rows of an extend call that are selected alike, in host numbers: of one request or of several."""
+    """Rows of an extend call that are selected alike, in host numbers: a range of each of some requests, in order."""
 
     spans: tuple[Span, ...]
-    first: int
-    last: int
+    ranges: tuple[range, ...]
 
-    @property
-    def rows(self) -> slice:
-        return slice(self.first, self.last)
+    @classmethod
+    def of(cls, spans: Sequence[Span], ranges: Sequence[range]) -> Run:
+        """Of the spans whose range is not empty."""
+        some = [(span, rows) for span, rows in zip(spans, ranges, strict=True) if rows]
+        return cls(tuple(span for span, _ in some), tuple(rows for _, rows in some))
+
+    @classmethod
+    def whole(cls, spans: Sequence[Span]) -> Run:
+        """All rows of a call."""
+        return cls.of(spans, [range(span.first_row, span.last_row) for span in spans])
+
+    def __len__(self) -> int:
+        return sum(map(len, self.ranges))
+
+    def rows(self, device: torch.device) -> slice | Tensor:
+        """An index of its rows: a slice where they are consecutive, which copies nothing, else int64 on `device`."""
+        first, last = self.ranges[0].start, self.ranges[-1].stop
+        return slice(first, last) if last - first == len(self) else _index(self.ranges, device)
 
     @property
     def keys(self) -> slice:
-        """Columns of its requests' keys among the gathered ones."""
+        """Columns of its requests' keys among the gathered ones, and of those between them."""
         return slice(self.spans[0].first_key, self.spans[-1].first_key + self.spans[-1].length)
 
-    def alone(self) -> Iterator[Run]:
-        """Its rows as runs of one request each."""
-        for span in self.spans:
-            yield Run((span,), max(self.first, span.first_row), min(self.last, span.last_row))
+    def alone(self) -> Iterator[tuple[Span, range]]:
+        """Its rows, those of one request after another."""
+        return zip(self.spans, self.ranges, strict=True)
 
     @property
     def longest(self) -> int:
         """Keys that a row sees, at most."""
-        return max(span.seen_by(min(self.last, span.last_row) - 1) for span in self.spans)
+        return max(span.seen_by(rows[-1]) for span, rows in self.alone())
+
+
+@functools.lru_cache(maxsize=8)  # all layers of a step ask for the same
+def _index(ranges: tuple[range, ...], device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(rows.start, rows.stop, device=device) for rows in ranges])
 
 
 @dataclass(frozen=True)

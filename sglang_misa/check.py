@@ -182,7 +182,7 @@ def _described(policy: SelectionPolicy, heads: int | None) -> str:
     if policy.candidates is not None:
         parts.append(f"best {policy.candidates} scored again with all heads")
     if policy.tail:
-        parts.append(f"stock DSA for the last {policy.tail} queries of a prompt")
+        parts.append(f"all heads for the last {policy.tail} queries of a prompt")
     return f"{policy.name}: {'; '.join(parts) or 'all heads and tokens, without a score matrix'}"
 
 

@@ -226,6 +226,11 @@ def _ours(heads: int, **axes: Any) -> SelectionPolicy:
     return SelectionPolicy(heads=heads, router="error", residual=True, **axes)
 
 
+def _pooled(**axes: Any) -> SelectionPolicy:
+    """Routed over blocks of 512; the end of a prompt, which is what it asks, by all heads."""
+    return _ours(3, block_size=512, tail=32, **axes)
+
+
 def _sketched(bits: Literal[1, 2]) -> SelectionPolicy:
     return _ours(7, sketch=bits, candidates=8192, block_size=PAGE, min_len=65536, min_rows=16)
 
@@ -239,8 +244,8 @@ PRESETS: dict[str, MisaConfig] = {
     "hisa": MisaConfig(prefill=SelectionPolicy(blocks=64, block_size=128, min_len=24576), decode=HISA_DECODE),
     "misa-hisa": MisaConfig(prefill=SelectionPolicy(heads=8), decode=HISA_DECODE),
     # Ours (docs/quality.md).
-    "fast": MisaConfig(prefill=_ours(3, block_size=512), decode=_sketched(1)),
-    "faithful": MisaConfig(prefill=_ours(3, candidates=3072, block_size=512, min_len=16384), decode=_sketched(2)),
+    "fast": MisaConfig(prefill=_pooled(), decode=_sketched(1)),
+    "faithful": MisaConfig(prefill=_pooled(candidates=3072, min_len=16384), decode=_sketched(2)),
     "exact": MisaConfig(prefill=SelectionPolicy(exact=True, min_len=16384)),
 }
 DEFAULT_PRESET = "faithful"

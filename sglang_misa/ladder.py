@@ -177,7 +177,8 @@ def rungs(policy: SelectionPolicy, floor: float, *, index_heads: int, topk: int)
     """A prefill policy and, with a floor, what comes after it: faithful, where that keeps more and can be, then DSA."""
     if floor == 0 or not policy.active:
         return (policy,)
-    more = PRESETS["faithful"].prefill.model_copy(update={"min_len": policy.min_len, "tail": policy.tail})
+    faithful = PRESETS["faithful"].prefill
+    more = faithful.model_copy(update={"min_len": policy.min_len, "tail": max(policy.tail, faithful.tail)})
     rescored = policy.residual and policy.blocks is None and (policy.candidates or 0) >= (more.candidates or 0)
     impossible = any(more.problems("prefill", index_heads=index_heads, topk=topk))
     return (policy, DSA) if policy.exact or rescored or impossible else (policy, more, DSA)

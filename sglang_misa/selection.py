@@ -24,23 +24,10 @@ DSA = SelectionPolicy(exact=True)
 
 
 def runs(policy: SelectionPolicy, spans: Sequence[Span]) -> list[tuple[SelectionPolicy, Run]]:
-    """The rows of a call in as few runs as can be, each with what selects them.
-
-    That is `policy`, or DSA under its gate and in its tail.
-    """
-    result: list[tuple[SelectionPolicy, Run]] = []
-    for span in spans:
-        own = span.over(policy.min_len, policy.tail)
-        parts = ((DSA, span.first_row, own.start), (policy, own.start, own.stop), (DSA, own.stop, span.last_row))
-        for chosen, first, last in parts:
-            if first == last:
-                continue
-            if result and result[-1][0] is chosen:
-                run = result.pop()[1]
-                result.append((chosen, Run((*run.spans, span), run.first, last)))
-            else:
-                result.append((chosen, Run((span,), first, last)))
-    return result
+    """The rows of a call with what selects them: DSA under the gate of `policy` and in its tail, else `policy`."""
+    parts = [span.parts(policy.min_len, policy.tail) for span in spans]
+    under, own, tails = (Run.of(spans, ranges) for ranges in zip(*parts, strict=True))
+    return [(by, run) for by, run in ((DSA, under), (policy, own), (DSA, tails)) if len(run)]
 
 
 class Selector:
@@ -70,10 +57,10 @@ class Selector:
         policy = self.policy("prefill", layer)
         if not policy.active:
             return "recall-floor" if self.ladders.sunk(layer) else "policy-is-dsa"
-        over = [len(span.over(policy.min_len, policy.tail)) for span in spans if span.length > policy.min_len]
-        if not over:
+        own = [len(span.parts(policy.min_len, policy.tail)[1]) for span in spans if span.length > policy.min_len]
+        if not own:
             return "under-min-len"
-        if sum(over) < self.engine.least_rows * len(over):
+        if sum(own) < self.engine.least_rows * len(own):
             return "few-rows"
         return None
 
@@ -94,16 +81,18 @@ class Selector:
         self.engine.extend(call, chosen)
         self._agree(call.layer, call.output.ids)
         recorder.selected(len(call.output.ids))
-        self.auditor.look_at_extend(call, [run for by, run in chosen if by is policy])
+        for by, run in chosen:
+            if by is policy:
+                self.auditor.look_at_extend(call, run)
         self.dump.take(call)
 
     def left_to_stock(self, layer: int, spans: Sequence[Span], call: Callable[[], ExtendCall]) -> None:
         """Look at an extend call that stock DSA selected for; `call` makes it, if there is anything to see."""
         probe = self.ladders.probe("prefill", layer)
         if probe is not None and self.auditor.due("prefill", layer):
-            own = [run for by, run in runs(probe, spans) if by is probe]
-            if own:
-                self.auditor.probe_extend(call(), probe, own)
+            for by, run in runs(probe, spans):
+                if by is probe:
+                    self.auditor.probe_extend(call(), probe, run)
         if self.dump.wants(layer, spans):
             self.dump.take(call())
 

@@ -105,8 +105,8 @@ class Output:
     def topk(self) -> int:
         return int(self.ids.shape[1])
 
-    def rows(self, rows: slice) -> Output:
-        """The same output for some rows."""
+    def rows(self, rows: slice | Tensor) -> Output:
+        """The same output for some rows; of a slice it is a view, of an int64 index a copy."""
         return Output(
             self.ids[rows],
             self.page_table,

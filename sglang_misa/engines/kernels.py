@@ -62,7 +62,8 @@ class KernelEngine:
         )
 
     def _select(self, call: ExtendCall, policy: SelectionPolicy, run: Run, block_means: Tensor) -> None:
-        rows, keys, output = run.rows, run.keys, call.output.rows(run.rows)
+        rows, keys = run.rows(call.ks.device), run.keys
+        output = call.output.rows(rows)
         index_q, gates, seq_lens = call.index_q[rows], call.head_gates[rows].contiguous(), call.seq_lens[rows]
         ks = call.ks[rows] - keys.start if keys.start else call.ks[rows]
         queries, scored = Rows(index_q, gates, ks, ks + seq_lens), Keys(call.index_k[keys], call.k_scale[keys])
@@ -70,16 +71,20 @@ class KernelEngine:
         if policy.blocks is not None:
             scores = block_scores(index_q, gates, blocks)
             topk_blocks(queries, scored, scores, policy.blocks, policy.block_size, output)
-            return
-        if policy.heads is None:
-            every = torch.arange(gates.shape[1], dtype=torch.int32, device=gates.device)
-            heads = RoutedHeads(every.expand_as(gates).contiguous())
         else:
-            heads = route(index_q, gates, blocks, policy.heads, policy.router, policy.residual)
-        if policy.candidates is None:
-            topk_routed(queries, scored, heads, output, longest=run.longest)
-        else:
-            topk_reranked(queries, scored, heads, policy.candidates, output, longest=run.longest)
+            heads = self._heads(policy, index_q, gates, blocks)
+            if policy.candidates is None:
+                topk_routed(queries, scored, heads, output, longest=run.longest)
+            else:
+                topk_reranked(queries, scored, heads, policy.candidates, output, longest=run.longest)
+        if not isinstance(rows, slice):
+            call.output.ids.index_copy_(0, rows, output.ids)
+
+    def _heads(self, policy: SelectionPolicy, index_q: Tensor, gates: Tensor, blocks: Blocks) -> RoutedHeads:
+        if policy.heads is not None:
+            return route(index_q, gates, blocks, policy.heads, policy.router, policy.residual)
+        every = torch.arange(gates.shape[1], dtype=torch.int32, device=gates.device)
+        return RoutedHeads(every.expand_as(gates).contiguous())
 
     def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
         self.behind = True
@@ -202,4 +207,4 @@ def _made_up_extend(
         request_lens=torch.tensor([seen], dtype=torch.int32, device=device),
         output=Output(ids, table, row_batch) if even else Output(ids),
     )
-    return call, [(policy, Run((span,), 0, rows))]
+    return call, [(policy, Run.whole(call.spans))]

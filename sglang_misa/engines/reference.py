@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sglang_misa import reference
-from sglang_misa.call import DecodeCall, ExtendCall, Output, Run
+from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, Span
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.page_stats import PageStats
@@ -31,16 +31,15 @@ class ReferenceEngine:
         for span in call.spans:
             self._update(call.layer, call.page_table[span.request, : span.length // PAGE])
         for policy, run in runs:
-            for part in run.alone():
-                self._select(call, policy, part)
+            for span, rows in run.alone():
+                self._select(call, policy, span, rows)
 
-    def _select(self, call: ExtendCall, policy: SelectionPolicy, run: Run) -> None:
-        """Select for the rows of a run of one request."""
-        (span,) = run.spans
+    def _select(self, call: ExtendCall, policy: SelectionPolicy, span: Span, chosen: range) -> None:
+        """Select for some rows of a request."""
         keys = call.keys(span).unsqueeze(0)
         pages = call.page_table[span.request, : span.length // PAGE].long()
-        for start, end in reference.row_chunks(run.last - run.first, span.length):
-            rows = slice(run.first + start, run.first + end)
+        for start, end in reference.row_chunks(len(chosen), span.length):
+            rows = slice(chosen.start + start, chosen.start + end)
             scores = reference.policy_scores(
                 policy,
                 call.index_q[rows].unsqueeze(0),

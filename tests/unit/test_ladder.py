@@ -17,7 +17,7 @@ from sglang_misa.metrics import Recorder
 FLOOR = 0.9
 MISA = SelectionPolicy(heads=8, min_len=100)
 HISA = SelectionPolicy(blocks=64, block_size=128, min_len=100)
-TAILED = SelectionPolicy(heads=8, min_len=100, tail=32)
+TAILED = SelectionPolicy(heads=8, min_len=100, tail=64)
 FAITHFUL = PRESETS["faithful"].prefill.model_copy(update={"min_len": 100})
 HIER, MORE = PRESETS["misa-hier"].prefill, FAITHFUL.model_copy(update={"candidates": 8192})
 MODEL = {"index_heads": 64, "topk": 2048}
@@ -127,7 +127,7 @@ def test_without_a_floor_and_in_a_draft_model_nothing_moves() -> None:
     [
         (MISA, (MISA, FAITHFUL, DSA)),
         (HISA, (HISA, FAITHFUL, DSA)),
-        (TAILED, (TAILED, FAITHFUL.model_copy(update={"tail": 32}), DSA)),
+        (TAILED, (TAILED, FAITHFUL.model_copy(update={"tail": 64}), DSA)),
         (FAITHFUL, (FAITHFUL, DSA)),
         (HIER, (HIER, FAITHFUL.model_copy(update={"min_len": HIER.min_len}), DSA)),
         (MORE, (MORE, DSA)),

@@ -1,6 +1,5 @@
 """The length gate by row, what is selected in one call and in several, and what an audit of it says."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -45,15 +44,17 @@ def test_every_row_is_in_one_run_of_the_policy_or_of_dsa(
     seen = [prefix + i + 1 for rows, prefix in requests for i in range(rows)]
     is_end = [n in ends and i >= rows - tail for n, (rows, _) in enumerate(requests) for i in range(rows)]
     request = [i for i, (rows, _) in enumerate(requests) for _ in range(rows)]
-    runs = selection.runs(policy, batch)
-    assert [row for _, run in runs for row in range(run.first, run.last)] == list(range(len(seen)))
-    assert all(one is not other for (one, _), (other, _) in itertools.pairwise(runs)), "neighbours share a run"
-    for chosen, run in runs:
-        rows = range(run.first, run.last)
-        assert all((seen[row] > min_len and not is_end[row]) == (chosen is policy) for row in rows)
+    call, device = torch.arange(len(seen)), torch.device("cpu")
+    runs = [(by, run, call[run.rows(device)].tolist()) for by, run in selection.runs(policy, batch)]
+    assert sorted(row for _, _, rows in runs for row in rows) == call.tolist()
+    for by, run, rows in runs:
+        assert all((seen[row] > min_len and not is_end[row]) == (by is policy) for row in rows)
+        assert len({seen[row] > min_len for row in rows}) == 1, "short rows beside long ones"
+        assert rows == sorted(rows) == [row for _, one in run.alone() for row in one]
         assert [span.request for span in run.spans] == sorted({request[row] for row in rows})
         assert run.longest == max(seen[row] for row in rows)
-        assert run.keys.stop - run.keys.start == sum(span.length for span in run.spans)
+        first, last = run.spans[0], run.spans[-1]
+        assert (run.keys.start, run.keys.stop) == (first.first_key, last.first_key + last.length)
 
 
 def selector(batch: Batch, **settings_: object) -> Selector:
@@ -191,13 +192,8 @@ def route_in_torch(index_q, head_gates, blocks, heads, router, residual):
     return RoutedHeads(reference.top_heads(statistics.heads, heads)[:, 0].int())
 
 
-def topk_in_torch(rows, keys, heads, output, *, longest):
-    """What `topk_routed` promises."""
-    reranked_in_torch(rows, keys, heads, None, output, longest=longest)
-
-
 def reranked_in_torch(rows, keys, heads, candidates, output, *, longest):
-    """What `topk_reranked` promises; None: the routed heads' scores are the last word."""
+    """What `topk_reranked` promises, and without candidates `topk_routed`."""
     assert output.offsets is heads.residual is None
     assert (rows.ks.diff() >= 0).all(), "a row before those of an earlier request"
     ids = heads.head_ids.long()
@@ -225,28 +221,31 @@ def block_means_in_torch(index_k_pages, means, page_table, seq_lens, block_size,
     return reference.block_means(means[table], block_size // PAGE).bfloat16()
 
 
+@pytest.mark.parametrize("tail", [0, 4], ids=["rows in order", "rows of several tails"])
 @pytest.mark.parametrize("candidates", [None, 100])
-def test_the_kernel_engine_hands_each_run_its_rows_keys_and_output(candidates, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_engine_hands_each_run_its_rows_keys_and_output(
+    candidates, tail, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
     monkeypatch.setattr(kernels, "route", route_in_torch)
-    monkeypatch.setattr(kernels, "topk_routed", topk_in_torch)
 
-    def reranked(rows, *operands, **limits):
+    def top(rows, keys, heads, candidates, output, longest):
         calls.append(len(rows))
-        reranked_in_torch(rows, *operands, **limits)
+        reranked_in_torch(rows, keys, heads, candidates, output, longest=longest)
 
-    monkeypatch.setattr(kernels, "topk_reranked", reranked)
+    monkeypatch.setattr(kernels, "topk_routed", lambda r, k, h, o, *, longest: top(r, k, h, None, o, longest))
+    monkeypatch.setattr(kernels, "topk_reranked", lambda r, k, h, c, o, *, longest: top(r, k, h, c, o, longest))
     monkeypatch.setattr(kernels.page_means, "update_page_means", block_means_in_torch)
     rows, batch = [20, 7, 30, 5], Batch(3, [90, 300, 200, 150], width=6)  # the first request stays under the gate
     queries = batch.queries(sum(rows))
     ours, wanted = batch.extend(rows, queries), batch.extend(rows, queries)
-    policy = POLICIES[0].model_copy(update={"candidates": candidates})
+    policy = POLICIES[0].model_copy(update={"candidates": candidates, "tail": tail})
     runtime = reference_runtime(MisaConfig(prefill=policy), TOPK)
-    chosen = selection.runs(policy, ours.spans)
-    assert [by for by, _ in chosen] == [DSA, policy]
+    chosen = selection.runs(policy, spans(rows, batch.lens, {1, 2, 3}))
+    assert [by for by, _ in chosen] == [DSA, policy, DSA][: 2 + (tail > 0)]
     kernels.KernelEngine(runtime, [batch.index_k_pages]).extend(ours, chosen)
     ReferenceEngine(runtime, [batch.index_k_pages]).extend(wanted, chosen)
-    assert len(calls) == (candidates is not None), "requests of a run share a call"
+    assert calls == [len(run) for _, run in chosen], "requests of a run share a call"
     pairs = list(zip(sets(ours.output.ids), sets(wanted.output.ids), strict=True))
     assert all(len(mine) == len(theirs) for mine, theirs in pairs)
     assert all(len(mine & theirs) >= len(mine) - 1 for mine, theirs in pairs), "more than a tie in rounding apart"

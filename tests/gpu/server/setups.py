@@ -7,6 +7,8 @@ from typing import Any
 
 from gpu.server.servers import PREFILL_GRAPHS, Answer
 
+from sglang_misa.config import PRESETS
+
 NEW_TOKENS = 8
 # SGLang's own top-k kernel is approximate where scores crowd together: compare beneath torch's.
 EXACT_TOPK = ["--dsa-topk-backend", "torch", "--enable-return-indexer-topk"]
@@ -25,10 +27,16 @@ AUDIT = {"rows": 8, "every": 64}  # the first call of a layer, in the warm-up, t
 BLOCKS = {"blocks": 64, "block_size": 128}
 GATED = {"prefill": PAPER | {"min_len": 8192}, "decode": BLOCKS | {"min_len": 32768}}
 HISA = GATED | {"prefill": BLOCKS | {"min_len": 8192}}  # as many tokens as 64 blocks hold: beyond it some are dropped
-ROUTED = {"heads": 7, "router": "peak", "residual": True}
-SKETCH = {**ROUTED, "candidates": 8192, "block_size": 64, "min_len": 32768}
-FAST = {"prefill": ROUTED | {"block_size": 128, "min_len": 8192}, "decode": SKETCH | {"sketch": 1}}
-FAITHFUL = {"prefill": FAST["prefill"] | {"candidates": 4096}, "decode": SKETCH | {"sketch": 2}}
+GATES = {"prefill": {"min_len": 8192}, "decode": {"min_len": 32768, "min_rows": 1}}
+
+
+def gated(preset: str) -> dict[str, Any]:
+    """A preset under gates that these prompts pass one at a time."""
+    policies = {phase: PRESETS[preset].policy(phase).model_copy(update=gate) for phase, gate in GATES.items()}
+    return {phase: policy.model_dump(mode="json", exclude_defaults=True) for phase, policy in policies.items()}
+
+
+FAST, FAITHFUL = gated("fast"), gated("faithful")
 ARMS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "all-heads": {"prefill": ALL_HEADS, "decode": ALL_HEADS, "backend": "torch"},
