@@ -91,7 +91,7 @@ class SelectionPolicy(BaseModel):
         0,
         ge=0,
         le=MOST,
-        description="leave this many queries at the end of each prompt, by which an answer begins, to stock DSA",
+        description="score this many queries at the end of each prompt, by which an answer begins, with all heads",
     )
 
     @field_validator("router", mode="before")
