@@ -23,6 +23,7 @@ from typing import Any
 
 from sglang_misa.bench.kernels import CACHED_ROWS
 from sglang_misa.config import PHASES, PRESETS, Phase
+from sglang_misa.decode_gate import Step
 
 Record = dict[str, str]
 K = 1024
@@ -330,15 +331,16 @@ def between(page: str, name: str, text: str) -> str:
     return pattern.sub(lambda _: f"{start}\n\n{text}\n\n{end}", page)
 
 
+def _selects(row: Record) -> bool:
+    """Whether a preset takes a call as wide as the row's."""
+    rows, decode = int(row["rows"]), PRESETS[row["preset"]].decode
+    return rows >= WIDE if row["phase"] == "prefill" else Step([int(row["length"])] * rows).short_for(decode) is None
+
+
 def summary(rows: Sequence[Record]) -> str:
     """The README's tables: each preset where it selects at 128K, random inputs, H = 64, by GPU and SGLang."""
-    least = {name: {"prefill": WIDE, "decode": config.decode.min_rows} for name, config in PRESETS.items()}
-    chosen = [
-        row
-        for row in rows
-        if row["inputs"] == "random" and row["index_heads"] == "64" and int(row["length"]) == 128 * K
-        if int(row["rows"]) >= least[row["preset"]][row["phase"]]
-    ]
+    chosen = [row for row in rows if row["inputs"] == "random" and row["index_heads"] == "64"]
+    chosen = [row for row in chosen if int(row["length"]) == 128 * K and _selects(row)]
     tables = []
     for gpu, sglang in sorted({*map(stand, chosen)}, key=lambda key: (key[0], _version(key[1])), reverse=True):
         own = sorted(

@@ -1,8 +1,8 @@
 """Prove that a running server selects by its policies: python examples/prove_it_is_on.py URL [--decode].
 
 Sends a prompt over the length gates and prints which selections its indexer calls went to. A decode policy that wants
-steps of many rows is tried with --decode alone, which sends so many prompts at once. Exit status 0 where every phase
-that was tried used its policy, 1 where one did not, 2 where no server told.
+steps of many rows, or of many tokens, is tried with --decode alone, which sends so many prompts of that length at once.
+Exit status 0 where every phase that was tried used its policy, 1 where one did not, 2 where no server told.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("url", help="such as http://127.0.0.1:30000")
     parser.add_argument("--key-file", help="a file with the server's API key")
-    parser.add_argument("--decode", action="store_true", help="send as many prompts at once as decode wants rows")
+    parser.add_argument("--decode", action="store_true", help="send as many long prompts at once as decode wants")
     given = parser.parse_args()
     key = None if given.key_file is None else key_mask.read("--key-file", given.key_file)
     (before, *_) = status.fetch(given.url, key)
     if not before["enabled"]:
         print("sglang-misa is off here: start the server with a preset, as in --misa-preset fast")
         return 1
-    gates, rows = before["min_len"], before["min_rows"]  # no gate where stock DSA always selects
-    tried = [phase for phase in PHASES if phase in gates and (phase == "prefill" or rows == 1 or given.decode)]
-    prompts, length = (rows if "decode" in tried else 1), max((gates[phase] for phase in tried), default=0) + 1
+    rows, tokens = before["min_rows"], before["min_tokens"]
+    past = {"prefill": 1, "decode": -(-tokens // rows)}  # the gate, of each prompt
+    lengths = {phase: gate + past[phase] for phase, gate in before["min_len"].items()}  # without what is stock's always
+    tried = [phase for phase in lengths if phase == "prefill" or given.decode or rows == tokens == 1]
+    prompts, length = (rows if "decode" in tried else 1), max((lengths[phase] for phase in tried), default=1)
     with ThreadPoolExecutor(prompts) as pool:
         list(pool.map(lambda _: _send(given.url, key, length), range(prompts)))
     (after, *_) = status.fetch(given.url, key)
@@ -43,7 +45,9 @@ def main() -> int:
     for phase in PHASES:
         policy = after["policy"][phase]
         if phase not in tried:
-            wants = f"not tried, as it wants steps of {rows} rows: add --decode" if phase in gates else "stock always"
+            wants = "stock always"
+            if phase in lengths:
+                wants = f"not tried, as it wants steps such as of {rows} rows of {lengths[phase]} tokens: add --decode"
             print(f"{phase}: {policy}: {wants}")
             continue
         counts = [("calls", phase)] if phase == "prefill" else [("calls", phase), ("replays",)]

@@ -13,7 +13,7 @@ from typing import Any
 from sglang_misa import decode_gate, runtime
 from sglang_misa.audit import Taps
 from sglang_misa.metrics import recorder
-from sglang_misa.patches.forward_batch import longest
+from sglang_misa.patches.forward_batch import step
 
 STOCK = "misa-stock"
 
@@ -35,7 +35,8 @@ def capture_one(
         original(self, shape_key, forward_fn, *args, **kwargs)
     _keep_taps(self, shape_key, capture)
     config = runtime.current().config
-    if capture.asked and (config.gate("decode") or config.audit.floor > 0):
+    gated = config.decoding.min_len > 0 or config.decoding.min_tokens > 1
+    if capture.asked and (gated or config.audit.floor > 0):
         with decode_gate.capturing(stock=True) as capture:
             original(self, stock_key(shape_key), forward_fn, *args, **kwargs)
         _keep_taps(self, stock_key(shape_key), capture)
@@ -52,9 +53,9 @@ def replay(original: Callable[..., Any], self: Any, shape_key: Any, static_forwa
     stock = stock_key(shape_key)
     if stock in self._graphs:
         config = runtime.current().config
-        name, tokens = config.name("decode"), longest(static_forward_batch)
-        is_stock = decode_gate.why_stock(config.gate("decode") or 0, tokens) is not None
-        recorder.replayed("dsa" if is_stock else f"{name}:unknown-length" if tokens is None else name)
+        name, known = config.name("decode"), step(static_forward_batch)
+        is_stock = decode_gate.why_stock(config.decoding, known) is not None
+        recorder.replayed("dsa" if is_stock else f"{name}:unknown-length" if known is None else name)
         shape_key = stock if is_stock else shape_key
     result = original(self, shape_key, static_forward_batch, **kwargs)
     if taps := vars(self).get("misa_taps", {}).get(shape_key):

@@ -1,4 +1,4 @@
-"""SGLang's ForwardBatch: which steps should select by policy, and the length that the decode gate goes by."""
+"""SGLang's ForwardBatch: which steps should select by policy, and the lengths that the decode gate goes by."""
 
 from __future__ import annotations
 
@@ -6,38 +6,59 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from sglang_misa import runtime
+from sglang_misa.decode_gate import Step
 from sglang_misa.metrics import recorder
 
 
 def init_new(original: Callable[..., Any], cls: type, batch: Any, model_runner: Any, *args: Any, **kwargs: Any) -> Any:
     """ForwardBatch.init_new: the one point that every rank comes by once a step, where the ladders of recall meet.
 
-    Adds `misa_longest`, the tokens of its longest request, to a batch without seq_lens_cpu: that is speculative
-    decoding under the overlap scheduler, and what the last step accepted is not counted yet. Steps with more tokens
-    than the top-k are told to the recorder, which counts their selections too.
+    Adds `misa_step`, the lengths of its requests: from seq_lens_cpu, and without (speculative decoding under the
+    overlap scheduler) from the requests, where what the last step accepted is not counted yet. Steps that a policy
+    should select in are told to the recorder, which counts their selections too.
     """
     selector = getattr(model_runner.token_to_kv_pool, "misa_selector", None)
     if selector is not None:  # a draft model may have a pool without index keys
         selector.ladders.stepped()
     result = original(cls, batch, model_runner, *args, **kwargs)
-    global _ends
+    global _ends, _step
     _ends = ()
     if result.forward_mode.is_extend() and result.seq_lens_cpu is not None:
         pairs = zip(batch.reqs, result.seq_lens_cpu.tolist(), strict=False)  # a padded batch has more lengths
         _ends = {number for number, (request, seen) in enumerate(pairs) if seen >= request.seqlen}
-    if result.seq_lens_cpu is None:
-        global _longest
-        result.misa_longest = _longest = max((request.seqlen for request in batch.reqs), default=0)
-    tokens, mode = longest(result), result.forward_mode
-    if tokens is not None and tokens > runtime.current().topk:
-        if mode.is_extend():
-            recorder.stepped("prefill", tokens)
-        elif (mode.is_decode() or mode.is_target_verify()) and result.batch_size >= runtime.current().config.min_rows:
-            recorder.stepped("decode", tokens)
+    result.misa_step = _step = _known(result) or Step([request.seqlen for request in batch.reqs], _width(result))
+    _tell(result.forward_mode, _step)
     return result
 
 
-_longest: int | None = None  # of the batch made last: SGLang's runners may run a copy, which has no `misa_longest`
+def _known(batch: Any) -> Step | None:
+    """The step of a batch that has its lengths on the host, and is one: several draft layers replay by a spec input."""
+    lengths = getattr(batch, "seq_lens_cpu", None) if hasattr(batch, "forward_mode") else None
+    return None if lengths is None else Step(lengths.tolist(), _width(batch))
+
+
+def _width(batch: Any) -> int:
+    """Rows of each request of a batch."""
+    verified = batch.forward_mode.is_target_verify() or batch.forward_mode.is_draft_extend_v2()
+    return max(1, getattr(batch.spec_info, "num_tokens_per_req", 1)) if verified else 1
+
+
+def _tell(mode: Any, step: Step) -> None:
+    """Tell the recorder of a step that a policy should select in."""
+    armed = runtime.current()
+    if step.longest <= armed.topk:
+        return
+    if mode.is_extend_without_speculative():
+        gate = armed.config.gate("prefill")
+        if gate is not None and step.longest > gate:
+            recorder.stepped("prefill")
+    elif mode.is_decode() or mode.is_target_verify():
+        policy = armed.config.decoding
+        if policy.active and step.short_for(policy) is None:
+            recorder.stepped("decode")
+
+
+_step: Step | None = None  # of the batch made last: SGLang's runners may run a copy, which has no `misa_step`
 _ends: Collection[int] = ()  # no attribute of the batch, of which SGLang's runners may make copies
 
 
@@ -46,7 +67,6 @@ def ends() -> Collection[int]:
     return _ends
 
 
-def longest(batch: Any) -> int | None:
-    """Tokens of the longest request of a step, as the host knows them; None where it does not."""
-    lengths = getattr(batch, "seq_lens_cpu", None)
-    return getattr(batch, "misa_longest", _longest) if lengths is None else max(lengths.tolist(), default=0)
+def step(batch: Any) -> Step | None:
+    """The requests of a step, as the host knows them; None where it does not."""
+    return getattr(batch, "misa_step", None) or _known(batch) or _step

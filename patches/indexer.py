@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sglang_misa.call import spans
 from sglang_misa.metrics import recorder
-from sglang_misa.patches.forward_batch import ends, longest
+from sglang_misa.patches.forward_batch import ends, step
 from sglang_misa.patches.indexer_calls import decode_call, extend_call
 
 
@@ -67,7 +67,7 @@ def get_topk_paged(
     captured = "captured:" if q_fp8.is_cuda and torch.cuda.is_current_stream_capturing() else ""
     call = functools.partial(decode_call, pool, layer_id, seq_lens, q_fp8, weights, metadata)
     policy = selector.policy("decode", layer)
-    reason = selector.why_stock_decodes(layer, len(q_fp8), functools.partial(longest, forward_batch))
+    reason = selector.why_stock_decodes(layer, len(q_fp8), step(forward_batch))
     if reason is not None:
         recorder.ran("decode", captured + "dsa")
         ids = original(self, forward_batch, layer_id, q_fp8, weights, metadata)

@@ -147,17 +147,28 @@ def _parser() -> argparse.ArgumentParser:
 def _rows(config: MisaConfig, model: Any) -> Iterator[tuple[str, str, str]]:
     for phase in PHASES:
         heads = getattr(model, "index_n_heads", None)
-        gate = config.gate(phase)
-        what = "a query that sees" if phase == "prefill" else "a step whose longest request has"
-        if gate:
-            yield phase, f"{what} up to {gate} tokens", "stock DSA"
-        if phase == "decode" and config.min_rows > 1:
-            yield phase, f"a step of fewer than {config.min_rows} rows", "stock DSA"
-        over = f"{what} more than {gate} tokens" if gate else f"{what} any number of tokens"
+        under, over = _gate(config, phase)
+        yield from ((phase, what, "stock DSA") for what in under)
         if config.layers is None:
             yield phase, over, _described(config.policy(phase), heads)
         for policy, layers in _layers(config, phase):
             yield phase, f"{over}, layers {layers}", _described(policy, heads)
+
+
+def _gate(config: MisaConfig, phase: Phase) -> tuple[list[str], str]:
+    """(what is under the gate of a phase, what is over it)."""
+    gate, step = config.gate(phase), config.decoding
+    if phase == "decode" and step.min_tokens > 1:
+        what, past = "a step whose rows together see", f" past {gate} in each" if gate else ""
+        under = [f"{what} fewer than {step.min_tokens} tokens{past}"]
+        over = f"{what} {step.min_tokens} tokens or more{past}"
+    else:
+        what = "a query that sees" if phase == "prefill" else "a step whose longest request has"
+        under, over = [f"{what} up to {gate} tokens"] if gate else [], f"{what} more than {gate} tokens"
+        over = over if gate else f"{what} any number of tokens"
+    if phase == "decode" and step.min_rows > 1:
+        under.append(f"a step of fewer than {step.min_rows} rows")
+    return under, over
 
 
 def _layers(config: MisaConfig, phase: Phase) -> Iterator[tuple[SelectionPolicy, str]]:

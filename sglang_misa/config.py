@@ -151,9 +151,9 @@ class MisaConfig(BaseModel):
         return min((policy.min_len for policy in self.policies(phase) if policy.active), default=None)
 
     @property
-    def min_rows(self) -> int:
-        """Rows under which stock DSA selects in a decode step."""
-        return min((policy.min_rows for policy in self.policies("decode") if policy.active), default=1)
+    def decoding(self) -> SelectionPolicy:
+        """A decode policy whose gate is the step's, as all have one gate; stock DSA where no layer has another."""
+        return next((policy for policy in self.policies("decode") if policy.active), SelectionPolicy())
 
     @property
     def sketch(self) -> int | None:
@@ -218,6 +218,7 @@ class MisaConfig(BaseModel):
         return cls.from_json(text, ENV) if text.strip() else None
 
 
+SKETCH_GATE = {"min_len": 16384, "min_rows": 4, "min_tokens": 400_000}
 HISA_DECODE = SelectionPolicy(blocks=64, block_size=128, min_len=32768)
 
 
@@ -232,10 +233,10 @@ def _pooled(**axes: Any) -> SelectionPolicy:
 
 
 def _sketched(bits: Literal[1, 2]) -> SelectionPolicy:
-    return _ours(7, sketch=bits, candidates=8192, block_size=PAGE, min_len=65536, min_rows=16)
+    return _ours(7, sketch=bits, candidates=8192, block_size=PAGE, **SKETCH_GATE)
 
 
-# Each gate is the length from which on the kernels are faster than stock (docs/kernel-notes.md).
+# Each gate is that from which on the kernels are faster than stock (docs/kernel-notes.md).
 PRESETS: dict[str, MisaConfig] = {
     "dsa": MisaConfig(),
     # As published: MISA and MISA† (arXiv 2605.07363), HISA (arXiv 2603.28458), and the best of both in its phase.

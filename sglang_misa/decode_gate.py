@@ -1,4 +1,4 @@
-"""Which selection a decode step gets: stock DSA while its longest request is short, the decode policy from there on.
+"""Which selection a decode step gets: stock DSA while its rows see few tokens, the decode policy from there on.
 
 The choice is one for all rows of a step, made on the host: a CUDA graph cannot choose by length. So each decode shape
 is captured twice, once with each selection, and `patches/cuda_graph.py` replays the one that this gate names. Shapes of
@@ -7,10 +7,42 @@ fewer rows than pay have stock's graph alone. A recall under the floor closes th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from sglang_misa.policy import SelectionPolicy
+
+
+@dataclass(frozen=True)
+class Step:
+    """The requests of a step, as the host knows them. Padding is not among them, or has a token each.
+
+    Drafted tokens of the step itself may be in the lengths or not, as SGLang counts them.
+    """
+
+    lengths: Sequence[int]  # tokens of each request
+    width: int = 1  # rows of each: the tokens that a step verifies
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths) * self.width
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, 0 without any."""
+        return max(self.lengths, default=0)
+
+    def short_for(self, policy: SelectionPolicy) -> str | None:
+        """The reason for which it is under the gate of `policy`, or None."""
+        if self.rows < policy.min_rows:
+            return "few-rows"
+        gate = policy.min_len
+        over = self.width * sum([length - gate for length in self.lengths if length > gate])
+        if over >= policy.min_tokens:
+            return None
+        return "few-tokens" if over else "under-min-len"
 
 
 @dataclass
@@ -51,12 +83,11 @@ def suspend(suspended: bool) -> None:
     _suspended = suspended
 
 
-def why_stock(gate: int, longest: int | None, *, few_rows: bool = False) -> str | None:
-    """The reason for which stock DSA selects in a step, or None.
+def why_stock(policy: SelectionPolicy, step: Step | None, *, few_rows: bool = False) -> str | None:
+    """The reason for which stock DSA selects in a step in the place of `policy`, or None.
 
-    few_rows: whether the step has fewer rows than pay; gate: tokens of the longest request up to which stock selects;
-    longest: the tokens that it has, and where they are unknown (None), the policy selects. Drafted tokens of the step
-    itself may be counted or not, as SGLang counts them.
+    few_rows: whether its call has fewer rows than pay, padding among them, so that no graph of such calls chooses.
+    Where the host does not know the step (None), the policy selects.
     """
     if few_rows:
         return "few-rows"
@@ -65,4 +96,4 @@ def why_stock(gate: int, longest: int | None, *, few_rows: bool = False) -> str 
         return "captured" if _capture.stock else None
     if _suspended:
         return "recall-floor"
-    return "under-min-len" if longest is not None and longest <= gate else None
+    return None if step is None else step.short_for(policy)

@@ -19,7 +19,7 @@ from sglang_misa.config import (
     MisaConfig,
     SelectionPolicy,
 )
-from sglang_misa.policy import ALIASES, ONLY, Phase
+from sglang_misa.policy import ALIASES, ONLY, Phase, rest_of_gate
 from sglang_misa.policy_file import PolicyFile
 from sglang_misa.validation import read_text, short, suggest
 
@@ -145,10 +145,11 @@ def from_flags(arguments: argparse.Namespace) -> MisaConfig | None:
             raise ConfigError(
                 [f"{beside[0]}: expected none beside --misa-policy, whose file has all policies; drop one"]
             )
-    data = _base(given).model_dump()
-    for phase, preset in phases.items():
-        data[phase] = PRESETS[preset].policy(phase).model_dump()
-    problems = []
+    base = _base(given)
+    base = base.model_copy(update={phase: PRESETS[preset].policy(phase) for phase, preset in phases.items()})
+    data, problems = base.model_dump(), []
+    if any(base.decode is preset.decode for preset in PRESETS.values()):  # and not a file's
+        data["decode"] |= rest_of_gate([flag.path[-1] for flag, _ in chosen if flag.path[0] == "decode"])
     for flag, word in chosen:
         try:
             value = None if word == flag.none_word else flag.kind.parse(word)

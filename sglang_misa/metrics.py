@@ -20,7 +20,8 @@ RECALL_BINS = 1000  # a layer's recalls are kept as a histogram of this resoluti
 RECALL_BUCKETS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999, 1.0)
 LOW_PERCENTILE = 0.1
 PLACE = ("dp_rank", "pp_rank", "tp_rank")  # labels of every metric, named as SGLang's, so that both families join
-REASONS = ("policy-is-dsa", "under-min-len", "all-tokens-visible", "few-rows", "recall-floor")  # to leave a call to DSA
+# Why a call is left to DSA.
+REASONS = ("policy-is-dsa", "under-min-len", "all-tokens-visible", "few-rows", "few-tokens", "recall-floor")
 UNROUTED_STEPS = 8  # over the gate in a phase, after which its policy must have selected at least once
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ class Recorder:
             "policy": {phase: config.name(phase) for phase in PHASES},
             "layers": {phase: by_policy(config, phase) for phase in PHASES},
             "min_len": self._gates,
-            "min_rows": config.min_rows,
+            "min_rows": config.decoding.min_rows,
+            "min_tokens": config.decoding.min_tokens,
             "rank": rank,
             "ranks": ranks,
         }
@@ -109,29 +111,26 @@ class Recorder:
             self._exporter.calls.labels(*self._exporter.place, phase, path).inc()
 
     def replayed(self, path: str) -> None:
-        """One decode step replayed the graph of `path`: "dsa" under the length gate, else the policy's name."""
+        """One decode step replayed the graph of `path`: "dsa" under the gate, else the policy's name."""
         self._replays[path] += 1
         if self._exporter:
             self._exporter.replays.labels(*self._exporter.place, path).inc()
 
-    def stepped(self, phase: Phase, longest: int) -> None:
-        """A step of `phase` begins whose longest request has `longest` tokens, more than the model's top-k.
+    def stepped(self, phase: Phase) -> None:
+        """A step of `phase` begins that is over its policy's gate, with more tokens than the model's top-k.
 
-        Live hooks may still never be called: from UNROUTED_STEPS steps over the gate on without one selection by the
-        policy, the log, the status and a metric say so.
+        Live hooks may still never be called: from UNROUTED_STEPS such steps on without one selection by the policy,
+        the log, the status and a metric say so.
         """
-        if phase not in self._gates or longest <= self._gates[phase]:
-            return
         routed = self._routed(phase)
         if (self._over_gate[phase] >= UNROUTED_STEPS and not routed) != (phase in self._unrouted):
             self._unrouted ^= {phase}
             if not routed:
                 logger.error(
-                    "expected %s to select in %s steps over %d tokens, got %d such steps and not one selection: SGLang "
+                    "expected %s to select in %s steps over its gate, got %d such steps and not one selection: SGLang "
                     "does not ask the indexer; restart without what replaces its attention, or without --misa-* flags",
                     self._armed["policy"][phase],
                     phase,
-                    self._gates[phase],
                     self._over_gate[phase],
                 )
             if self._exporter:

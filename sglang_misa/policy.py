@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -17,6 +17,7 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 ONLY: Mapping[str, Phase] = {
     "sketch": "decode",
     "min_rows": "decode",
+    "min_tokens": "decode",
     "tail": "prefill",
     "exact": "prefill",
 }  # fields of one phase
@@ -31,6 +32,15 @@ def renamed(field: str, word: object) -> object:
         return word
     logger.warning("%s: %r is called %r now; both are understood", field, word, new)
     return new
+
+
+def rest_of_gate(given: Collection[str]) -> dict[str, int]:
+    """What takes the place of a preset's gate of decode, beside the fields that are `given`.
+
+    A gate that is given in part is a gate of one's own: the preset's `min_tokens` was measured with its other fields.
+    """
+    whole = "min_tokens" in given or {"min_len", "min_rows"}.isdisjoint(given)
+    return {} if whole else {"min_tokens": SelectionPolicy().min_tokens}
 
 
 class SelectionPolicy(BaseModel):
@@ -86,6 +96,13 @@ class SelectionPolicy(BaseModel):
     )
     min_rows: int = Field(
         1, ge=1, le=MOST, description="leave steps of fewer rows (requests times verified tokens) to stock DSA"
+    )
+    min_tokens: int = Field(
+        1,
+        ge=1,
+        le=MOST,
+        description="leave steps whose rows together see fewer tokens past min_len to stock DSA; where a preset's "
+        "min_len or min_rows is changed and this is not, it is 1",
     )
     tail: int = Field(
         0,
@@ -188,8 +205,9 @@ class SelectionPolicy(BaseModel):
                 f"{phase}.router: expected a residual with error, which ranks heads by what that would get wrong, got "
                 f"none; set {flag}-residual, or choose another {flag}-router"
             )
-        if self.min_rows > 1 and phase == "prefill":
-            yield f"prefill.min_rows: expected 1, as only decode has it, got {self.min_rows}; drop it"
+        for name in ("min_rows", "min_tokens"):
+            if phase == "prefill" and (value := getattr(self, name)) > 1:
+                yield f"prefill.{name}: expected 1, as only decode has it, got {value}; drop it"
         if self.tail and phase == "decode":
             yield f"decode.tail: expected 0, as only prefill has the end of a prompt, got {self.tail}; drop it"
         if self.sketch is not None and phase == "prefill":

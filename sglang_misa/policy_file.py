@@ -115,6 +115,7 @@ class PolicyFile(BaseModel):
         for name, why in (
             ("min_len", "the length gate is the step's, one for all layers"),
             ("min_rows", "the gate of rows is the step's too"),
+            ("min_tokens", "and so is the gate of tokens"),
             ("sketch", "pages of all layers have sketches of one width"),
         ):
             found = sorted({getattr(policy, name) or 0 for policy in active})

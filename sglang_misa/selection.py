@@ -64,15 +64,15 @@ class Selector:
             return "few-rows"
         return None
 
-    def why_stock_decodes(self, layer: int, rows: int, longest: Callable[[], int | None]) -> str | None:
-        """The reason for which stock DSA takes a decode call of `rows` rows, or None.
+    def why_stock_decodes(self, layer: int, rows: int, step: decode_gate.Step | None) -> str | None:
+        """The reason for which stock DSA takes a decode call of `rows` rows, padding among them, or None.
 
-        longest: tokens of the step's longest request, None if not known; asked where a policy goes by it alone.
+        step: what the host knows of its requests.
         """
         policy = self.policy("decode", layer)
         if not policy.active:
             return "policy-is-dsa"
-        return decode_gate.why_stock(policy.min_len, longest(), few_rows=rows < policy.min_rows)
+        return decode_gate.why_stock(policy, step, few_rows=rows < policy.min_rows)
 
     def extend(self, call: ExtendCall) -> None:
         """Select for all rows of `call` into its output. For a call that `why_stock` has no reason against."""

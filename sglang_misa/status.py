@@ -131,15 +131,18 @@ def _phase(status: Mapping[str, Any], phase: str) -> tuple[object, ...]:
     return (
         phase,
         status["policy"][phase],
-        "any length" if gate is None else f"{gate} tokens" + _rows_gate(status, phase),
+        "any length" if gate is None else f"{gate} tokens" + _step_gate(status, phase),
         "-" if gate is None else status["steps_over_gate"][phase],
         _counts(status["calls"][phase]),
         _counts(status["replays"]) if phase == "decode" else "-",
     )
 
 
-def _rows_gate(status: Mapping[str, Any], phase: str) -> str:
-    return f", {status['min_rows']} rows" if phase == "decode" and status["min_rows"] > 1 else ""
+def _step_gate(status: Mapping[str, Any], phase: str) -> str:
+    """What a decode step must have too."""
+    least = [(status["min_rows"], "rows"), (status["min_tokens"], "tokens past them")] if phase == "decode" else []
+    words = [f"{count} {what}" for count, what in least if count > 1]
+    return f", or under {' or '.join(words)}" if words else ""
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -27,6 +27,7 @@ from sglang_misa.calibrate import choice, picture, prompts
 from sglang_misa.calibrate.choice import DSA, Dumped, Point
 from sglang_misa.calibrate.costs import SHIPPED, Costs, Measured, Modelled
 from sglang_misa.config import PHASES, PRESETS, ConfigError, Phase, SelectionPolicy
+from sglang_misa.policy import rest_of_gate
 from sglang_misa.policy_file import LayerPolicy, ModelIdentity, PolicyFile
 from sglang_misa.refusal import Refusal
 from sglang_misa.text_tables import ranges, table
@@ -121,8 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--min-rows",
         type=at_least(1),
-        default=GATED["decode"].min_rows,
-        help="rows under which stock DSA selects in a decode step (default: the presets', %(default)s)",
+        help=f"rows under which stock DSA selects in a decode step (default: the presets', {GATED['decode'].min_rows})",
+    )
+    parser.add_argument(
+        "--min-tokens",
+        type=at_least(1),
+        help="tokens past --min-len, of all rows together, under which stock DSA selects in a decode step (default: "
+        f"the presets', {GATED['decode'].min_tokens}, or 1 where another gate is given)",
     )
     parser.add_argument(
         "--new-tokens", type=at_least(1), default=128, help="tokens of an answer, for decode (default: 128)"
@@ -217,8 +223,9 @@ def _policy_file(model: ModelIdentity, chosen: Chosen, given: argparse.Namespace
 
 def _gates(phase: Phase, given: argparse.Namespace) -> dict[str, int]:
     """Under what stock DSA selects."""
-    gates = {"min_len": GATED[phase].min_len if given.min_len is None else given.min_len}
-    return gates | ({"min_rows": given.min_rows} if phase == "decode" else {})
+    names = ("min_len", "min_rows", "min_tokens") if phase == "decode" else ("min_len",)
+    chosen = {name: value for name in names if (value := getattr(given, name)) is not None}
+    return {name: getattr(GATED[phase], name) for name in names} | rest_of_gate(chosen) | chosen
 
 
 def _told(model: ModelIdentity, chosen: Chosen, costs: Costs, given: argparse.Namespace) -> Iterator[str]:

@@ -12,6 +12,7 @@ from sglang.srt.model_executor.runner.shape_key import ShapeKey
 from sglang.srt.model_executor.runner_backend.full_cuda_graph_backend import FullCudaGraphBackend
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleVerifyInput
 
 from sglang_misa import decode_gate, runtime, versions
 from sglang_misa.config import MisaConfig, SelectionPolicy
@@ -37,6 +38,8 @@ class Graph:
 def recorder(monkeypatch):
     fresh = Recorder()
     monkeypatch.setattr(cuda_graph, "recorder", fresh)
+    monkeypatch.setattr(forward_batch, "recorder", fresh)
+    monkeypatch.setattr(forward_batch, "_step", None)
     return fresh
 
 
@@ -61,11 +64,22 @@ def arm(monkeypatch, decode):
 
 def step():
     """A decode forward: what its selection is made by."""
-    return "policy" if decode_gate.why_stock(MIN_LEN, 1) is None else "stock"
+    return "policy" if decode_gate.why_stock(POLICY, None) is None else "stock"
 
 
-def batch(*lengths):
-    return SimpleNamespace(seq_lens_cpu=torch.tensor(lengths, dtype=torch.int64))
+def batch(*lengths, mode=ForwardMode.DECODE, width=1):
+    inputs = {
+        ForwardMode.TARGET_VERIFY: EagleVerifyInput.create_idle_input(1, width, width, "cpu"),
+        ForwardMode.DRAFT_EXTEND_V2: EagleDraftExtendInput(num_tokens_per_req=width),
+    }
+    cpu = torch.tensor(lengths, dtype=torch.int64)
+    return SimpleNamespace(seq_lens_cpu=cpu, forward_mode=mode, spec_info=inputs.get(mode))
+
+
+def made(result, requests=()):
+    """`result` as SGLang would make a batch of it."""
+    schedule, runner = SimpleNamespace(reqs=requests), SimpleNamespace(token_to_kv_pool=None)
+    return forward_batch.init_new(lambda *_: result, None, schedule, runner)
 
 
 def test_each_shape_has_both_graphs_and_the_longest_request_chooses(backend, recorder):
@@ -91,17 +105,54 @@ def test_without_lengths_on_the_host_the_tokens_of_its_requests_count(backend, r
     request = Req("r", "", array("q", range(MIN_LEN - 1)), SamplingParams())
     for token, expected in ((1, "stock"), (2, "policy")):
         request.output_ids.append(token)
-        forward = forward_batch.init_new(
-            lambda cls, schedule, runner: SimpleNamespace(seq_lens_cpu=None, forward_mode=ForwardMode.DECODE),
-            None,
-            SimpleNamespace(reqs=[request]),
-            SimpleNamespace(token_to_kv_pool=None),
-        )
+        forward = made(SimpleNamespace(seq_lens_cpu=None, forward_mode=ForwardMode.DECODE), [request])
         assert backend.replay(KEYS[0], forward) == expected
+        for other in (SimpleNamespace(seq_lens_cpu=None), EagleDraftExtendInput(seq_lens_cpu=torch.zeros(1))):
+            assert backend.replay(KEYS[0], other) == expected, "not by the batch made last"
+
+
+GATED = POLICY.model_copy(update={"min_rows": 3, "min_tokens": 2 * MIN_LEN})
+
+
+@pytest.mark.parametrize(
+    ("lengths", "mode", "expected"),
+    [
+        ((MIN_LEN, MIN_LEN, MIN_LEN), ForwardMode.DECODE, "stock"),
+        ((2 * MIN_LEN, 2 * MIN_LEN - 1, 5), ForwardMode.DECODE, "stock"),
+        ((2 * MIN_LEN, 2 * MIN_LEN, 5), ForwardMode.DECODE, "policy"),
+        ((3 * MIN_LEN, 3 * MIN_LEN), ForwardMode.DECODE, "stock"),  # two rows, whatever the shape is
+        ((MIN_LEN + 500,), ForwardMode.TARGET_VERIFY, "policy"),  # each verified token is a row that sees all
+        ((MIN_LEN + 499,), ForwardMode.TARGET_VERIFY, "stock"),
+        ((MIN_LEN + 499, *[1] * 7), ForwardMode.TARGET_VERIFY, "stock"),  # padded
+        ((MIN_LEN + 500,), ForwardMode.DRAFT_EXTEND_V2, "policy"),
+        ((MIN_LEN + 499,), ForwardMode.DRAFT_EXTEND_V2, "stock"),
+    ],
+)
+@pytest.mark.parametrize("remade", [False, True])
+def test_rows_and_tokens_choose_the_graph(backend, recorder, monkeypatch, lengths, mode, expected, remade):
+    arm(monkeypatch, GATED)
+    backend.capture_one(KEYS[0], step)
+    forward = batch(*lengths, mode=mode, width=1 if mode == ForwardMode.DECODE else 4)
+    assert backend.replay(KEYS[0], made(forward) if remade else forward) == expected
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.EXTEND])
+def test_steps_over_their_phases_gate_are_told(recorder, monkeypatch, mode):
+    config = MisaConfig(prefill=POLICY.model_copy(update={"min_len": 2999}), decode=GATED)
+    armed = runtime.Runtime(config, 64, 2048, 8192, "cuda", 0, 1)
+    monkeypatch.setattr(runtime, "_runtime", armed)
+    recorder.armed(config, 0, 1, sglang="0.5.23", verified=True)
+    for length in (2048, 2999, 3000):
+        made(batch(length, 5, 5, mode=mode), [SimpleNamespace(seqlen=length)])
+    phase = "prefill" if mode == ForwardMode.EXTEND else "decode"
+    assert recorder.status()["steps_over_gate"] == {"prefill": 0, "decode": 0} | {phase: 1}
+    arm(monkeypatch, SelectionPolicy())
+    made(batch(1 << 20, 5, 5, mode=mode), [SimpleNamespace(seqlen=1 << 20)])
+    assert recorder.status()["steps_over_gate"][phase] == 1, "a phase that is stock DSA's is not waited for"
 
 
 def test_a_shape_of_few_rows_has_stocks_graph_alone(backend, recorder):
-    backend.capture_one(KEYS[0], lambda: decode_gate.why_stock(MIN_LEN, 1, few_rows=True))
+    backend.capture_one(KEYS[0], lambda: decode_gate.why_stock(POLICY, None, few_rows=True))
     assert list(backend._graphs) == [KEYS[0]]
     assert backend.replay(KEYS[0], batch(MIN_LEN + 1)) == "few-rows"
 
@@ -120,6 +171,12 @@ def test_without_a_gate_there_is_nothing_to_choose(backend, monkeypatch):
     assert backend.replay(KEYS[0], batch(5)) == "policy"
 
 
+def test_a_gate_of_tokens_alone_is_a_gate(backend, monkeypatch):
+    arm(monkeypatch, POLICY.model_copy(update={"min_len": 0, "min_tokens": 10}))
+    backend.capture_one(KEYS[0], step)
+    assert [backend.replay(KEYS[0], batch(*lengths)) for lengths in ((5, 4), (5, 5))] == ["stock", "policy"]
+
+
 def test_a_failed_capture_leaves_the_gate_open(backend):
     def broken():
         step()
@@ -127,5 +184,5 @@ def test_a_failed_capture_leaves_the_gate_open(backend):
 
     with pytest.raises(RuntimeError):
         backend.capture_one(KEYS[0], broken)
-    assert decode_gate.why_stock(MIN_LEN, MIN_LEN) == "under-min-len"
-    assert decode_gate.why_stock(MIN_LEN, MIN_LEN + 1) is None
+    assert decode_gate.why_stock(POLICY, decode_gate.Step([MIN_LEN])) == "under-min-len"
+    assert decode_gate.why_stock(POLICY, decode_gate.Step([MIN_LEN + 1])) is None

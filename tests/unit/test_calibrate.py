@@ -68,6 +68,8 @@ def test_the_target_is_kept_on_rows_that_were_held_out(
     assert config is not None
     assert not config.policy("prefill", 1).active
     for layer in (0, 2):
+        decode, gate = config.policy("decode", layer), PRESETS["faithful"].decode
+        assert not decode.active or (decode.min_rows, decode.min_tokens) == (gate.min_rows, gate.min_tokens)
         for phase, recall in config.layers.layers[str(layer)].recall.items():
             assert recall.held_out >= TARGET - 0.01, (layer, phase)
             assert recall.cost <= 1

@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from sglang_misa import launch_server, random_model
-from sglang_misa.config import ENV
+from sglang_misa.config import ENV, PRESETS
+
+FAITHFUL = PRESETS["faithful"]
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +41,9 @@ def test_phases_gates_and_memory(checked, model):
     status, out = checked("--misa-preset", "faithful", "--model-path", model)
     assert status == 0, out
     for words in (
-        "up to 16384 tokens",
-        "fewer than 16 rows",
+        f"up to {FAITHFUL.prefill.min_len} tokens",
+        f"fewer than {FAITHFUL.decode.min_rows} rows",
+        f"fewer than {FAITHFUL.decode.min_tokens} tokens past {FAITHFUL.decode.min_len} in each",
         "3 of 64 heads by error, the others as one column",
         "38 B a token and layer",
         "152 B a token in 4 layers",

@@ -39,6 +39,8 @@ def policies(draw, phase):
         candidates=candidates,
         block_size=block_size,
         min_len=draw(st.integers(0, 1 << 20)),
+        min_rows=draw(st.integers(1, 64)) if phase == "decode" else 1,
+        min_tokens=draw(st.integers(1, 1 << 20)) if phase == "decode" else 1,
     )
 
 
@@ -225,6 +227,10 @@ WRONG_FILES = {
         policy_file({str(n): {"decode": {"blocks": 64, "min_len": 4096 * n}} for n in range(3)}),
         "decode.min_len: expected one value in every layer",
     ),
+    "gates of tokens that differ": (
+        policy_file({str(n): {"decode": {"blocks": 64, "min_tokens": 4096 + n}} for n in range(3)}),
+        "decode.min_tokens: expected one value in every layer",
+    ),
     "sketches that differ": (
         policy_file({str(n): {"decode": {"sketch": max(n, 1), "candidates": 8192}} for n in range(3)}),
         "decode.sketch: expected one value in every layer",
@@ -266,6 +272,25 @@ def test_a_phase_comes_from_another_preset(name):
     changed = from_flags("--misa-prefill", name, "--misa-prefill-min-len", "7")
     assert changed.prefill == PRESETS[name].prefill.model_copy(update={"min_len": 7})
     assert changed.decode == PRESETS[config.DEFAULT_PRESET].decode
+
+
+@pytest.mark.parametrize("start", [["--misa-preset", "fast"], ["--misa-preset", "dsa", "--misa-decode", "fast"], []])
+@pytest.mark.parametrize("changed", [{"min_len": 2048}, {"min_rows": 1}, {"min_rows": 1, "min_len": 2048}])
+def test_a_gate_given_in_part_is_not_held_back_by_a_presets(start, changed):
+    words = [f"--misa-decode-{name.replace('_', '-')}={value}" for name, value in changed.items()]
+    preset = PRESETS["fast" if start else config.DEFAULT_PRESET].decode
+    assert from_flags(*start, *words).decode == preset.model_copy(update={**changed, "min_tokens": 1})
+    whole = from_flags(*start, *words, "--misa-decode-min-tokens", "77").decode
+    assert whole == preset.model_copy(update={**changed, "min_tokens": 77})
+    assert from_flags(*start, "--misa-decode-candidates", "4096").decode.min_tokens == preset.min_tokens > 1
+
+
+def test_a_gate_of_the_users_file_stays(tmp_path):
+    path = tmp_path / "misa.json"
+    for text, kept in ('{"decode": {"heads": 8, "min_tokens": 77}}', 77), ('{"decode": {"heads": 8}}', 1), ("fast", 1):
+        path.write_text(text)
+        chosen = from_flags("--misa-config", str(path), "--misa-decode-min-len", "9")
+        assert (chosen.decode.min_len, chosen.decode.min_tokens) == (9, kept)
 
 
 IMPOSSIBLE = {

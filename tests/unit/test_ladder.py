@@ -17,6 +17,7 @@ from sglang_misa.metrics import Recorder
 FLOOR = 0.9
 MISA = SelectionPolicy(heads=8, min_len=100)
 HISA = SelectionPolicy(blocks=64, block_size=128, min_len=100)
+LONG = decode_gate.Step([5000])
 TAILED = SelectionPolicy(heads=8, min_len=100, tail=64)
 FAITHFUL = PRESETS["faithful"].prefill.model_copy(update={"min_len": 100})
 HIER, MORE = PRESETS["misa-hier"].prefill, FAITHFUL.model_copy(update={"candidates": 8192})
@@ -88,17 +89,17 @@ def test_half_a_probe_brings_nothing_back() -> None:
 def test_decode_sinks_as_a_step_by_its_worst_layer_and_waits_for_all_to_come_back(recorder: Recorder) -> None:
     one = ladders()
     see(one, "decode", 0, 1.0)
-    assert decode_gate.why_stock(100, 5000) is None
+    assert decode_gate.why_stock(HISA, LONG) is None
     see(one, "decode", 2, FLOOR - 0.01)
-    assert decode_gate.why_stock(100, 5000) == "recall-floor"
+    assert decode_gate.why_stock(HISA, LONG) == "recall-floor"
     assert one.probe("decode", 0) == HISA
     assert one.policy("prefill", 2) == MISA, "prefill has ladders of its own"
     one.observe("decode", 2, [FLOOR] * CALM * WINDOW, probed=True)
     see(one, "decode", 0, 1.0, CALM * WINDOW, probed=True)
-    assert decode_gate.why_stock(100, 5000) == "recall-floor"
+    assert decode_gate.why_stock(HISA, LONG) == "recall-floor"
     one.observe("decode", 2, [1.0] * CALM * WINDOW, probed=True)
     see(one, "decode", 0, 1.0, CALM * WINDOW, probed=True)
-    assert decode_gate.why_stock(100, 5000) is None
+    assert decode_gate.why_stock(HISA, LONG) is None
     assert recorder.status()["ladder"]["decode"] == {"all": {"rung": 0, "policy": HISA.label, "moves": 2}}
 
 
@@ -119,7 +120,7 @@ def test_without_a_floor_and_in_a_draft_model_nothing_moves() -> None:
         for _ in range(200):
             one.stepped()
         assert one.policy("prefill", 0) == MISA
-        assert decode_gate.why_stock(100, 5000) is None
+        assert decode_gate.why_stock(HISA, LONG) is None
 
 
 @pytest.mark.parametrize(

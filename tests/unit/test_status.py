@@ -85,12 +85,22 @@ def test_a_replica_that_is_off_or_does_not_select_is_told(serve, key_file, capsy
     idle = recorder()
     for _ in range(UNROUTED_STEPS + 2):
         idle._calls["prefill"].clear()
-        idle.stepped("prefill", 131072)
+        idle.stepped("prefill")
     assert status.main([serve(info(idle)), "--key-file", key_file]) == status.NOT_AS_ASKED
     assert "WARNING: prefill is not selected by misa" in capsys.readouterr().out
     off = json.dumps({"internal_states": [{}]}).encode()
     assert status.main([serve(off), "--key-file", key_file]) == status.NOT_AS_ASKED
     assert "sglang-misa is off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", ["hisa", "faithful"])
+def test_the_gate_of_a_step_is_told(preset):
+    one, decode = Recorder(), PRESETS[preset].decode
+    one.armed(PRESETS[preset], rank=0, ranks=1, sglang="0.5.23", verified=True)
+    row = next(line for line in status.text(one.status()).splitlines() if line.startswith("decode"))
+    assert f"{decode.min_len} tokens" in row
+    for least, what in ((decode.min_rows, "rows"), (decode.min_tokens, "tokens past them")):
+        assert (f"{least} {what}" in row) == (least > 1)
 
 
 @pytest.mark.parametrize(
