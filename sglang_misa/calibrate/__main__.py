@@ -222,10 +222,10 @@ def _policy_file(model: ModelIdentity, chosen: Chosen, given: argparse.Namespace
 
 
 def _gates(phase: Phase, given: argparse.Namespace) -> dict[str, int]:
-    """Under what stock DSA selects."""
+    """Under what stock DSA selects, and at the end of a prompt."""
     names = ("min_len", "min_rows", "min_tokens") if phase == "decode" else ("min_len",)
     chosen = {name: value for name in names if (value := getattr(given, name)) is not None}
-    return {name: getattr(GATED[phase], name) for name in names} | rest_of_gate(chosen) | chosen
+    return {name: getattr(GATED[phase], name) for name in (*names, "tail")} | rest_of_gate(chosen) | chosen
 
 
 def _told(model: ModelIdentity, chosen: Chosen, costs: Costs, given: argparse.Namespace) -> Iterator[str]:

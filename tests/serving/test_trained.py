@@ -22,6 +22,7 @@ from sglang_misa.bench.quality.cli import main
 from sglang_misa.bench.quality.train.__main__ import SMALL
 from sglang_misa.bench.quality.train.model import DsaModel
 from sglang_misa.calibrate import __main__ as calibrate
+from sglang_misa.config import PRESETS
 from sglang_misa.demo import MODEL
 from sglang_misa.policy_file import PolicyFile
 from sglang_misa.procs import ServerProcess, free_port, is_healthy
@@ -103,7 +104,7 @@ def test_a_policy_is_calibrated_on_what_the_server_dumps(server, folder, tmp_pat
     assert [*file.problems()] == []
     for layer in file.layers.values():
         assert layer.prefill.active
-        assert layer.prefill.min_len == TOPK
+        assert (layer.prefill.min_len, layer.prefill.tail) == (TOPK, PRESETS["fast"].prefill.tail)
         assert layer.recall["prefill"].held_out >= target - 0.01
     decodes = [layer.decode for layer in file.layers.values() if layer.decode.active]
     assert all((policy.min_rows, policy.min_tokens) == (4, 1) for policy in decodes)
