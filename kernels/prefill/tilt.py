@@ -22,6 +22,7 @@ from sglang_misa.kernels.layout import HEAD_DIM, TILT
 from sglang_misa.kernels.prefill.seen_blocks import OPERAND, seen_blocks
 
 _ROWS, _TILE, _WARPS = 64, 64, 4
+_ROUNDING = 2.0**-32  # of a mean in fp32, over its square
 
 
 @triton.jit
@@ -45,6 +46,7 @@ def tilt_fwd_kernel(
     max_blocks,
     BLOCK_SIZE: tl.constexpr,
     TILT: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -71,8 +73,12 @@ def tilt_fwd_kernel(
             b_squares += tl.sum(b_score * b_score, axis=1)
             b_high = b_score.to(OPERAND)  # and what bf16 rounds off
             b_sum += tl.dot(b_high, b_key) + tl.dot((b_score - b_high.to(tl.float32)).to(OPERAND), b_key)
-    b_scale = TILT / (b_count * tl.sqrt(b_squares / b_count))
-    b_direction = tl.where(((b_scale > 0.0) & (b_scale < float("inf")))[:, None], b_sum * b_scale[:, None], 0.0)
+    b_mean = b_total / b_count
+    b_variance = b_squares / b_count
+    b_scale = TILT / (b_count * tl.sqrt(b_variance))
+    # Scores of equal blocks differ from their mean by its rounding, and that points nowhere.
+    m_differ = (b_variance > b_mean * b_mean * ROUNDING) & (b_scale > 0.0) & (b_scale < float("inf"))
+    b_direction = tl.where(m_differ[:, None], b_sum * b_scale[:, None], 0.0)
     tl.store(p_direction + i_row[:, None] * HEAD_DIM + o_dim[None, :], b_direction, mask=m_row[:, None])
 
 
@@ -97,6 +103,7 @@ def tilt(
             max_blocks,
             BLOCK_SIZE=block_size,
             TILT=TILT,
+            ROUNDING=_ROUNDING,
             ROWS=_ROWS,
             TILE=_TILE,
             HEAD_DIM=HEAD_DIM,
