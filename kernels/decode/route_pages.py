@@ -131,8 +131,9 @@ def _linear_part(products: Tensor) -> tuple[Tensor, Tensor]:
     """φ = Φ(μ/σ) and σ·√(φ(1 − φ)) of each head, 0 where μ or σ is not finite."""
     variance, mean = torch.var_mean(products, 1, correction=0)
     z, spread = mean * variance.rsqrt(), variance > 0
-    share = torch.where(spread, torch.special.ndtr(z), (mean.sign() + 1) / 2)
-    error = torch.where(spread, (variance * torch.special.ndtr(z) * torch.special.ndtr(-z)).sqrt(), 0.0)
+    positive, negative = (torch.special.erfc(z * sign * 0.5**0.5) / 2 for sign in (-1, 1))  # ndtr has no lower tail
+    share = torch.where(spread, positive, (mean.sign() + 1) / 2)
+    error = torch.where(spread, (variance * positive * negative).sqrt(), 0.0)
     finite = mean.isfinite() & variance.isfinite()
     return torch.where(finite, share, 0.0), torch.where(finite, error, 0.0)
 
