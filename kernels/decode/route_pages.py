@@ -54,8 +54,8 @@ def route_pages(rows: PagedRows, page_means: Tensor, policy: SketchPolicy, *, ou
     complete pages but the newest, or of ROUTED_PAGES of them, evenly spaced; ties fall to the lower head, NaN never
     wins.
     The residual is Σ w · φ · q of the heads that are not routed, φ = Φ(μ/σ), μ and σ of their products; a head whose
-    μ, σ or w is not finite adds nothing and has no error. NaN in a query counts as 0. A row's columns depend on the row
-    alone, bit by bit.
+    μ or σ is not finite has no error, and adds nothing, as one does whose w is not finite. NaN in a query counts as 0.
+    A row's columns depend on the row alone, bit by bit.
 
     page_means: bf16 [P, 128], contiguous
     out:        of `heads` columns, and one more for a residual
