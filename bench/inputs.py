@@ -103,6 +103,11 @@ def trained_file(path: Path) -> dict[str, Tensor]:
         if tensors[name].shape != shape:
             found = [*tensors[name].shape]
             raise ValueError(f"{path}: expected {name} of {[*shape]}, got {found}; its tensors are not of one prompt")
+    for name in ("index_q", "index_k"):
+        if tensors[name].dtype != FP8:
+            raise ValueError(f"{path}: expected {name} in {FP8}, got {tensors[name].dtype}; round it, as servers do")
+    if not rows or keys < PAGE:
+        raise ValueError(f"{path}: expected rows, and keys of a page ({PAGE}), got {rows} and {keys}; dump a prompt")
     return tensors
 
 

@@ -36,6 +36,7 @@ from sglang_misa.bench.work import count
 from sglang_misa.config import Phase, Router, SelectionPolicy
 from sglang_misa.kernels.layout import PAGE, ROUTERS
 from sglang_misa.policy_file import ModelIdentity
+from sglang_misa.validation import short
 
 TOPK = 2048  # of a file that does not tell its model
 ALIGN = 1024  # a window's start: the largest block
@@ -144,21 +145,31 @@ class Layer:
 
     @classmethod
     def load(cls, path: Path, rows: int, device: str = "cpu") -> Layer:
-        """`rows` of the file's rows, evenly. Raises ValueError where a tensor is missing."""
+        """`rows` of the file's rows, evenly. Raises ValueError where a tensor is missing, or others do not fit it."""
         tensors = trained_file(path)
         if "positions" not in tensors:
             raise ValueError(f"{path}: expected positions of the rows, got none; give the position of each row's token")
-        whole = len(tensors["k_scale"]) // PAGE * PAGE
-        picked = torch.linspace(0, len(tensors["positions"]) - 1, min(rows, len(tensors["positions"]))).long()
+        positions, count, held = tensors["positions"], len(tensors["index_q"]), len(tensors["k_scale"])
+        if positions.shape != (count,) or not ((positions >= 0) & (positions < held)).all():
+            raise ValueError(
+                f"{path}: expected the positions of {count} rows, each from 0 to {held - 1}, got "
+                f"{short(positions.tolist())}; give the position of each row's token"
+            )
+        whole = held // PAGE * PAGE
+        picked = torch.linspace(0, count - 1, min(rows, count)).long()
         parts = (
             tensors["index_q"].float()[picked],
             tensors["head_gates"].float()[picked],
             tensors["index_k"].float() * tensors["k_scale"][:, None],
             pack_pages(tensors["index_k"][:whole], tensors["k_scale"][:whole]),
-            tensors["positions"][picked],
+            positions[picked],
         )
         index_q, gates, keys, pages, positions = (part.to(device) for part in parts)
         return cls(index_q, gates, keys, pages, positions, model=model_of(path))
+
+    @property
+    def index_heads(self) -> int:
+        return int(self.head_gates.shape[1])
 
     @property
     def topk(self) -> int:
@@ -314,6 +325,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=file_to_write, help="draw recall against cost there (of the first length)")
     options = parser.parse_args(words)
     rows: list[dict[str, object]] = []
+    index_heads: int | None = None
     for length in options.length:
         shares = []
         for path in options.files:
@@ -321,11 +333,15 @@ def main(words: Sequence[str] | None = None) -> int:
                 layer = Layer.load(path, options.rows, options.device)
             except (OSError, ValueError) as error:
                 parser.error(str(error))
+            if layer.index_heads != (index_heads := index_heads or layer.index_heads):
+                parser.error(
+                    f"{path}: expected {index_heads} index heads, got {layer.index_heads}; name one model's files"
+                )
             if length <= layer.topk:
                 parser.error(f"--length: expected more than the {layer.topk} tokens that are selected, got {length}")
             shares.append(measure(layer, length, policies()))
             print(f"{path}: {len(layer.positions)} rows of {length} keys", file=sys.stderr, flush=True)
-        rows += table(shares, length, layer.head_gates.shape[1])
+        rows += table(shares, length, layer.index_heads)
     print("  ".join(FIELDS))
     for row in rows:
         print("  ".join(str(row[name]).ljust(len(name)) for name in FIELDS))

@@ -11,11 +11,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 HEAD_START = 8_000_000  # cycles, about 4 ms: longer than a slow host needs for the launches of one call
+FLUSH_BYTES = 256 << 20  # more than an L2 cache holds
+CALLS, REPLAYS, TRACES = 15, 20, 5  # of which a median or a mean is taken
 
 
-def event_us(calls: Sequence[Callable[[], object]], repeats: int = 15, flush_bytes: int = 256 << 20) -> list[float]:
+def event_us(calls: Sequence[Callable[[], object]]) -> list[float]:
     """Median µs that each of `calls` takes on the GPU, in turn: after a flush of the L2 cache, all launches queued."""
-    flush = torch.empty(flush_bytes, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
     def prepare() -> None:
         flush.zero_()
@@ -24,7 +26,7 @@ def event_us(calls: Sequence[Callable[[], object]], repeats: int = 15, flush_byt
     for call in calls:
         for _ in range(3):
             call()
-    return _median_us(calls, repeats, before=prepare)
+    return _median_us(calls, CALLS, before=prepare)
 
 
 def synchronize(device: str) -> None:
@@ -33,10 +35,10 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def host_us(call: Callable[[], object], repeats: int = 15) -> float:
+def host_us(call: Callable[[], object]) -> float:
     """Median µs that the host needs to launch `call`."""
     times = []
-    for _ in range(repeats):
+    for _ in range(CALLS):
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()
@@ -45,23 +47,23 @@ def host_us(call: Callable[[], object], repeats: int = 15) -> float:
     return float(statistics.median(times))
 
 
-def wall_us(call: Callable[[], object], repeats: int = 15) -> float:
+def wall_us(call: Callable[[], object]) -> float:
     """Median µs of `call` from an idle device to an idle device, the host's part among them."""
 
     def to_its_end() -> None:
         call()
         torch.cuda.synchronize()
 
-    return host_us(to_its_end, repeats)
+    return host_us(to_its_end)
 
 
-def graph_us(kinds: Sequence[Sequence[Callable[[], object]]], repeats: int = 20) -> list[float]:
+def graph_us(kinds: Sequence[Sequence[Callable[[], object]]]) -> list[float]:
     """Median µs of a call of each kind, in turn: its calls are replayed from one CUDA graph.
 
     Several calls a kind have inputs of their own, so that L2 does not hold one.
     """
     graphs = [_captured(calls) for calls in kinds]
-    times = _median_us([graph.replay for graph in graphs], repeats)
+    times = _median_us([graph.replay for graph in graphs], REPLAYS)
     return [us / len(calls) for us, calls in zip(times, kinds, strict=True)]
 
 
@@ -80,12 +82,12 @@ def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def kernel_us(call: Callable[[], object], repeats: int = 5, flush_bytes: int = 256 << 20) -> dict[str, float]:
+def kernel_us(call: Callable[[], object]) -> dict[str, float]:
     """Mean µs of each kernel in `call`, cold L2, by name; launches of one name are added up."""
-    flush = torch.empty(flush_bytes, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     call()
     sums: dict[str, float] = {}
-    for _ in range(repeats):
+    for _ in range(TRACES):
         flush.zero_()
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -94,7 +96,7 @@ def kernel_us(call: Callable[[], object], repeats: int = 5, flush_bytes: int = 2
         for event in sorted(trace.events(), key=lambda e: e.time_range.start):
             if event.device_type == torch.autograd.DeviceType.CUDA:
                 name = _short(event.name)
-                sums[name] = sums.get(name, 0.0) + event.time_range.elapsed_us() / repeats
+                sums[name] = sums.get(name, 0.0) + event.time_range.elapsed_us() / TRACES
     return sums
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_misa.kernels.layout import ROUTERS
+from sglang_misa.kernels.layout import PAGE, ROUTERS
 
 
 def expect(
@@ -39,3 +39,30 @@ def expect_router(router: str, *, routed: bool, residual: bool) -> None:
         raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
     if router == "error" and routed and not residual:
         raise ValueError("router: expected a residual with error, which ranks heads by what that gets wrong, got none")
+
+
+def expect_heads(heads: int, index_heads: int, *, residual: bool) -> None:
+    """Raise ValueError unless `heads` of `index_heads` can be routed, and leave one to a residual."""
+    if not 1 <= heads <= index_heads - residual:
+        most = (
+            f"{index_heads - 1}, which leaves a head to the residual"
+            if residual
+            else f"the model's {index_heads} index heads"
+        )
+        raise ValueError(f"heads: expected 1 to {most}, got {heads}")
+
+
+def expect_block_size(block_size: int) -> None:
+    """Raise ValueError unless blocks of `block_size` tokens are whole pages."""
+    if block_size < PAGE or block_size % PAGE:
+        raise ValueError(f"block_size: expected a positive multiple of {PAGE}, got {block_size}")
+
+
+def expect_blocks(blocks: int, block_size: int, k: int) -> None:
+    """Raise ValueError unless `blocks` blocks hold the first and the newest one, and k tokens."""
+    expect_block_size(block_size)
+    if blocks < 2 or blocks * block_size < k:
+        raise ValueError(
+            f"blocks: expected 2 or more, of k = {k} tokens or more in all, got {blocks} of {block_size}; change the "
+            "number of blocks"
+        )

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_misa.kernels.checks import expect
+from sglang_misa.kernels.checks import expect, expect_block_size
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES, SKETCH_STEP, sketch_bits
 
 _WARPS = 4  # 64 bytes of keys a thread: four 16-byte loads in flight
@@ -220,9 +220,8 @@ def update_page_means(
     views = _views(index_k_pages, means)
     bits = _sketch_bits(index_k_pages, sketches)
     rows, width = _check_table(page_table, seq_lens)
+    expect_block_size(block_size)
     block_pages = block_size // PAGE
-    if block_size % PAGE or block_pages < 1:
-        raise ValueError(f"block_size: expected a positive multiple of {PAGE}, got {block_size}")
     max_blocks = width // block_pages
     blocks = torch.empty(rows, max_blocks, HEAD_DIM, dtype=torch.bfloat16, device=means.device)
     if rows and width:

@@ -38,6 +38,7 @@ from torch import Tensor
 from sglang_misa import reference_ops
 from sglang_misa.config import Router, SelectionPolicy
 from sglang_misa.kernels import page_means as statistics
+from sglang_misa.kernels.checks import expect_blocks
 from sglang_misa.kernels.decode import topk_blocks as decode_blocks
 from sglang_misa.kernels.decode import topk_sketched as decode_sketched
 from sglang_misa.kernels.decode.operands import Chosen, PagedRows, PageSketch, SketchPolicy
@@ -172,6 +173,7 @@ def decode_topk_blocks(
     page_means [P, 128] bf16. Tokens of the blocks are at least k.
     """
     out = _slots(rows, k)
+    expect_blocks(blocks, block_size, k)
     if _on_kernels(backend, rows.index_q):
         count, width = rows.page_table.shape
         room = decode_blocks.DecodeScratch.allocate(count, width, blocks, block_size, out.device)
@@ -212,6 +214,8 @@ def decode_topk_sketched(
 
 
 def _slots(rows: PagedRows, k: int) -> Tensor:
+    if k < 1:
+        raise ValueError(f"k: expected 1 or more, got {k}")
     return torch.empty(len(rows), k, dtype=torch.int32, device=rows.seq_lens.device)
 
 

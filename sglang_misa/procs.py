@@ -35,10 +35,10 @@ class ServerError(RuntimeError):
     """The server ended, or was not ready in time; the end of its log is in the message."""
 
 
-def free_port(host: str = HOST) -> int:
+def free_port() -> int:
     """A TCP port that is free now."""
     with socket.socket() as probe:
-        probe.bind((host, 0))
+        probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
@@ -104,11 +104,11 @@ class ServerProcess:
         """The command's exit status (128 + n for signal n), None while it runs."""
         return self._process.poll()
 
-    def tail(self, lines: int = TAIL_LINES) -> list[str]:
+    def tail(self) -> list[str]:
         """Last lines that this server wrote to its log."""
         with self.log.open("rb") as file:
             file.seek(max(self._start, file.seek(0, os.SEEK_END) - TAIL_BYTES))  # a long one is asked for often
-            return file.read().decode("utf-8", "replace").splitlines()[-lines:]
+            return file.read().decode("utf-8", "replace").splitlines()[-TAIL_LINES:]
 
     def wait_ready(
         self, ready: Callable[[], bool], limit_s: float, progress: Callable[[str, float], None] | None = None

@@ -1,6 +1,7 @@
 """Reference twins of the operations in `ops`: the same arguments and results, in plain PyTorch on any device.
 
-They write whole matrices of scores and read lengths on the host: for checks, and for sizes that a check has.
+They write whole matrices of scores and read lengths on the host: for checks, and for sizes that a check has. What they
+are given is checked as the kernels check it; they take any number of heads and candidates.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from sglang_misa import reference
 from sglang_misa.config import Router, SelectionPolicy
+from sglang_misa.kernels.checks import expect, expect_block_size, expect_blocks, expect_heads, expect_router
 from sglang_misa.kernels.decode.operands import PagedRows
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE, sketch_bits
-from sglang_misa.kernels.prefill.operands import Keys, Output, Residual, RoutedHeads, Rows
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES, sketch_bits
+from sglang_misa.kernels.prefill.operands import Keys, Output, Residual, RoutedHeads, Rows, inputs
 from sglang_misa.kernels.prefill.route import Blocks
 
 
@@ -20,6 +22,12 @@ def page_statistics(
     index_k_pages: Tensor, page_table: Tensor, seq_lens: Tensor, block_size: int, means: Tensor, sketches: Tensor | None
 ) -> Tensor:
     """See `ops.page_statistics`; reads the lengths on the host."""
+    count, device = len(index_k_pages), index_k_pages.device
+    expect("index_k_pages", index_k_pages, (count, PAGE_BYTES), torch.uint8)
+    expect("page_means", means, (count, HEAD_DIM), torch.bfloat16, device=device)
+    expect("page_table", page_table, (None, None), torch.int32, row_stride=True, device=device)
+    expect("seq_lens", seq_lens, (len(page_table),), torch.int32, device=device)
+    expect_block_size(block_size)
     blocks = means.new_zeros(len(seq_lens), page_table.shape[1] * PAGE // block_size, HEAD_DIM)
     for request, length in enumerate(seq_lens.tolist()):
         ids = page_table[request, : length // PAGE].long()
@@ -34,7 +42,9 @@ def page_statistics(
 
 
 def route(index_q: Tensor, head_gates: Tensor, blocks: Blocks, heads: int, router: Router) -> RoutedHeads:
-    """The heads, and what is left for the others, which a call without a residual drops."""
+    """See `ops.route`."""
+    expect_heads(heads, head_gates.shape[1], residual=True)
+    expect_router(router, routed=True, residual=True)
     found = _statistics(index_q, head_gates, blocks, router)
     head_ids = reference.top_heads(found.heads, heads)
     query, scale = reference.residual_query(index_q[None], head_gates[None], head_ids, found.positive)
@@ -48,6 +58,7 @@ def block_scores(index_q: Tensor, head_gates: Tensor, blocks: Blocks) -> Tensor:
 
 def _statistics(index_q: Tensor, head_gates: Tensor, blocks: Blocks, router: Router) -> reference.BlockStatistics:
     """`reference.block_statistics` [1, T, …] of rows of several requests."""
+    blocks.check(index_q, head_gates, cuda=False)
     gates, most = head_gates[None], blocks.block_means.shape[1]
     total = reference.BlockStatistics(
         torch.empty_like(gates), torch.empty_like(gates), gates.new_empty(1, len(index_q), most)
@@ -67,11 +78,15 @@ def _statistics(index_q: Tensor, head_gates: Tensor, blocks: Blocks, router: Rou
 
 def topk_routed(rows: Rows, keys: Keys, heads: RoutedHeads, output: Output) -> None:
     """See `ops.topk_routed`."""
+    _check(rows, keys, heads, output)
     _choose(_routed_scores(rows, keys, heads), _inside(rows, keys), rows.ks, output)
 
 
 def topk_reranked(rows: Rows, keys: Keys, heads: RoutedHeads, candidates: int, output: Output) -> None:
     """See `ops.topk_reranked`."""
+    _check(rows, keys, heads, output)
+    if candidates < output.topk:
+        raise ValueError(f"candidates: expected k = {output.topk} or more, got {candidates}; choose another C")
     inside = _inside(rows, keys)
     cheap = reference.finite(_routed_scores(rows, keys, heads), inside)
     best = torch.sort(cheap, dim=-1, descending=True, stable=True).indices[:, :candidates]
@@ -81,6 +96,9 @@ def topk_reranked(rows: Rows, keys: Keys, heads: RoutedHeads, candidates: int, o
 
 def topk_blocks(rows: Rows, keys: Keys, scores: Tensor, blocks: int, block_size: int, output: Output) -> None:
     """See `ops.topk_blocks`."""
+    _check(rows, keys, None, output)
+    expect("block_scores", scores, (len(rows), None), torch.float32)
+    expect_blocks(blocks, block_size, output.topk)
     inside = _inside(rows, keys)
     complete = inside.sum(-1) // block_size
     best = reference.keep_blocks(scores[None], complete[None], blocks)[0]
@@ -92,6 +110,11 @@ def topk_blocks(rows: Rows, keys: Keys, scores: Tensor, blocks: int, block_size:
 
 def decode_topk(policy: SelectionPolicy, rows: PagedRows, page_means: Tensor, out: Tensor) -> None:
     """Slots of each row's top k by a decode policy, in the order of the row."""
+    rows.check(page_means)
+    if policy.heads is not None:
+        expect_heads(policy.heads, rows.index_heads, residual=policy.residual)
+    if policy.candidates is not None and policy.candidates < out.shape[1]:
+        raise ValueError(f"candidates: expected at least k = {out.shape[1]}, got {policy.candidates}; raise them")
     scores = reference.decode_scores(
         policy, rows.index_q, rows.head_gates, rows.index_k_pages, page_means, rows.page_table, rows.seq_lens
     )
@@ -100,6 +123,12 @@ def decode_topk(policy: SelectionPolicy, rows: PagedRows, page_means: Tensor, ou
     last = scores.shape[1]
     found = found.masked_fill(found < 0, last).sort(-1).values
     out.copy_(Output(out, rows.page_table, request).of(found.masked_fill(found == last, -1)))
+
+
+def _check(rows: Rows, keys: Keys, heads: RoutedHeads | None, output: Output) -> None:
+    """Raise ValueError unless a prefill call's tensors fit together."""
+    inputs(rows, keys, heads, cuda=False)
+    output.struct(len(rows), cuda=False)
 
 
 def _inside(rows: Rows, keys: Keys) -> Tensor:

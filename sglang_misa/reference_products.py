@@ -32,13 +32,19 @@ class Products(NamedTuple):
         scores = torch.where(self.seen & scores.isfinite(), scores, 0.0)
         scores = (scores - (scores.sum(-1) / count).unsqueeze(-1)).masked_fill_(~self.seen, 0.0)
         amount = TILT / (count * (scores.square().sum(-1) / count).sqrt())
-        shift = amount * (self.dots * scores).sum(-1)
-        wanted = (self.deviation > 0) & amount.isfinite()
+        # Without their own mean too, or scores that are equal but for rounding would shift it by any amount.
+        shift = amount * ((self.dots - self.mean.unsqueeze(-1)) * scores).sum(-1)
+        wanted = (self.deviation > 0) & (amount > 0) & amount.isfinite()
         return self._replace(mean=self.mean + torch.where(wanted, shift, 0.0))
 
     def linear_part(self) -> tuple[Tensor, Tensor]:
         """φ = Φ(μ/σ) and σ·√(φ(1 − φ)), each [N, T, H]."""
         z, spread = self.mean / self.deviation, self.deviation > 0
-        share = torch.where(spread, torch.special.ndtr(z), (self.mean.sign() + 1) / 2)
-        both = torch.special.ndtr(z) * torch.special.ndtr(-z)
-        return share, torch.where(spread, self.deviation * both.sqrt(), 0.0)
+        positive, negative = normal_share(z), normal_share(-z)
+        share = torch.where(spread, positive, (self.mean.sign() + 1) / 2)
+        return share, torch.where(spread, self.deviation * (positive * negative).sqrt(), 0.0)
+
+
+def normal_share(z: Tensor) -> Tensor:
+    """Φ(z), exact in its lower tail too, where `torch.special.ndtr` is 0 from -5.5 on in fp32."""
+    return torch.special.erfc(z * -(0.5**0.5)) / 2

@@ -54,8 +54,8 @@ def route_pages(rows: PagedRows, page_means: Tensor, policy: SketchPolicy, *, ou
     complete pages but the newest, or of ROUTED_PAGES of them, evenly spaced; ties fall to the lower head, NaN never
     wins.
     The residual is Σ w · φ · q of the heads that are not routed, φ = Φ(μ/σ), μ and σ of their products; a head whose
-    μ, σ or w is not finite adds nothing and has no error. NaN in a query counts as 0. A row's columns depend on the row
-    alone, bit by bit.
+    μ or σ is not finite has no error, and adds nothing, as one does whose w is not finite. NaN in a query counts as 0.
+    A row's columns depend on the row alone, bit by bit.
 
     page_means: bf16 [P, 128], contiguous
     out:        of `heads` columns, and one more for a residual
@@ -131,8 +131,9 @@ def _linear_part(products: Tensor) -> tuple[Tensor, Tensor]:
     """φ = Φ(μ/σ) and σ·√(φ(1 − φ)) of each head, 0 where μ or σ is not finite."""
     variance, mean = torch.var_mean(products, 1, correction=0)
     z, spread = mean * variance.rsqrt(), variance > 0
-    share = torch.where(spread, torch.special.ndtr(z), (mean.sign() + 1) / 2)
-    error = torch.where(spread, (variance * torch.special.ndtr(z) * torch.special.ndtr(-z)).sqrt(), 0.0)
+    positive, negative = (torch.special.erfc(z * sign * 0.5**0.5) / 2 for sign in (-1, 1))  # ndtr has no lower tail
+    share = torch.where(spread, positive, (mean.sign() + 1) / 2)
+    error = torch.where(spread, (variance * positive * negative).sqrt(), 0.0)
     finite = mean.isfinite() & variance.isfinite()
     return torch.where(finite, share, 0.0), torch.where(finite, error, 0.0)
 

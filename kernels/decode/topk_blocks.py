@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from sglang_misa.kernels.checks import expect_blocks
 from sglang_misa.kernels.decode.keep_blocks import KeepTuning, KeptPages, keep_blocks, launch_options
 from sglang_misa.kernels.decode.operands import Chosen, PagedRows
 from sglang_misa.kernels.decode.topk_kept import MAX_ROW, topk_kept
@@ -73,10 +74,11 @@ def decode_topk(
     page_means: bf16 [P, 128]; valid for complete pages
     """
     room, block_size = scratch.logits.shape[1], scratch.kept.block_size
-    if not out.topk <= room - block_size <= MAX_ROW - block_size:
+    expect_blocks(scratch.kept.blocks.shape[1] - 1, block_size, out.topk)
+    if room > MAX_ROW:
         raise ValueError(
-            f"blocks · block_size: expected k = {out.topk} to {MAX_ROW - block_size} tokens, got {room - block_size}; "
-            "change the number of blocks"
+            f"blocks · block_size: expected at most {MAX_ROW - block_size} tokens, got {room - block_size}; change the "
+            "number of blocks"
         )
     keep_blocks(rows, page_means, out=scratch.kept, tuning=cut.keep or keep_tuning(len(rows)))
     score_kept(rows, topk=out.topk, scratch=scratch, tuning=cut.score or ScoreTuning())

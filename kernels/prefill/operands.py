@@ -125,9 +125,9 @@ class Output:
             result = positions + self.offsets.unsqueeze(1)
         return torch.where(positions >= 0, result, -1).int()
 
-    def struct(self, rows: int) -> structs.Output:
-        """As the kernels have it. Raises ValueError unless it is one of `rows` rows on a GPU."""
-        expect("ids", self.ids, (rows, None), torch.int32, cuda=True)
+    def struct(self, rows: int, *, cuda: bool = True) -> structs.Output:
+        """As the kernels have it. Raises ValueError unless it is one of `rows` rows, on a GPU if `cuda`."""
+        expect("ids", self.ids, (rows, None), torch.int32, cuda=cuda)
         if (self.page_table is None) != (self.row_batch is None):
             raise ValueError(
                 "page_table and row_batch: expected both or neither; pass the request of each row beside its table"
@@ -135,10 +135,10 @@ class Output:
         if self.page_table is not None and self.offsets is not None:
             raise ValueError("page_table and offsets: expected at most one, got both; choose PAGED or RAGGED output")
         if self.page_table is not None and self.row_batch is not None:
-            expect("page_table", self.page_table, (None, None), torch.int32, row_stride=True, cuda=True)
-            expect("row_batch", self.row_batch, (rows,), torch.int32, cuda=True)
+            expect("page_table", self.page_table, (None, None), torch.int32, row_stride=True, cuda=cuda)
+            expect("row_batch", self.row_batch, (rows,), torch.int32, cuda=cuda)
         if self.offsets is not None:
-            expect("offsets", self.offsets, (rows,), torch.int32, cuda=True)
+            expect("offsets", self.offsets, (rows,), torch.int32, cuda=cuda)
         return structs.Output(
             out=self.ids,
             k=self.topk,
@@ -149,21 +149,24 @@ class Output:
         )
 
 
-def inputs(rows: Rows, keys: Keys, heads: RoutedHeads | None = None) -> structs.Inputs:
-    """As the kernels have them; without `heads` all score. Raises ValueError unless they fit together, on a GPU."""
+def inputs(rows: Rows, keys: Keys, heads: RoutedHeads | None = None, *, cuda: bool = True) -> structs.Inputs:
+    """As the kernels have them; without `heads` all score.
+
+    Raises ValueError unless they fit together, on a GPU if `cuda`.
+    """
     count, index_heads = len(rows), rows.index_heads
-    expect("index_q", rows.index_q, (count, index_heads, HEAD_DIM), *FP8, cuda=True)
-    expect("head_gates", rows.head_gates, (count, index_heads), torch.float32, cuda=True)
-    expect("ks", rows.ks, (count,), torch.int32, cuda=True)
-    expect("ke", rows.ke, (count,), torch.int32, cuda=True)
-    expect("index_k", keys.index_k, (None, HEAD_DIM), *FP8, cuda=True)
-    expect("k_scale", keys.k_scale, (len(keys),), torch.float32, cuda=True)
+    expect("index_q", rows.index_q, (count, index_heads, HEAD_DIM), *FP8, cuda=cuda)
+    expect("head_gates", rows.head_gates, (count, index_heads), torch.float32, cuda=cuda)
+    expect("ks", rows.ks, (count,), torch.int32, cuda=cuda)
+    expect("ke", rows.ke, (count,), torch.int32, cuda=cuda)
+    expect("index_k", keys.index_k, (None, HEAD_DIM), *FP8, cuda=cuda)
+    expect("k_scale", keys.k_scale, (len(keys),), torch.float32, cuda=cuda)
     residual = None if heads is None else heads.residual
     if heads is not None:
-        expect("head_ids", heads.head_ids, (count, None), torch.int32, cuda=True)
+        expect("head_ids", heads.head_ids, (count, None), torch.int32, cuda=cuda)
     if residual is not None:
-        expect("residual.query", residual.query, (count, HEAD_DIM), *FP8, cuda=True)
-        expect("residual.scale", residual.scale, (count,), torch.float32, cuda=True)
+        expect("residual.query", residual.query, (count, HEAD_DIM), *FP8, cuda=cuda)
+        expect("residual.scale", residual.scale, (count,), torch.float32, cuda=cuda)
     return structs.Inputs(
         index_q=rows.index_q,
         head_gates=rows.head_gates,

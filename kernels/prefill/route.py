@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from sglang_misa.kernels.build import build
-from sglang_misa.kernels.checks import expect, expect_router
+from sglang_misa.kernels.checks import expect, expect_block_size, expect_heads, expect_router
 from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, ROUTERS, Router
 from sglang_misa.kernels.prefill.operands import Residual, RoutedHeads
 from sglang_misa.kernels.prefill.seen_blocks import OPERAND, seen_blocks
@@ -157,6 +157,7 @@ class Blocks:
         expect("block_means", self.block_means, (None, None, HEAD_DIM), torch.bfloat16, cuda=cuda)
         expect("row_batch", self.row_batch, (rows,), torch.int32, cuda=cuda)
         expect("row_len", self.row_len, (rows,), torch.int32, cuda=cuda)
+        expect_block_size(self.block_size)
 
 
 def route(
@@ -175,13 +176,7 @@ def route(
     Raises ValueError for another layout.
     """
     rows, index_heads = index_q.shape[:2]
-    if not 1 <= heads <= index_heads - residual:
-        most = (
-            f"{index_heads - 1}, which leaves a head to the residual"
-            if residual
-            else f"the model's {index_heads} index heads"
-        )
-        raise ValueError(f"heads: expected 1 to {most}, got {heads}")
+    expect_heads(heads, index_heads, residual=residual)
     expect_router(router, routed=heads < index_heads, residual=residual)
     blocks.check(index_q, head_gates, cuda=True)
     head_ids = torch.empty(rows, heads, dtype=torch.int32, device=index_q.device)

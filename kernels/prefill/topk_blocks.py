@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from sglang_misa.kernels.build import build
-from sglang_misa.kernels.checks import expect
-from sglang_misa.kernels.layout import INDEX_HEADS, MAX_KEPT_PREFILL, PAGE
+from sglang_misa.kernels.checks import expect, expect_blocks
+from sglang_misa.kernels.layout import INDEX_HEADS, MAX_KEPT_PREFILL
 from sglang_misa.kernels.prefill.operands import Keys, Output, Rows, inputs
 from sglang_misa.kernels.structs import BlockChoice
 
@@ -32,10 +32,11 @@ def topk_blocks(
     k, kept = output.topk, (blocks + 1) * block_size
     if rows.index_heads not in INDEX_HEADS:
         raise ValueError(f"index_q: expected {' or '.join(map(str, INDEX_HEADS))} index heads, got {rows.index_heads}")
-    if block_size < PAGE or block_size % PAGE or k > blocks * block_size or kept + k // 2 > MAX_KEPT_PREFILL:
+    expect_blocks(blocks, block_size, k)
+    if kept + k // 2 > MAX_KEPT_PREFILL:
         raise ValueError(
-            f"blocks: expected blocks of a multiple of {PAGE} tokens, k={k} tokens or more in all and at most "
-            f"{MAX_KEPT_PREFILL} with one more block, got {blocks} of {block_size}; choose other blocks"
+            f"blocks: expected at most {MAX_KEPT_PREFILL} tokens with one more block and k / 2, got {blocks} of "
+            f"{block_size} with k = {k}; change the number of blocks"
         )
     call = inputs(rows, keys), output.struct(len(rows))
     expect("block_scores", block_scores, (len(rows), None), torch.float32, cuda=True)

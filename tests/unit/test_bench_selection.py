@@ -92,13 +92,38 @@ def test_the_command_writes_a_table_and_a_picture(file: Path, tmp_path: Path, mo
     assert (tmp_path / "t.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(
-    ("length", "said"), [(2048, "expected more than the 2048 tokens"), (4096, "expected positions")]
-)
-def test_bad_input_is_refused(length: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    x = inputs.make("random", 1, 4096, 32, device="cpu")
-    extra = {"positions": torch.tensor([4095])} if length == 2048 else {}
-    save_file({**vars(x), **extra}, tmp_path / "x.safetensors")
-    with pytest.raises(SystemExit):
-        selection.main([str(tmp_path / "x.safetensors"), "--length", str(length)])
+X = vars(inputs.make("random", 1, 4096, 32, device="cpu")) | {"positions": torch.tensor([4095])}
+BAD = {
+    "expected positions of the rows, got none": {name: x for name, x in X.items() if name != "positions"},
+    "each from 0 to 4095, got [4096]": X | {"positions": torch.tensor([4096])},
+    "each from 0 to 4095, got [-1]": X | {"positions": torch.tensor([-1])},
+    "the positions of 1 rows": X | {"positions": torch.tensor([7, 8])},
+    "expected index_k in torch.float8_e4m3fn": X | {"index_k": X["index_k"].float()},
+    "got 0 and 4096": X | {"index_q": X["index_q"][:0], "head_gates": X["head_gates"][:0]},
+    "got 1 and 63": X | {"index_k": X["index_k"][:63].clone(), "k_scale": X["k_scale"][:63].clone()},
+}
+
+
+@pytest.mark.parametrize("said", BAD)
+def test_a_file_that_does_not_fit_is_refused(said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(BAD[said], tmp_path / "x.safetensors")
+    with pytest.raises(SystemExit, match="2"):
+        selection.main([str(tmp_path / "x.safetensors"), "--length", "4096"])
     assert said in capsys.readouterr().err
+
+
+def test_a_length_that_leaves_nothing_to_choose_is_refused(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        selection.main([str(file), "--length", "2048"])
+    assert "expected more than the 2048 tokens" in capsys.readouterr().err
+
+
+def test_files_of_two_models_are_refused(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "policies", list)
+    other = vars(inputs.make("random", 1, 4096, 64, device="cpu")) | {"positions": torch.tensor([4095])}
+    save_file(other, tmp_path / "x.safetensors")
+    with pytest.raises(SystemExit, match="2"):
+        selection.main([str(file), str(tmp_path / "x.safetensors"), "--length", "4096"])
+    assert "expected 32 index heads, got 64; name one model's files" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from sglang_misa import reference
 from sglang_misa.config import SelectionPolicy
-from sglang_misa.kernels.layout import PAGE, PAGE_BYTES, ROUTERS, Router
+from sglang_misa.kernels.layout import PAGE, PAGE_BYTES, ROUTERS, TILT, Router
 
 HEADS, TOPK = 32, 96
 
@@ -158,6 +158,49 @@ def test_the_error_router_picks_what_a_residual_would_get_wrong() -> None:
     assert found[[0, 1, 2]].tolist() == [0.0] * 3
     one = reference.block_statistics(q, gates * 3, k_tilde[:, :1], torch.ones(1, 1), reference.View("error")).heads
     assert one.tolist() == (gates * 3).tolist()  # a single block has no deviation
+
+
+def test_errors_are_those_of_fp64_down_to_heads_of_a_settled_sign() -> None:
+    g = torch.Generator().manual_seed(5)
+    q, gates = torch.randn(1, 1, HEADS, 128, generator=g), torch.randn(1, 1, HEADS, generator=g)
+    k_tilde = (torch.randn(1, 40, 128, generator=g) + 4 * torch.randn(128, generator=g)).bfloat16().float()
+    complete = torch.full((1, 1), 40)
+    for tilted in (False, True):
+        found = reference.block_statistics(q, gates, k_tilde, complete, reference.View("error", tilted=tilted))
+        x = q[0, 0].double() @ k_tilde[0].double().T
+        mean, deviation = x.mean(1), x.std(1, correction=0)
+        if tilted:
+            plain = reference.View("error", tilted=False)
+            share = reference.block_statistics(q, gates, k_tilde, complete, plain).positive
+            every, _ = reference.residual_query(q, gates, torch.empty(1, 1, 0, dtype=torch.int64), share)
+            scores = k_tilde[0].double() @ every[0, 0].double()
+            mean += TILT * (x - mean[:, None]) @ (scores - scores.mean()) / 40 / scores.std(correction=0)
+        both = (torch.special.erfc(mean / deviation * sign * 0.5**0.5) / 2 for sign in (-1, 1))
+        wanted = gates[0, 0].double().abs() * deviation * (next(both) * next(both)).sqrt()
+        assert wanted.min() < 1e-6 * wanted.max()
+        torch.testing.assert_close(found.heads[0, 0].double(), wanted, rtol=1e-2, atol=1e-30)
+
+
+@given(st.integers(0, 2**16), st.integers(2, 60))
+def test_blocks_that_are_equal_tilt_no_head(seed: int, blocks: int) -> None:
+    """Their scores differ by rounding at most, which points nowhere."""
+    g = torch.Generator().manual_seed(seed)
+    q, gates = torch.randn(1, 1, HEADS, 128, generator=g), torch.randn(1, 1, HEADS, generator=g)
+    key = torch.randn(128, generator=g).bfloat16().float()
+    complete = torch.full((1, 1), blocks)
+    found = reference.block_statistics(q, gates, key.expand(1, blocks, 128), complete, reference.View("error"))
+    assert torch.equal(found.positive[0, 0], (q[0, 0] @ key > 0).float())
+
+
+def test_keys_whose_scores_have_no_deviation_in_fp32_are_routed_without_a_tilt() -> None:
+    case = Case(2, 640, 1)
+    k_tilde, complete = 1e18 * reference.block_means(case.means, 1), torch.full((1, 1), 10)
+    found, plain = (
+        reference.block_statistics(case.q, case.gates, k_tilde, complete, reference.View("error", tilted=tilted))
+        for tilted in (True, False)
+    )
+    assert torch.equal(found.heads, plain.heads)
+    assert (plain.heads > 0).all()
 
 
 def test_a_residual_beside_heads_routed_by_error_is_nearest_to_dsa() -> None:
