@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--layers: expected 1 to {LAYERS}, got {options.layers}")
     if not 1 <= options.tp <= RANKS:
         parser.error(f"--tp: expected 1 to {RANKS}, got {options.tp}")
-    if not torch.cuda.is_available():
+    if not torch.cuda.device_count():  # is_available() would begin CUDA here, and the launcher forks
         parser.error("expected a GPU for weights in fp8, got none; a CPU has launch_server --demo")
     folder = random_model.cache() / f"deepseek-v3.2-{options.tp}-of-{RANKS}-ranks-{options.layers}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,9 +33,9 @@ def main() -> int:
         print("sglang-misa is off here: start the server with a preset, as in --misa-preset fast")
         return 1
     rows, tokens = before["min_rows"], before["min_tokens"]
-    past = {"prefill": 1, "decode": -(-tokens // rows)}  # the gate, of each prompt
+    past = {"prefill": 1, "decode": max(1, -(-tokens // rows))}  # the gate, of each prompt
     lengths = {phase: gate + past[phase] for phase, gate in before["min_len"].items()}  # without what is stock's always
-    tried = [phase for phase in lengths if phase == "prefill" or given.decode or rows == tokens == 1]
+    tried = [phase for phase in lengths if phase == "prefill" or given.decode or (rows, tokens) == (1, 0)]
     prompts, length = (rows if "decode" in tried else 1), max((lengths[phase] for phase in tried), default=1)
     with ThreadPoolExecutor(prompts) as pool:
         list(pool.map(lambda _: _send(given.url, key, length), range(prompts)))

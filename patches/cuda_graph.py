@@ -35,7 +35,7 @@ def capture_one(
         original(self, shape_key, forward_fn, *args, **kwargs)
     _keep_taps(self, shape_key, capture)
     config = runtime.current().config
-    gated = config.decoding.min_len > 0 or config.decoding.min_tokens > 1
+    gated = config.decoding.min_len > 0 or config.decoding.min_tokens > 0
     if capture.asked and (gated or config.audit.floor > 0):
         with decode_gate.capturing(stock=True) as capture:
             original(self, stock_key(shape_key), forward_fn, *args, **kwargs)

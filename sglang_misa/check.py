@@ -158,10 +158,10 @@ def _rows(config: MisaConfig, model: Any) -> Iterator[tuple[str, str, str]]:
 def _gate(config: MisaConfig, phase: Phase) -> tuple[list[str], str]:
     """(what is under the gate of a phase, what is over it)."""
     gate, step = config.gate(phase), config.decoding
-    if phase == "decode" and step.min_tokens > 1:
-        what, past = "a step whose rows together see", f" past {gate} in each" if gate else ""
-        under = [f"{what} fewer than {step.min_tokens} tokens{past}"]
-        over = f"{what} {step.min_tokens} tokens or more{past}"
+    if phase == "decode" and step.min_tokens:
+        what, beyond = "a step whose rows together see", f" beyond {gate} for each" if gate else ""
+        under = [f"{what} fewer than {step.min_tokens} tokens{beyond}"]
+        over = f"{what} {step.min_tokens} tokens or more{beyond}"
     else:
         what = "a query that sees" if phase == "prefill" else "a step whose longest request has"
         under, over = [f"{what} up to {gate} tokens"] if gate else [], f"{what} more than {gate} tokens"

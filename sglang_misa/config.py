@@ -218,7 +218,7 @@ class MisaConfig(BaseModel):
         return cls.from_json(text, ENV) if text.strip() else None
 
 
-SKETCH_GATE = {"min_len": 16384, "min_rows": 4, "min_tokens": 400_000}
+SKETCH_GATE = {"min_len": 16384, "min_rows": 4, "min_tokens": 450_000}
 HISA_DECODE = SelectionPolicy(blocks=64, block_size=128, min_len=32768)
 
 

@@ -38,11 +38,13 @@ class Step:
         """The reason for which it is under the gate of `policy`, or None."""
         if self.rows < policy.min_rows:
             return "few-rows"
-        gate = policy.min_len
-        over = self.width * sum([length - gate for length in self.lengths if length > gate])
-        if over >= policy.min_tokens:
+        if self.longest <= policy.min_len:
+            return "under-min-len"
+        if policy.min_tokens == 0:
             return None
-        return "few-tokens" if over else "under-min-len"
+        seen = [length for length in self.lengths if length > 1]
+        over = self.width * (sum(seen) - len(seen) * policy.min_len)  # what short rows cost counts against the long
+        return "few-tokens" if over < policy.min_tokens else None
 
 
 @dataclass

@@ -123,7 +123,7 @@ def scaled(policy: SelectionPolicy) -> SelectionPolicy:
         "candidates": None if policy.candidates is None else policy.candidates * TOPK // PRESETS_TOPK,
         "min_len": min(policy.min_len, TOPK),
         "min_rows": 1,  # the demo asks one question at a time
-        "min_tokens": 1,
+        "min_tokens": 0,
     }
     return policy.model_copy(update=changes)
 

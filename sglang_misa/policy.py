@@ -98,11 +98,12 @@ class SelectionPolicy(BaseModel):
         1, ge=1, le=MOST, description="leave steps of fewer rows (requests times verified tokens) to stock DSA"
     )
     min_tokens: int = Field(
-        1,
-        ge=1,
+        0,
+        ge=0,
         le=MOST,
-        description="leave steps whose rows together see fewer tokens past min_len to stock DSA; where a preset's "
-        "min_len or min_rows is changed and this is not, it is 1",
+        description="leave steps to stock DSA whose rows together see fewer tokens than this beyond min_len for each "
+        "row; with 0 the longest request decides; where a preset's min_len or min_rows is changed and this is not, it "
+        "is 0",
     )
     tail: int = Field(
         0,
@@ -205,9 +206,9 @@ class SelectionPolicy(BaseModel):
                 f"{phase}.router: expected a residual with error, which ranks heads by what that would get wrong, got "
                 f"none; set {flag}-residual, or choose another {flag}-router"
             )
-        for name in ("min_rows", "min_tokens"):
-            if phase == "prefill" and (value := getattr(self, name)) > 1:
-                yield f"prefill.{name}: expected 1, as only decode has it, got {value}; drop it"
+        for name, none in (("min_rows", 1), ("min_tokens", 0)):
+            if phase == "prefill" and (value := getattr(self, name)) > none:
+                yield f"prefill.{name}: expected {none}, as only decode has it, got {value}; drop it"
         if self.tail and phase == "decode":
             yield f"decode.tail: expected 0, as only prefill has the end of a prompt, got {self.tail}; drop it"
         if self.sketch is not None and phase == "prefill":

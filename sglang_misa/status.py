@@ -140,7 +140,7 @@ def _phase(status: Mapping[str, Any], phase: str) -> tuple[object, ...]:
 
 def _step_gate(status: Mapping[str, Any], phase: str) -> str:
     """What a decode step must have too."""
-    least = [(status["min_rows"], "rows"), (status["min_tokens"], "tokens past them")] if phase == "decode" else []
+    least = [(status["min_rows"], "rows"), (status["min_tokens"], "tokens beyond them")] if phase == "decode" else []
     words = [f"{count} {what}" for count, what in least if count > 1]
     return f", or under {' or '.join(words)}" if words else ""
 

@@ -126,9 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--min-tokens",
-        type=at_least(1),
-        help="tokens past --min-len, of all rows together, under which stock DSA selects in a decode step (default: "
-        f"the presets', {GATED['decode'].min_tokens}, or 1 where another gate is given)",
+        type=at_least(0),
+        help="tokens beyond --min-len for each row, of all together, under which stock DSA selects in a decode step "
+        f"(default: the presets', {GATED['decode'].min_tokens}, or 0 where another gate is given)",
     )
     parser.add_argument(
         "--new-tokens", type=at_least(1), default=128, help="tokens of an answer, for decode (default: 128)"

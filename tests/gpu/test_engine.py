@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 
 from sglang_misa.bench import inputs
 from sglang_misa.bench import layer as bench
+from sglang_misa.call import spans
 from sglang_misa.config import PRESETS, Phase, SelectionPolicy
 from sglang_misa.kernels.layout import PAGE
+from sglang_misa.selection import runs
 
 K = bench.TOPK
 TRAINED = Path(__file__).parents[3] / "shared/trained/layer2.safetensors"
@@ -59,6 +63,25 @@ def test_prefill_on_any_input(name: str, source: str) -> None:
 )
 def test_prefill_of_any_shape(name: str, index_heads: int, rows: int, length: int, requests: int) -> None:
     assert_extends(PRESETS[name].prefill, bench.Shape("prefill", index_heads, rows, length, "topics", requests))
+
+
+@pytest.mark.parametrize("name", ["fast", "faithful"])
+def test_of_prompts_that_end_in_a_call_the_tails_are_selected_by_all_heads(name: str) -> None:
+    rows, length, requests = 200, 20000, 3
+    layer = bench.Layer.make(bench.Shape("prefill", 64, requests * rows, length, "topics", requests))
+    policy = PRESETS[name].prefill.model_copy(update={"min_len": 0})
+    engine = bench.engine_of(policy, layer.shape, [layer.index_k_pages])
+
+    def selected(by: SelectionPolicy, ends: Collection[int]) -> torch.Tensor:
+        ids = torch.full((requests * rows, K), -1, dtype=torch.int32, device="cuda")
+        call = replace(layer.extend_call(ids), spans=spans([rows] * requests, [length] * requests, ends))
+        engine.extend(call, runs(by, call.spans))
+        return ids.sort(1).values
+
+    is_tail = (torch.arange(requests * rows) % rows >= rows - policy.tail) & (layer.row_batch.cpu() != 1)
+    found = selected(policy, {0, 2})
+    assert torch.equal(found[~is_tail], selected(policy, ())[~is_tail])
+    assert torch.equal(found[is_tail], selected(SelectionPolicy(exact=True, min_len=0), ())[is_tail])
 
 
 @pytest.mark.skipif(not TRAINED.exists(), reason=f"needs {TRAINED}")

@@ -118,12 +118,12 @@ GATED = POLICY.model_copy(update={"min_rows": 3, "min_tokens": 2 * MIN_LEN})
     ("lengths", "mode", "expected"),
     [
         ((MIN_LEN, MIN_LEN, MIN_LEN), ForwardMode.DECODE, "stock"),
-        ((2 * MIN_LEN, 2 * MIN_LEN - 1, 5), ForwardMode.DECODE, "stock"),
-        ((2 * MIN_LEN, 2 * MIN_LEN, 5), ForwardMode.DECODE, "policy"),
+        ((4 * MIN_LEN, MIN_LEN - 6, 5), ForwardMode.DECODE, "stock"),  # what short rows lack counts
+        ((4 * MIN_LEN, MIN_LEN - 5, 5), ForwardMode.DECODE, "policy"),
         ((3 * MIN_LEN, 3 * MIN_LEN), ForwardMode.DECODE, "stock"),  # two rows, whatever the shape is
         ((MIN_LEN + 500,), ForwardMode.TARGET_VERIFY, "policy"),  # each verified token is a row that sees all
         ((MIN_LEN + 499,), ForwardMode.TARGET_VERIFY, "stock"),
-        ((MIN_LEN + 499, *[1] * 7), ForwardMode.TARGET_VERIFY, "stock"),  # padded
+        ((MIN_LEN + 500, *[1] * 7), ForwardMode.TARGET_VERIFY, "policy"),  # padded
         ((MIN_LEN + 500,), ForwardMode.DRAFT_EXTEND_V2, "policy"),
         ((MIN_LEN + 499,), ForwardMode.DRAFT_EXTEND_V2, "stock"),
     ],
@@ -143,7 +143,7 @@ def test_steps_over_their_phases_gate_are_told(recorder, monkeypatch, mode):
     monkeypatch.setattr(runtime, "_runtime", armed)
     recorder.armed(config, 0, 1, sglang="0.5.23", verified=True)
     for length in (2048, 2999, 3000):
-        made(batch(length, 5, 5, mode=mode), [SimpleNamespace(seqlen=length)])
+        made(batch(length, MIN_LEN, MIN_LEN, mode=mode), [SimpleNamespace(seqlen=length)])
     phase = "prefill" if mode == ForwardMode.EXTEND else "decode"
     assert recorder.status()["steps_over_gate"] == {"prefill": 0, "decode": 0} | {phase: 1}
     arm(monkeypatch, SelectionPolicy())

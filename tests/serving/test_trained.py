@@ -107,7 +107,7 @@ def test_a_policy_is_calibrated_on_what_the_server_dumps(server, folder, tmp_pat
         assert (layer.prefill.min_len, layer.prefill.tail) == (TOPK, PRESETS["fast"].prefill.tail)
         assert layer.recall["prefill"].held_out >= target - 0.01
     decodes = [layer.decode for layer in file.layers.values() if layer.decode.active]
-    assert all((policy.min_rows, policy.min_tokens) == (4, 1) for policy in decodes)
+    assert all((policy.min_rows, policy.min_tokens) == (4, 0) for policy in decodes)
 
 
 def test_the_checkpoint_says_how_it_was_made():

@@ -43,7 +43,7 @@ def test_phases_gates_and_memory(checked, model):
     for words in (
         f"up to {FAITHFUL.prefill.min_len} tokens",
         f"fewer than {FAITHFUL.decode.min_rows} rows",
-        f"fewer than {FAITHFUL.decode.min_tokens} tokens past {FAITHFUL.decode.min_len} in each",
+        f"fewer than {FAITHFUL.decode.min_tokens} tokens beyond {FAITHFUL.decode.min_len} for each",
         "3 of 64 heads by error, the others as one column",
         "38 B a token and layer",
         "152 B a token in 4 layers",

@@ -40,7 +40,7 @@ def policies(draw, phase):
         block_size=block_size,
         min_len=draw(st.integers(0, 1 << 20)),
         min_rows=draw(st.integers(1, 64)) if phase == "decode" else 1,
-        min_tokens=draw(st.integers(1, 1 << 20)) if phase == "decode" else 1,
+        min_tokens=draw(st.integers(0, 1 << 20)) if phase == "decode" else 0,
     )
 
 
@@ -279,15 +279,15 @@ def test_a_phase_comes_from_another_preset(name):
 def test_a_gate_given_in_part_is_not_held_back_by_a_presets(start, changed):
     words = [f"--misa-decode-{name.replace('_', '-')}={value}" for name, value in changed.items()]
     preset = PRESETS["fast" if start else config.DEFAULT_PRESET].decode
-    assert from_flags(*start, *words).decode == preset.model_copy(update={**changed, "min_tokens": 1})
+    assert from_flags(*start, *words).decode == preset.model_copy(update={**changed, "min_tokens": 0})
     whole = from_flags(*start, *words, "--misa-decode-min-tokens", "77").decode
     assert whole == preset.model_copy(update={**changed, "min_tokens": 77})
-    assert from_flags(*start, "--misa-decode-candidates", "4096").decode.min_tokens == preset.min_tokens > 1
+    assert from_flags(*start, "--misa-decode-candidates", "4096").decode.min_tokens == preset.min_tokens > 0
 
 
 def test_a_gate_of_the_users_file_stays(tmp_path):
     path = tmp_path / "misa.json"
-    for text, kept in ('{"decode": {"heads": 8, "min_tokens": 77}}', 77), ('{"decode": {"heads": 8}}', 1), ("fast", 1):
+    for text, kept in ('{"decode": {"heads": 8, "min_tokens": 77}}', 77), ('{"decode": {"heads": 8}}', 0), ("fast", 0):
         path.write_text(text)
         chosen = from_flags("--misa-config", str(path), "--misa-decode-min-len", "9")
         assert (chosen.decode.min_len, chosen.decode.min_tokens) == (9, kept)

@@ -19,7 +19,7 @@ def test_every_preset_can_select_on_the_model(name):
         assert list(scaled.problems(phase, index_heads=SIZES["index_n_heads"], topk=SIZES["index_topk"])) == []
         assert scaled.name == policy.name
         assert not scaled.active or scaled.min_len == demo.TOPK
-        assert (scaled.min_rows, scaled.min_tokens) == (1, 1)
+        assert (scaled.min_rows, scaled.min_tokens) == (1, 0)
 
 
 def test_a_scaled_preset_keeps_as_much_of_the_top_k():

@@ -68,7 +68,7 @@ def test_sglang_calls_what_is_replaced():
     ],
 )
 def test_refusals(words, said, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit) as stopped:
         one_rank.main(words)
     assert stopped.value.code == 2

@@ -99,7 +99,7 @@ def test_the_gate_of_a_step_is_told(preset):
     one.armed(PRESETS[preset], rank=0, ranks=1, sglang="0.5.23", verified=True)
     row = next(line for line in status.text(one.status()).splitlines() if line.startswith("decode"))
     assert f"{decode.min_len} tokens" in row
-    for least, what in ((decode.min_rows, "rows"), (decode.min_tokens, "tokens past them")):
+    for least, what in ((decode.min_rows, "rows"), (decode.min_tokens, "tokens beyond them")):
         assert (f"{least} {what}" in row) == (least > 1)
 
 

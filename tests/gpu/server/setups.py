@@ -27,7 +27,7 @@ AUDIT = {"rows": 8, "every": 64}  # the first call of a layer, in the warm-up, t
 BLOCKS = {"blocks": 64, "block_size": 128}
 GATED = {"prefill": PAPER | {"min_len": 8192}, "decode": BLOCKS | {"min_len": 32768}}
 HISA = GATED | {"prefill": BLOCKS | {"min_len": 8192}}  # as many tokens as 64 blocks hold: beyond it some are dropped
-GATES = {"prefill": {"min_len": 8192}, "decode": {"min_len": 32768, "min_rows": 1, "min_tokens": 1}}
+GATES = {"prefill": {"min_len": 8192}, "decode": {"min_len": 32768, "min_rows": 1, "min_tokens": 0}}
 
 
 def gated(preset: str) -> dict[str, Any]:
