@@ -169,9 +169,9 @@ class Report:
 class Soak:
     """The clients of one server, and what they saw."""
 
-    def __init__(self, port: int, process: ServerProcess, scale: Scale):
+    def __init__(self, port: int, process: ServerProcess, scale: Scale, folder: Path):
         self.port, self.process, self.scale = port, process, scale
-        self.folder = process.log.parent
+        self.folder = folder
         self.report = Report(corruption_found_within=scale.found_within)
         self._lock = threading.Lock()
         self.prefixes = [self.prompt(random.Random(seed), scale.prefix) for seed in range(3)]
@@ -336,14 +336,20 @@ class Soak:
             self.report.corruption_found_after_steps = int((self.folder / sabotage.STEPS).read_text())
 
 
+def tell(words: str) -> None:
+    print(time.strftime("%H:%M:%S"), words, file=sys.stderr, flush=True)
+
+
 def body(tokens: list[int], new: int) -> dict[str, Any]:
     sampling = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
     return {"input_ids": tokens, "sampling_params": sampling}
 
 
 @contextlib.contextmanager
-def served(model: Path, folder: Path, scale: Scale, flags: Sequence[str], environ: dict[str, str]) -> Iterator[Soak]:
-    """The clients of a server that answers; it stops in the end. `folder` takes its log, its disk and the saboteur."""
+def served(
+    model: Path, folder: Path, log: Path, scale: Scale, flags: Sequence[str], environ: dict[str, str]
+) -> Iterator[Soak]:
+    """The clients of a server that answers; it stops in the end. `folder` takes its disk and the saboteur."""
     shutil.copy(sabotage.__file__, folder / "sitecustomize.py")
     port, path = free_port(), os.pathsep.join(filter(None, (str(folder), environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "sglang_misa.launch_server", *flags]
@@ -351,18 +357,21 @@ def served(model: Path, folder: Path, scale: Scale, flags: Sequence[str], enviro
     faults = {sabotage.FOLDER: str(folder), sabotage.DISK_PAGES: str(DISK_PAGES)}
     disk = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(folder / "disk")}
     environ = {**environ, **RETRACT, **faults, **disk, "PYTHONPATH": path}
-    with ServerProcess(command, folder / "log", environ=environ) as process:
+    with ServerProcess(command, log, environ=environ) as process:
         process.wait_ready(lambda: is_healthy(port), START_S)
-        yield Soak(port, process, scale)
+        yield Soak(port, process, scale, folder)
 
 
 def run(
-    model: Path, folder: Path, minutes: float, scale: Scale, flags: Sequence[str], environ: dict[str, str]
+    model: Path, folder: Path, log: Path, minutes: float, scale: Scale, flags: Sequence[str], environ: dict[str, str]
 ) -> Report:
     """The report of one soak. Raises ServerError where the server does not start."""
-    with served(model, folder, scale, flags, environ) as soak:
+    tell("starting the server")
+    with served(model, folder, log, scale, flags, environ) as soak:
         try:
+            tell(f"{minutes:g} minutes of load")
             soak.run(minutes * 60)
+            tell(f"{soak.report.requests} requests; corrupting a statistic")
             soak.corrupt()
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             soak.report.errors.append(f"{error!r}; the server's last lines: {' | '.join(soak.process.tail())}")
@@ -377,14 +386,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--scale", choices=SCALES, default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model-path", type=Path, help="a DSA model; the flags that serve it follow")
     parser.add_argument("--out", type=Path, default=Path("soak.json"))
-    parser.add_argument("--log", type=Path, help="keep the server's log there")
+    parser.add_argument("--log", type=Path, help="a file for the server's log, written as it runs")
     given, flags = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder, scale = Path(name), SCALES[given.scale]
         model = given.model_path or random_model.ensure(random_model.cache(), scale.shape)
-        report = run(model, folder, given.minutes, scale, flags or scale.server, dict(os.environ))
-        if given.log is not None:
-            shutil.copy(folder / "log", given.log)
+        log = given.log or folder / "log"
+        log.unlink(missing_ok=True)
+        report = run(model, folder, log, given.minutes, scale, flags or scale.server, dict(os.environ))
     given.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
     print(given.out.read_text(), *report.problems(), sep="\n")
     return 1 if report.problems() else 0

@@ -48,7 +48,6 @@ SAMPLED_BYTES = HEAD_DIM + 4  # of a sampled key and its scale
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10  # of a multiprocessor, and the system's of each block on it
 FIXED_BYTES, LISTED_BYTES = 12288, 8  # of a block, and for each key that it can list
 MARKED_ROWS, MARKED_KEYS, MARK_BYTES = 4, 64, 32  # of a product of the scorer
-SAMPLE_STAGE, THRESHOLD_STAGE, MARK_STAGE, RERANK_STAGE, REDO_STAGE = 1, 2, 4, 8, 16
 
 
 def module(columns: int, index_heads: int, residual: bool = False) -> Any:

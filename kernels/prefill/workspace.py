@@ -14,7 +14,7 @@ from sglang_misa.kernels.structs import Failed, Struct
 
 MOST_BYTES = 1 << 30  # whatever the budget
 LISTS_BYTES = 1 << 20  # step in which the row lists grow
-SAMPLE_STAGE, THRESHOLD_STAGE, COLLECT_STAGE, SELECT_STAGE, REDO_STAGE = 1, 2, 4, 8, 16
+SAMPLE_STAGE, THRESHOLD_STAGE, COLLECT_STAGE = 1, 2, 4  # of a call's launches, in their order
 ALL_STAGES = 31
 
 

@@ -14,7 +14,7 @@ MINUTES = 0.15  # each client ends the turn that it is in, and each of them bega
 
 def test_page_statistics_stay_those_of_the_keys(model: Path, environ: dict[str, str], tmp_path: Path) -> None:
     scale = soak.SCALES["cpu"]
-    report = soak.run(model, tmp_path, MINUTES, scale, scale.server, environ | ONE_THREAD)
+    report = soak.run(model, tmp_path, tmp_path / "log", MINUTES, scale, scale.server, environ | ONE_THREAD)
     print(report)
     assert report.problems() == []
     assert report.pages_verified > 1000
