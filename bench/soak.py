@@ -57,6 +57,7 @@ COUNTED = {
     "evicted": "sglang:evicted_tokens_total",
     "restored from the host": "sglang:load_back_tokens_total",
 }
+tell = functools.partial(print, file=sys.stderr, flush=True)
 LOGGED = {"retracted": r"#retracted_reqs: (\d+)"}
 HOST_CACHE = "--enable-hierarchical-cache --hicache-ratio 3"
 if versions.installed() in STORAGE_TRIED:
@@ -334,10 +335,6 @@ class Soak:
             self.process.wait(TIMEOUT_S)
         if "StaleStatistics" in self.process.log.read_text(errors="replace"):
             self.report.corruption_found_after_steps = int((self.folder / sabotage.STEPS).read_text())
-
-
-def tell(words: str) -> None:
-    print(time.strftime("%H:%M:%S"), words, file=sys.stderr, flush=True)
 
 
 def body(tokens: list[int], new: int) -> dict[str, Any]:
