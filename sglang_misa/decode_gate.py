@@ -2,7 +2,8 @@
 
 The choice is one for all rows of a step, made on the host: a CUDA graph cannot choose by length. So each decode shape
 is captured twice, once with each selection, and `patches/cuda_graph.py` replays the one that this gate names. Shapes of
-fewer rows than pay have stock's graph alone. A recall under the floor closes the gate too (`ladder`).
+so few rows that they stay under the gate at any length have stock's graph alone. A recall under the floor closes the
+gate too (`ladder`).
 """
 
 from __future__ import annotations
@@ -85,14 +86,14 @@ def suspend(suspended: bool) -> None:
     _suspended = suspended
 
 
-def why_stock(policy: SelectionPolicy, step: Step | None, *, few_rows: bool = False) -> str | None:
+def why_stock(policy: SelectionPolicy, step: Step | None, *, always: str | None = None) -> str | None:
     """The reason for which stock DSA selects in a step in the place of `policy`, or None.
 
-    few_rows: whether its call has fewer rows than pay, padding among them, so that no graph of such calls chooses.
-    Where the host does not know the step (None), the policy selects.
+    always: the reason, if there is one, against every step of so many rows, padding among them: no graph of such steps
+    has a choice. Where the host does not know the step (None), the policy selects.
     """
-    if few_rows:
-        return "few-rows"
+    if always is not None:
+        return always
     if _capture is not None:
         _capture.asked = True
         return "captured" if _capture.stock else None

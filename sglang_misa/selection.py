@@ -36,6 +36,7 @@ class Selector:
     def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor]):
         """`index_k_pages`: the pool's index-K, uint8 [num_pages, 8448] a layer (0 rows without an indexer)."""
         config, layers = runtime.config, len(index_k_pages)
+        self._row_len = runtime.row_len
         self.engine = engine_for(runtime, index_k_pages)
         self.ladders = Ladders(
             config,
@@ -72,7 +73,8 @@ class Selector:
         policy = self.policy("decode", layer)
         if not policy.active:
             return "policy-is-dsa"
-        return decode_gate.why_stock(policy, step, few_rows=rows < policy.min_rows)
+        longest = decode_gate.Step([self._row_len] * rows)
+        return decode_gate.why_stock(policy, step, always=longest.short_for(policy))
 
     def extend(self, call: ExtendCall) -> None:
         """Select for all rows of `call` into its output. For a call that `why_stock` has no reason against."""

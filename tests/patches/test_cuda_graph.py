@@ -151,8 +151,8 @@ def test_steps_over_their_phases_gate_are_told(recorder, monkeypatch, mode):
     assert recorder.status()["steps_over_gate"][phase] == 1, "a phase that is stock DSA's is not waited for"
 
 
-def test_a_shape_of_few_rows_has_stocks_graph_alone(backend, recorder):
-    backend.capture_one(KEYS[0], lambda: decode_gate.why_stock(POLICY, None, few_rows=True))
+def test_a_shape_that_is_always_under_the_gate_has_stocks_graph_alone(backend, recorder):
+    backend.capture_one(KEYS[0], lambda: decode_gate.why_stock(POLICY, None, always="few-rows"))
     assert list(backend._graphs) == [KEYS[0]]
     assert backend.replay(KEYS[0], batch(MIN_LEN + 1)) == "few-rows"
 

@@ -270,6 +270,19 @@ def test_decode_rows_select_what_extend_rows_of_the_same_length_select(
     assert sets(decode.ids) == sets(extend.output.ids)
 
 
+@pytest.mark.parametrize(
+    ("rows", "row_len", "reason"),
+    [(1, 1000, "few-rows"), (2, 400, None), (2, 399, "few-tokens"), (64, 100, "under-min-len")],
+)
+def test_only_steps_that_some_length_brings_over_the_gate_have_a_choice(rows, row_len, reason) -> None:
+    policy = SKETCHED.model_copy(update={"min_len": 100, "min_rows": 2, "min_tokens": 600})
+    runtime = replace(reference_runtime(MisaConfig(decode=policy), TOPK), row_len=row_len)
+    one = Selector(runtime, [Batch(1, [300], 5).index_k_pages])
+    with decode_gate.capturing(stock=False) as capture:
+        assert one.why_stock_decodes(0, rows, None) == reason
+    assert capture.asked == (reason is None)
+
+
 def test_candidates_of_a_sketch_that_cover_the_row_are_dsa() -> None:
     batch = Batch(11, [500, 63, 64, 65, 640], width=12)
     queries = batch.queries(5)
