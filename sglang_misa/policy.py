@@ -219,8 +219,10 @@ class SelectionPolicy(BaseModel):
                 "(8192 keeps 0.96 of DSA's tokens with 1 bit and 0.998 with 2 on a trained indexer at 128K)"
             )
         if self.candidates is not None and not self.active:
-            fewer = ("heads", "blocks", *(["sketch"] if phase == "decode" else []))
+            to_set = (
+                f"{flag}-heads, {flag}-blocks or {flag}-sketch" if phase == "decode" else f"{flag}-heads or -blocks"
+            )
             yield (
                 f"{phase}.candidates: expected a policy that leaves heads, tokens or bits out, got candidates="
-                f"{self.candidates} with all of them; set {' or '.join(f'{flag}-{name}' for name in fewer)}, or drop it"
+                f"{self.candidates} with all of them; set {to_set}, or drop it"
             )
