@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_misa import runtime
@@ -21,11 +21,8 @@ def init_new(original: Callable[..., Any], cls: type, batch: Any, model_runner: 
     if selector is not None:  # a draft model may have a pool without index keys
         selector.ladders.stepped()
     result = original(cls, batch, model_runner, *args, **kwargs)
-    global _ends, _step
-    _ends = ()
-    if result.forward_mode.is_extend() and result.seq_lens_cpu is not None:
-        pairs = zip(batch.reqs, result.seq_lens_cpu.tolist(), strict=False)  # a padded batch has more lengths
-        _ends = {number for number, (request, seen) in enumerate(pairs) if seen >= request.seqlen}
+    global _prompt_lens, _step
+    _prompt_lens = [request.seqlen for request in batch.reqs] if result.forward_mode.is_extend() else ()
     result.misa_step = _step = _known(result) or Step([request.seqlen for request in batch.reqs], _width(result))
     _tell(result.forward_mode, _step)
     return result
@@ -59,12 +56,12 @@ def _tell(mode: Any, step: Step) -> None:
 
 
 _step: Step | None = None  # of the batch made last: SGLang's runners may run a copy, which has no `misa_step`
-_ends: Collection[int] = ()  # no attribute of the batch, of which SGLang's runners may make copies
+_prompt_lens: Sequence[int] = ()  # no attribute of the batch, of which SGLang's runners may make copies
 
 
-def ends() -> Collection[int]:
-    """The requests of the batch made last, which is the one that runs, whose prompt ends in it."""
-    return _ends
+def prompt_lens() -> Sequence[int]:
+    """Tokens of each prompt in the batch made last, which is the one that runs; nothing in a decode step."""
+    return _prompt_lens
 
 
 def step(batch: Any) -> Step | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sglang_misa.call import spans
 from sglang_misa.metrics import recorder
-from sglang_misa.patches.forward_batch import ends, step
+from sglang_misa.patches.forward_batch import prompt_lens, step
 from sglang_misa.patches.indexer_calls import decode_call, extend_call
 
 
@@ -34,7 +34,7 @@ def get_topk_ragged(
     pool = dsa_indexer.get_token_to_kv_pool()
     selector, layer = pool.misa_selector, layer_id - pool.start_layer
     lens = metadata.get_indexer_seq_len_cpu().tolist()
-    requests = spans(metadata.get_dsa_extend_len_cpu(), lens, ends())
+    requests = spans(metadata.get_dsa_extend_len_cpu(), lens, prompt_lens())
     call = functools.partial(extend_call, pool, layer_id, requests, q_fp8, weights, metadata)
     reason = selector.why_stock(layer, requests)
     if reason is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,12 @@ class Span:
     rows: int
     first_key: int  # column of its first key among the gathered keys of all requests
     length: int  # keys its last row sees
-    ends: bool = False  # whether its last row is the prompt's last
+    left: int | None = None  # tokens of its prompt behind its last row, None if not known
+
+    @property
+    def ends(self) -> bool:
+        """Whether its last row is the prompt's last."""
+        return self.left == 0
 
     @property
     def last_row(self) -> int:
@@ -35,9 +40,10 @@ class Span:
         return self.first_row + min(max(min_len - seen_by_first + 1, 0), self.rows)
 
     def parts(self, min_len: int, tail: int) -> tuple[range, range, range]:
-        """Rows that see at most `min_len` keys, those that see more, and of these the last `tail` of a whole prompt."""
+        """Rows that see at most `min_len` keys, those that see more, and of these the prompt's last `tail`."""
         gate = self.gate(min_len)
-        end = max(gate, self.last_row - tail) if self.ends else self.last_row
+        tails = 0 if self.left is None else max(tail - self.left, 0)
+        end = max(gate, self.last_row - tails)
         return range(self.first_row, gate), range(gate, end), range(end, self.last_row)
 
     def seen_by(self, row: int) -> int:
@@ -45,14 +51,15 @@ class Span:
         return self.length - (self.last_row - 1 - row)
 
 
-def spans(extend_lens: Sequence[int], seq_lens: Sequence[int], ends: Collection[int] = ()) -> tuple[Span, ...]:
+def spans(extend_lens: Sequence[int], seq_lens: Sequence[int], prompt_lens: Sequence[int] = ()) -> tuple[Span, ...]:
     """The spans of a batch: `extend_lens` rows and `seq_lens` keys a request, both in batch order.
 
-    ends: the requests whose prompt ends in this call.
+    prompt_lens: tokens of each request's whole prompt, as far as they are known.
     """
     result, row, key = [], 0, 0
     for request, (rows, length) in enumerate(zip(extend_lens, seq_lens, strict=True)):
-        result.append(Span(request, row, rows, key, length, request in ends))
+        left = max(prompt_lens[request] - length, 0) if request < len(prompt_lens) else None
+        result.append(Span(request, row, rows, key, length, left))
         row, key = row + rows, key + length
     return tuple(result)
 

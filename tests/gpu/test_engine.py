@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,14 +72,14 @@ def test_of_prompts_that_end_in_a_call_the_tails_are_selected_by_all_heads(name:
     policy = PRESETS[name].prefill.model_copy(update={"min_len": 0})
     engine = bench.engine_of(policy, layer.shape, [layer.index_k_pages])
 
-    def selected(by: SelectionPolicy, ends: Collection[int]) -> torch.Tensor:
+    def selected(by: SelectionPolicy, prompts: Sequence[int]) -> torch.Tensor:
         ids = torch.full((requests * rows, K), -1, dtype=torch.int32, device="cuda")
-        call = replace(layer.extend_call(ids), spans=spans([rows] * requests, [length] * requests, ends))
+        call = replace(layer.extend_call(ids), spans=spans([rows] * requests, [length] * requests, prompts))
         engine.extend(call, runs(by, call.spans))
         return ids.sort(1).values
 
     is_tail = (torch.arange(requests * rows) % rows >= rows - policy.tail) & (layer.row_batch.cpu() != 1)
-    found = selected(policy, {0, 2})
+    found = selected(policy, [length, length + policy.tail, length])
     assert torch.equal(found[~is_tail], selected(policy, ())[~is_tail])
     assert torch.equal(found[is_tail], selected(SelectionPolicy(exact=True, min_len=0), ())[is_tail])
 

@@ -24,6 +24,7 @@ API_KEY = "serving-test-key"
 CONTEXT = 8192
 MIN_LEN = 100
 HEADS, BLOCKS, BLOCK = 8, 4, 64
+TAIL, CHUNK = 24, 512
 SELECTION = (
     f"--misa-preset dsa --misa-prefill-heads {HEADS} --misa-prefill-block-size {BLOCK} "
     f"--misa-prefill-min-len {MIN_LEN} "
@@ -158,6 +159,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     key.write_text(f"{API_KEY}\n")
     caches = {name: str(folder / "caches" / name) for name in CACHES}
     words = f"--api-key-file {key} --enable-return-indexer-topk --enable-metrics"
+    words += f" --misa-prefill-tail {TAIL} --chunked-prefill-size {CHUNK}"
     with started(words, model, folder / "log", **caches) as running:
         running.caches, running.built = folder / "caches", set((folder / "caches").rglob("*"))
         yield running

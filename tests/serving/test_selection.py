@@ -4,6 +4,7 @@ Layer 0's indexer sees the embedded tokens alone, so one layer needs no attentio
 bf16 activations, fp8 queries and keys with power-of-two scales, fp32 scores, bf16 page means.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -17,9 +18,8 @@ pytestmark = pytest.mark.serving
 
 SHAPE = random_model.CPU
 TOPK, HEADS, DIM, ROPE = SHAPE.index_topk, SHAPE.index_heads, 128, 64
-ROUTED, KEPT_BLOCKS, BLOCK, MIN_LEN = 8, 4, 64, 100  # the server's policies
+ROUTED, KEPT_BLOCKS, BLOCK, MIN_LEN, TAIL, CHUNK = 8, 4, 64, 100, 24, 512  # of the server
 NEW = 24
-ROWS = (300, 600)
 ENOUGH = 0.97
 
 
@@ -82,16 +82,16 @@ def indexer(weights, ids):
     return q, gates * q_scale.squeeze(-1) * HEADS**-0.5 * DIM**-0.5, k * k_scale
 
 
-def selected(q, gates, keys, row, prefill):
-    """The positions that `row` should attend to: MISA's (arXiv 2605.07363) in prefill, HISA's blocks in decode."""
+def selected(q, gates, keys, row, prompt):
+    """The positions that `row` should attend to: MISA's (arXiv 2605.07363) in a prompt, HISA's blocks in decode."""
     length = row + 1
     visible = keys[:length]
     scores = gates[row] @ torch.relu(q[row] @ visible.T)
-    if length >= MIN_LEN:
+    if length >= MIN_LEN and not prompt - TAIL <= row < prompt:
         blocks = length // BLOCK
         means = visible[: blocks * BLOCK].reshape(blocks, BLOCK, DIM).mean(1).bfloat16().float()
         pooled = gates[row][:, None] * torch.relu(q[row] @ means.T)  # [H, M]
-        if prefill:
+        if row < prompt:
             heads = pooled.abs().mean(1).topk(ROUTED).indices
             scores = gates[row][heads] @ torch.relu(q[row][heads] @ visible.T)
         elif blocks > KEPT_BLOCKS:
@@ -113,8 +113,9 @@ def sets(rows):
     return [set(row[row >= 0].tolist()) for row in rows]
 
 
-def test_layer_0_selects_what_the_papers_say(server, weights):
-    ids = np.random.default_rng(5).integers(0, 256, 640).tolist()
+@pytest.mark.parametrize("length", [640, CHUNK + TAIL // 3], ids=["", "a tail in two chunks"])
+def test_layer_0_selects_what_the_papers_say(server, weights, length):
+    ids = np.random.default_rng(5).integers(0, 256, length).tolist()
     server.flush()
     answer = server.generate(ids, new=NEW, selections=True)
     assert answer.cached_tokens == 0
@@ -122,17 +123,18 @@ def test_layer_0_selects_what_the_papers_say(server, weights):
     assert len(chosen) == len(ids) + NEW - 1  # the last new token was not fed back
 
     q, gates, keys = indexer(weights, torch.tensor([*ids, *answer.ids[:-1]]))
-    wanted = [selected(q, gates, keys, row, prefill=row < len(ids)) for row in range(len(chosen))]
+    wanted = [selected(q, gates, keys, row, len(ids)) for row in range(len(chosen))]
     assert [len(row) for row in chosen] == [len(row) for row in wanted]
     assert chosen[:TOPK] == wanted[:TOPK]  # all that is visible
-    parts = {"dense": (TOPK, MIN_LEN - 1), "misa": (MIN_LEN - 1, len(ids)), "hisa": (len(ids), len(chosen))}
+    edges = (TOPK, MIN_LEN - 1, length - TAIL, length, len(chosen))
+    parts = dict(zip(("under the gate", "misa", "tail", "hisa"), itertools.pairwise(edges), strict=True))
     shares = {name: share(chosen[a:b], wanted[a:b]) for name, (a, b) in parts.items()}
     assert min(shares.values()) >= ENOUGH, shares
 
     dense = [
-        set((gates[row] @ torch.relu(q[row] @ keys[: row + 1].T)).topk(TOPK).indices.tolist()) for row in (300, 600)
+        set((gates[row] @ torch.relu(q[row] @ keys[: row + 1].T)).topk(TOPK).indices.tolist()) for row in (300, 480)
     ]
-    assert share([chosen[300], chosen[600]], dense) < ENOUGH  # these rows can tell MISA from stock
+    assert share([chosen[300], chosen[480]], dense) < ENOUGH  # these rows can tell MISA from stock
 
 
 def test_a_radix_hit_selects_what_a_cold_prompt_selects(server):

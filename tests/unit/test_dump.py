@@ -25,7 +25,7 @@ def call():
     """An extend call in which the prompts of two requests end."""
     batch = Batch(3, LENS, 8)
     extend = batch.extend(ROWS, batch.queries(sum(ROWS)))
-    ended = tuple(replace(span, ends=True) for span in extend.spans)
+    ended = tuple(replace(span, left=0) for span in extend.spans)
     return replace(extend, spans=ended, index_k=extend.index_k.to(torch.float8_e4m3fn))
 
 

@@ -35,14 +35,20 @@ def test_the_gate_splits_rows_by_their_own_length(requests: list[tuple[int, int]
         assert span.gate(min_len) - span.first_row == sum(length <= min_len for length in seen)
 
 
-@given(requests_, st.integers(0, 120), st.integers(0, 60), st.sets(st.integers(0, 4)))
+@given(requests_, st.integers(0, 120), st.integers(0, 60), st.lists(st.integers(0, 70), max_size=5))
 def test_every_row_is_in_one_run_of_the_policy_or_of_dsa(
-    requests: list[tuple[int, int]], min_len: int, tail: int, ends: set[int]
+    requests: list[tuple[int, int]], min_len: int, tail: int, left: list[int]
 ) -> None:
     policy = SelectionPolicy(heads=4, min_len=min_len, tail=tail)
-    batch = spans([rows for rows, _ in requests], [rows + prefix for rows, prefix in requests], ends)
+    lens = [rows + prefix for rows, prefix in requests]
+    prompts = [length + more for length, more in zip(lens, left, strict=False)]  # of the last ones, none is known
+    batch = spans([rows for rows, _ in requests], lens, prompts)
     seen = [prefix + i + 1 for rows, prefix in requests for i in range(rows)]
-    is_end = [n in ends and i >= rows - tail for n, (rows, _) in enumerate(requests) for i in range(rows)]
+    is_end = [
+        n < len(prompts) and prefix + i >= prompts[n] - tail
+        for n, (rows, prefix) in enumerate(requests)
+        for i in range(rows)
+    ]
     request = [i for i, (rows, _) in enumerate(requests) for _ in range(rows)]
     call, device = torch.arange(len(seen)), torch.device("cpu")
     runs = [(by, run, call[run.rows(device)].tolist()) for by, run in selection.runs(policy, batch)]
@@ -80,18 +86,19 @@ def test_stock_takes_calls_that_are_short_or_have_few_rows_a_request(extend_lens
 
 
 @pytest.mark.parametrize(
-    ("rows", "lens", "ends", "reason"),
+    ("rows", "lens", "prompts", "reason"),
     [
-        ([300], [300], {0}, None),  # 172 rows see more than 128 keys, and 10 of them end the prompt
-        ([10], [300], {0}, "few-rows"),
-        ([10], [300], {}, None),  # a later chunk has the end
-        ([10, 11], [300, 300], {0, 1}, "few-rows"),  # half a row a request
-        ([10, 12], [300, 300], {0, 1}, None),
+        ([300], [300], [300], None),  # 172 rows see more than 128 keys, and 10 of them end the prompt
+        ([10], [300], [300], "few-rows"),
+        ([10], [300], [301], None),  # one is no end
+        ([10], [300], [], None),
+        ([10, 11], [300, 300], [300, 300], "few-rows"),  # half a row a request
+        ([10, 12], [300, 300], [300, 300], None),
     ],
 )
-def test_a_call_of_prompts_ends_alone_is_left_to_stock(rows, lens, ends, reason):
+def test_a_call_of_prompts_ends_alone_is_left_to_stock(rows, lens, prompts, reason):
     one = selector(Batch(1, [300], 5), prefill=SelectionPolicy(heads=2, min_len=128, tail=10))
-    assert one.why_stock(0, spans(rows, lens, ends)) == reason
+    assert one.why_stock(0, spans(rows, lens, prompts)) == reason
 
 
 @pytest.mark.parametrize("lens", [[300, 100], [100, 90]])
@@ -118,7 +125,9 @@ def test_the_end_of_a_prompt_is_selected_as_stock_does() -> None:
 
     def selected(**policy: object) -> list[set[int]]:
         call = batch.extend(rows, queries)
-        call = replace(call, spans=spans(rows, batch.lens, {0}))  # the second prompt goes on in a later call
+        call = replace(
+            call, spans=spans(rows, batch.lens, [batch.lens[0], 10**6])
+        )  # the second goes on in a later call
         selector(batch, prefill=SelectionPolicy(heads=1, block_size=64, **policy)).extend(call)
         return sets(call.output.ids)
 
@@ -241,7 +250,7 @@ def test_the_kernel_engine_hands_each_run_its_rows_keys_and_output(
     ours, wanted = batch.extend(rows, queries), batch.extend(rows, queries)
     policy = POLICIES[0].model_copy(update={"candidates": candidates, "tail": tail})
     runtime = reference_runtime(MisaConfig(prefill=policy), TOPK)
-    chosen = selection.runs(policy, spans(rows, batch.lens, {1, 2, 3}))
+    chosen = selection.runs(policy, spans(rows, batch.lens, batch.lens))
     assert [by for by, _ in chosen] == [DSA, policy, DSA][: 2 + (tail > 0)]
     kernels.KernelEngine(runtime, [batch.index_k_pages]).extend(ours, chosen)
     ReferenceEngine(runtime, [batch.index_k_pages]).extend(wanted, chosen)
