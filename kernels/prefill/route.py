@@ -179,53 +179,66 @@ def route(
     expect_heads(heads, index_heads, residual=residual)
     expect_router(router, routed=heads < index_heads, residual=residual)
     blocks.check(index_q, head_gates, cuda=True)
-    head_ids = torch.empty(rows, heads, dtype=torch.int32, device=index_q.device)
-    others = Residual.empty(rows, index_q.device) if residual else None
-    gates = torch.empty_like(head_gates) if residual else None
+    device = index_q.device
+    head_ids = torch.empty(rows, heads, dtype=torch.int32, device=device)
+    others = Residual.empty(rows, device) if residual else None
+    if rows == 0:
+        return RoutedHeads(head_ids, others)
     requests, max_blocks, _ = blocks.block_means.shape
     tilted = router == "error" and residual and max_blocks > 0
-    products = torch.empty(*head_gates.shape, 2, dtype=torch.float32, device=index_q.device) if tilted else None
-    if rows:
-        call = Route(
-            index_q=index_q,
-            head_gates=head_gates,
-            block_means=blocks.block_means,
-            row_batch=blocks.row_batch,
-            row_len=blocks.row_len,
-            head_ids=head_ids,
-            residual_gates=gates,
-            residual_query=others and others.query,
-            residual_scale=others and others.scale,
-            products=products,
-            rows=rows,
-            requests=requests,
-            max_blocks=max_blocks,
-            block_size=blocks.block_size,
-            heads=heads,
-            # all heads are chosen whatever their statistic, and by error elsewhere
-            router=ROUTERS.index("weight" if heads == index_heads or router == "error" else router),
-        )
-        stream = torch.cuda.current_stream(index_q.device).cuda_stream
-        module(index_heads).route(bytes(call), stream)
-    if rows and tilted:
-        assert others is not None
-        direction = tilt(others.query, blocks.block_means, blocks.row_batch, blocks.row_len, blocks.block_size)
-        choice = ChooseHeads(
-            index_q=index_q,
-            head_gates=head_gates,
-            row_len=blocks.row_len,
-            products=products,
-            direction=direction,
-            head_ids=head_ids,
-            residual_query=others.query,
-            residual_scale=others.scale,
-            rows=rows,
-            max_blocks=max_blocks,
-            block_size=blocks.block_size,
-            heads=heads,
-        )
-        build("choose_heads", index_heads=index_heads).choose_heads(bytes(choice), stream)
+    gates = torch.empty_like(head_gates) if residual else None
+    products = torch.empty(*head_gates.shape, 2, dtype=torch.float32, device=device) if tilted else None
+    call = Route(
+        index_q=index_q,
+        head_gates=head_gates,
+        block_means=blocks.block_means,
+        row_batch=blocks.row_batch,
+        row_len=blocks.row_len,
+        head_ids=head_ids,
+        residual_gates=gates,
+        residual_query=others and others.query,
+        residual_scale=others and others.scale,
+        products=products,
+        rows=rows,
+        requests=requests,
+        max_blocks=max_blocks,
+        block_size=blocks.block_size,
+        heads=heads,
+        # all heads are chosen whatever their statistic, and by error elsewhere
+        router=ROUTERS.index("weight" if heads == index_heads or router == "error" else router),
+    )
+    module(index_heads).route(bytes(call), torch.cuda.current_stream(device).cuda_stream)
+    if products is not None and others is not None:
+        _choose_by_error(index_q, head_gates, blocks, products, head_ids, others)
     return RoutedHeads(head_ids, others)
+
+
+def _choose_by_error(
+    index_q: torch.Tensor,
+    head_gates: torch.Tensor,
+    blocks: Blocks,
+    products: torch.Tensor,
+    head_ids: torch.Tensor,
+    others: Residual,
+) -> None:
+    """Write the heads that a residual would get most wrong, and in the place of all heads' residual the others'."""
+    direction = tilt(others.query, blocks.block_means, blocks.row_batch, blocks.row_len, blocks.block_size)
+    call = ChooseHeads(
+        index_q=index_q,
+        head_gates=head_gates,
+        row_len=blocks.row_len,
+        products=products,
+        direction=direction,
+        head_ids=head_ids,
+        residual_query=others.query,
+        residual_scale=others.scale,
+        rows=len(index_q),
+        max_blocks=blocks.block_means.shape[1],
+        block_size=blocks.block_size,
+        heads=head_ids.shape[1],
+    )
+    stream = torch.cuda.current_stream(index_q.device).cuda_stream
+    build("choose_heads", index_heads=index_q.shape[1]).choose_heads(bytes(call), stream)
 
 
 def block_scores(index_q: torch.Tensor, head_gates: torch.Tensor, blocks: Blocks) -> torch.Tensor:
