@@ -19,6 +19,7 @@ from sglang_misa.config import PHASES
 from sglang_misa.refusal import Refusal
 
 TIMEOUT = 600.0  # seconds: a long gate takes a long prompt
+ROWS = 256  # of a prompt past prefill's gate: few of them, and a prompt's last, are not the policy's
 
 
 def main() -> int:
@@ -33,7 +34,7 @@ def main() -> int:
         print("sglang-misa is off here: start the server with a preset, as in --misa-preset fast")
         return 1
     rows, tokens = before["min_rows"], before["min_tokens"]
-    past = {"prefill": 1, "decode": max(1, -(-tokens // rows))}  # the gate, of each prompt
+    past = {"prefill": ROWS, "decode": max(1, -(-tokens // rows))}  # the gate, of each prompt
     lengths = {phase: gate + past[phase] for phase, gate in before["min_len"].items()}  # without what is stock's always
     tried = [phase for phase in lengths if phase == "prefill" or given.decode or (rows, tokens) == (1, 0)]
     prompts, length = (rows if "decode" in tried else 1), max((lengths[phase] for phase in tried), default=1)
