@@ -62,7 +62,7 @@ def routed(expect: str, info: Mapping[str, Any], before: Mapping[str, int], afte
     """Phases that `expect` names → calls between two readings of `calls` that took its own path, not stock's.
 
     A CUDA graph counts at capture, not when it runs: a captured path stands for replays only where no replay is counted
-    and the policy has no length gate, so that every decode step takes it.
+    and the policy has no gate of lengths or tokens, so that every decode step takes it.
     """
     rank = next(iter(ranks_of(info)), {})
     gates = rank.get("min_len", {})
@@ -74,7 +74,7 @@ def routed(expect: str, info: Mapping[str, Any], before: Mapping[str, int], afte
             continue
         if not name.startswith("captured:"):
             found[phase] += count - before.get(path, 0)
-        elif gates.get(phase) == 0 and not rank.get("replays"):
+        elif gates.get(phase) == 0 and not rank.get("min_tokens") and not rank.get("replays"):
             found[phase] += count
     return found
 

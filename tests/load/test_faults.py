@@ -207,8 +207,8 @@ def test_replays_and_ungated_captures_are_routed_calls():
     assert selection.routed("hisa", replayed, before, after) == {"decode": 2}
     ungated = info(policy, min_len={"decode": 0}, replays={})
     assert selection.routed("hisa", ungated, before, before)["decode"] == 9
-    gated = info(policy, min_len={"decode": 64}, replays={})
-    assert selection.routed("hisa", gated, before, before)["decode"] == 0
+    for gate in ({"min_len": {"decode": 64}}, {"min_len": {"decode": 0}, "min_tokens": 10}):
+        assert selection.routed("hisa", info(policy, replays={}, **gate), before, before)["decode"] == 0
 
 
 def test_a_server_that_restarts_is_waited_for_and_its_block_measured_again(tmp_path, monkeypatch):
