@@ -334,7 +334,9 @@ def between(page: str, name: str, text: str) -> str:
 def _selects(row: Record) -> bool:
     """Whether a preset takes a call as wide as the row's."""
     rows, decode = int(row["rows"]), PRESETS[row["preset"]].decode
-    return rows >= WIDE if row["phase"] == "prefill" else Step([int(row["length"])] * rows).short_for(decode) is None
+    return (
+        rows >= WIDE if row["phase"] == "prefill" else Step([int(row["length"])], width=rows).short_for(decode) is None
+    )
 
 
 def summary(rows: Sequence[Record]) -> str:

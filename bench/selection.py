@@ -333,7 +333,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 layer = Layer.load(path, options.rows, options.device)
             except (OSError, ValueError) as error:
                 parser.error(str(error))
-            if layer.index_heads != (index_heads := index_heads or layer.index_heads):
+            index_heads = index_heads or layer.index_heads
+            if layer.index_heads != index_heads:
                 parser.error(
                     f"{path}: expected {index_heads} index heads, got {layer.index_heads}; name one model's files"
                 )

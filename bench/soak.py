@@ -57,7 +57,6 @@ COUNTED = {
     "evicted": "sglang:evicted_tokens_total",
     "restored from the host": "sglang:load_back_tokens_total",
 }
-tell = functools.partial(print, file=sys.stderr, flush=True)
 LOGGED = {"retracted": r"#retracted_reqs: (\d+)"}
 HOST_CACHE = "--enable-hierarchical-cache --hicache-ratio 3"
 if versions.installed() in STORAGE_TRIED:
@@ -119,6 +118,7 @@ SCALES = {
         f"--cuda-graph-max-bs-decode {CLIENTS} {random_model.GPU_FLAGS}",
     ),
 }
+tell = functools.partial(print, file=sys.stderr, flush=True)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from sglang_misa.policy import SelectionPolicy
@@ -30,10 +31,16 @@ class Step:
     def rows(self) -> int:
         return len(self.lengths) * self.width
 
-    @property
+    @cached_property  # as every layer of a step without graphs asks
     def longest(self) -> int:
         """Tokens of the longest request, 0 without any."""
         return max(self.lengths, default=0)
+
+    @cached_property
+    def _seen(self) -> tuple[int, int]:
+        """(rows, the tokens that they see together), without padding."""
+        real = [length for length in self.lengths if length > 1]
+        return self.width * len(real), self.width * sum(real)
 
     def short_for(self, policy: SelectionPolicy) -> str | None:
         """The reason for which it is under the gate of `policy`, or None."""
@@ -43,9 +50,9 @@ class Step:
             return "under-min-len"
         if policy.min_tokens == 0:
             return None
-        seen = [length for length in self.lengths if length > 1]
-        over = self.width * (sum(seen) - len(seen) * policy.min_len)  # what short rows cost counts against the long
-        return "few-tokens" if over < policy.min_tokens else None
+        rows, tokens = self._seen
+        beyond = tokens - rows * policy.min_len  # what short rows lack counts against what long ones have
+        return "few-tokens" if beyond < policy.min_tokens else None
 
 
 @dataclass

@@ -219,10 +219,8 @@ class SelectionPolicy(BaseModel):
                 "(8192 keeps 0.96 of DSA's tokens with 1 bit and 0.998 with 2 on a trained indexer at 128K)"
             )
         if self.candidates is not None and not self.active:
-            to_set = (
-                f"{flag}-heads, {flag}-blocks or {flag}-sketch" if phase == "decode" else f"{flag}-heads or -blocks"
-            )
+            bits = f", {flag}-blocks or {flag}-sketch" if phase == "decode" else f" or {flag}-blocks"
             yield (
                 f"{phase}.candidates: expected a policy that leaves heads, tokens or bits out, got candidates="
-                f"{self.candidates} with all of them; set {to_set}, or drop it"
+                f"{self.candidates} with all of them; set {flag}-heads{bits}, or drop it"
             )

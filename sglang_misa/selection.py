@@ -73,7 +73,7 @@ class Selector:
         policy = self.policy("decode", layer)
         if not policy.active:
             return "policy-is-dsa"
-        longest = decode_gate.Step([self._row_len] * rows)
+        longest = decode_gate.Step([self._row_len], width=rows)
         return decode_gate.why_stock(policy, step, always=longest.short_for(policy))
 
     def extend(self, call: ExtendCall) -> None:

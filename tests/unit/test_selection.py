@@ -125,9 +125,8 @@ def test_the_end_of_a_prompt_is_selected_as_stock_does() -> None:
 
     def selected(**policy: object) -> list[set[int]]:
         call = batch.extend(rows, queries)
-        call = replace(
-            call, spans=spans(rows, batch.lens, [batch.lens[0], 10**6])
-        )  # the second goes on in a later call
+        prompts = [batch.lens[0], 10**6]  # the second goes on in a later call
+        call = replace(call, spans=spans(rows, batch.lens, prompts))
         selector(batch, prefill=SelectionPolicy(heads=1, block_size=64, **policy)).extend(call)
         return sets(call.output.ids)
 

@@ -30,13 +30,13 @@ HISA = GATED | {"prefill": BLOCKS | {"min_len": 8192}}  # as many tokens as 64 b
 GATES = {"prefill": {"min_len": 8192}, "decode": {"min_len": 32768, "min_rows": 1, "min_tokens": 0}}
 
 
-def gated(preset: str) -> dict[str, Any]:
+def preset(name: str) -> dict[str, Any]:
     """A preset under gates that these prompts pass one at a time."""
-    policies = {phase: PRESETS[preset].policy(phase).model_copy(update=gate) for phase, gate in GATES.items()}
+    policies = {phase: PRESETS[name].policy(phase).model_copy(update=gate) for phase, gate in GATES.items()}
     return {phase: policy.model_dump(mode="json", exclude_defaults=True) for phase, policy in policies.items()}
 
 
-FAST, FAITHFUL = gated("fast"), gated("faithful")
+FAST, FAITHFUL = preset("fast"), preset("faithful")
 ARMS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "all-heads": {"prefill": ALL_HEADS, "decode": ALL_HEADS, "backend": "torch"},
