@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ import torch
 from sglang_misa import random_model
 
 RANKS, LAYERS, HEADS = 8, 61, random_model.Shape.index_heads
+FOLDER = f"deepseek-v3.2-{{}}-of-{RANKS}-ranks-{{}}"  # ranks and layers: what the server tells as its model
 BLOCK = 128  # side of the square of weights that shares a scale
 # DeepSeek-V3.2's config.json where it is not what `random_model` writes; the sizes below are divided by the ranks.
 DEEPSEEK = {
@@ -54,6 +57,12 @@ def config(layers: int = LAYERS, ranks: int = 1) -> dict[str, Any]:
     """config.json of the first `layers` layers of so many ranks."""
     share = {name: size * ranks // RANKS for name, size in DIVIDED.items()}
     return random_model.config(random_model.Shape(layers=layers)) | DEEPSEEK | share
+
+
+def share_of(model_path: str) -> tuple[int, int] | None:
+    """(ranks, layers) of a model that this program wrote; None for any other."""
+    match = re.fullmatch(FOLDER.format(r"(\d+)", r"(\d+)"), Path(model_path).name)
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
 def fill(model: torch.nn.Module) -> None:
@@ -101,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--tp: expected 1 to {RANKS}, got {options.tp}")
     if not torch.cuda.device_count():  # is_available() would begin CUDA here, and the launcher forks
         parser.error("expected a GPU for weights in fp8, got none; a CPU has launch_server --demo")
-    folder = random_model.cache() / f"deepseek-v3.2-{options.tp}-of-{RANKS}-ranks-{options.layers}"
+    folder = random_model.cache() / FOLDER.format(options.tp, options.layers)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(options.layers, options.tp), indent=1), encoding="utf-8")
     # DeepGEMM would build its kernels for every batch size, 10 to 20 minutes; as they are needed it takes seconds each.

@@ -17,11 +17,11 @@ import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sglang_misa.bench.kernels import CACHED_ROWS
+from sglang_misa.bench.table import Table, environment
 from sglang_misa.config import PHASES, PRESETS, Phase
 from sglang_misa.decode_gate import Step
 
@@ -31,21 +31,6 @@ WIDE = 8192  # rows of a whole chunk of prefill
 PLOTTED = ("misa", "fast", "faithful", "exact", "hisa")  # at most four lines a figure, these first
 KEPT = 7  # policies of a front in the quality table
 PHASE_COSTS: dict[Phase, str] = {"prefill": "flop", "decode": "bytes"}  # columns of selection.csv
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table in Markdown, under a title, with the words that belong to it."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-
-    def __str__(self) -> str:
-        lines = [" | ".join(["", *cells, ""]).strip() for cells in (self.columns, *self.rows)]
-        rule = "|" + "---|" * len(self.columns)
-        return "\n\n".join(filter(None, [f"### {self.title}", self.note, "\n".join([lines[0], rule, *lines[1:]])]))
 
 
 def read(path: Path) -> list[Record]:
@@ -160,35 +145,6 @@ def method(row: Record) -> str:
     shown = [f"{name} = {row[column]}" for name, column in numbers if row.get(column)]
     residual = ["residual"] if row.get("residual") == "1" else []
     return f"{row['preset']} ({', '.join([*shown[:1], *residual, *shown[1:]])})" if shown else row["preset"]
-
-
-def environment(rows: Sequence[Record]) -> str:
-    """One line of what the rows were measured on."""
-    parts = []
-    for name, column in (("SGLang", "sglang"), ("torch", "torch"), ("driver", "driver"), ("commit", "commit")):
-        values = sorted({row.get(column) or "" for row in rows} - {""})
-        parts += [f"{name} {', '.join(values)}"] if values else []
-    return f"{rows[0]['gpu']}; {'; '.join(parts)}."
-
-
-def end_to_end(rows: Sequence[Record]) -> list[Table]:
-    """Medians of one GPU's share of DeepSeek-V3.2, served: stock beside each arm."""
-    groups: dict[tuple[str, int, int], dict[str, list[Record]]] = {}
-    for row in rows:
-        key = (row["gpu"], int(row["prompt_tokens"]), int(row["clients"]))
-        groups.setdefault(key, {}).setdefault(row["arm"], []).append(row)
-    cells = []
-    for (gpu, prompt, clients), arms in sorted(groups.items()):
-        for arm in sorted(arms.keys() - {"stock"}):
-            line = [gpu.removeprefix("NVIDIA "), f"{prompt // K}K", str(clients), arm, str(len(arms[arm]))]
-            for column, unit in (("ttft_s", 1), ("tpot_s", 1e3)):
-                stock, ours = (statistics.median(float(r[column]) for r in arms[a]) * unit for a in ("stock", arm))
-                line += [f"{stock:.3g}", f"{ours:.3g}", f"{stock / ours:.2f}"]
-            cells.append(line)
-    times = ["TTFT stock, s", "ours", "×", "TPOT stock, ms", "ours", "×"]
-    columns = ["GPU", "prompt", "clients", "arm", "requests", *times]
-    note = "One of eight ranks of DeepSeek-V3.2 with random weights, through HTTP; medians of requests."
-    return [Table("Through the server", columns, cells, note)] if cells else []
 
 
 def quality_tables(rows: Sequence[Record]) -> list[Table]:
@@ -357,6 +313,9 @@ def summary(rows: Sequence[Record]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    from sglang_misa.bench import served  # by the extra `bench`, which those who read kernels.csv alone may lack
+    from sglang_misa.bench.load.settings import LoadError
+
     parser = argparse.ArgumentParser(prog="python -m sglang_misa.bench.report", description=__doc__)
     root = Path(__file__).resolve().parents[1]
     parser.add_argument("--results", type=Path, default=root / "bench/results", help="folder of the CSVs")
@@ -378,14 +337,17 @@ def main(words: Sequence[str] | None = None) -> int:
             for phase in phases:
                 part = [row for row in rows if (*stand(row), row["phase"]) == (gpu, sglang, phase)]
                 sections += [environment(part), *map(str, kernel_tables(part))] if part else []
-    served = [str(table) for table in end_to_end(read(options.results / "one_rank.csv"))]
+    try:
+        through = [str(table) for table in served.tables(served.read(options.results / "one_rank.csv"))]
+    except LoadError as error:
+        parser.error(str(error))
     plot(rows, options.results)
     quality = "\n\n".join(map(str, quality_tables(read(options.results / "selection.csv"))))
     needles = "\n\n".join(map(str, needle_tables(read_json(options.results / "needles.json"))))
     watching = "\n\n".join(map(str, watching_tables(read_json(options.results / "watching.json"))))
     for page, name, text in (
-        (options.results / "README.md", "results", "\n\n".join([*sections, *served])),
-        (options.docs / "measured.md", "measured", "\n\n".join([summary(rows), *served])),
+        (options.results / "README.md", "results", "\n\n".join([*sections, *through])),
+        (options.docs / "measured.md", "measured", "\n\n".join([summary(rows), *through])),
         (options.docs / "quality.md", "quality", quality),
         (options.docs / "quality.md", "needles", needles),
         (options.docs / "operations.md", "watching", watching),

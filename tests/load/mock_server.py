@@ -54,6 +54,7 @@ class Script:
     busy_tokenizer: int = 0  # this call of /tokenize, counted from the script's start, answers 503
     tokenizer: bool = True
     answers: dict[str, Any] = field(default_factory=dict)  # path → what it answers instead; a number is a status
+    told: dict[str, Any] = field(default_factory=dict)  # what /server_info tells beside the rest
     crowd: float = 0.0  # seconds of extra TTFT for each request in flight
     others: int = 0  # requests that run for somebody else
     block_first: float = 0.0  # seconds of extra TTFT of the first request after a flush
@@ -115,7 +116,8 @@ class Mock:
                     "min_len": {"prefill": 8192, "decode": 32768},
                     "replays": {"dsa": self.requests},
                 }
-        return web.json_response({"page_size": PAGE, "api_key": "sk-in-server-info", "internal_states": [state]})
+        info = {"page_size": PAGE, "api_key": "sk-in-server-info", "internal_states": [state]}
+        return web.json_response(info | self.script.told)
 
     async def metrics(self, request: web.Request) -> web.Response:
         text = (
@@ -354,7 +356,7 @@ async def main() -> None:
     parser.add_argument("--api-key", default="")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--certificate", default="")  # a PEM file with its key
-    plain = [each for each in fields(Script) if each.name != "answers"]
+    plain = [each for each in fields(Script) if each.name not in ("answers", "told")]
     for each in plain:
         kind = type(each.default)
         parser.add_argument(

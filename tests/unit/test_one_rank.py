@@ -55,6 +55,11 @@ def test_shares_make_up_the_model():
         assert one_rank.config(30, ranks=2)[name] == 2 * config[name]
 
 
+def test_ranks_and_layers_are_read_off_the_models_folder():
+    assert one_rank.share_of("/cache/" + one_rank.FOLDER.format(2, 30)) == (2, 30)
+    assert one_rank.share_of("deepseek-ai/DeepSeek-V3.2") is None
+
+
 def test_sglang_calls_what_is_replaced():
     assert "initialize_dummy_weights" in loader.DummyModelLoader.load_model.__code__.co_names
 
