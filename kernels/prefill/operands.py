@@ -27,7 +27,7 @@ class Rows:
     ke: Tensor
 
     def __len__(self) -> int:
-        return len(self.index_q)
+        return int(self.index_q.shape[0])
 
     @property
     def index_heads(self) -> int:
@@ -46,7 +46,7 @@ class Keys:
     k_scale: Tensor
 
     def __len__(self) -> int:
-        return len(self.index_k)
+        return int(self.index_k.shape[0])
 
     def seen(self, longest: int | None) -> int:
         """Keys that a row sees at most: all, unless `longest` says otherwise."""
