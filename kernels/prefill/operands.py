@@ -106,9 +106,13 @@ class Output:
         return int(self.ids.shape[1])
 
     def rows(self, rows: slice | Tensor) -> Output:
-        """The same output for some rows; of a slice it is a view, of an int64 index a copy."""
+        """The same output for some rows: a view of a slice, and of an int64 index room of its own, not yet written."""
+        if isinstance(rows, slice):
+            ids = self.ids[rows]
+        else:
+            ids = torch.empty(len(rows), self.topk, dtype=torch.int32, device=rows.device)
         return Output(
-            self.ids[rows],
+            ids,
             self.page_table,
             None if self.row_batch is None else self.row_batch[rows],
             None if self.offsets is None else self.offsets[rows],
