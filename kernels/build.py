@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 @functools.cache
 def build(source: str, **shape: int) -> Any:
@@ -42,6 +44,11 @@ def build(source: str, **shape: int) -> Any:
 def resident(source: str, **shape: int) -> int:
     """Thread blocks that the GPU runs at once of the kernel of a source that exports `resident`."""
     return int(build(source, **shape).resident())
+
+
+def stream_of(device: torch.device) -> int:
+    """The stream that launches on a GPU go to at the moment, as Triton asks for it: without an object for it."""
+    return int(torch._C._cuda_getCurrentRawStream(device.index))
 
 
 def definitions(shape: Mapping[str, int]) -> list[str]:

@@ -14,18 +14,21 @@ Pointer, Int, Long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
 class Struct(ctypes.Structure):
-    """A C struct by the names of its fields, all of which are given; a tensor gives its address, None is null.
+    """A C struct by the names of its fields, all of which are given, in their order.
 
-    It holds no tensor: keep them until the launch.
+    A tensor gives its address, None is null. It holds no tensor: keep them until the launch.
     """
 
     sources: ClassVar[tuple[str, ...]]  # of csrc/sm90 that take it; the struct's name there is the class's
+    names: ClassVar[list[str]]  # of its fields
+
+    def __init_subclass__(cls) -> None:
+        cls.names = [field[0] for field in cls._fields_]
 
     def __init__(self, **fields: Any):
-        expected = [field[0] for field in self._fields_]
-        if sorted(expected) != sorted(fields):
-            raise TypeError(f"{type(self).__name__}: expected fields {expected}, got {list(fields)}")
-        super().__init__(**{n: v.data_ptr() if isinstance(v, torch.Tensor) else v for n, v in fields.items()})
+        if list(fields) != self.names:
+            raise TypeError(f"{type(self).__name__}: expected fields {self.names}, got {list(fields)}")
+        super().__init__(*[v.data_ptr() if isinstance(v, torch.Tensor) else v for v in fields.values()])
 
 
 class ResidualColumn(Struct):

@@ -45,7 +45,7 @@ def get_topk_ragged(
         selector.left_to_stock(layer, requests, functools.partial(call, ids))
         return ids
     recorder.ran("prefill", selector.policy("prefill", layer).name)
-    ids = _no_tokens(self, q_fp8) if topk_result is None else topk_result
+    ids = _no_tokens(self, q_fp8, behind=requests[-1].last_row) if topk_result is None else topk_result
     selector.extend(call(ids))
     return ids
 
@@ -114,6 +114,8 @@ def _pages_written(pool: Any, layer: int, slots: Tensor) -> None:
         pool.misa_selector.engine.pages_written(layer, slots.long())
 
 
-def _no_tokens(indexer: Any, q_fp8: Tensor) -> Tensor:
-    """Room for the ids of every row, -1 where a row (of padding, say) gets none."""
-    return torch.full((q_fp8.shape[0], indexer.index_topk), -1, dtype=torch.int32, device=q_fp8.device)
+def _no_tokens(indexer: Any, q_fp8: Tensor, behind: int = 0) -> Tensor:
+    """Room for the ids of every row, -1 `behind` those that are sure to get some: rows of padding get none."""
+    ids = torch.empty(q_fp8.shape[0], indexer.index_topk, dtype=torch.int32, device=q_fp8.device)
+    ids[behind:].fill_(-1)
+    return ids

@@ -17,11 +17,11 @@ def extend_call(
 ) -> ExtendCall:
     """The rows of an extend call, their keys gathered from the pool as stock does; `ids` int32 [>= T, k] to write."""
     ks, _ = metadata.get_indexer_kvcache_range()
-    rows, lens_cpu = ks.shape[0], metadata.get_indexer_seq_len_cpu()
+    rows, last = ks.shape[0], spans[-1]
     page_table, row_batch = metadata.get_page_table_64(), metadata.get_token_to_batch_idx()
     request_lens = metadata.get_indexer_seq_len()
     index_k, k_scale = pool.get_index_k_scale_buffer(
-        layer_id, request_lens, page_table, int(lens_cpu.sum()), int(lens_cpu.max())
+        layer_id, request_lens, page_table, last.first_key + last.length, max(span.length for span in spans)
     )
     return ExtendCall(
         layer=layer_id - pool.start_layer,

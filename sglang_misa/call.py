@@ -90,7 +90,7 @@ class Run:
         first, last = self.ranges[0].start, self.ranges[-1].stop
         return slice(first, last) if last - first == len(self) else _index(self.ranges, device)
 
-    @property
+    @functools.cached_property
     def keys(self) -> slice:
         """Columns of its requests' keys among the gathered ones, and of those between them."""
         return slice(self.spans[0].first_key, self.spans[-1].first_key + self.spans[-1].length)
@@ -99,7 +99,7 @@ class Run:
         """Its rows, those of one request after another."""
         return zip(self.spans, self.ranges, strict=True)
 
-    @property
+    @functools.cached_property
     def longest(self) -> int:
         """Keys that a row sees, at most."""
         return max(span.seen_by(rows[-1]) for span, rows in self.alone())

@@ -5,6 +5,7 @@ Knows neither SGLang nor a kernel: `patches/indexer.py` brings the calls, `engin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -23,11 +24,17 @@ from sglang_misa.runtime import Runtime
 DSA = SelectionPolicy(exact=True)
 
 
-def runs(policy: SelectionPolicy, spans: Sequence[Span]) -> list[tuple[SelectionPolicy, Run]]:
+def runs(policy: SelectionPolicy, spans: tuple[Span, ...]) -> list[tuple[SelectionPolicy, Run]]:
     """The rows of a call with what selects them: DSA under the gate of `policy` and in its tail, else `policy`."""
-    parts = [span.parts(policy.min_len, policy.tail) for span in spans]
-    under, own, tails = (Run.of(spans, ranges) for ranges in zip(*parts, strict=True))
-    return [(by, run) for by, run in ((DSA, under), (policy, own), (DSA, tails)) if len(run)]
+    under, own, tails = _parts(spans, policy.min_len, policy.tail)
+    return [(by, run) for by, run in ((DSA, under), (policy, own), (DSA, tails)) if run.ranges]
+
+
+@functools.lru_cache(maxsize=8)  # all layers of a step ask for the same
+def _parts(spans: tuple[Span, ...], min_len: int, tail: int) -> tuple[Run, Run, Run]:
+    """`Span.parts` of all spans."""
+    under, own, tails = zip(*(span.parts(min_len, tail) for span in spans), strict=True)
+    return Run.of(spans, under), Run.of(spans, own), Run.of(spans, tails)
 
 
 class Selector:
@@ -53,15 +60,15 @@ class Selector:
         """What selects in `layer` now, past the length gate."""
         return self.ladders.policy(phase, layer)
 
-    def why_stock(self, layer: int, spans: Sequence[Span]) -> str | None:
+    def why_stock(self, layer: int, spans: tuple[Span, ...]) -> str | None:
         """The reason for which SGLang's own indexer takes a whole extend call, or None."""
         policy = self.policy("prefill", layer)
         if not policy.active:
             return "recall-floor" if self.ladders.sunk(layer) else "policy-is-dsa"
-        own = [len(span.parts(policy.min_len, policy.tail)[1]) for span in spans if span.length > policy.min_len]
-        if not own:
+        past = sum(span.length > policy.min_len for span in spans)
+        if not past:
             return "under-min-len"
-        if sum(own) < self.engine.least_rows * len(own):
+        if len(_parts(spans, policy.min_len, policy.tail)[1]) < self.engine.least_rows * past:
             return "few-rows"
         return None
 
@@ -88,7 +95,7 @@ class Selector:
                 self.auditor.look_at_extend(call, run)
         self.dump.take(call)
 
-    def left_to_stock(self, layer: int, spans: Sequence[Span], call: Callable[[], ExtendCall]) -> None:
+    def left_to_stock(self, layer: int, spans: tuple[Span, ...], call: Callable[[], ExtendCall]) -> None:
         """Look at an extend call that stock DSA selected for; `call` makes it, if there is anything to see."""
         probe = self.ladders.probe("prefill", layer)
         if probe is not None and self.auditor.due("prefill", layer):

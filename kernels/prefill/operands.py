@@ -27,7 +27,7 @@ class Rows:
     ke: Tensor
 
     def __len__(self) -> int:
-        return len(self.index_q)
+        return int(self.index_q.shape[0])
 
     @property
     def index_heads(self) -> int:
@@ -46,7 +46,7 @@ class Keys:
     k_scale: Tensor
 
     def __len__(self) -> int:
-        return len(self.index_k)
+        return int(self.index_k.shape[0])
 
     def seen(self, longest: int | None) -> int:
         """Keys that a row sees at most: all, unless `longest` says otherwise."""
@@ -106,9 +106,13 @@ class Output:
         return int(self.ids.shape[1])
 
     def rows(self, rows: slice | Tensor) -> Output:
-        """The same output for some rows; of a slice it is a view, of an int64 index a copy."""
+        """The same output for some rows: a view of a slice, and of an int64 index room of its own, not yet written."""
+        if isinstance(rows, slice):
+            ids = self.ids[rows]
+        else:
+            ids = torch.empty(len(rows), self.topk, dtype=torch.int32, device=rows.device)
         return Output(
-            self.ids[rows],
+            ids,
             self.page_table,
             None if self.row_batch is None else self.row_batch[rows],
             None if self.offsets is None else self.offsets[rows],

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_misa.kernels.build import build
+from sglang_misa.kernels.build import build, stream_of
 from sglang_misa.kernels.checks import expect, expect_block_size, expect_heads, expect_router
 from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, ROUTERS, Router
 from sglang_misa.kernels.prefill.operands import Residual, RoutedHeads
@@ -207,7 +207,7 @@ def route(
         # all heads are chosen whatever their statistic, and by error elsewhere
         router=ROUTERS.index("weight" if heads == index_heads or router == "error" else router),
     )
-    module(index_heads).route(bytes(call), torch.cuda.current_stream(device).cuda_stream)
+    module(index_heads).route(bytes(call), stream_of(device))
     if products is not None and others is not None:
         _choose_by_error(index_q, head_gates, blocks, products, head_ids, others)
     return RoutedHeads(head_ids, others)
@@ -237,8 +237,8 @@ def _choose_by_error(
         block_size=blocks.block_size,
         heads=head_ids.shape[1],
     )
-    stream = torch.cuda.current_stream(index_q.device).cuda_stream
-    build("choose_heads", index_heads=index_q.shape[1]).choose_heads(bytes(call), stream)
+    kernels = build("choose_heads", index_heads=index_q.shape[1])
+    kernels.choose_heads(bytes(call), stream_of(index_q.device))
 
 
 def block_scores(index_q: torch.Tensor, head_gates: torch.Tensor, blocks: Blocks) -> torch.Tensor:
@@ -253,7 +253,7 @@ def block_scores(index_q: torch.Tensor, head_gates: torch.Tensor, blocks: Blocks
     wide = rows >= _WIDE_FROM
     rows_each, span = (_WIDE_COLUMNS // index_heads, max_blocks) if wide else (1, _TILE)
     if rows and max_blocks:
-        block_scores_fwd_kernel[(triton.cdiv(rows, rows_each), triton.cdiv(max_blocks, span))](
+        block_scores_fwd_kernel[(-(-rows // rows_each), -(-max_blocks // span))](
             index_q,
             head_gates,
             blocks.block_means,

@@ -93,7 +93,7 @@ def tilt(
     rows, max_blocks = len(query), block_means.shape[1]
     direction = torch.empty(rows, HEAD_DIM, dtype=torch.float32, device=query.device)
     if rows:
-        tilt_fwd_kernel[(triton.cdiv(rows, _ROWS),)](
+        tilt_fwd_kernel[(-(-rows // _ROWS),)](
             query,
             block_means,
             row_batch,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sglang_misa.kernels.build import build
+from sglang_misa.kernels.build import build, stream_of
 from sglang_misa.kernels.checks import expect, expect_blocks
 from sglang_misa.kernels.layout import INDEX_HEADS, MAX_KEPT_PREFILL
 from sglang_misa.kernels.prefill.operands import Keys, Output, Rows, inputs
@@ -42,5 +42,4 @@ def topk_blocks(
     expect("block_scores", block_scores, (len(rows), None), torch.float32, cuda=True)
     if len(rows):
         choice = BlockChoice(scores=block_scores, pitch=block_scores.shape[1], size=block_size, kept=blocks, room=kept)
-        stream = torch.cuda.current_stream(rows.device).cuda_stream
-        module(rows.index_heads).topk(*map(bytes, (*call, choice)), stream)
+        module(rows.index_heads).topk(*map(bytes, (*call, choice)), stream_of(rows.device))

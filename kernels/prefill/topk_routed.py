@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from sglang_misa.kernels.build import build
+from sglang_misa.kernels.build import build, stream_of
 from sglang_misa.kernels.layout import ROUTED_HEADS
 from sglang_misa.kernels.prefill.operands import Keys, Output, RoutedHeads, Rows, inputs
 from sglang_misa.kernels.prefill.plan import SCRATCH_BYTES, aligned, plan
@@ -116,8 +116,7 @@ def routed_logits(rows: Rows, keys: Keys, heads: RoutedHeads, first: int, count:
     """
     out = torch.full((count, aligned(len(keys), 4)), -math.inf, device=rows.device)[:, : len(keys)]
     if count and len(keys):
-        stream = torch.cuda.current_stream(rows.device).cuda_stream
         call = bytes(inputs(rows, keys, heads))
         kernels = module(heads.columns, heads.residual is not None)
-        kernels.logits(call, first, count, out.data_ptr(), out.stride(0), stream)
+        kernels.logits(call, first, count, out.data_ptr(), out.stride(0), stream_of(rows.device))
     return out

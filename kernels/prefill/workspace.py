@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sglang_misa.kernels.build import stream_of
 from sglang_misa.kernels.prefill.operands import Keys, Output, RoutedHeads, Rows, inputs
 from sglang_misa.kernels.prefill.plan import aligned
 from sglang_misa.kernels.structs import Failed, Struct
@@ -100,5 +101,5 @@ class Call(abc.ABC):
 
     def run(self, stages: int = ALL_STAGES) -> None:
         """Launch everything in one call of the host's side; `stages` is a sum of *_STAGE."""
-        stream = torch.cuda.current_stream(self.rows.device).cuda_stream
-        self.module().topk(*map(bytes, (*self.structs, self.division())), stages, stream)
+        structs = *self.structs, self.division()
+        self.module().topk(*map(bytes, structs), stages, stream_of(self.rows.device))

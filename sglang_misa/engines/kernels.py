@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,12 +63,11 @@ class KernelEngine:
         )
 
     def _select(self, call: ExtendCall, policy: SelectionPolicy, run: Run, block_means: Tensor) -> None:
-        rows, keys = run.rows(call.ks.device), run.keys
-        output = call.output.rows(rows)
-        index_q, gates, seq_lens = call.index_q[rows], call.head_gates[rows].contiguous(), call.seq_lens[rows]
-        ks = call.ks[rows] - keys.start if keys.start else call.ks[rows]
-        queries, scored = Rows(index_q, gates, ks, ks + seq_lens), Keys(call.index_k[keys], call.k_scale[keys])
-        blocks = Blocks(block_means, policy.block_size, call.row_batch[rows], seq_lens)
+        windows, keys = _windows(run, call.ks, call.seq_lens, call.row_batch), run.keys
+        rows, output = windows.rows, call.output.rows(windows.rows)
+        index_q, gates = call.index_q[rows], call.head_gates[rows].contiguous()
+        queries, scored = Rows(index_q, gates, windows.ks, windows.ke), Keys(call.index_k[keys], call.k_scale[keys])
+        blocks = Blocks(block_means, policy.block_size, windows.row_batch, windows.row_len)
         if policy.blocks is not None:
             scores = block_scores(index_q, gates, blocks)
             topk_blocks(queries, scored, scores, policy.blocks, policy.block_size, output)
@@ -83,8 +83,7 @@ class KernelEngine:
     def _heads(self, policy: SelectionPolicy, index_q: Tensor, gates: Tensor, blocks: Blocks) -> RoutedHeads:
         if policy.heads is not None:
             return route(index_q, gates, blocks, policy.heads, policy.router, policy.residual)
-        every = torch.arange(gates.shape[1], dtype=torch.int32, device=gates.device)
-        return RoutedHeads(every.expand_as(gates).contiguous())
+        return RoutedHeads(_all_heads(*gates.shape, gates.device))
 
     def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
         self.behind = True
@@ -114,6 +113,34 @@ class KernelEngine:
     def end_step(self, page_table: Tensor, seq_lens: Tensor) -> None:
         self.behind = False
         page_means.update_last_page_means(self._layers, page_table, seq_lens)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """What all layers of a step have of a run: an index of its rows, and of each the keys of the run that it sees.
+
+    ks, ke, row_batch, row_len [T] int32, as in `Rows` and `Blocks`.
+    """
+
+    rows: slice | Tensor
+    ks: Tensor
+    ke: Tensor
+    row_batch: Tensor
+    row_len: Tensor
+
+
+@functools.lru_cache(maxsize=8)
+def _windows(run: Run, ks: Tensor, seq_lens: Tensor, row_batch: Tensor) -> _Windows:
+    """Of a call's tensors, whose numbers follow from the run's spans: written to again, they are the same."""
+    rows = run.rows(ks.device)
+    first, row_len = ks[rows] - run.keys.start, seq_lens[rows]
+    return _Windows(rows, first, first + row_len, row_batch[rows], row_len)
+
+
+@functools.lru_cache(maxsize=4)
+def _all_heads(rows: int, index_heads: int, device: torch.device) -> Tensor:
+    """The ids of all heads for each row, int32 [rows, H]."""
+    return torch.arange(index_heads, dtype=torch.int32, device=device).repeat(rows, 1)
 
 
 # Scratch of a decode step, shared by all layers. Rows are rounded up, as eager decode has a new batch size at almost
