@@ -1,10 +1,10 @@
 """Copied as sitecustomize.py beside a server under test: flips a bit of a live page's statistics, fills its disk, and
 weighs its GPU memory.
 
-SOAK_SABOTAGE names a folder. When the file `now` lies there, the next step with a complete page is corrupted before the
-canary looks, and `steps` counts the steps from then on. Each process tells there, after each step, the bytes of its
-tensors on GPUs. After SOAK_DISK_PAGES pages the disk of SGLang's host cache has no space left. Python imports this at
-start-up, before anything of SGLang.
+SOAK_SABOTAGE names a folder. When the file `now` lies there, the next step that decodes a request with a complete page
+is corrupted before the canary looks, and `steps` counts the steps from then on. Each process tells there, after each
+step, the bytes of its tensors on GPUs. After SOAK_DISK_PAGES pages the disk of SGLang's host cache has no space left.
+Python imports this at start-up, before anything of SGLang.
 """
 
 from __future__ import annotations
@@ -23,20 +23,24 @@ NOW, STEPS, GPU_MEMORY = "now", "steps", "gpu_memory."  # files in the folder; t
 
 
 def corrupting(step: Any, folder: Path) -> Any:
-    steps = 0
+    steps, before = 0, dict[str, int]()
 
     def wrapper(self: Any, req_to_token: Any, req_ids: Any, seq_lens: Any, requests: Any) -> None:
-        nonlocal steps
+        nonlocal steps, before
         import torch
 
         from sglang_misa.kernels.layout import PAGE
 
-        row = next((row for row in range(len(requests)) if int(seq_lens[row]) >= PAGE), None)
-        if row is not None and (folder / NOW).exists():
-            if steps == 0:
+        if (folder / NOW).exists():
+            lengths = dict(zip(requests, seq_lens.tolist(), strict=False))
+            # by a token: the next chunk of a prompt would compute the statistics of its whole prefix anew
+            decoded = (row for row, (name, length) in enumerate(lengths.items()) if before.get(name) == length - 1)
+            row = next((row for row in decoded if int(seq_lens[row]) >= PAGE), None)
+            before = lengths
+            if steps == 0 and row is not None:
                 page = int(req_to_token[req_ids[row], 0]) // PAGE
                 self.engine.stats.means[self.layers[-1]].view(torch.uint8)[page, 0] ^= 1
-            steps += 1
+            steps += steps > 0 or row is not None
             (folder / STEPS).write_text(str(steps))
         step(self, req_to_token, req_ids, seq_lens, requests)
         if req_to_token.is_cuda:

@@ -101,7 +101,7 @@ SCALES = {
         alike=100,
         found_within=64,
         flags="--misa-preset dsa --misa-decode-blocks 4 --misa-decode-block-size 64 --misa-decode-min-len 100 "
-        "--device cpu",
+        "--device cpu --chunked-prefill-size 256",
     ),
     "gpu": Scale(
         shape=random_model.GPU,
