@@ -66,7 +66,7 @@ def facts(info: Mapping[str, Any]) -> dict[str, str]:
     """The settings in /server_info that a reader of figures asks for, and the token selection of the first rank."""
     found = {name: str(info[name]) for name in SERVER_FACTS if info.get(name) not in (None, "", False)}
     for rank in ranks_of(info)[:1]:
-        found["token selection"] = json.dumps(rank.get("policy", {})) if rank.get("enabled") else "stock"
+        found["selection"] = json.dumps(rank.get("policy", {})) if rank.get("enabled") else "stock"
     return Keys().clean(found)  # type: ignore[no-any-return]
 
 

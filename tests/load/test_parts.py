@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from load.helpers import record, unit
 
 from sglang_misa.bench.load.checks import check_plan
+from sglang_misa.bench.load.environment import facts
 from sglang_misa.bench.load.figures import error_classes, summarize, under
 from sglang_misa.bench.load.gates import Gate, gates_of
 from sglang_misa.bench.load.plan import Arm, Cell, Plan, Slo
@@ -352,6 +353,11 @@ def test_keys_are_erased():
     assert json.dumps(data) == json.dumps(
         {"api_key": HIDDEN, "deep": [{"hf_token": HIDDEN, "note": HIDDEN}], "tokens": 5, "max_token": "6"}
     )
+
+
+def test_a_servers_selection_is_no_secret():
+    info = {"internal_states": [{"misa": {"enabled": True, "policy": {"prefill": "fast"}}}]}
+    assert facts(info)["selection"] == '{"prefill": "fast"}'
 
 
 def test_long_words_are_searched_for_keys_in_no_time():
