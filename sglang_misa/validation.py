@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -32,17 +33,27 @@ def validated(model: type[Model], data: Any, source: str, flags: Mapping[str, st
         raise ConfigError([_sentence(each, model, source, flags or {}) for each in error.errors()]) from None
 
 
-def parsed(text: str, source: str, expected: str = "one JSON object") -> Any:
-    """The JSON value in `text`. Raises ConfigError."""
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`. Raises ValueError for a name that comes twice, of which JSON would take the last."""
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"{name!r} comes {count} times")
+    return dict(pairs)
+
+
+def parsed(
+    text: str, source: str, expected: str = "one JSON object", pairs: Callable[[list[tuple[str, Any]]], Any] = _once
+) -> Any:
+    """The JSON value in `text`; pairs: what becomes of an object's. Raises ConfigError."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{source}: expected {expected}, got {short(text)} ({error}); correct it"]) from None
 
 
 def parsed_object(text: str, source: str) -> dict[str, Any]:
-    """The JSON object in `text`. Raises ConfigError, for JSON of another kind too."""
-    found = parsed(text, source)
+    """The JSON object in `text`, of another's making. Raises ConfigError, for JSON of another kind too."""
+    found = parsed(text, source, pairs=dict)
     if not isinstance(found, dict):
         raise ConfigError([f"{source}: expected one JSON object, got {short(found)}; correct it"])
     return found

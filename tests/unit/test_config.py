@@ -129,6 +129,7 @@ MISTAKES = {
     "not JSON": ("{", "expected one JSON object or one of dsa, misa"),
     "a number of too many digits": ('{"prefill": {"heads": ' + "9" * 5000 + "}}", "expected one JSON object"),
     "not an object": ("[1]", "the object"),
+    "a name that comes twice": ('{"decode": {}, "decode": {"heads": 8}}', "'decode' comes 2 times"),
     "string for a number": ({"prefill": {"heads": "8"}}, "prefill.heads: expected a valid integer, got '8'"),
     "number for a word": (
         {"prefill": {"router": 1}},
