@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import http.client
 import os
+import random
 import shutil
 import signal
 import socket
@@ -29,6 +30,8 @@ STOP_POLL_S = 0.02  # and whether its group is gone
 HEALTH_S = 20.0  # what SGLang's /health may take: it generates a token
 TAIL_LINES, TAIL_BYTES = 15, 64 * 1024  # of a log's end
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Under those that Linux gives to who asks for any: SGLang takes dozens of such while it loads, and binds its own last.
+PORTS = range(11000, 19000)
 
 
 class ServerError(RuntimeError):
@@ -36,10 +39,12 @@ class ServerError(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that is free now. Raises ServerError where all of PORTS are taken."""
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+    raise ServerError(f"expected a free port from {PORTS.start} to {PORTS.stop - 1}, got none; end what takes them")
 
 
 def is_healthy(port: int) -> bool:
