@@ -58,8 +58,11 @@ def test_directions_lead_to_the_keys_that_score_high(device: str) -> None:
 def test_a_row_alone_has_the_direction_that_it_has_among_others(device: str) -> None:
     query, means, batch, lens = operands(device, seed=1)
     whole = tilt(query, means, batch, lens, SIZE)
+    # To the bit, but in the interpreter: the order in which NumPy's BLAS adds up depends on a row's place on some CPUs.
+    rounding = 0 if device == "cuda" else 1e-5
     for rows in (slice(3, 4), slice(38, 45), slice(0, 33)):
-        assert torch.equal(tilt(query[rows], means, batch[rows], lens[rows], SIZE), whole[rows])
+        alone = tilt(query[rows], means, batch[rows], lens[rows], SIZE)
+        torch.testing.assert_close(alone, whole[rows], rtol=rounding, atol=rounding)
 
 
 def test_a_broken_block_and_equal_blocks_give_no_direction_that_spreads(device: str) -> None:
