@@ -24,6 +24,7 @@ pytestmark = pytest.mark.serving
 ROWS, DUMPED, LIMIT = 16, 8, 2 << 20  # audited rows a call, dumped rows a prompt, bytes of all dumps
 FLOOR = 0.6  # the router keeps about 0.75 here, and a broken one 0.2 to 0.5
 LONG, CLIENTS = 300, 8
+ROUNDS = 4  # in which a repaired layer must be back
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_a_broken_router_is_left_and_a_repaired_one_comes_back(guarded, folder: 
     broken, seeds = folder / "broken", iter(range(100, 1000))
 
     def serve(rows: int) -> dict[str, Any]:
-        """Prompts at once whose decode has so many audited rows in a layer; their prefill has CALM * WINDOW."""
+        """Prompts at once whose decode has so many audited rows in a layer; prefill has ROWS a call, some share it."""
         steps = rows // CLIENTS + 4  # they do not all begin together
         together(lambda ids: guarded.generate(ids, new=steps), [prompt(next(seeds), LONG) for _ in range(CLIENTS)])
         return guarded.misa()
@@ -119,8 +120,12 @@ def test_a_broken_router_is_left_and_a_repaired_one_comes_back(guarded, folder: 
     assert sunk["ladder"]["decode"]["all"]["rung"] == 1
     assert sunk["declined"]["recall-floor"] > 0
     broken.unlink()
-    back = serve(2 * CALM * WINDOW)["ladder"]  # the window that has begun holds probes of what was broken
-    assert {layer: state["rung"] for layer, state in back["prefill"].items()} == dict.fromkeys(layers, 0)
+    for _ in range(ROUNDS):
+        back = serve(2 * CALM * WINDOW)["ladder"]  # the window that has begun holds probes of what was broken
+        rungs = {layer: state["rung"] for layer, state in back["prefill"].items()}
+        if not any(rungs.values()):
+            break
+    assert rungs == dict.fromkeys(layers, 0)
     assert back["decode"]["all"]["rung"] == 0
     log = (folder / "log").read_text()
     assert f"is under {FLOOR}; misa-error-residual-hier selects instead of misa" in log
