@@ -4,6 +4,7 @@ import base64
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from sglang_misa.bench.quality.train.model import DsaModel
 from sglang_misa.calibrate import __main__ as calibrate
 from sglang_misa.config import PRESETS
 from sglang_misa.demo import MODEL
+from sglang_misa.kernels.layout import PAGE
 from sglang_misa.policy_file import PolicyFile
 from sglang_misa.procs import ServerProcess, free_port, is_healthy
 from sglang_misa.random_model import LATENT_DIM
@@ -40,17 +42,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("trained")
 
 
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
+@contextmanager
+def started(flags: str, log: Path) -> Iterator[Server]:
     port = free_port()
     command = (
-        f"{sys.executable} -m sglang_misa.launch_server --misa-preset dsa --device cpu --model-path {MODEL} "
-        f"--host 127.0.0.1 --port {port} --context-length 8192 --sleep-on-idle --enable-return-indexer-topk "
-        f"--misa-dump {folder}/dump"
+        f"{sys.executable} -m sglang_misa.launch_server --device cpu --model-path {MODEL} --host 127.0.0.1 "
+        f"--port {port} --context-length 8192 --sleep-on-idle {flags}"
     ).split()
-    with ServerProcess(command, folder / "log", environ=environment()) as process:
+    with ServerProcess(command, log, environ=environment()) as process:
         process.wait_ready(lambda: is_healthy(port), START_LIMIT)
         yield Server(process, port, MODEL)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    flags = f"--misa-preset dsa --enable-return-indexer-topk --misa-dump {folder}/dump"
+    with started(flags, folder / "log") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +116,26 @@ def test_a_policy_is_calibrated_on_what_the_server_dumps(server, folder, tmp_pat
         assert layer.recall["prefill"].held_out >= target - 0.01
     decodes = [layer.decode for layer in file.layers.values() if layer.decode.active]
     assert all((policy.min_rows, policy.min_tokens) == (4, 0) for policy in decodes)
+
+
+def test_the_audit_tells_what_the_study_finds(tmp_path):
+    """The same rows of the same prompts, by the server while it selects and by `bench.selection` from its dumps."""
+    rows, dump = 64, tmp_path / "dump"
+    flags = f"--misa-preset fast --misa-prefill-min-len {TOPK} --misa-prefill-block-size {PAGE} --misa-prefill-tail 0 "
+    flags += f"--misa-audit-rows {rows} --misa-audit-every 1 --misa-dump {dump} --misa-dump-rows {rows}"
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    with started(flags, tmp_path / "log") as server:
+        for seed in range(2):
+            server.generate(tokenizer.encode(prose(seed, 40_000)).ids[: TOPK + 40 * rows], new=1)
+        audited = server.misa()["recall"]["prefill"]
+    policy = "prefill", PRESETS["fast"].prefill.model_copy(update={"block_size": PAGE, "min_len": 0, "tail": 0})
+    for layer in range(LAYERS):
+        files = sorted(dump.glob(f"*-layer-{layer:03}-*.safetensors"))
+        studied = [selection.measure(selection.Layer.load(file, rows), 8192, [policy])[policy] for file in files]
+        recall = float(torch.cat(studied).mean())
+        assert audited[str(layer)]["rows"] == 2 * rows == sum(map(len, studied))
+        assert audited[str(layer)]["recall"] == pytest.approx(recall, abs=1e-3)
+        assert recall < 0.95, "there was nothing to lose"
 
 
 def test_the_checkpoint_says_how_it_was_made():
