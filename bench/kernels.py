@@ -35,6 +35,7 @@ from sglang_misa.bench.timing import event_us, graph_us, host_us, kernel_us
 from sglang_misa.bench.work import CHIPS, UNKNOWN, Work, count
 from sglang_misa.config import PHASES, PRESETS, Phase, SelectionPolicy
 from sglang_misa.kernels.layout import PAGE
+from sglang_misa.policy import STOCK
 
 TOPK = 2048
 COLUMNS = (
@@ -52,7 +53,6 @@ SIZES = {  # fields of a policy that the command line varies
 LENGTHS = {"prefill": [8192, 32768, 65536, 131072], "decode": [8192, 32768, 65536, 131072]}
 ROWS = {"prefill": [8192], "decode": [1, 4, 16, 64]}
 CACHED_ROWS, CACHED_LENGTHS = [1024, 2048, 4096], [131072, 262144, 524288]
-DSA = SelectionPolicy()
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def measure(case: Case, stages: bool) -> dict[str, object]:
     lens = torch.full((case.rows,), case.length) - torch.arange(case.rows if prefill else 1) % (
         case.rows // case.requests
     )
-    work, dsa = (count(p, case.phase, case.index_heads, lens) for p in (policy, DSA))
+    work, dsa = (count(p, case.phase, case.index_heads, lens) for p in (policy, STOCK))
     unit, rate = ("TFLOPS", Work.tflops) if prefill else ("GB/s", Work.gb_s)
     shown.append(f"{unit}={rate(work, outcome.ours_us):.0f} (stock {rate(dsa, outcome.stock_us):.0f})")
     floor_us = work.floor_us(CHIPS.get(str(row["gpu"]), UNKNOWN))

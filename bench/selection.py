@@ -35,6 +35,7 @@ from sglang_misa.bench.inputs import pack_pages, trained_file
 from sglang_misa.bench.work import count
 from sglang_misa.config import Phase, Router, SelectionPolicy
 from sglang_misa.kernels.layout import PAGE, ROUTERS
+from sglang_misa.policy import STOCK
 from sglang_misa.policy_file import ModelIdentity
 from sglang_misa.validation import short
 
@@ -255,9 +256,7 @@ def table(layers: Sequence[Shares], length: int, index_heads: int) -> list[dict[
     for phase, policy in layers[0]:
         parts = [layer[phase, policy] for layer in layers]
         every = torch.cat(parts)
-        ours, dsa = (
-            [count(p, kind, index_heads, lens) for kind in ("prefill", "decode")] for p in (policy, SelectionPolicy())
-        )
+        ours, dsa = ([count(p, kind, index_heads, lens) for kind in ("prefill", "decode")] for p in (policy, STOCK))
         rows.append(
             {
                 "length": length,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sglang_misa.kernels.layout import PAGE, Router
-from sglang_misa.policy import MOST, PHASES, Phase, SelectionPolicy, renamed
+from sglang_misa.policy import MOST, PHASES, STOCK, Phase, SelectionPolicy, renamed
 from sglang_misa.policy_file import PolicyFile
 from sglang_misa.validation import ConfigError, parsed, validated
 
@@ -153,7 +153,7 @@ class MisaConfig(BaseModel):
     @property
     def decoding(self) -> SelectionPolicy:
         """A decode policy whose gate is the step's, as all have one gate; stock DSA where no layer has another."""
-        return next((policy for policy in self.policies("decode") if policy.active), SelectionPolicy())
+        return next((policy for policy in self.policies("decode") if policy.active), STOCK)
 
     @property
     def sketch(self) -> int | None:

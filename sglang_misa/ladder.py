@@ -18,14 +18,13 @@ from torch import distributed
 from sglang_misa import decode_gate
 from sglang_misa.config import PHASES, PRESETS, MisaConfig
 from sglang_misa.metrics import recorder
-from sglang_misa.policy import Phase, SelectionPolicy
+from sglang_misa.policy import STOCK, Phase, SelectionPolicy
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 64  # audited rows of a layer that are judged together: one bad row is no trend
 CALM = 2  # windows over which the rung before must keep enough, before it selects again
 MARGIN = 0.01  # of recall over the floor that counts as enough: a layer at the floor stays where it is
-DSA = SelectionPolicy()
 
 
 class Observed(NamedTuple):
@@ -110,9 +109,9 @@ class Ladders:
         prefill = [rungs(config.policy("prefill", layer), self.floor, **model) for layer in layers]
         self._prefill = [Ladder("prefill", range(i, i + 1), each) for i, each in enumerate(prefill)]
         self._decode = tuple(config.policy("decode", layer) for layer in layers)
-        first = next((policy for policy in self._decode if policy.active), DSA)
+        first = next((policy for policy in self._decode if policy.active), STOCK)
         guarded = self.floor > 0 and first.active
-        self._step = Ladder("decode", range(len(layers)), (first, DSA) if guarded else (first,))
+        self._step = Ladder("decode", range(len(layers)), (first, STOCK) if guarded else (first,))
         self._observed = torch.zeros(len(PHASES), len(layers), 2, 2, dtype=torch.float64)
         self._steps = 0
 
@@ -181,4 +180,4 @@ def rungs(policy: SelectionPolicy, floor: float, *, index_heads: int, topk: int)
     more = faithful.model_copy(update={"min_len": policy.min_len, "tail": max(policy.tail, faithful.tail)})
     rescored = policy.residual and policy.blocks is None and (policy.candidates or 0) >= (more.candidates or 0)
     impossible = any(more.problems("prefill", index_heads=index_heads, topk=topk))
-    return (policy, DSA) if policy.exact or rescored or impossible else (policy, more, DSA)
+    return (policy, STOCK) if policy.exact or rescored or impossible else (policy, more, STOCK)

@@ -40,7 +40,7 @@ def rest_of_gate(given: Collection[str]) -> dict[str, int]:
     A gate that is given in part is a gate of one's own: the preset's `min_tokens` was measured with its other fields.
     """
     whole = "min_tokens" in given or {"min_len", "min_rows"}.isdisjoint(given)
-    return {} if whole else {"min_tokens": SelectionPolicy().min_tokens}
+    return {} if whole else {"min_tokens": STOCK.min_tokens}
 
 
 class SelectionPolicy(BaseModel):
@@ -224,3 +224,8 @@ class SelectionPolicy(BaseModel):
                 f"{phase}.candidates: expected a policy that leaves heads, tokens or bits out, got candidates="
                 f"{self.candidates} with all of them; set {flag}-heads{bits}, or drop it"
             )
+
+
+STOCK = SelectionPolicy()
+# DSA's own tokens, selected by this package's kernels: for rows of a call that its policy does not take.
+EXACT = SelectionPolicy(exact=True)

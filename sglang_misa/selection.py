@@ -17,17 +17,14 @@ from sglang_misa.dump import dumper
 from sglang_misa.engines import engine_for
 from sglang_misa.ladder import Ladders
 from sglang_misa.metrics import recorder
-from sglang_misa.policy import Phase, SelectionPolicy
+from sglang_misa.policy import EXACT, Phase, SelectionPolicy
 from sglang_misa.runtime import Runtime
-
-# All heads and tokens, selected by the engine itself: DSA for the rows of a call that a policy does not take.
-DSA = SelectionPolicy(exact=True)
 
 
 def runs(policy: SelectionPolicy, spans: tuple[Span, ...]) -> list[tuple[SelectionPolicy, Run]]:
     """The rows of a call with what selects them: DSA under the gate of `policy` and in its tail, else `policy`."""
     under, own, tails = _parts(spans, policy.min_len, policy.tail)
-    return [(by, run) for by, run in ((DSA, under), (policy, own), (DSA, tails)) if run.ranges]
+    return [(by, run) for by, run in ((EXACT, under), (policy, own), (EXACT, tails)) if run.ranges]
 
 
 @functools.lru_cache(maxsize=8)  # all layers of a step ask for the same

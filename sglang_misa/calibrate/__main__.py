@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from sglang_misa import __version__, key_mask
 from sglang_misa.arguments import at_least, device, file_to_write
 from sglang_misa.calibrate import choice, picture, prompts
-from sglang_misa.calibrate.choice import DSA, Dumped, Point
+from sglang_misa.calibrate.choice import Dumped, Point
 from sglang_misa.calibrate.costs import SHIPPED, Costs, Measured, Modelled
 from sglang_misa.config import PHASES, PRESETS, ConfigError, Phase, SelectionPolicy
-from sglang_misa.policy import rest_of_gate
+from sglang_misa.policy import STOCK, rest_of_gate
 from sglang_misa.policy_file import LayerPolicy, ModelIdentity, PolicyFile
 from sglang_misa.refusal import Refusal
 from sglang_misa.text_tables import ranges, table
@@ -208,7 +208,7 @@ def _policy_file(model: ModelIdentity, chosen: Chosen, given: argparse.Namespace
     layers = {str(layer): LayerPolicy() for layer in range(model.layers)}
     for layer, points in chosen.items():
         gated = {
-            phase: point.policy.model_copy(update=_gates(phase, given)) if point.policy.active else DSA
+            phase: point.policy.model_copy(update=_gates(phase, given)) if point.policy.active else STOCK
             for phase, point in points.items()
         }
         layers[str(layer)] = LayerPolicy(**gated, recall={phase: point.told() for phase, point in points.items()})

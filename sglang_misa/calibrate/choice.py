@@ -12,10 +12,9 @@ from torch import Tensor
 from sglang_misa.bench import selection
 from sglang_misa.calibrate.costs import Costs
 from sglang_misa.config import PHASES, ConfigError, Phase, SelectionPolicy
+from sglang_misa.policy import EXACT, STOCK
 from sglang_misa.policy_file import ModelIdentity, Recall
 
-DSA = SelectionPolicy()
-EXACT = SelectionPolicy(exact=True)
 LATE = 0.75  # of the keys that a prompt's last row sees
 
 
@@ -101,7 +100,7 @@ def points(
             if (cost := costs.of(phase, policy)) is not None and _possible(phase, policy, model)
         ]
     for phase in PHASES:
-        for policy in (DSA, EXACT) if phase == "prefill" else (DSA,):
+        for policy in (STOCK, EXACT) if phase == "prefill" else (STOCK,):
             cost = costs.of(phase, policy)
             if cost is not None:
                 found[phase].append(Point(policy, cost, torch.ones(1), torch.ones(1)))

@@ -18,6 +18,7 @@ import torch
 from sglang_misa.bench.report import Record, newest, read
 from sglang_misa.bench.work import count
 from sglang_misa.config import ConfigError, Phase, SelectionPolicy
+from sglang_misa.policy import STOCK
 
 SHIPPED = Path(str(resources.files("sglang_misa"))) / "bench" / "results" / "kernels.csv"
 PREFILL_ROWS = 8192  # of a whole chunk
@@ -49,7 +50,7 @@ class Modelled:
         if policy.exact:
             return None
         lens = torch.tensor([self.length])
-        ours, stock = (count(each, phase, self.heads, lens) for each in (policy, SelectionPolicy()))
+        ours, stock = (count(each, phase, self.heads, lens) for each in (policy, STOCK))
         if phase == "decode":
             return ours.bytes / stock.bytes
         return (ours.fp8 + 2 * ours.bf16) / stock.fp8

@@ -25,6 +25,7 @@ from sglang_misa.kernels.prefill.topk_routed import topk_routed
 from sglang_misa.kernels.prefill.workspace import slow_rows
 from sglang_misa.metrics import recorder
 from sglang_misa.page_stats import PageStats
+from sglang_misa.policy import EXACT
 from sglang_misa.runtime import Runtime
 
 
@@ -209,7 +210,7 @@ def _prefill_policies(runtime: Runtime) -> list[SelectionPolicy]:
     floor, model = runtime.config.audit.floor, {"index_heads": runtime.index_heads, "topk": runtime.topk}
     every = [rung for each in runtime.config.policies("prefill") for rung in ladder.rungs(each, floor, **model)]
     active = list(dict.fromkeys(filter(_is_active, every)))
-    return [*active, SelectionPolicy(exact=True)] if active else []
+    return [*active, EXACT] if active else []
 
 
 def _made_up_extend(

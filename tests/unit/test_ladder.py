@@ -11,8 +11,9 @@ from torch import distributed
 
 from sglang_misa import decode_gate, ladder
 from sglang_misa.config import PRESETS, Audit, MisaConfig, SelectionPolicy
-from sglang_misa.ladder import CALM, DSA, MARGIN, WINDOW, Ladders, rungs
+from sglang_misa.ladder import CALM, MARGIN, WINDOW, Ladders, rungs
 from sglang_misa.metrics import Recorder
+from sglang_misa.policy import EXACT, STOCK
 
 FLOOR = 0.9
 MISA = SelectionPolicy(heads=8, min_len=100)
@@ -48,7 +49,7 @@ def test_a_layer_sinks_rung_by_rung_and_comes_back_the_same_way(recorder: Record
     see(one, "prefill", 1, FLOOR - 0.01)
     assert (one.policy("prefill", 1), one.probe("prefill", 1)) == (FAITHFUL, MISA)
     see(one, "prefill", 1, FLOOR - 0.01)
-    assert (one.policy("prefill", 1), one.probe("prefill", 1)) == (DSA, FAITHFUL)
+    assert (one.policy("prefill", 1), one.probe("prefill", 1)) == (STOCK, FAITHFUL)
     assert recorder.status()["dense_layers"] == [1]
     for back in (FAITHFUL, MISA):
         see(one, "prefill", 1, 1.0, CALM * WINDOW, probed=True)
@@ -126,14 +127,14 @@ def test_without_a_floor_and_in_a_draft_model_nothing_moves() -> None:
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
-        (MISA, (MISA, FAITHFUL, DSA)),
-        (HISA, (HISA, FAITHFUL, DSA)),
-        (TAILED, (TAILED, FAITHFUL.model_copy(update={"tail": 64}), DSA)),
-        (FAITHFUL, (FAITHFUL, DSA)),
-        (HIER, (HIER, FAITHFUL.model_copy(update={"min_len": HIER.min_len}), DSA)),
-        (MORE, (MORE, DSA)),
-        (SelectionPolicy(exact=True), (SelectionPolicy(exact=True), DSA)),
-        (DSA, (DSA,)),
+        (MISA, (MISA, FAITHFUL, STOCK)),
+        (HISA, (HISA, FAITHFUL, STOCK)),
+        (TAILED, (TAILED, FAITHFUL.model_copy(update={"tail": 64}), STOCK)),
+        (FAITHFUL, (FAITHFUL, STOCK)),
+        (HIER, (HIER, FAITHFUL.model_copy(update={"min_len": HIER.min_len}), STOCK)),
+        (MORE, (MORE, STOCK)),
+        (EXACT, (EXACT, STOCK)),
+        (STOCK, (STOCK,)),
     ],
     ids=lambda each: each.label if isinstance(each, SelectionPolicy) else "",
 )
@@ -144,7 +145,7 @@ def test_a_rung_keeps_more_than_the_one_before(policy: SelectionPolicy, expected
 
 def test_faithful_is_left_out_where_the_model_cannot_have_it() -> None:
     few = SelectionPolicy(heads=2)
-    assert rungs(few, FLOOR, index_heads=2, topk=2048) == (few, DSA)
+    assert rungs(few, FLOOR, index_heads=2, topk=2048) == (few, STOCK)
 
 
 RANKS, MEETINGS = 2, 12

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sglang_misa import reference
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels.layout import PAGE, PAGE_BYTES, ROUTERS, TILT, Router
+from sglang_misa.policy import STOCK
 
 HEADS, TOPK = 32, 96
 
@@ -50,12 +51,9 @@ def policies(**fixed: object) -> st.SearchStrategy[SelectionPolicy]:
     )
 
 
-DSA = SelectionPolicy()
-
-
 @given(cases(), policies(heads=HEADS, blocks=None, candidates=None))
 def test_all_heads_routed_is_dsa(case: Case, policy: SelectionPolicy) -> None:
-    torch.testing.assert_close(case.scores(policy), case.scores(DSA), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(case.scores(policy), case.scores(STOCK), rtol=1e-5, atol=1e-4)
 
 
 @given(cases(), policies(blocks=None, candidates=None))
@@ -92,12 +90,12 @@ def test_rows_no_longer_than_k_keep_every_token(case: Case, policy: SelectionPol
 
 @given(cases(), policies(blocks=None, candidates=4096))
 def test_candidates_that_cover_the_prefix_give_dsa(case: Case, policy: SelectionPolicy) -> None:
-    torch.testing.assert_close(case.scores(policy), case.scores(DSA))
+    torch.testing.assert_close(case.scores(policy), case.scores(STOCK))
 
 
 @given(cases(), policies(heads=None, blocks=64, candidates=None))
 def test_blocks_that_cover_the_prefix_give_dsa(case: Case, policy: SelectionPolicy) -> None:
-    torch.testing.assert_close(case.scores(policy), case.scores(DSA))
+    torch.testing.assert_close(case.scores(policy), case.scores(STOCK))
 
 
 @settings(max_examples=50)
@@ -209,7 +207,7 @@ def test_a_residual_beside_heads_routed_by_error_is_nearest_to_dsa() -> None:
     pages = torch.randn(1, 64, 128, generator=g) + 2 * torch.randn(1, 1, 128, generator=g)
     case.keys = 0.3 * case.keys + pages.repeat_interleave(PAGE, 1)
     case.means = case.keys.unflatten(1, (-1, PAGE)).mean(2)
-    exact = case.scores(DSA)
+    exact = case.scores(STOCK)
     seen = torch.isfinite(exact)
 
     def off(router: Router) -> float:

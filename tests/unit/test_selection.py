@@ -19,7 +19,8 @@ from sglang_misa.kernels.layout import PAGE
 from sglang_misa.kernels.prefill.operands import RoutedHeads
 from sglang_misa.ladder import WINDOW
 from sglang_misa.metrics import Recorder
-from sglang_misa.selection import DSA, Selector
+from sglang_misa.policy import EXACT
+from sglang_misa.selection import Selector
 
 requests_ = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=5)
 
@@ -250,7 +251,7 @@ def test_the_kernel_engine_hands_each_run_its_rows_keys_and_output(
     policy = POLICIES[0].model_copy(update={"candidates": candidates, "tail": tail})
     runtime = reference_runtime(MisaConfig(prefill=policy), TOPK)
     chosen = selection.runs(policy, spans(rows, batch.lens, batch.lens))
-    assert [by for by, _ in chosen] == [DSA, policy, DSA][: 2 + (tail > 0)]
+    assert [by for by, _ in chosen] == [EXACT, policy, EXACT][: 2 + (tail > 0)]
     kernels.KernelEngine(runtime, [batch.index_k_pages]).extend(ours, chosen)
     ReferenceEngine(runtime, [batch.index_k_pages]).extend(wanted, chosen)
     assert calls == [len(run) for _, run in chosen], "requests of a run share a call"
