@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sglang_misa.kernels.build import build
+from sglang_misa.kernels.build import build, stream_of
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.decode.operands import PagedRows, SketchPolicy
 from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE, ROUTED_PAGES, ROUTERS
@@ -89,8 +89,7 @@ def route_pages(rows: PagedRows, page_means: Tensor, policy: SketchPolicy, *, ou
             residual=int(policy.residual),
             candidates=policy.candidates,
         )
-        stream = torch.cuda.current_stream().cuda_stream
-        build("sketch_route", index_heads=index_heads).route(bytes(call), count, stream)
+        build("sketch_route", index_heads=index_heads).route(bytes(call), count, stream_of(rows.index_q.device))
 
 
 def _route_on_cpu(rows: PagedRows, page_means: Tensor, policy: SketchPolicy, out: Columns) -> None:

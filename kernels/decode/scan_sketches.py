@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from sglang_misa.kernels.build import build, resident
+from sglang_misa.kernels.build import build, resident, stream_of
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.decode.operands import MIN_CANDIDATES, PagedRows, PageSketch, SketchPolicy
 from sglang_misa.kernels.decode.route_pages import Columns
@@ -59,7 +59,7 @@ def scan_sketches(
         span=span,
         blocks=triton.cdiv(width, span * WARPS),
     )
-    module.scan(bytes(call), len(rows), torch.cuda.current_stream().cuda_stream)
+    module.scan(bytes(call), len(rows), stream_of(scores.device))
 
 
 def span_of(rows: int, width: int, most: int, resident: int) -> int:
@@ -95,8 +95,7 @@ def list_candidates(scores: torch.Tensor, seq_lens: torch.Tensor, *, positions: 
         call = Candidates(
             scores=scores, lens=seq_lens, positions=positions, room=scores.stride(0), candidates=candidates
         )
-        stream = torch.cuda.current_stream().cuda_stream
-        build("sketch_candidates").candidates(bytes(call), rows, stream)
+        build("sketch_candidates").candidates(bytes(call), rows, stream_of(scores.device))
 
 
 def score_keys(scores: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_misa.kernels.build import build
+from sglang_misa.kernels.build import build, stream_of
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.decode.keep_blocks import KeptPages
 from sglang_misa.kernels.decode.operands import Chosen
@@ -36,7 +36,7 @@ def topk_kept(logits: torch.Tensor, kept: KeptPages, out: Chosen) -> None:
         _topk_on_cpu(logits, kept, out)
     elif rows:
         tokens = Kept(pages=kept.pages, blocks=kept.blocks, room=room, block=kept.block_size)
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = stream_of(logits.device)
         build("topk_kept").topk_kept(bytes(_scored(logits, kept.lens, out)), bytes(tokens), rows, stream)
 
 
@@ -60,7 +60,7 @@ def topk_listed(
         _topk_listed_on_cpu(logits, listed, page_table, seq_lens, out)
     elif rows:
         tokens = Listed(positions=listed, table=page_table, pitch=page_table.stride(0), room=room)
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = stream_of(logits.device)
         build("topk_kept").topk_listed(bytes(_scored(logits, seq_lens, out)), bytes(tokens), rows, stream)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from sglang_misa.kernels.build import build, resident
+from sglang_misa.kernels.build import build, resident, stream_of
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.decode.operands import Chosen, PagedRows, PageSketch, SketchPolicy
 from sglang_misa.kernels.decode.route_pages import Columns, route_pages
@@ -119,7 +119,7 @@ def rescore(rows: PagedRows, *, topk: int, scratch: SketchScratch) -> None:
         blocks=triton.cdiv(tiles, span),
     )
     module = build("sketch_rescore", index_heads=rows.index_heads)
-    module.rescore(bytes(call), count, torch.cuda.current_stream().cuda_stream)
+    module.rescore(bytes(call), count, stream_of(rows.index_q.device))
 
 
 def _rescore_on_cpu(rows: PagedRows, topk: int, scratch: SketchScratch) -> None:
