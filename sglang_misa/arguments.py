@@ -50,5 +50,7 @@ def device(word: str) -> str:
     if word != "cpu":
         count = torch.cuda.device_count()
         if kind != "cuda" or not (number or "0").isdecimal() or int(number or 0) >= count:
-            raise argparse.ArgumentTypeError(f"expected cpu, or cuda with one of the {count} GPUs here, got {word!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected cpu, or cuda with one of the {count} GPUs here, got {word!r}; choose one"
+            )
     return word

@@ -215,7 +215,7 @@ def decode_topk_sketched(
 
 def _slots(rows: PagedRows, k: int) -> Tensor:
     if k < 1:
-        raise ValueError(f"k: expected 1 or more, got {k}")
+        raise ValueError(f"k: expected 1 or more, got {k}; raise it")
     return torch.empty(len(rows), k, dtype=torch.int32, device=rows.seq_lens.device)
 
 
@@ -224,7 +224,7 @@ def _on_kernels(backend: Backend, tensor: Tensor) -> bool:
     if backend == "reference":
         return False
     if backend != "kernels":
-        raise ValueError(f'backend: expected "kernels" or "reference", got {backend!r}')
+        raise ValueError(f'backend: expected "kernels" or "reference", got {backend!r}; choose one')
     if not tensor.is_cuda and not triton.knobs.runtime.interpret:
         raise ValueError(
             f'tensors: expected on a GPU for backend="kernels", got {tensor.device}; move them, or pass '

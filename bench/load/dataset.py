@@ -42,7 +42,7 @@ def read(workload: Workload) -> list[tuple[Exchange, ...]]:
     try:
         found = [c for file in files for row in _rows(file) if (c := tuple(_exchanges(row))[: workload.turns])]
     except (OSError, ValueError, OverflowError, TypeError, AttributeError, RecursionError) as error:
-        raise LoadError(f"dataset: expected JSON or JSON Lines in UTF-8, got {path} ({error})") from None
+        raise LoadError(f"dataset: expected JSON or JSON Lines in UTF-8, got {path} ({error}); correct it") from None
     if not found:
         raise LoadError(
             f"dataset: expected rows with one of {', '.join(PROMPT_NAMES)}, or with conversations or messages, "

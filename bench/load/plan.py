@@ -96,7 +96,8 @@ class Slo(Limits):
                 raise LoadError("no limit")
         except (OSError, ValueError, LoadError) as error:
             raise LoadError(
-                f"slo: expected a TOML or JSON file with {', '.join(cls.model_fields)} in seconds, got {path}: {error}"
+                f"slo: expected a TOML or JSON file with {', '.join(cls.model_fields)} in seconds, got {path} "
+                f"({error}); correct it"
             ) from None
         return slo
 

@@ -94,7 +94,9 @@ def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(f"text: expected builtin, ids or a readable UTF-8 file, got {path} ({error})") from None
+        raise LoadError(
+            f"text: expected builtin, ids or a readable UTF-8 file, got {path} ({error}); change --text"
+        ) from None
 
 
 def prose(seed: int, characters: int) -> str:

@@ -34,7 +34,9 @@ class Runner:
         if self._arm.expect and (problem := selection.problem(self._arm.expect, before.info)):
             if not self._control.healthy():
                 raise ServerGoneError
-            raise LoadError(f"arm {self._arm.name}: {problem}")
+            raise LoadError(
+                f"arm {self._arm.name}: {problem}; start it with that selection, or correct what is expected"
+            )
         plan, control = self._plan, self._control
         headers = self._keys.headers()
         route = Route(control.url, plan.protocol.api, plan.bounds, headers, plan.access.ca_file, control.page_size)

@@ -84,7 +84,7 @@ def read(raw: dict[str, Any], protocol: Protocol, arm: str, question: Question, 
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise LoadError(
-            f"arm {arm}: expected an answer by --api {protocol.api}, got {str(raw)[:200]} ({error})"
+            f"arm {arm}: expected an answer by --api {protocol.api}, got {str(raw)[:200]} ({error}); choose another"
         ) from None
 
 

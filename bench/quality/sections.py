@@ -110,7 +110,9 @@ def recall(asked: Sequence[Asked], arms: Sequence[Arm], collector: Collector, in
         for question, answers in asked:
             pair = [collector.positions(each, question) for each in (arms[0], arm)]
             if pair[0].shape[1] != pair[1].shape[1]:
-                raise LoadError(f"recall: expected one model, got {pair[0].shape[1]} and {pair[1].shape[1]} layers")
+                raise LoadError(
+                    f"recall: expected one model, got {pair[0].shape[1]} and {pair[1].shape[1]} layers; serve one model"
+                )
             prompt = len(question.ids)
             most = min(prompt + _common(answers[0], answers[at]), *map(len, pair))
             share = measures.recall(pair[0][:most], pair[1][:most])
