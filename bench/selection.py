@@ -188,7 +188,7 @@ class Layer:
         return keys
 
     def rows(self, length: int, keys: Tensor | None = None) -> Iterator[Row]:
-        """The rows, over `keys` in the place of the layer's own."""
+        """The rows, over `keys` instead of the layer's own."""
         keys = self.keys if keys is None else keys
         for q, gates, position in zip(self.index_q, self.head_gates, self.positions.tolist(), strict=True):
             start = max(0, -(-(position + 1 - length) // ALIGN) * ALIGN)

@@ -94,7 +94,7 @@ def suspend(suspended: bool) -> None:
 
 
 def why_stock(policy: SelectionPolicy, step: Step | None, *, always: str | None = None) -> str | None:
-    """The reason for which stock DSA selects in a step in the place of `policy`, or None.
+    """The reason for which stock DSA selects in a step instead of `policy`, or None.
 
     always: the reason, if there is one, against every step of so many rows, padding among them: no graph of such steps
     has a choice. Where the host does not know the step (None), the policy selects.

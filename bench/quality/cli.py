@@ -126,7 +126,7 @@ class Needles(Common):
     """haystack: builtin prose, or a text file"""
     seed: int = 0
     json: Path | None = None
-    """a list to put the results into, in the place of those of the same model, arm, length and depth"""
+    """a JSON list to add the results to; they replace those of the same model, arm, length and depth"""
 
     def check(self) -> None:
         if self.depths < 2 or self.repeats < 1 or not self.tokens or not 0 <= self.others < len(NAMES):

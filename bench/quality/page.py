@@ -27,7 +27,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns, cells
 class Section:
     """One measurement. name: of its JSON file, which holds `rows`. tone: good, bad or none.
 
-    refusal: why it says nothing. grid: what a page shows in the place of the rows.
+    refusal: why it says nothing. grid: what a page shows instead of the rows.
     """
 
     name: str
