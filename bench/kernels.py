@@ -23,7 +23,6 @@ import datetime
 import functools
 import itertools
 import pathlib
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_misa.bench import inputs, stock
+from sglang_misa.bench.commit import commit
 from sglang_misa.bench.timing import event_us, graph_us, host_us, kernel_us
 from sglang_misa.bench.work import CHIPS, UNKNOWN, Work, count
 from sglang_misa.config import PHASES, PRESETS, Phase, SelectionPolicy
@@ -224,20 +224,6 @@ def measure(case: Case, stages: bool) -> dict[str, object]:
             print(f"    {whose:<5} {us:9.1f} us  {kernel}")
     sys.stdout.flush()
     return row
-
-
-def commit() -> str:
-    """The commit of the checkout that this file lies in, `-dirty` for a changed tree; empty in an installed package."""
-    here = pathlib.Path(__file__).resolve()
-    git = ["git", "-C", str(here.parent)]
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", str(here)], capture_output=True, check=True)
-        described = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--match=-"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return described.stdout.strip()
 
 
 def driver() -> str:

@@ -27,6 +27,7 @@ from sglang_misa import versions
 from sglang_misa.arguments import at_least, file_to_write
 from sglang_misa.bench import check, kernels, timing
 from sglang_misa.bench import layer as bench
+from sglang_misa.bench.commit import commit
 from sglang_misa.call import Output, Run
 from sglang_misa.canary import SAMPLE, Canary, StaleStatistics
 from sglang_misa.config import PRESETS, Audit, Phase
@@ -176,7 +177,7 @@ def main(argv: Sequence[str]) -> int:
         "sglang": versions.installed(),
         "torch": torch.__version__,
         "driver": kernels.driver(),
-        "commit": kernels.commit(),
+        "commit": commit(),
     }
     print("  ".join(f"{name}={value}" for name, value in (place | sizes).items()), flush=True)
     looks = []

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from sglang_misa import __version__
+from sglang_misa.bench.commit import commit
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.selection import ranks_of
 
@@ -25,7 +25,6 @@ SERVER_FACTS = (
     *("attention_backend", "prefill_attention_backend", "decode_attention_backend", "speculative_algorithm"),
     *("disable_cuda_graph", "disable_radix_cache", "enable_mixed_chunk", "schedule_policy"),
 )
-GIT_S = 5.0
 
 
 class Environment(BaseModel):
@@ -52,7 +51,7 @@ class Environment(BaseModel):
             command=keys.erase(shlex.join(words)),
             started=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}",
             client={
-                "sglang-misa": __version__ + _commit(),
+                "sglang-misa": __version__ + (f" ({at})" if (at := commit()) else ""),
                 "Python": platform.python_version(),
                 "system": platform.platform(),
                 "CPU": f"{_cpu()}, {os.cpu_count()} cores",
@@ -68,19 +67,6 @@ def facts(info: Mapping[str, Any]) -> dict[str, str]:
     for rank in ranks_of(info)[:1]:
         found["selection"] = json.dumps(rank.get("policy", {})) if rank.get("enabled") else "stock"
     return Keys().clean(found)  # type: ignore[no-any-return]
-
-
-def _commit() -> str:
-    """The commit of the checkout that this package runs from; empty where it is installed."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return ""
-    try:
-        git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-        told = subprocess.run(git, capture_output=True, text=True, timeout=GIT_S, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return f" ({told})"
 
 
 def _cpu() -> str:

@@ -26,7 +26,7 @@ Ab = Callable[..., Path]
 def ab(mocks: tuple[MockProcess, MockProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ab:
     """A run of two blocks on a machine with a GPU and a commit: stock, and `misa` in half its time."""
     monkeypatch.setattr(environment, "_gpus", lambda: {"GPUs": "2 × NVIDIA H200"})
-    monkeypatch.setattr(environment, "_commit", lambda: " (abc1234)")
+    monkeypatch.setattr(environment, "commit", lambda: "abc1234")
 
     def measured(*words: str, name: str = "ab", **script: Any) -> Path:
         mocks[0].script(ttft=0.06, misa="dsa", told=MODEL)
@@ -138,7 +138,7 @@ def test_what_the_artefacts_do_not_tell_is_asked_for(
 ) -> None:
     assert "--gpu: expected NVIDIA H200, as" in refused([ab(), "--gpu", "NVIDIA H100"], capsys)
     monkeypatch.setattr(environment, "_gpus", dict)
-    monkeypatch.setattr(environment, "_commit", str)
+    monkeypatch.setattr(environment, "commit", str)
     folder = ab(name="silent")
     assert "--gpu: expected it beside" in refused([folder, "--commit", "abc"], capsys)
     assert "--commit: expected it beside" in refused([folder, "--gpu", "NVIDIA H100"], capsys)

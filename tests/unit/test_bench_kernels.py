@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sglang_misa.bench import inputs, kernels, watching
+from sglang_misa.bench.commit import commit
 from sglang_misa.bench.work import CHIPS, Work, count
 from sglang_misa.config import PHASES, PRESETS, SelectionPolicy
 
@@ -116,7 +117,7 @@ def test_impossible_cases_are_refused(words: list[str], said: str, capsys: pytes
 
 
 def test_the_commit_is_that_of_the_checkout_or_none() -> None:
-    assert kernels.commit() == "" or kernels.commit().removesuffix("-dirty").isalnum()
+    assert commit() == "" or commit().removesuffix("-dirty").isalnum()
 
 
 def test_a_new_file_starts_with_the_columns(tmp_path: Path) -> None:
