@@ -30,6 +30,18 @@ def test_links_lead_to_files(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_headings(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", page.read_text())
+    assert [anchor for file, anchor in targets if anchor not in headings(page.parent / file if file else page)] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_of_ours_exist(page: Path) -> None:
     named = set(re.findall(r"--misa-[a-z-]+[a-z]", page.read_text()))
@@ -57,6 +69,20 @@ def test_files_that_are_named_exist(page: Path) -> None:
     top = "bench|docker|docs|examples|kernels|patches|sglang_misa|tests"
     named = set(re.findall(rf"`((?:{top})/[\w./-]*\w/?)`", page.read_text())) - MADE
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_architecture_has_a_line_for_every_module() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    modules = {path.name for path in (ROOT / "sglang_misa").glob("*.py")} - {"__init__.py"}
+    assert {name for name in modules if name not in text} == set()
+
+
+def test_metrics_that_operations_names_exist() -> None:
+    metrics = (ROOT / "sglang_misa/metrics.py").read_text()
+    exported = set(re.findall(r'(?:gauge|count)\(\s*"(\w+)"|"sglang_misa:(\w+)"', metrics))
+    known = {name for pair in exported for name in pair}
+    named = re.findall(r"sglang_misa:(\w+)", (ROOT / "docs/operations.md").read_text())
+    assert {name for name in named if name.removesuffix("_total") not in known} == set()
 
 
 def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
