@@ -58,6 +58,14 @@ def test_every_flag_and_preset_has_its_line() -> None:
     assert [name for name in PRESETS if f"`{name}`" not in readme] == []
 
 
+def test_every_preset_has_the_names_of_its_policies() -> None:
+    text = (ROOT / "docs/configuration.md").read_text()
+    lines = [
+        f"| `{name}` | `{preset.name('prefill')}` | `{preset.name('decode')}` |" for name, preset in PRESETS.items()
+    ]
+    assert [line for line in lines if line not in text] == []
+
+
 def test_make_has_the_targets_that_pages_name() -> None:
     targets = set(re.findall(r"^([a-z0-9.-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = {target for page in PAGES for target in re.findall(r"`make ([a-z][a-z0-9.-]+)`", page.read_text())}
