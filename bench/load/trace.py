@@ -20,7 +20,6 @@ HASHED = 512  # tokens behind one hash id
 TRACE_STREAM = 0x7ACE
 MS = 1e-3
 MOST_SEED = 2**64 - 1  # a hash id may be negative, a seed not
-MOST_SEED = 2**64 - 1  # of a hash id, which may be negative
 
 
 class Row(BaseModel):
