@@ -32,6 +32,7 @@ from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.load.workload import LEAD
 from sglang_misa.bench.table import Table, environment
 from sglang_misa.config import PRESETS
+from sglang_misa.decode_gate import Step
 
 STOCK = "stock"
 CONFIDENCE = 0.95
@@ -123,7 +124,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
             line.append(f"{len(each.ours)}")
             line += _compared(each, "ttft_s", 1)
             tpot = _compared(each, "tpot_s", 1e3)
-            if first.clients < PRESETS[first.arm].policy("decode").min_rows:
+            if tpot[-1] and _decodes_by_stock(each):
                 tpot[-1] = "both stock"  # what the columns differ by is the machine's unrest
             line += tpot
             cells.append(line)
@@ -135,6 +136,13 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         )
         found.append(Table(f"Through the server, {layers} of {one_rank.LAYERS} layers", columns, cells, note))
     return found
+
+
+def _decodes_by_stock(comparison: Comparison) -> bool:
+    """Whether the preset leaves steps of all clients to stock DSA: then both arms decode alike."""
+    first, policy = comparison.ours[0], PRESETS[comparison.ours[0].arm].decode
+    step = Step([round(_tokens(comparison))] * first.clients)
+    return not policy.active or step.short_for(policy) is not None
 
 
 def _tokens(comparison: Comparison) -> float:

@@ -115,6 +115,24 @@ def test_the_order_of_the_arms_is_taken_out_and_the_last_run_of_a_case_wins() ->
     assert served.tables([]) == []
 
 
+@pytest.mark.parametrize(
+    ("arm", "clients", "tokens", "told"),
+    [
+        ("fast", 1, 131072, "both stock"),
+        ("fast", 4, 32768, "both stock"),  # four rows, of too few tokens
+        ("misa", 64, 131072, "both stock"),  # whose decode is stock's
+        ("fast", 4, 131072, "1.50"),
+    ],
+)
+def test_times_of_decode_steps_that_both_arms_left_to_stock_make_no_ratio(
+    arm: str, clients: int, tokens: int, told: str
+) -> None:
+    changes = {"clients": clients, "prompt_tokens": tokens}
+    rows = [row("stock", 0, 2.0, 0.0, tpot_s=0.003, **changes), row(arm, 0, 2.0, 1.0, tpot_s=0.002, **changes)]
+    (page,) = map(str, served.tables(rows))
+    assert page.splitlines()[-1].endswith(f"| 3 | 2 | {told} |")
+
+
 def test_what_is_not_whole_becomes_no_row(ab: Ab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tmp_path / "one_rank.csv"
     assert "expected the plan of a run" in refused([tmp_path, "--csv", table], capsys)
