@@ -13,15 +13,8 @@ TITLES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E"}
 LATENCIES = tuple(TITLES)
 RATES = ("output_throughput", "input_throughput", "request_throughput", "goodput")
 PLAIN = (  # figures that an arm has of its own, without a ratio
-    *(
-        "error_rate",
-        "slo_share",
-        "needle_wrong",
-        "cached_share",
-        "cached_error_max",
-        "prompt_error_max",
-        "short_outputs",
-    ),
+    *("error_rate", "slo_share", "needle_wrong", "cached_share", "cached_error_max", "prompt_error_max"),
+    *("short_outputs", "long_outputs"),
     *("queue_s_mean", "prefill_s_mean", "gpu_memory_gib_max", "gpu_power_w_mean", "tokens_per_joule"),
     *("cost_million_tokens", "cost_million_output_tokens"),
 )

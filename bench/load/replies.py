@@ -20,14 +20,8 @@ MAX_TEXT = 64 * 1024 * 1024  # characters of an answer that are kept at most
 SMALL_EVENT = 4 * 1024  # bytes; longer cumulative events are read at their tail only
 META = b'"meta_info":'
 HALF = b"\\ud"  # begins the escape of half a character
-ANSWER_FIELDS = {
-    "choices",
-    "text",
-    "output_ids",
-    "meta_info",
-    "usage",
-    "id",
-}  # an event with none of them tells of a fault
+# An event with none of them tells of a fault.
+ANSWER_FIELDS = {"choices", "text", "output_ids", "meta_info", "usage", "id"}
 THOUGHT_FIELDS = ("reasoning_content", "reasoning")  # names of one text; some servers send both
 FAILED = ("abort", "error")  # finish reasons after which no other one counts
 

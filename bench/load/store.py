@@ -21,17 +21,8 @@ MAX_UNIT = 512 * 1024 * 1024  # bytes of a stored unit that are read at most
 BEGINNING = ("plan.json", "environment.json")  # written before any server is asked
 DERIVED = ("ttft", "tpot", "e2e")
 REQUEST_COLUMNS = (
-    *(
-        "pair",
-        "turn",
-        "due",
-        "dispatched",
-        *DERIVED,
-        "prompt_wanted",
-        "prompt_tokens",
-        "output_wanted",
-        "output_tokens",
-    ),
+    *("pair", "turn", "due", "dispatched", *DERIVED),
+    *("prompt_wanted", "prompt_tokens", "output_wanted", "output_tokens"),
     *("cached_wanted", "cached_tokens", "queue_s", "prefill_s", "needle_depth", "needle_right", "error"),
 )
 
