@@ -81,8 +81,7 @@ def routed(expect: str, info: Mapping[str, Any], before: Mapping[str, int], afte
 
 def _policies(rank: Mapping[str, Any]) -> dict[str, str]:
     """Phase → name of its policy."""
-    policy = rank.get("policy", {})
-    return {p: str(policy[p].get("name", policy[p]) if isinstance(policy[p], dict) else policy[p]) for p in policy}
+    return {phase: str(name) for phase, name in rank.get("policy", {}).items()}
 
 
 def _phases(expect: str, policies: Mapping[str, str]) -> set[str]:

@@ -21,7 +21,7 @@ from sglang_misa.bench.load.plan import Arm, Plan
 from sglang_misa.bench.load.progress import Live
 from sglang_misa.bench.load.prompts import source_of
 from sglang_misa.bench.load.safety import Keys
-from sglang_misa.bench.load.settings import Access, Bounds, Lengths, LoadError, Protocol, Serving, Workload
+from sglang_misa.bench.load.settings import MADE, Access, Bounds, Lengths, LoadError, Protocol, Serving, Workload
 from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.quality import page, questions, sections
 from sglang_misa.bench.quality.asking import wants_logprobs
@@ -31,7 +31,6 @@ from sglang_misa.bench.quality.questions import TEMPLATES, Question, Tokenize
 from sglang_misa.bench.quality.words import NAMES
 
 NAMED = ("stock", "misa")  # arms, where neither their names nor what they run is given
-NO_FILE = ("builtin", "ids")  # texts that are no file's
 CELL = ("model", "arm", "length", "depth")  # what a result of needles is known by
 
 
@@ -134,7 +133,7 @@ class Needles(Common):
                 f"needles: expected lengths, at least 2 depths, 1 repeat and 0 to {len(NAMES) - 1} others, got "
                 f"{len(self.lengths)}, {self.depths}, {self.repeats} and {self.others}; correct them"
             )
-        if self.text not in NO_FILE:
+        if self.text not in MADE:
             questions.read(Path(self.text))
         if self.json is not None and not self.json.parent.is_dir():
             raise LoadError(f"json: expected a file in a folder that exists, got {self.json}; change --json")
