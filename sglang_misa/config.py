@@ -122,8 +122,9 @@ class MisaConfig(BaseModel):
     )
     allow_unverified: bool = Field(
         False,
-        description="serve on a GPU with a version of SGLang that was verified on CPUs only, and decode behind a "
-        "prefill server with KV transfer other than Mooncake's",
+        description="serve on a GPU with a version of SGLang that was verified on CPUs only, and decode by a policy "
+        "behind a prefill server with KV transfer other than Mooncake's, or beside a host cache on files that was not "
+        "tried with this version",
     )
 
     @field_validator("backend", mode="before")
