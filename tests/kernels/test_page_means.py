@@ -30,10 +30,10 @@ def make_pool(pages: int, device: str, seed: int = 0) -> torch.Tensor:
     return torch.cat([keys, scales], 1).to(device)
 
 
-def make_table(lengths: list[int], device: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, int]:
+def make_table(lengths: list[int], device: str) -> tuple[torch.Tensor, torch.Tensor, int]:
     """A shuffled page table whose entries beyond each row's last page are hostile; lengths; pages in the pool."""
     used = [-(-n // PAGE) for n in lengths]
-    ids = torch.randperm(sum(used) + 3, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
+    ids = torch.randperm(sum(used) + 3, generator=torch.Generator().manual_seed(0)).to(torch.int32)
     table = torch.tensor([-(2**31), -1, 2**31 - 1, 114514], dtype=torch.int32).repeat(len(lengths), max(used) // 4 + 1)
     for row, count in enumerate(used):
         table[row, :count] = ids[sum(used[:row]) : sum(used[: row + 1])]

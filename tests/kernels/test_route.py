@@ -12,15 +12,15 @@ from sglang_misa.kernels.prefill.route import Blocks, block_scores, route
 INF, NAN = float("inf"), float("nan")
 
 
-def make_rows(rows: int, index_heads: int, device: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    rng = torch.Generator().manual_seed(seed)
+def make_rows(rows: int, index_heads: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
     index_q = torch.randn(rows, index_heads, HEAD_DIM, generator=rng).to(torch.float8_e4m3fn)
     return index_q.to(device), torch.randn(rows, index_heads, generator=rng).to(device)
 
 
-def make_blocks(lengths: Sequence[int], block_size: int, width: int, device: str, seed: int = 0) -> torch.Tensor:
+def make_blocks(lengths: Sequence[int], block_size: int, width: int, device: str) -> torch.Tensor:
     """bf16 [B, M, 128]; NaN in every block that is not complete."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(0)
     blocks = torch.randn(len(lengths), width, HEAD_DIM, generator=rng).bfloat16()
     for request, length in enumerate(lengths):
         blocks[request, length // block_size :] = NAN

@@ -64,11 +64,10 @@ class MockProcess:
         self._process.log.unlink()
 
 
-def body_of(api: str, count: int, prompt: list[int] | None = None) -> bytes:
-    ids = prompt or PROMPT
+def body_of(api: str, count: int) -> bytes:
     if api == "generate":
-        return json.dumps({"input_ids": ids, "sampling_params": {"max_new_tokens": count}, "stream": True}).encode()
-    content = {"messages": [{"role": "user", "content": "hi"}]} if api == "chat" else {"prompt": ids}
+        return json.dumps({"input_ids": PROMPT, "sampling_params": {"max_new_tokens": count}, "stream": True}).encode()
+    content = {"messages": [{"role": "user", "content": "hi"}]} if api == "chat" else {"prompt": PROMPT}
     options = {"include_usage": True, "continuous_usage_stats": True}
     return json.dumps(
         {"model": "m", "max_tokens": count, "stream": True, "stream_options": options, **content}

@@ -45,8 +45,8 @@ def start():
         process.communicate()
 
 
-def gone(pid, within=5.0):
-    deadline = time.monotonic() + within
+def gone(pid):
+    deadline = time.monotonic() + 5.0
     while time.monotonic() < deadline:
         try:
             with open(f"/proc/{pid}/stat") as stat:
