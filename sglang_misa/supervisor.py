@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from sglang_misa.key_mask import Mask
+from sglang_misa.procs import PR_SET_PDEATHSIG
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 OWN_ENDS = {-signum for signum in (*FORWARDED, signal.SIGKILL)}  # statuses of a child that was asked to stop
 CHUNK = 65536  # bytes
 LAST_WORDS = 5.0  # seconds in which the streams of a child that has ended must close
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(serve: Callable[[], None], keys: Sequence[str]) -> int:
