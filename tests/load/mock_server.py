@@ -45,7 +45,7 @@ class Script:
     batch: int = 1  # frames sent in one write
     bom: bool = False
     gzip: str = ""  # asked = where the client accepts it, always = anyway
-    fault: str = ""  # a status, or one of the words that `serve` knows
+    fault: str = ""  # a status, or one of the words that `stream` knows
     fault_every: int = 1
     fault_after: int = 2  # frames sent before a fault in the stream
     misa: str = ""  # policy told in /server_info, empty for none
@@ -254,23 +254,11 @@ class Mock:
                     return response
                 elif fault == "early_close":
                     return response
-                elif fault == "error_event":
-                    await send(frame_of({"error": {"message": "out of memory", "code": 500}}))
-                elif fault == "error_flat":
-                    await send(frame_of({"object": "error", "message": "EngineCore died", "code": 500}))
-                elif fault == "error_foreign":
-                    await send(frame_of({"code": 400, "details": "guard tripped"}))
-                elif fault == "error_named":
-                    await send(b"event: error\ndata: overloaded\n\n")
-                elif fault == "abort":
-                    message = "Input length (131072 tokens) exceeds the maximum allowed length"
-                    meta = {"finish_reason": {"type": "abort", "message": message}}
-                    await send(frame_of({"text": "", "output_ids": [], "meta_info": meta}))
-                if fault in ("error_flat", "error_foreign", "error_named", "abort", "done"):
+                elif fault in FAULT_FRAMES:
+                    await send(FAULT_FRAMES[fault])
+                if fault in LAST_FAULTS:
                     await send(b"data: [DONE]\n\n")
                     return response
-                elif fault == "bad_json":
-                    await send(b"data: {half\n\n")
             finish = "length" if done == count else None
             sent.append(time.perf_counter())
             event = self.event(script, api, usage, text, output, first, done, finish, len(ids), cached)
@@ -347,6 +335,18 @@ def decode(ids: list[int]) -> str:
 
 def frame_of(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+
+
+TOO_LONG = {"type": "abort", "message": "Input length (131072 tokens) exceeds the maximum allowed length"}
+FAULT_FRAMES = {  # what a fault in the stream sends
+    "error_event": frame_of({"error": {"message": "out of memory", "code": 500}}),
+    "error_flat": frame_of({"object": "error", "message": "EngineCore died", "code": 500}),
+    "error_foreign": frame_of({"code": 400, "details": "guard tripped"}),
+    "error_named": b"event: error\ndata: overloaded\n\n",
+    "abort": frame_of({"text": "", "output_ids": [], "meta_info": {"finish_reason": TOO_LONG}}),
+    "bad_json": b"data: {half\n\n",
+}
+LAST_FAULTS = ("error_flat", "error_foreign", "error_named", "abort", "done")  # after which the stream ends
 
 
 async def main() -> None:
