@@ -24,6 +24,7 @@ from sglang_misa.kernels.checks import expect, expect_block_size
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES, SKETCH_STEP, sketch_bits
 
 _WARPS = 4  # 64 bytes of keys a thread: four 16-byte loads in flight
+_STAGES = tl.constexpr(3)  # pages of a block on their way to a program, or read by it
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def page_means_fwd_kernel(
     first = i_block * BLOCK_PAGES
     last = tl.minimum(first + BLOCK_PAGES, tl.load(p_lens + i_row) // PAGE)
     b_sum = tl.zeros([HEAD_DIM], tl.float32)
-    for i_logical in range(first, last):
+    for i_logical in tl.range(first, last, num_stages=_STAGES):
         i_page = tl.load(p_table + i_row * table_stride + i_logical)
         b_sum += _store_page_mean(
             p_keys, p_scales, p_means, p_sketches, i_page, BITS, FAR, PAGE, HEAD_DIM, PAGE_BYTES
