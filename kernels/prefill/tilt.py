@@ -8,7 +8,7 @@ M complete blocks of row t, with the residual q̄ of all heads by their φ of al
     μ[t,j]      += q[t,j]·direction[t], which is TILT · Cov(q[t,j]·k̃, s[t]) / σ_s
 
 the mean of a Gaussian where s lies TILT deviations above its own. It is linear attention over blocks: a program holds
-64 rows and passes over their blocks twice, for s̄ and for the sum. A row's direction does not depend on the rows beside
+32 rows and passes over their blocks twice, for s̄ and for the sum. A row's direction does not depend on the rows beside
 it.
 """
 
@@ -21,7 +21,7 @@ import triton.language as tl
 from sglang_misa.kernels.layout import HEAD_DIM, TILT
 from sglang_misa.kernels.prefill.seen_blocks import OPERAND, seen_blocks
 
-_ROWS, _TILE, _WARPS = 64, 64, 4
+_ROWS, _TILE, _WARPS = 32, 64, 4
 _ROUNDING = 2.0**-32  # of a mean in fp32, over its square
 
 
