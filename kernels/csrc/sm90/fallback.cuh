@@ -10,10 +10,13 @@ using Redoers = Select<CONSUMERS>;
 
 // The rows that no threshold answered for.
 struct Failed {
-  int32_t* list;      // how many, then the rows
-  int32_t* meeting;   // a counter for `meet`
+  int32_t* list;      // how many, then the rows; or null
+  int32_t* meeting;   // a counter for `meet`, 0 at first
   int64_t* ever;      // how many there have been on this device
   int at_once;        // whose scores there is room for
+  __device__ void clear() const {
+    if (list) *list = 0, *meeting = 0;
+  }
   __device__ int count() const { return *list; }
   __device__ void add(int row) const { list[1 + atomicAdd(list, 1)] = row; }
 };

@@ -1,5 +1,6 @@
 // Thresholds that pass a little more of each row than is wanted, from scores of a sample of its keys.
 #pragma once
+#include "fallback.cuh"
 #include "logits.cuh"
 #include "sample.cuh"
 #include "scheduler.cuh"
@@ -62,16 +63,16 @@ struct Span {
 // Threshold of each row at `rank` of its sampled keys, by score and then position; +inf where all keys are taken, -inf where the
 // sample is too small.
 // `spans`, if asked for, are the windows in which the k-th best score lies. The first thread block has no row: it divides the scan
-// that comes next, of the same rows and all keys, and empties the list of failed rows.
+// that comes next, of the same rows and all keys, and empties the list of failed rows, if it is given one.
 // Sampled rows are 16-byte aligned, and `staged` has room for whole quads of them.
 __global__ void __launch_bounds__(CUT_THREADS)
     threshold_kernel(const __grid_constant__ Task task, const __grid_constant__ Logits sample, int rank, int k, Threshold* thresholds,
-                     Span* spans, const __grid_constant__ Divide next, int32_t* failed) {
+                     Span* spans, const __grid_constant__ Divide next, const __grid_constant__ Failed emptied) {
   using Block = Select<CUT_THREADS>;
   extern __shared__ __align__(16) uint32_t staged[];
   __shared__ Block::Histogram smem;
   if (blockIdx.x == 0) {
-    if (failed && threadIdx.x == 0) *failed = 0;
+    if (threadIdx.x == 0) emptied.clear();
     Task all = task;
     all.stride = 1;
     divide(all, k, next);
@@ -131,10 +132,10 @@ __global__ void __launch_bounds__(CUT_THREADS)
 // ---- host -----------------------------------------------------------------------------------------------------------
 
 inline void launch_threshold(const Task& sampling, const Logits& sample, int rank, int k, Threshold* thresholds, Span* spans,
-                             const Divide& next, int32_t* failed, cudaStream_t stream) {
+                             const Divide& next, const Failed& emptied, cudaStream_t stream) {
   const int bytes = int(sample.ld) * 4;
   allow_shared(threshold_kernel, bytes);
-  threshold_kernel<<<1 + sampling.rows, CUT_THREADS, bytes, stream>>>(sampling, sample, rank, k, thresholds, spans, next, failed);
+  threshold_kernel<<<1 + sampling.rows, CUT_THREADS, bytes, stream>>>(sampling, sample, rank, k, thresholds, spans, next, emptied);
   check(cudaGetLastError(), "threshold_kernel");
 }
 

@@ -391,7 +391,7 @@ void topk(Bytes inputs, Bytes output, Bytes division, int64_t stages, int64_t st
     if (stages & SAMPLE) launch_score(sampling, plan.sample.keys, sampled, processors, stream);
     if (stages & THRESHOLD) {
       const Divide next{plan.division, plan.workers, INT_MAX, {}};
-      launch_threshold(sampling, sampled, plan.rank, plan.candidates, plan.thresholds, plan.spans, next, plan.failed.list, stream);
+      launch_threshold(sampling, sampled, plan.rank, plan.candidates, plan.thresholds, plan.spans, next, plan.failed, stream);
     }
     if (stages & MARK) {
       Task scan = task;
@@ -410,7 +410,6 @@ void topk(Bytes inputs, Bytes output, Bytes division, int64_t stages, int64_t st
       CUtensorMap map = key_map(in.index_k, in.keys);
       int candidates = plan.candidates;
       Failed failed = plan.failed;
-      check(cudaMemsetAsync(failed.meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
       void* arguments[] = {&all, &map, &scores, &to, &candidates, &failed};
       launch_together("mark_exactly_kernel", mark_exactly_kernel, processors, THREADS, arguments, sizeof(Shared<Logits>), stream);
       job.row_list = plan.failed.list + 1, job.listed = plan.failed.list;

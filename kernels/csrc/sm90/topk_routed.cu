@@ -409,8 +409,7 @@ void topk(Bytes inputs, Bytes output, Bytes division, int64_t stages, int64_t st
     task.division = plan.division;
     if (stages & SAMPLE) launch_score(sampling, plan.sample.keys, sampled, processors, stream);
     if (stages & THRESHOLD) {
-      int32_t* emptied = first == 0 ? plan.failed.list : nullptr;
-      launch_threshold(sampling, sampled, plan.rank, out.k, plan.thresholds, nullptr, next, emptied, stream);
+      launch_threshold(sampling, sampled, plan.rank, out.k, plan.thresholds, nullptr, next, first == 0 ? plan.failed : Failed{}, stream);
     }
     if (stages & COLLECT) {
       if (few) launch_score(task, in.index_k, FewHits{hits}, plan.workers, stream);
@@ -430,7 +429,6 @@ void topk(Bytes inputs, Bytes output, Bytes division, int64_t stages, int64_t st
     Logits scores{static_cast<float*>(plan.bulk), plan.ld, true};
     CUtensorMap map = key_map(in.index_k, in.keys);
     Failed failed = plan.failed;
-    check(cudaMemsetAsync(failed.meeting, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
     void* arguments[] = {&task, &scores, &map, &to, &failed};
     launch_together("redo_kernel", redo_kernel, processors, THREADS, arguments, sizeof(Shared<Logits>), stream);
   }

@@ -20,17 +20,17 @@ bool rerank_rows(const uint8_t* q, const float* gates, int all_heads, const int3
   const Logits logits{sample, ld, true};
   const Marks marks{words, 0, rows, pitch};
   const Span* span = reinterpret_cast<Span*>(spans);
+  int32_t meeting = 0;
+  const Failed list{failed, &meeting, ever, at_once};
   if (!score_sample(task, k, sampled, logits, workers)) return false;
   if (!simt::launch(1 + rows, CUT_THREADS, [&] {
-        threshold_kernel(sampled.of(task), logits, rank, candidates, thresholds, const_cast<Span*>(span), {table, workers, INT_MAX, {}}, failed);
+        threshold_kernel(sampled.of(task), logits, rank, candidates, thresholds, const_cast<Span*>(span), {table, workers, INT_MAX, {}}, list);
       }))
     return false;
   task.division = table;
   if (!score(task, k, Mark{thresholds, marks}, workers)) return false;
   const Keys all{q, gates, head_ids, k, scale, starts, ends, keys, 0, {query, weight}};
   const Output output{out, topk, nullptr, nullptr, 0, nullptr};
-  int32_t meeting = 0;
-  const Failed list{failed, &meeting, ever, at_once};
   Rerank job{all, output, marks, span, nullptr, nullptr, candidates, room, list};
   if (!simt::launch(rows, RANKERS, [&] { rerank_kernel(job); })) return false;
   // One block: those of a cooperative grid would run at once.

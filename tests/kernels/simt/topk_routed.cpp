@@ -55,8 +55,9 @@ void workers_of(const int32_t* division, int row, int32_t* workers) {
 bool thresholds(const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, float* sample, int64_t ld, int rank, int k,
                 Threshold* found, uint32_t* spans, int32_t* table, int32_t* failed) {
   const Task task = rows_of(starts, ends, rows, keys, stride, nullptr);
+  int32_t meeting;
   return simt::launch(1 + rows, CUT_THREADS, [&] {
-    threshold_kernel(task, {sample, ld, true}, rank, k, found, reinterpret_cast<Span*>(spans), {table, 4, 4, {}}, failed);
+    threshold_kernel(task, {sample, ld, true}, rank, k, found, reinterpret_cast<Span*>(spans), {table, 4, 4, {}}, {failed, &meeting});
   });
 }
 
@@ -90,10 +91,11 @@ bool topk_rows(const uint8_t* q, const float* gates, int all_heads, const int32_
   const Buffers own{float(rank) * stride / buffers, few ? FewHits::SIGMAS : ManyHits::SIGMAS, float(rank), spare, room_of_all};
   const HitBuffers held{thresholds, hits, counts, buffers};
   const Output output{out, topk, nullptr, nullptr, 0, nullptr};
-  const Failed list{failed};
+  int32_t meeting;
+  const Failed list{failed, &meeting};
   if (!score_sample(task, k, sampled, logits, workers)) return false;
   if (!simt::launch(1 + rows, CUT_THREADS, [&] {
-        threshold_kernel(sampled.of(task), logits, rank, topk, thresholds, nullptr, {table, workers, runs, own}, failed);
+        threshold_kernel(sampled.of(task), logits, rank, topk, thresholds, nullptr, {table, workers, runs, own}, list);
       }))
     return false;
   task.division = table;
