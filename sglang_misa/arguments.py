@@ -36,7 +36,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def file_to_write(word: str) -> Path:
     """A file in a folder that exists and can be written."""
-    path = Path(word).expanduser()
+    path = Path(os.path.expanduser(word))
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"expected a file in a folder that can be written, got {word!r}; change it")
     return path

@@ -82,8 +82,8 @@ class Dump(BaseModel):
 
     @property
     def path(self) -> Path | None:
-        """The folder, with the home of a user in the place of ~."""
-        return None if self.folder is None else Path(self.folder).expanduser()
+        """The folder, with the home of a user in the place of ~, where there is such a user."""
+        return None if self.folder is None else Path(os.path.expanduser(self.folder))
 
     @field_validator("layers", mode="before")
     @classmethod

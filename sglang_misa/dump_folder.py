@@ -18,6 +18,9 @@ def problems(settings: Dump, layers: int | None) -> Iterator[str]:
     """
     if (folder := settings.path) is None:
         return
+    if str(folder).startswith("~"):
+        yield f"--misa-dump: expected a folder of a user of this machine, got {folder}; name another"
+        return
     existing = next(each for each in (folder, *folder.parents) if os.path.exists(each))
     mode = existing.stat().st_mode
     if not stat.S_ISDIR(mode):

@@ -210,7 +210,7 @@ def _word_problems(theirs: argparse.Namespace, *, weights: bool) -> Iterator[str
     if theirs.config is not None and not Path(theirs.config).is_file():
         yield f"--config: expected SGLang's YAML file, got {theirs.config}; correct the path"
     if theirs.model_path is not None and theirs.load_format is None:
-        folder = Path(theirs.model_path).expanduser()
+        folder = Path(os.path.expanduser(theirs.model_path))
         yield from preflight.weight_problems(folder, needed=weights and folder.is_dir())
 
 
@@ -247,7 +247,7 @@ def _model_config(theirs: argparse.Namespace) -> Mapping[str, Any] | None:
     """config.json of a local model folder with SGLang's overrides; None where another kind of path could be a model."""
     if theirs.model_path is None:
         return None
-    folder = Path(theirs.model_path).expanduser()
+    folder = Path(os.path.expanduser(theirs.model_path))
     ConfigError.raise_if(preflight.model_problems(folder))
     file = folder / "config.json"
     name = theirs.model_path.count("/") == 1 and not theirs.model_path.startswith((".", "/", "~"))

@@ -60,7 +60,7 @@ def weight_problems(folder: Path, *, needed: bool) -> Iterator[str]:
 def cache_problems(environ: Mapping[str, str], needed: int = NEEDED) -> Iterator[str]:
     """Reasons not to compile kernels into, and load them from, the caches that `environ` names."""
     for variable, default in CACHES:
-        folder = Path(environ.get(variable) or default).expanduser()
+        folder = Path(os.path.expanduser(environ.get(variable) or default))
         there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
         mode = there.stat()
         # What we make ourselves is private. A fresh volume's root may be open to all, and not ours to close.

@@ -186,6 +186,10 @@ REFUSED = {
     ),
     "forced tokens": (candidate(model(index_local_tokens=8)), "got index_local_tokens"),
     **{
+    "a dump of a user unknown here": (
+        candidate(config=policy(dump={"folder": "~no-such-user/dump"})),
+        "--misa-dump: expected a folder of a user of this machine, got ~no-such-user/dump",
+    ),
         name: (candidate(arguments=arguments(**{name: value})), f"--{name.replace('_', '-')}: expected")
         for name, value in {
             "attention_backend": "fa3",

@@ -16,7 +16,7 @@ def test_a_number_that_is_too_small_or_none(word):
 
 def test_a_file_needs_its_folder(tmp_path):
     assert arguments.file_to_write(str(tmp_path / "new.csv")) == tmp_path / "new.csv"
-    for wrong in (tmp_path, tmp_path / "none" / "new.csv"):
+    for wrong in (tmp_path, tmp_path / "none" / "new.csv", "~no-such-user/new.csv"):
         with pytest.raises(argparse.ArgumentTypeError, match="folder that can be written"):
             arguments.file_to_write(str(wrong))
 

@@ -103,7 +103,8 @@ def test_the_variable_is_checked_like_flags(refused, folder, monkeypatch):
 
 
 def test_a_missing_folder_and_one_without_a_model(refused, tmp_path):
-    assert "got /no/such/folder" in refused("--model-path", "/no/such/folder")
+    for nowhere in ("/no/such/folder", "~no-such-user/a/model"):
+        assert f"got {nowhere}" in refused("--model-path", nowhere)
     assert "expected a folder with config.json" in refused("--model-path", str(tmp_path))
 
 
