@@ -218,7 +218,7 @@ def _head_dim(candidate: Candidate) -> Iterator[str]:
 
 def _pooled_keys(candidate: Candidate) -> Iterator[str]:
     pooled = getattr(candidate.model, "index_kpool", None) or 1
-    if pooled > 1:
+    if pooled != 1:
         yield f"model: expected one index key a token, got index_kpool={pooled}; serve it without --misa-* flags"
 
 
@@ -304,11 +304,12 @@ def _policies(candidate: Candidate) -> Iterator[str]:
     if not candidate.is_dsa:
         return
     try:
-        candidate.config.check(index_heads=candidate.model.index_n_heads, topk=candidate.model.index_topk)
+        heads = getattr(candidate.model, "index_n_heads", None)
+        candidate.config.check(index_heads=heads, topk=candidate.model.index_topk)
+        if candidate.config.layers is not None:
+            yield from candidate.config.layers.model_problems(candidate.model)
     except ConfigError as error:
         yield from error.problems
-    if candidate.config.layers is not None:
-        yield from candidate.config.layers.model_problems(candidate.model)
 
 
 CHECKS: tuple[Callable[[Candidate], Iterator[str]], ...] = (

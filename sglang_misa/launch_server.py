@@ -29,7 +29,6 @@ DEFAULT_PORT = 30000  # SGLang's
 REFUSED = 2
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/dri", "/dev/davinci_manager")  # of any vendor
 SIZES = ("index_topk", "index_n_heads", "index_head_dim", "num_hidden_layers")
-MODEL_TYPES = {"architectures": list, **dict.fromkeys(SIZES, int)}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -266,11 +265,20 @@ def _model_config(theirs: argparse.Namespace) -> Mapping[str, Any] | None:
     text = model.get("text_config")
     found = {**model, **(text if isinstance(text, dict) else {}), **override}
     ConfigError.raise_if(
-        f"{file}: expected {name} to be {kind.__name__}, got {found[name]!r}; correct it"
-        for name, kind in MODEL_TYPES.items()
-        if not isinstance(found.get(name), kind | None) or isinstance(found.get(name), bool)
+        f"{file}: expected {name} to be {what}, got {found[name]!r}; correct it"
+        for names, what, holds in ((SIZES, "an int of 1 or more", _is_size), (["architectures"], "names", _are_names))
+        for name in names
+        if found.get(name) is not None and not holds(found[name])
     )
     return found
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _keys(ours: argparse.Namespace) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ _SHAPE = (
     *("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "intermediate_size"),
     *("index_n_heads", "index_head_dim", "index_topk"),
 )
+_SIZES = {"layers": "num_hidden_layers", "index_heads": "index_n_heads", "index_topk": "index_topk"}
 MAX_LAYERS = 4096  # of a model; a wrong number would be counted through
 _CALIBRATE = "calibrate on this model (python -m sglang_misa.calibrate), or drop --misa-policy"
 
@@ -35,15 +36,18 @@ class ModelIdentity(BaseModel):
 
     @classmethod
     def of(cls, model: Any) -> ModelIdentity:
-        """The identity of a Hugging Face config, or of any object with its attributes."""
+        """The identity of a Hugging Face config, or of any object with its attributes.
+
+        Raises ConfigError for one without the sizes, or with impossible ones.
+        """
         shape: dict[str, Any] = {name: getattr(model, name, None) for name in _SHAPE}
-        return cls(
-            architecture=(shape["architectures"] or ["unknown"])[0],
-            layers=shape["num_hidden_layers"],
-            index_heads=shape["index_n_heads"],
-            index_topk=shape["index_topk"],
-            config_sha256=hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest(),
-        )
+        found = {
+            "architecture": (shape["architectures"] or ["unknown"])[0],
+            "config_sha256": hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest(),
+            **{ours: shape[theirs] for ours, theirs in _SIZES.items()},
+        }
+        names = {ours: f"config.json: {theirs}" for ours, theirs in _SIZES.items()}
+        return validated(cls, found, "config.json", names)
 
 
 class Recall(BaseModel):
@@ -90,6 +94,7 @@ class PolicyFile(BaseModel):
         for kind, names in (("none for", wanted - layers.keys()), ("others,", layers.keys() - wanted)):
             if names:
                 listed = ", ".join(sorted(names, key=lambda name: (len(name), name)))
+                listed = listed.encode(errors="backslashreplace").decode()  # half a character of JSON's is none here
                 raise ValueError(
                     f"expected policies for layers 0 to {model.layers - 1}, got {kind} {listed}; add or drop them"
                 )

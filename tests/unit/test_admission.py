@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,7 @@ REFUSED = {
     "head count": (candidate(model(index_n_heads=16)), "--misa-backend torch"),
     "head size": (candidate(model(index_head_dim=64)), "got 64"),
     "pooled keys": (candidate(model(index_kpool=4)), "index_kpool=4"),
+    "pooled keys in words": (candidate(model(index_kpool="two")), "index_kpool=two"),
     "page size": (candidate(arguments=arguments(page_size=1)), "--page-size: expected 64, got 1"),
     "AMD": (candidate(device="hip", capability=None), "got hip"),
     "NPU": (candidate(device="npu", capability=None), "got npu"),
@@ -164,6 +166,14 @@ REFUSED = {
         candidate(config=policy(allow_unverified=True), sglang="0.5.18"),
         "got 0.5.18; install sglang==0.5.23",
     ),
+    "a policy file beside a model without its sizes": (
+        candidate(
+            SimpleNamespace(architectures=["X"], index_topk=2048, index_n_heads=64, index_head_dim=128),
+            is_dsa=True,
+            config=MisaConfig(layers=layers_of(model())),
+        ),
+        "config.json: num_hidden_layers: expected a valid integer, got None",
+    ),
     "a policy file of another model": (
         candidate(model(hidden_size=512), config=MisaConfig(layers=layers_of(model()))),
         "--misa-policy: expected a file of a model with config_sha256=",
@@ -176,6 +186,10 @@ REFUSED = {
         candidate(config=MisaConfig(layers=layers_of(model(), heads=9))),
         "on GPU kernels, a residual counted as one, got 9",
     ),
+    "a dump of a user unknown here": (
+        candidate(config=policy(dump={"folder": "~no-such-user/dump"})),
+        "--misa-dump: expected a folder of a user of this machine, got ~no-such-user/dump",
+    ),
     "a dump that others could read": (
         candidate(config=policy(dump={"folder": "/"})),
         "--misa-dump: expected a folder of this user alone, mode 0700",
@@ -186,10 +200,6 @@ REFUSED = {
     ),
     "forced tokens": (candidate(model(index_local_tokens=8)), "got index_local_tokens"),
     **{
-    "a dump of a user unknown here": (
-        candidate(config=policy(dump={"folder": "~no-such-user/dump"})),
-        "--misa-dump: expected a folder of a user of this machine, got ~no-such-user/dump",
-    ),
         name: (candidate(arguments=arguments(**{name: value})), f"--{name.replace('_', '-')}: expected")
         for name, value in {
             "attention_backend": "fa3",

@@ -236,6 +236,7 @@ WRONG_FILES = {
         policy_file({str(n): {"decode": {"blocks": 64, "min_tokens": 4096 * (n == 1)}} for n in range(3)}),
         "decode.min_tokens: expected one value in every layer, as the gate of tokens is the step's, too, got 0, 4096",
     ),
+    "half a character": (policy_file(LAYERS | {"\ud800": {}}), "got others, \\ud800"),
     "sketches that differ": (
         policy_file({str(n): {"decode": {"sketch": max(n, 1), "candidates": 8192}} for n in range(3)}),
         "decode.sketch: expected one value in every layer",

@@ -124,7 +124,8 @@ def test_a_broken_override_of_the_model(refused, folder):
     "wrong",
     [
         *({"index_topk": "64"}, {"architectures": "LlamaForCausalLM"}, {"index_n_heads": 6.5}),
-        *({"index_topk": True}, {"num_hidden_layers": "many"}),
+        *({"index_topk": True}, {"num_hidden_layers": "many"}, {"architectures": [None]}),
+        *({"index_topk": 0}, {"index_n_heads": -64}, {"num_hidden_layers": 0}),
     ],
 )
 def test_a_config_of_other_types(refused, folder, wrong):
