@@ -131,6 +131,8 @@ def _arm(runner: Any) -> None:
         recorder.export(config, version, **ranks)
     names = ", ".join(f"{phase} {config.name(phase)}" for phase in ("prefill", "decode"))
     logger.info("sglang-misa selects the tokens of sparse attention: %s", names)
+    if config.unread:
+        logger.warning("without effect on this selection: %s", ", ".join(config.unread))
     if not verified:
         logger.warning("SGLang %s is not verified on this device; verified are %s", version, versions.known())
 

@@ -49,6 +49,7 @@ def report(
         f"{_source(config)}; SGLang {found.sglang}; device {found.device}",
         table([("phase", "length", "selected by"), *_rows(config, found.model)]),
         _memory(config, found.model),
+        *([f"without effect on this selection: {', '.join(config.unread)}"] if config.unread else []),
         "\n".join(["Not checked here:", *(f"  - {each}" for each in _unknown(found, model, words))]),
     ]
     return "\n\n".join(paragraphs), admission.problems(found)

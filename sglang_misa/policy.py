@@ -156,6 +156,18 @@ class SelectionPolicy(BaseModel):
         """Whether this policy reads pooled keys: to route heads or to keep blocks."""
         return self.heads is not None or self.blocks is not None
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Fields that have a value of their own and no effect: a router of no heads, a gate before stock DSA."""
+        read = {
+            "router": self.heads is not None,
+            "block_size": self.pooled,
+            "tail": self.active and not self.exact,
+            **dict.fromkeys(("min_len", "min_rows", "min_tokens"), self.active),
+        }
+        fields = type(self).model_fields.items()
+        return tuple(name for name, info in fields if not read.get(name, True) and getattr(self, name) != info.default)
+
     def problems(self, phase: Phase, *, index_heads: int | None = None, topk: int | None = None) -> Iterator[str]:
         """Sentences for what is impossible in this policy, alone or with a model's `index_heads` H and `topk` k."""
         flag = f"--misa-{phase}"

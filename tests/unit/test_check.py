@@ -56,6 +56,23 @@ def test_off_is_off(checked, model):
     assert checked("--model-path", model)[1].startswith("sglang-misa is off")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--misa-preset dsa --misa-prefill-min-len 1000 --misa-prefill-tail 8", "prefill.min_len=1000, prefill.tail=8"),
+        ("--misa-preset misa --misa-decode-min-rows 3", "decode.min_rows=3"),
+        ("--misa-preset hisa --misa-prefill-router peak", "prefill.router=peak"),
+        ("--misa-preset exact --misa-prefill-block-size 128", "prefill.block_size=128"),
+        ("--misa-preset dsa --misa-audit-rows 4 --misa-verify-ranks 9", "audit.rows=4, verify_ranks=9"),
+        *((f"--misa-preset {name} --misa-audit-rows 4", None) for name in PRESETS if name != "dsa"),
+    ],
+)
+def test_settings_without_effect_are_said(checked, model, words, said):
+    status, out = checked(*words.split(), "--model-path", model)
+    assert status == 0, out
+    assert f"without effect on this selection: {said}\n" in out if said else "without effect" not in out
+
+
 def test_every_reason_comes_with_exit_status_2(checked, model, monkeypatch):
     monkeypatch.setenv("SGLANG_PLUGINS", "another")
     status, out = checked(
