@@ -145,7 +145,7 @@ def test_no_answer_comes_out_of(case):
     assert why in reply.detail
 
 
-ODD = ["many", -1, 1.5, True, [1], {"a": 1}, 2**31, float("inf")]
+ODD = ["many", -1, 1.5, True, [1], {"a": 1}, 2**31, 10**400, float("inf")]
 OPENAI_FIELDS = [
     ("choices", lambda odd: {"choices": odd}),
     ("delta", lambda odd: {"choices": [{"delta": odd}]}),
