@@ -17,7 +17,7 @@ import requests
 from sglang_misa.bench.load import client
 from sglang_misa.bench.load.dialogue import Dialogue
 from sglang_misa.bench.load.records import Record
-from sglang_misa.bench.load.replies import Reply
+from sglang_misa.bench.load.replies import Reply, whole
 from sglang_misa.bench.load.settings import Api, Bounds, LoadError
 from sglang_misa.bench.load.watch import LoopWatch
 from sglang_misa.bench.load.workload import Turn, found
@@ -107,7 +107,7 @@ class InFlight:
             needle_depth=None if needle is None else needle.depth,
             needle_right=None if needle is None else found(needle, reply.text),
             error=reply.error,
-            detail=reply.detail,
+            detail=whole(reply.detail),
         )
 
 

@@ -112,7 +112,7 @@ class GenerateReader:
     def close(self, reply: Reply) -> None:
         if self._last:
             self._take(parse(Event(b"", self._last)), reply)
-        reply.text = _whole(self._parts)
+        reply.text = whole(self._parts)
 
     def _take(self, data: dict[str, Any], reply: Reply) -> None:
         ids, written = counts(data, "output_ids"), text(data, "text")
@@ -186,7 +186,7 @@ class OpenAiReader:
         return wrote or (bool(choices) and (reply.completion_tokens or 0) > before)
 
     def close(self, reply: Reply) -> None:
-        reply.text = _whole(self._parts)
+        reply.text = whole(self._parts)
 
 
 def parse(event: Event) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def _json(data: bytes) -> Any:
         return json.loads(data)
 
 
-def _whole(parts: Iterable[str]) -> str:
+def whole(parts: Iterable[str]) -> str:
     """A text from its parts, halves of characters put together, and replaced where the other half never came."""
     return "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

@@ -342,6 +342,7 @@ FAULT_FRAMES = {  # what a fault in the stream sends
     "error_event": frame_of({"error": {"message": "out of memory", "code": 500}}),
     "error_flat": frame_of({"object": "error", "message": "EngineCore died", "code": 500}),
     "error_foreign": frame_of({"code": 400, "details": "guard tripped"}),
+    "error_half": b'data: {"error": {"message": "half \\ud83d"}}\n\n',
     "error_named": b"event: error\ndata: overloaded\n\n",
     "abort": frame_of({"text": "", "output_ids": [], "meta_info": {"finish_reason": TOO_LONG}}),
     "bad_json": b"data: {half\n\n",

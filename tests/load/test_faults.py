@@ -86,6 +86,12 @@ def test_tokens_without_text_are_tokens(mock):
     assert 0.04 < reply.times[0] - reply.headers < 0.2
 
 
+def test_half_a_character_in_a_reason_can_be_written(mock):
+    (reply,) = ask(mock(fault="error_half").url, count=4)
+    sent = drive.InFlight(0, 0, turn=drive.Turn(ids=None, output_len=4), due=0.0, prompt=3, cached=0, reply=reply)
+    assert json.loads(sent.record(reply.dispatched).model_dump_json())["detail"] == "half \N{REPLACEMENT CHARACTER}"
+
+
 def test_a_total_beyond_what_was_seen_is_not_exact():
     reply = replies.Reply(times=[1.0, 2.0], counts=[4, 8], completion_tokens=10, finish="stop")
     replies.finish(reply, ended=True, pending=False)
