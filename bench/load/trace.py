@@ -18,6 +18,7 @@ from sglang_misa.bench.load.workload import MEASURED_STREAM, Conversation, Turn
 
 HASHED = 512  # tokens behind one hash id
 TRACE_STREAM = 0x7ACE
+LONGEST = 1 << 27  # tokens, more than any context; a wrong number would be drawn through
 MS = 1e-3
 MOST_SEED = 2**64 - 1  # a hash id may be negative, a seed not
 
@@ -28,8 +29,8 @@ class Row(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     timestamp: float = Field(ge=0)  # milliseconds
-    input_length: int = Field(ge=1)
-    output_length: int = Field(ge=1)
+    input_length: int = Field(ge=1, le=LONGEST)
+    output_length: int = Field(ge=1, le=LONGEST)
     hash_ids: tuple[int, ...] = ()
 
 

@@ -95,17 +95,22 @@ def test_equal_hashes_are_equal_tokens(tmp_path):
     assert (a[:HASHED] != warm[:HASHED]).any()
 
 
+LENGTHS = (("input", "output"), ("output", "input"))
+
+
 @pytest.mark.parametrize(
     "text",
     [
         *("", "{", '{"timestamp": 0}', '{"timestamp": 0, "input_length": 9000, "output_length": 1}'),
         '{"timestamp": 1e999, "input_length": 9, "output_length": 1}',
+        *(f'{{"timestamp": 0, "{name}_length": 1000000000000, "{other}_length": 1}}' for name, other in LENGTHS),
     ],
 )
 def test_traces_that_cannot_be_replayed_are_refused(tmp_path, text):
     (tmp_path / "trace.jsonl").write_text(text)
-    with pytest.raises(LoadError, match=r"trace: .*expected"):
-        trace.read(Workload(trace=str(tmp_path / "trace.jsonl"), max_len=8000))
+    for limit in (8000, None) if "9000" not in text else (8000,):
+        with pytest.raises(LoadError, match=r"trace: .*expected"):
+            trace.read(Workload(trace=str(tmp_path / "trace.jsonl"), max_len=limit))
 
 
 @pytest.mark.parametrize(
