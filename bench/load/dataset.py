@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sglang_misa.bench.load.prompts import Ids, Source
+from sglang_misa.bench.load.replies import whole
 from sglang_misa.bench.load.settings import Lengths, LoadError, Workload
 from sglang_misa.bench.load.workload import MEASURED_STREAM, Conversation, Turn
 
@@ -78,10 +79,17 @@ def _exchanges(row: Any) -> Iterator[Exchange]:
         return
     prompt = next((row[name] for name in PROMPT_NAMES if isinstance(row.get(name), str)), None)
     if prompt:
-        wanted = next((int(row[name]) for name in OUTPUT_NAMES if row.get(name) is not None), None)
-        if wanted is not None and wanted < 1:
-            raise ValueError(f"an output length of {wanted}")
-        yield Exchange(prompt, row.get("output") if isinstance(row.get("output"), str) else None, wanted)
+        wanted = next((_tokens(row[name]) for name in OUTPUT_NAMES if row.get(name) is not None), None)
+        reply = row.get("output")
+        yield Exchange(whole(prompt), whole(reply) if isinstance(reply, str) else None, wanted)
+
+
+def _tokens(length: Any) -> int:
+    """A length from 1 on, which some data have as a text or as 128.0. Raises ValueError, TypeError, OverflowError."""
+    tokens = int(length)
+    if tokens < 1 or isinstance(length, bool) or (isinstance(length, float) and length != tokens):
+        raise ValueError(f"an output length of {length}")
+    return tokens
 
 
 def _written(content: Any) -> str:
@@ -90,7 +98,7 @@ def _written(content: Any) -> str:
     texts = [part.get("text") for part in parts if isinstance(part, dict)]
     if len(texts) < len(parts) or any(not isinstance(text, str | None) for text in texts):
         raise ValueError(f"a message of {str(content)[:80]!r}")
-    return "".join(text or "" for text in texts)
+    return whole(text or "" for text in texts)
 
 
 class DatasetBuilder:

@@ -121,6 +121,8 @@ def test_traces_that_cannot_be_replayed_are_refused(tmp_path, text):
         '{"prompt": "x", "max_tokens": -4}',
         '{"prompt": "x", "max_tokens": 0}',
         '{"prompt": "x", "max_tokens": 1e999}',
+        '{"prompt": "x", "max_tokens": 2.9}',
+        '{"prompt": "x", "max_tokens": true}',
         '{"messages": [{"role": "user", "content": 5}]}',
         "[" * 100_000,
     ],
@@ -143,6 +145,15 @@ def test_messages_are_what_was_written(tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps(row, ensure_ascii=False))
     ((first, second),) = dataset.read(Workload(dataset=str(tmp_path / "data.jsonl"), turns=9))
     assert (first.prompt, first.reply, second.prompt, second.reply) == ("look here", "yes", "a\u2028b\x85c", None)
+
+
+def test_half_a_character_of_a_data_set_is_replaced(tmp_path):
+    said = [{"role": "user", "content": "cut \ud83d"}, {"role": "assistant", "content": "\ude00"}]
+    rows = [{"messages": said}, {"prompt": "\ud83d", "output": "x\ud83d", "output_len": "7"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (first,), (second,) = dataset.read(Workload(dataset=str(tmp_path / "data.jsonl")))
+    assert (first.prompt, first.reply) == ("cut \ufffd", "\ufffd")
+    assert (second.prompt, second.reply, second.output_len) == ("\ufffd", "x\ufffd", 7)
 
 
 def test_prompts_of_a_data_set(mocks, tmp_path):
