@@ -97,15 +97,24 @@ def trained_file(path: Path) -> dict[str, Tensor]:
     missing = [name for name in ("index_q", "head_gates", "index_k", "k_scale") if name not in tensors]
     if missing:
         raise ValueError(f"{path}: expected index tensors, got none by the name {', '.join(missing)}; see --misa-dump")
-    rows, heads = tensors["head_gates"].shape[:2]
-    keys = len(tensors["index_k"])
-    for name, shape in {"index_q": (rows, heads, HEAD_DIM), "index_k": (keys, HEAD_DIM), "k_scale": (keys,)}.items():
-        if tensors[name].shape != shape:
-            found = [*tensors[name].shape]
+    gates = tensors["head_gates"]
+    if gates.ndim != 2:
+        raise ValueError(f"{path}: expected head_gates of [rows, heads], got {[*gates.shape]}; dump a prompt")
+    (rows, heads), keys = gates.shape, len(tensors["index_k"])
+    for name, shape, dtype in (
+        ("index_q", (rows, heads, HEAD_DIM), FP8),
+        ("head_gates", (rows, heads), torch.float32),
+        ("index_k", (keys, HEAD_DIM), FP8),
+        ("k_scale", (keys,), torch.float32),
+    ):
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            found = [*tensor.shape]
             raise ValueError(f"{path}: expected {name} of {[*shape]}, got {found}; its tensors are not of one prompt")
-    for name in ("index_q", "index_k"):
-        if tensors[name].dtype != FP8:
-            raise ValueError(f"{path}: expected {name} in {FP8}, got {tensors[name].dtype}; round it, as servers do")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{path}: expected {name} in {dtype}, got {tensor.dtype}; store it as servers do")
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{path}: expected finite numbers in {name}, got NaN or infinity; dump a prompt again")
     if not rows or keys < PAGE:
         raise ValueError(f"{path}: expected rows, and keys of a page ({PAGE}), got {rows} and {keys}; dump a prompt")
     return tensors

@@ -37,7 +37,7 @@ from sglang_misa.config import Phase, Router, SelectionPolicy
 from sglang_misa.kernels.layout import PAGE, ROUTERS
 from sglang_misa.policy import STOCK
 from sglang_misa.policy_file import ModelIdentity
-from sglang_misa.validation import short
+from sglang_misa.validation import parsed, short, validated
 
 TOPK = 2048  # of a file that does not tell its model
 ALIGN = 1024  # a window's start: the largest block
@@ -151,7 +151,8 @@ class Layer:
         if "positions" not in tensors:
             raise ValueError(f"{path}: expected positions of the rows, got none; give the position of each row's token")
         positions, count, held = tensors["positions"], len(tensors["index_q"]), len(tensors["k_scale"])
-        if positions.shape != (count,) or not ((positions >= 0) & (positions < held)).all():
+        whole_numbers = positions.dtype in (torch.int32, torch.int64)
+        if positions.shape != (count,) or not (whole_numbers and ((positions >= 0) & (positions < held)).all()):
             raise ValueError(
                 f"{path}: expected the positions of {count} rows, each from 0 to {held - 1}, got "
                 f"{short(positions.tolist())}; give the position of each row's token"
@@ -202,7 +203,7 @@ def model_of(path: Path) -> ModelIdentity | None:
 
     with safe_open(path, "pt") as file:
         told = (file.metadata() or {}).get("model")
-    return None if told is None else ModelIdentity.model_validate_json(told)
+    return None if told is None else validated(ModelIdentity, parsed(told, f"{path}: model"), f"{path}: model")
 
 
 def policies() -> list[tuple[Phase, SelectionPolicy]]:

@@ -99,6 +99,11 @@ BAD = {
     "each from 0 to 4095, got [-1]": X | {"positions": torch.tensor([-1])},
     "the positions of 1 rows": X | {"positions": torch.tensor([7, 8])},
     "expected index_k in torch.float8_e4m3fn": X | {"index_k": X["index_k"].float()},
+    "each from 0 to 4095, got [7.0]": X | {"positions": torch.tensor([7.0])},
+    "expected k_scale in torch.float32, got torch.int64": X | {"k_scale": torch.arange(4096)},
+    "expected head_gates of [rows, heads], got [32]": X | {"head_gates": X["head_gates"][0].clone()},
+    "expected finite numbers in k_scale": X | {"k_scale": torch.full((4096,), torch.nan)},
+    "expected finite numbers in head_gates": X | {"head_gates": torch.full((1, 32), torch.inf)},
     "got 0 and 4096": X | {"index_q": X["index_q"][:0], "head_gates": X["head_gates"][:0]},
     "got 1 and 63": X | {"index_k": X["index_k"][:63].clone(), "k_scale": X["k_scale"][:63].clone()},
 }
