@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from sglang_misa.policy import STOCK, rest_of_gate
 from sglang_misa.policy_file import LayerPolicy, ModelIdentity, PolicyFile
 from sglang_misa.refusal import Refusal
 from sglang_misa.text_tables import ranges, table
+from sglang_misa.validation import validated
 
 REFUSED = 2
 GATED: dict[Phase, SelectionPolicy] = {"prefill": PRESETS["fast"].prefill, "decode": PRESETS["faithful"].decode}
@@ -49,6 +51,8 @@ class Dumps:
         """Sort `dumped`. Raises ConfigError for a file that is no dump, and for files of several models."""
         models: dict[ModelIdentity, Path] = {}
         layers: dict[int, list[Dumped]] = {}
+        if twice := [str(path) for path, n in Counter(each.path.resolve() for each in dumped).items() if n > 1]:
+            raise ConfigError([f"FILE: expected each file once, as some are held out, got {twice[0]} twice; drop it"])
         for each in sorted(dumped, key=lambda each: each.path):
             path = each.path
             try:
@@ -64,9 +68,9 @@ class Dumps:
             listed = ", ".join(map(str, models.values())) or "no file"
             raise ConfigError([f"FILE: expected dumps of one model, got {listed}; give those of one"])
         (model,) = models
-        if not layers.keys() <= set(range(model.layers)):
+        if beyond := sorted(layers.keys() - set(range(model.layers))):
             raise ConfigError(
-                [f"FILE: expected layers 0 to {model.layers - 1} of this model, got {max(layers)}; dump it again"]
+                [f"FILE: expected layers 0 to {model.layers - 1} of this model, got {beyond[0]}; dump it again"]
             )
         return cls(model, layers)
 
@@ -77,6 +81,9 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if given.out.exists():
             raise ConfigError([f"--out: expected a new file, got {given.out}; remove it, or name another"])
+        for phase in PHASES:
+            names = {name: f"--{name.replace('_', '-')}" for name in SelectionPolicy.model_fields}
+            validated(SelectionPolicy, _gates(phase, given), phase, names)
         dumps = Dumps.read(_dumped(given))
         costs = _costs(given, dumps.model)
         found = {}

@@ -81,6 +81,8 @@ def test_a_server_command_without_dumps_of_one_model_is_refused(tmp_path: Path, 
     ours = dumped(tmp_path / "a.safetensors", x, 0)
     other = dumped(tmp_path / "b.safetensors", x, 0, IDENTITY.model_copy(update={"layers": 5}))
     beyond = dumped(tmp_path / "d.safetensors", x, IDENTITY.layers)
+    bare = dumped(tmp_path / "e.safetensors", {name: part for name, part in x.items() if name != "positions"}, 0)
+    (tmp_path / "dump").mkdir()
     (tmp_path / "c.safetensors").write_bytes(b"no tensors")
     out = tmp_path / "out.json"
     cases = {
@@ -89,7 +91,11 @@ def test_a_server_command_without_dumps_of_one_model_is_refused(tmp_path: Path, 
         "expected what --misa-dump writes": (tmp_path / "c.safetensors",),
         "expected files, or --server with its --dump": (),
         "--length: expected more than the model's top-k": (ours, "--length", 2048),
-        "--costs: expected measurements with 64 index heads": (ours, "--costs", tmp_path / "none.csv"),
+        "--costs: expected a CSV of bench.kernels": (ours, "--costs", tmp_path / "none.csv"),
+        "--costs: expected measurements with 64 index heads": (ours, "--costs", "/dev/null"),
+        "expected each file once": (ours, tmp_path / "dump" / ".." / "a.safetensors"),
+        "e.safetensors: expected positions of the rows": (bare,),
+        "--min-len: expected a number less": (ours, "--min-len", 1 << 31),
         "--server: expected SGLang at": ("--server", "http://127.0.0.1:1", "--dump", tmp_path, "--count", 1),
         "--target: expected more than 0": (ours, "--target", 2),
     }
