@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
         ConfigError.raise_if(_both_problems(from_flags))
         chosen = from_flags or MisaConfig.from_env()
         theirs = _peek(rest)
+        ConfigError.raise_if(_key_problems(ours, rest))
         keys = dict(_keys(ours))
         port = [*_port_number_problems(theirs)]
         unreachable = [*port, *_host_problems(theirs, ours, keys)]
@@ -279,6 +280,16 @@ def _is_size(value: Any) -> bool:
 
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _key_problems(ours: argparse.Namespace, rest: Sequence[str]) -> Iterator[str]:
+    """Sentences for a key that is given twice, and for one beside the word that there is none."""
+    given = {word.partition("=")[0] for word in rest}
+    for flag, path in (("--api-key", ours.api_key_file), ("--admin-api-key", ours.admin_api_key_file)):
+        if path is not None and flag in given:
+            yield f"{flag}-file: expected no {flag} beside it, got both; drop one"
+    if ours.no_api_key and (ours.api_key_file is not None or "--api-key" in given):
+        yield "--no-api-key: expected no key beside it, got one; drop one of the two"
 
 
 def _keys(ours: argparse.Namespace) -> list[tuple[str, str]]:

@@ -144,6 +144,19 @@ def test_a_model_without_weights(refused, folder, tmp_path):
     assert "expected an index of weights" in refused(*wanted, model)
 
 
+def test_a_key_given_twice_or_beside_none(refused, tmp_path):
+    (tmp_path / "key").write_text("secret")
+    for words, said in (
+        (("--api-key-file", tmp_path / "key", "--api-key=other"), "--api-key-file: expected no --api-key beside it"),
+        (("--admin-api-key-file", tmp_path / "key", "--admin-api-key", "other"), "expected no --admin-api-key beside"),
+        (("--no-api-key", "--api-key", "other"), "--no-api-key: expected no key beside it"),
+        (("--no-api-key", "--api-key-file", tmp_path / "key"), "--no-api-key: expected no key beside it"),
+    ):
+        message = refused(*map(str, words))
+        assert said in message
+        assert "other" not in message
+
+
 def test_no_model(refused):
     assert "--model-path: expected a folder or a Hugging Face name, got none" in refused("--misa-preset", "misa")
     assert "--model-path" in refused()
