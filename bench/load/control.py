@@ -19,6 +19,7 @@ from sglang_misa.bench.load.fields import NUMBER, FieldError, counts, mappings, 
 from sglang_misa.bench.load.safety import Keys, check_target
 from sglang_misa.bench.load.settings import Access, LoadError
 
+MAX_REASON = 200  # characters of what went wrong
 MAX_BODY = 64 * 1024 * 1024  # bytes of a control answer that are read at most
 CONNECT_S, READ_S = 5.0, 300.0
 TOKENIZE_PIECE = 64 * 1024  # characters of one /tokenize call
@@ -163,7 +164,12 @@ class Control:
         tokens: list[int] = []
         for piece in _pieces(text):
             body = {"model": self.model, "prompt": piece, "add_special_tokens": False}
-            status, content = self.call("POST", "/tokenize", body=body)
+            try:
+                status, content = self.call("POST", "/tokenize", body=body)
+            except requests.RequestException as error:
+                raise LoadError(
+                    f"{self.url}/tokenize: expected token ids, got {_reason(error)}; see the server's log"
+                ) from None
             try:
                 answer = from_json(content) if status == 200 else {}
                 ids = counts(answer, "tokens")
@@ -233,7 +239,10 @@ class Control:
 def _reason(error: BaseException) -> str:
     """What an error of `requests` comes down to, without the layers that repeat address and path."""
     inner = error.__cause__ or error.__context__
-    return str(error) if inner is None else _reason(inner)
+    if inner is not None:
+        return _reason(inner)
+    told = str(error)[:MAX_REASON]
+    return told if told.isprintable() else repr(told)  # a server that speaks no HTTP is quoted in it
 
 
 def _labels(labels: Mapping[str, str]) -> str:

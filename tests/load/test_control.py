@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import socketserver
+import threading
 
 import pytest
 from load.helpers import PATIENT, results, units
@@ -101,3 +103,26 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_told(tmp_path, text):
     with pytest.raises(LoadError, match="expected one word of printable ASCII") as caught:
         Keys.read(Access(api_key_file=str(tmp_path / "key")))
     assert not text or text not in str(caught.value)
+
+
+HALF = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"
+
+
+@pytest.mark.parametrize("said", [b"", b"\x1b[31m" + bytes(5000), HALF], ids=["nothing", "no HTTP", "half"])
+def test_a_tokenizer_that_hangs_up_or_speaks_no_http(said, tmp_path, capsys):
+    class Peer(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            asked = self.rfile.readline()
+            while self.rfile.readline().strip():  # to the end of its headers
+                pass
+            self.wfile.write(said if b"/tokenize" in asked else b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Peer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        assert main(["run", url, *FEW, "--out", str(tmp_path)]) == USAGE
+        server.shutdown()
+    told = capsys.readouterr().err
+    assert f"{url}/tokenize: expected token ids, got " in told
+    assert len(told) < 1000
+    assert told.strip().isprintable()
