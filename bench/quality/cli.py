@@ -170,9 +170,9 @@ def _listed(path: Path | None) -> list[Row]:
         return []
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
-        if not all(row.keys() >= {*CELL} for row in listed):
-            raise ValueError(f"a row without {', '.join(CELL)}")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        if not isinstance(listed, list) or not all(row.keys() >= {*CELL} for row in listed):
+            raise ValueError(f"a row without {', '.join(CELL)}, or no list")
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise LoadError(f"json: expected a list of results, got {path} ({error}); name another file") from None
     return list(listed)
 

@@ -161,12 +161,12 @@ def task_files(folder: Path) -> list[Path]:
 
 def rows(path: Path) -> Iterator[dict[str, object]]:
     """Objects of a JSON Lines file. Raises LoadError."""
-    for number, line in enumerate(read(path).splitlines(), 1):
+    for number, line in enumerate(read(path).split("\n"), 1):  # a text may hold what else ends a line for Unicode
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise LoadError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}; mend the line")

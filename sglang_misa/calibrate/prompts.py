@@ -41,10 +41,10 @@ def read(paths: Sequence[Path]) -> list[str]:
             if path.suffix != ".jsonl":
                 prompts.append(text)
                 continue
-            for line in filter(str.strip, text.splitlines()):
+            for line in filter(str.strip, text.split("\n")):  # a text may hold what else ends a line for Unicode
                 record = json.loads(line)
                 prompts.append(record["prompt"] if "prompt" in record else record["text"])
-        except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(
                 [f'--prompts: expected text, or JSON lines with "prompt" or "text", got {path} ({error!r}); correct it']
             ) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from quality.scripted import LAYERS, TOPK, Script, serving
 
+from sglang_misa.bench.load.settings import LoadError
 from sglang_misa.bench.quality import questions
 from sglang_misa.bench.quality.cli import main
 
@@ -179,6 +180,16 @@ def test_what_cannot_be_done_is_refused(pair, tmp_path, capsys, words, told):
     words = [word.format(folder=tmp_path, **files) for word in words]
     assert main([words[0], a, b, *words[1:], "--out", str(tmp_path / "run")]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_line_ends_where_json_lines_end(tmp_path):
+    """And not at what else ends one for Unicode, which a text may hold."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b\x85c"}\n{"prompt": "d"}\r\n')
+    found = questions.prompts(tmp_path / "p.jsonl", lambda text: list(text.encode()), 1, 1)
+    assert [bytes(each.ids).decode() for each in found] == ["a\u2028b\x85c", "d"]
+    (tmp_path / "p.jsonl").write_text("[" * 100_000)
+    with pytest.raises(LoadError, match=r"p\.jsonl:1: expected a JSON object"):
+        questions.prompts(tmp_path / "p.jsonl", lambda text: [1], 1, 1)
 
 
 @pytest.mark.parametrize(

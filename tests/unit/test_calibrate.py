@@ -193,8 +193,11 @@ def test_prompts_are_texts_of_different_order_or_the_users(tmp_path: Path) -> No
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({name: name}) for name in ("prompt", "text")))
     assert prompts.read([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == ["one", "prompt", "text"]
+    (tmp_path / "e.jsonl").write_text('{"prompt": "a\u2028b\x85c"}\n{"prompt": "d"}')
+    assert prompts.read([tmp_path / "e.jsonl"]) == ["a\u2028b\x85c", "d"]
     (tmp_path / "c.jsonl").write_text('{"question": 1}')
+    (tmp_path / "f.jsonl").write_text("[" * 100_000)
     (tmp_path / "d.txt").write_text(" ")
-    for name in ("c.jsonl", "d.txt", "none.txt"):
+    for name in ("c.jsonl", "d.txt", "f.jsonl", "none.txt"):
         with pytest.raises(ConfigError, match="--prompts: expected text"):
             prompts.read([tmp_path / name])
