@@ -2,8 +2,9 @@
 weighs its GPU memory.
 
 SOAK_SABOTAGE names a folder. When the file `now` lies there, the next step that decodes a request with a complete page
-is corrupted before the canary looks, and `steps` counts the steps from then on. Each process tells there, after each
-step, the bytes of its tensors on GPUs. After SOAK_DISK_PAGES pages the disk of SGLang's host cache has no space left.
+is corrupted before the canary looks, and `steps` counts the steps from then on, and says if the statistic was mended
+since. Each process tells there, after each step, the bytes of its tensors on GPUs. After SOAK_DISK_PAGES pages the disk
+of SGLang's host cache has no space left.
 Python imports this at start-up, before anything of SGLang.
 """
 
@@ -24,9 +25,10 @@ NOW, STEPS, GPU_MEMORY = "now", "steps", "gpu_memory."  # files in the folder; t
 
 def corrupting(step: Any, folder: Path) -> Any:
     steps, before = 0, dict[str, int]()
+    statistic = left = None  # a page's mean, and what it was left as
 
     def wrapper(self: Any, req_to_token: Any, req_ids: Any, seq_lens: Any, requests: Any) -> None:
-        nonlocal steps, before
+        nonlocal steps, before, statistic, left
         import torch
 
         from sglang_misa.kernels.layout import PAGE
@@ -37,11 +39,14 @@ def corrupting(step: Any, folder: Path) -> Any:
             decoded = (row for row, (name, length) in enumerate(lengths.items()) if before.get(name) == length - 1)
             row = next((row for row in decoded if int(seq_lens[row]) >= PAGE), None)
             before = lengths
-            if steps == 0 and row is not None:
+            if statistic is None and row is not None:
                 page = int(req_to_token[req_ids[row], 0]) // PAGE
-                self.engine.stats.means[self.layers[-1]].view(torch.uint8)[page, 0] ^= 1
-            steps += steps > 0 or row is not None
-            (folder / STEPS).write_text(str(steps))
+                statistic = self.engine.stats.means[self.layers[-1]].view(torch.uint8)[page]
+                statistic[0] ^= 1
+                left = statistic.clone()
+            if statistic is not None:
+                steps += 1
+                (folder / STEPS).write_text(f"{steps}" if torch.equal(statistic, left) else f"{steps} and mended")
         step(self, req_to_token, req_ids, seq_lens, requests)
         if req_to_token.is_cuda:
             weigh(folder, torch.cuda.memory_allocated(req_to_token.device))

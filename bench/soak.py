@@ -192,12 +192,8 @@ class Soak:
         """(status, body) of a GET, or of a POST of JSON."""
         with contextlib.closing(http.client.HTTPConnection(HOST, self.port, timeout=TIMEOUT_S)) as connection:
             self._requested(path)
-            connection.request(
-                "GET" if body is None else "POST",
-                path,
-                None if body is None else json.dumps(body),
-                {"Content-Type": "application/json"},
-            )
+            method, content = ("GET", None) if body is None else ("POST", json.dumps(body))
+            connection.request(method, path, content, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             text = answer.read().decode()
         with contextlib.suppress(json.JSONDecodeError):
@@ -329,12 +325,16 @@ class Soak:
     def corrupt(self) -> None:
         """A statistic is corrupted while a request decodes: the server must stop and say why."""
         (self.folder / sabotage.NOW).touch()
-        with contextlib.suppress(OSError, RuntimeError, http.client.HTTPException):
+        try:
             self.generate(self.prompt(random.Random(-2), self.scale.long[0]), 4 * self.scale.found_within)
-        with contextlib.suppress(Exception):
-            self.process.wait(TIMEOUT_S)
+        except (OSError, RuntimeError, http.client.HTTPException):
+            with contextlib.suppress(Exception):
+                self.process.wait(TIMEOUT_S)
+        steps = " ".join(told.read_text() for told in self.folder.glob(sabotage.STEPS)) or "0"
         if "StaleStatistics" in self.process.log.read_text(errors="replace"):
-            self.report.corruption_found_after_steps = int((self.folder / sabotage.STEPS).read_text())
+            self.report.corruption_found_after_steps = int(steps.split()[0])
+        else:
+            self.report.errors.append(f"expected the server to stop, got its answer, steps after the fault: {steps}")
 
 
 def body(tokens: list[int], new: int) -> dict[str, Any]:
