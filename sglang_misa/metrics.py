@@ -192,7 +192,7 @@ class Recorder:
             "version": __version__,
             **self._armed,
             "calls": {phase: dict(counts) for phase, counts in self._calls.items()},
-            "declined": dict(sum(self._declined.values(), Counter())),
+            "declined": {phase: dict(reasons) for phase, reasons in self._declined.items()},
             "replays": dict(self._replays),
             "steps_over_gate": {phase: self._over_gate[phase] for phase in self._gates},
             "unrouted": sorted(self._unrouted),

@@ -98,8 +98,9 @@ def _paragraphs(status: Mapping[str, Any]) -> Iterator[str]:
     layers = [(phase, policy, layers) for phase in PHASES for policy, layers in status["layers"].get(phase, {}).items()]
     if layers:
         yield table([("phase", "policy file", "layers"), *layers])
-    if status["declined"]:
-        yield table([("left to DSA because", "calls"), *sorted(status["declined"].items())])
+    declined = [(phase, *each) for phase in PHASES for each in sorted(status["declined"][phase].items())]
+    if declined:
+        yield table([("left to DSA", "because", "calls"), *declined])
     rows = [
         (phase, layer, f"{row['recall']:.3f}", f"{row['p10']:.3f}", f"{row['score_mass']:.3f}", row["rows"])
         for phase in PHASES

@@ -64,7 +64,7 @@ def test_status_travels_as_msgpack():
     recorder.page_stats_bytes = 256
     status = recorder.status()
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(status)) == status
-    assert status["declined"] == {"under-min-len": 1}
+    assert status["declined"] == {"prefill": {"under-min-len": 1}, "decode": {}}
     assert status["dense_layers"] == [0]
     assert status["ladder"] == {"prefill": {"0": {"rung": 1, "policy": "dsa", "moves": 1}}, "decode": {}}
     assert status["replays"] == {"hisa": 1}
@@ -113,7 +113,7 @@ def test_few_rows_of_decode_say_nothing_of_prefill():
     recorder.declined("prefill", "few-rows")
     recorder.stepped("prefill")
     assert recorder.status()["unrouted"] == []
-    assert recorder.status()["declined"] == {"few-rows": UNROUTED_STEPS + 3}
+    assert recorder.status()["declined"] == {"prefill": {"few-rows": 1}, "decode": {"few-rows": UNROUTED_STEPS + 2}}
 
 
 SCHEDULER = """
