@@ -25,13 +25,13 @@ from sglang_misa.cpu import kernels
 from sglang_misa.engines.kernels import KernelEngine
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.patches import forward_batch, indexer, register
+from sglang_misa.policy import STOCK
 from sglang_misa.policy_file import LayerPolicy, ModelIdentity, PolicyFile
 from sglang_misa.runtime import Runtime
 
 LAYERS, PAGES, WORDS, EVENTS = 3, 24, 5, 24
 EDGES = (1, 2, 63, 64, 65, 127, 128, 129, 192)
 STALE = (1 << 30, -5, 0)  # page-table entries past a request's end
-DSA = SelectionPolicy()
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Request:
 def policy(rng: random.Random, phase: str, gate: dict[str, int], bits: int) -> SelectionPolicy:
     """Any policy of a phase; decode's have one gate and one width of sketches."""
     if rng.random() < 0.3:
-        return DSA
+        return STOCK
     axes: dict[str, Any] = {"block_size": rng.choice([64, 128, 192])}
     if rng.random() < 0.6:
         axes |= {"heads": rng.choice([1, 3, 8]), "router": rng.choice(["mean", "peak", "signed", "weight"])}
@@ -270,7 +270,7 @@ class Walk:
             ids = indexer.get_topk_ragged(lambda *_, s=stock: s(), hooked, False, batch, layer, q, gates, metadata)
             own = self.config.policy("prefill", layer)
             chosen = [
-                own if n > own.min_len and n <= len(requests[row].prompt) - own.tail else DSA
+                own if n > own.min_len and n <= len(requests[row].prompt) - own.tail else STOCK
                 for row, n in zip(rows.tolist(), seen.tolist(), strict=True)
             ]
             long = sum(n > own.min_len for n in lens)
