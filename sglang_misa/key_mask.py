@@ -10,10 +10,10 @@ import json
 import os
 import re
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sglang_misa.config import ConfigError
+from sglang_misa.validation import small_text
 
 FLAGS = ("--api-key", "--admin-api-key", "--ssl-keyfile-password")  # SGLang's flags whose values are secrets
 MASK = b"***"
@@ -37,7 +37,7 @@ def given(words: Sequence[str]) -> tuple[str, ...]:
 def read(flag: str, path: str) -> str:
     """The one key in the file at `path`. Raises ConfigError, which names `flag`."""
     try:
-        found = Path(path).read_text(encoding="utf-8-sig").split()
+        found = small_text(path).split()
     except PermissionError:
         groups = ", ".join(map(str, sorted({os.getegid(), *os.getgroups()})))
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from sglang_misa.refusal import Refusal
 
 Model = TypeVar("Model", bound=BaseModel)
+MOST_BYTES = 16 << 20  # of a file of settings; one without an end would be read until memory is full
 
 
 class ConfigError(Refusal, ValueError):
@@ -59,10 +61,19 @@ def parsed_object(text: str, source: str) -> dict[str, Any]:
     return found
 
 
+def small_text(path: str | Path) -> str:
+    """The text of a file in UTF-8. Raises OSError for one of more than MOST_BYTES, and UnicodeDecodeError."""
+    with Path(path).open("rb") as file:
+        read = file.read(MOST_BYTES + 1)
+    if len(read) > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"more than {MOST_BYTES >> 20} MiB")
+    return read.decode("utf-8-sig")
+
+
 def read_text(flag: str, path: str | Path) -> str:
     """The text of a JSON file that `flag` named. Raises ConfigError where it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return small_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{flag}: expected a readable JSON file, got {path} ({error}); check it"]) from None
 

@@ -254,6 +254,12 @@ def test_a_mistake_in_a_policy_file_is_named(name, tmp_path):
     assert words in "\n".join(caught.value.problems)
 
 
+@pytest.mark.parametrize("flag", ["--misa-policy", "--misa-config"])
+def test_a_file_without_an_end_is_refused(flag):
+    with pytest.raises(ConfigError, match=f"{flag}: expected a readable JSON file, got /dev/zero .*more than 16 MiB"):
+        from_flags(flag, "/dev/zero")
+
+
 def test_a_policy_file_travels_and_gives_each_layer_its_own(tmp_path):
     layers = {"0": {}, "1": {"prefill": {"heads": 8}}, "2": {"prefill": {"heads": 16, "min_len": 100}}}
     path = tmp_path / "policy.json"
