@@ -117,7 +117,7 @@ def test_a_broken_router_is_left_and_a_repaired_one_comes_back(guarded, folder: 
     sunk = serve(CALM * WINDOW, WINDOW)
     assert {layer: state["rung"] for layer, state in sunk["ladder"]["prefill"].items()} == dict.fromkeys(layers, 1)
     assert sunk["ladder"]["decode"]["all"]["rung"] == 1
-    assert sunk["declined"]["prefill"]["recall-floor"] > 0
+    assert sunk["declined"]["decode"]["recall-floor"] > 0
     broken.unlink()
     back = serve(2 * CALM * WINDOW, 2 * CALM * WINDOW)["ladder"]  # a window has begun with probes of what was broken
     assert {layer: state["rung"] for layer, state in back["prefill"].items()} == dict.fromkeys(layers, 0)
