@@ -1,11 +1,10 @@
 """Copied as sitecustomize.py beside a server under test: flips a bit of a live page's statistics, fills its disk, and
 weighs its GPU memory.
 
-SOAK_SABOTAGE names a folder. When the file `now` lies there, the next step that decodes a request with a complete page
-is corrupted before the canary looks, and `steps` counts the steps from then on, and says if the statistic was mended
-since. Each process tells there, after each step, the bytes of its tensors on GPUs. After SOAK_DISK_PAGES pages the disk
-of SGLang's host cache has no space left.
-Python imports this at start-up, before anything of SGLang.
+SOAK_SABOTAGE names a folder. When the file `steps` lies there, the next step that decodes a request with a complete
+page is corrupted before the canary looks; the file then counts the steps, and says if the statistic was mended since.
+Each process tells there, after each step, the bytes of its tensors on GPUs. After SOAK_DISK_PAGES pages the disk of
+SGLang's host cache has no space left. Python imports this at start-up, before anything of SGLang.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 
 CANARY, STORAGE = "sglang_misa.canary", "sglang.srt.mem_cache.hicache_storage"
 FOLDER, DISK_PAGES = "SOAK_SABOTAGE", "SOAK_DISK_PAGES"
-NOW, STEPS, GPU_MEMORY = "now", "steps", "gpu_memory."  # files in the folder; the last one with a process id behind it
+STEPS, GPU_MEMORY = "steps", "gpu_memory."  # files in the folder; the last one with a process id behind it
 
 
 def corrupting(step: Any, folder: Path) -> Any:
@@ -33,7 +32,7 @@ def corrupting(step: Any, folder: Path) -> Any:
 
         from sglang_misa.kernels.layout import PAGE
 
-        if (folder / NOW).exists():
+        if (folder / STEPS).exists():
             lengths = dict(zip(requests, seq_lens.tolist(), strict=False))
             # by a token: the next chunk of a prompt would compute the statistics of its whole prefix anew
             decoded = (row for row, (name, length) in enumerate(lengths.items()) if before.get(name) == length - 1)

@@ -324,17 +324,17 @@ class Soak:
 
     def corrupt(self) -> None:
         """A statistic is corrupted while a request decodes: the server must stop and say why."""
-        (self.folder / sabotage.NOW).touch()
+        (self.folder / sabotage.STEPS).write_text("0")
         try:
             self.generate(self.prompt(random.Random(-2), self.scale.long[0]), 4 * self.scale.found_within)
         except (OSError, RuntimeError, http.client.HTTPException):
             with contextlib.suppress(Exception):
                 self.process.wait(TIMEOUT_S)
-        steps = " ".join(told.read_text() for told in self.folder.glob(sabotage.STEPS)) or "0"
+        steps = (self.folder / sabotage.STEPS).read_text()
         if "StaleStatistics" in self.process.log.read_text(errors="replace"):
             self.report.corruption_found_after_steps = int(steps.split()[0])
         else:
-            self.report.errors.append(f"expected the server to stop, got its answer, steps after the fault: {steps}")
+            self.report.errors.append(f"expected the server to stop for it, got steps after the fault: {steps}")
 
 
 def body(tokens: list[int], new: int) -> dict[str, Any]:

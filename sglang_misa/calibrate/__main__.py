@@ -81,8 +81,8 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if given.out.exists():
             raise ConfigError([f"--out: expected a new file, got {given.out}; remove it, or name another"])
+        names = {name: f"--{name.replace('_', '-')}" for name in SelectionPolicy.model_fields}
         for phase in PHASES:
-            names = {name: f"--{name.replace('_', '-')}" for name in SelectionPolicy.model_fields}
             validated(SelectionPolicy, _gates(phase, given), phase, names)
         dumps = Dumps.read(_dumped(given))
         costs = _costs(given, dumps.model)

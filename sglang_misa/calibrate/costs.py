@@ -69,7 +69,7 @@ class Measured:
     def read(cls, path: Path, heads: int, length: int, decode_rows: int) -> Measured:
         """A table of `bench.kernels`. Raises ConfigError where it has nothing of `heads` index heads."""
         try:
-            path.stat()
+            path.stat()  # raises where there is no file, of which `read` makes an empty table
             rows = [
                 row
                 for row in newest(read(path))
