@@ -180,18 +180,26 @@ struct Division {
   static __device__ int held(int blocks, int workers) { return first(blocks) + workers; }
 };
 
-// The items of a thread block: by the task's division or, without one, as if every row block had a tile for all keys.
+// The items of a thread block: by the task's division or, without one, as if every row block had a tile for all keys. Then no share
+// is of two row blocks if that makes it longer by no more than it takes to begin with another, for all would wait for those that do.
 struct Items {
+  static constexpr int BEGINNING = 2;  // tiles that take as long
   const Task& task;
   const int32_t* table;
-  int blocks, alike, share, at, last;
+  int blocks, alike, share, pitch, at, last;
 
   __device__ Items(const Task& task)
-      : task(task), table(task.division), blocks(task.blocks()), alike((task.scored() + TILE - 1) / TILE) {
-    share = table ? table[Division::SHARE] : (blocks * alike + int(gridDim.x) - 1) / int(gridDim.x);
+      : task(task), table(task.division), blocks(task.blocks()), alike((task.scored() + TILE - 1) / TILE), pitch(alike) {
+    if (table) {
+      share = table[Division::SHARE];
+    } else {
+      const int workers = gridDim.x, runs = workers / blocks, whole = runs ? (alike + runs - 1) / runs : INT_MAX;
+      share = (blocks * alike + workers - 1) / workers;
+      if (whole <= share + BEGINNING) share = whole, pitch = (alike + share - 1) / share * share;
+    }
     at = blockIdx.x * share, last = min(at + share, before(blocks));
   }
-  __device__ int before(int block) const { return table ? table[Division::before(block)] : block * alike; }
+  __device__ int before(int block) const { return table ? table[Division::before(block)] : block * pitch; }
   // The thread blocks that have runs of row i's block: the first, and how many.
   static __device__ int2 workers(const Task& task, int i) {
     const int32_t* before = task.division + Division::before(i / ROWS);
@@ -201,11 +209,11 @@ struct Items {
   }
   __device__ bool more() const { return at < last; }
   __device__ Item next() {
-    int block = table ? table[Division::first(blocks) + blockIdx.x] : at / alike;
+    int block = table ? table[Division::first(blocks) + blockIdx.x] : at / pitch;
     while (before(block + 1) <= at) ++block;
-    const int from = before(block), to = before(block + 1), first = at;
+    const int from = before(block), to = before(block + 1), tiles = table ? to - from : alike, first = at;
     at = min(last, to);
-    return Item(task, block, first - from, at - first, to - from);
+    return Item(task, block, first - from, min(at, from + tiles) - first, tiles);
   }
 };
 

@@ -86,26 +86,30 @@ __global__ void __launch_bounds__(CUT_THREADS)
   if (length <= k) {
     threshold.above = INFINITY;  // every visible token is taken: nothing to collect
   } else if (n > rank || (spans && n > 0)) {
-    // Counted as they come: a bin is a quarter of an octave, whatever the scores are. What fills up the last quad is lowest.
-    constexpr int WIDTH = 32 - Block::LOG_BINS;
+    // What fills up the last quad is lowest.
     const float4* logits = reinterpret_cast<const float4*>(sample.out + i * sample.ld);
-    uint32_t least = ~0u, most = 0;
+    uint4* quads = reinterpret_cast<uint4*>(staged);
+    uint32_t most = 0;
     Block::clear(smem);
-    Block::sync();
     Block::template each<4>([&](int quad) { return __ldcg(logits + quad); }, (n + 3) / 4, [&](float4 four, int quad) {
       const int left = n - 4 * quad;
       if (left < 4) four = {four.x, left > 1 ? four.y : NAN, left > 2 ? four.z : NAN, NAN};
       const uint4 keys{rank_key(four.x), rank_key(four.y), rank_key(four.z), rank_key(four.w)};
-      reinterpret_cast<uint4*>(staged)[quad] = keys;
-      for (const uint32_t key : {keys.x, keys.y, keys.z, keys.w}) {
-        Block::count(smem, key, 0, WIDTH);
-        most = max(most, key);
-      }
+      quads[quad] = keys;
+      most = max(max(most, max(keys.x, keys.y)), max(keys.z, keys.w));
     });
-    Block::sync();
+    most = Block::range(smem, 0, most, rank, n).hi;
     const auto key = [&](int j) { return staged[j]; };
     if (n > rank) {
-      auto at = Block::cut(smem, {0, ~0u, uint32_t(rank), uint32_t(n)}, WIDTH);
+      // Eight octaves down from the best, in bins that few scores share, whatever the scores are: atomics on one bin wait for each other.
+      constexpr int SHIFT = 23 + 3 - Block::LOG_BINS;
+      const uint32_t base = most - min(most, (1u << (23 + 3)) - 1);
+      Block::template each<4>([&](int quad) { return quads[quad]; }, (n + 3) / 4, [&](uint4 four, int) {
+        for (const uint32_t key : {four.x, four.y, four.z, four.w}) Block::count(smem, max(key, base), base, SHIFT);
+      });
+      Block::sync();
+      auto at = Block::cut(smem, {base, most, uint32_t(rank), uint32_t(n)}, SHIFT);
+      if (at.lo == base) at.lo = 0;  // the lowest bin has all below it, too
       at = Block::narrow(smem, at, key, n, 0, max(1, rank / 32));
       threshold.above = rank_value(at.lo);
       // Where many scores tie at the cut, what passes ends at the key of that rank.
@@ -116,11 +120,14 @@ __global__ void __launch_bounds__(CUT_THREADS)
       }
     }
     if (spans) {
-      // With too small a sample the cut may lie well below what was sampled.
-      if (n <= rank) Block::each(key, n, [&](uint32_t key, int) { least = min(least, key); });
-      const auto all = Block::range(smem, least, most, rank, n);
-      const uint32_t low = n > rank ? rank_key(threshold.above) : all.lo - min(all.lo, all.hi - all.lo);
-      span = Span::of(low, max(low, all.hi));
+      uint32_t low = rank_key(threshold.above);
+      if (n <= rank) {  // with too small a sample the cut may lie well below what was sampled
+        uint32_t least = ~0u;
+        Block::each(key, n, [&](uint32_t key, int) { least = min(least, key); });
+        least = Block::range(smem, least, most, rank, n).lo;
+        low = least - min(least, most - least);
+      }
+      span = Span::of(low, max(low, most));
     }
   }
   if (threadIdx.x == 0) {
