@@ -3,7 +3,7 @@ weighs its GPU memory.
 
 SOAK_SABOTAGE names a folder. When the file `steps` lies there, the next step that decodes a request with a complete
 page is corrupted before the canary looks; the file then counts the steps, and says if the statistic was mended since.
-Each process tells there, after each step, the bytes of its tensors on GPUs. After SOAK_DISK_PAGES pages the disk of
+Each process tells there, after each step, the bytes of its tensors on GPUs. After SOAK_DISK_FILES files the disk of
 SGLang's host cache has no space left. Python imports this at start-up, before anything of SGLang.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 CANARY, STORAGE = "sglang_misa.canary", "sglang.srt.mem_cache.hicache_storage"
-FOLDER, DISK_PAGES = "SOAK_SABOTAGE", "SOAK_DISK_PAGES"
+FOLDER, DISK_FILES = "SOAK_SABOTAGE", "SOAK_DISK_FILES"
 STEPS, GPU_MEMORY = "steps", "gpu_memory."  # files in the folder; the last one with a process id behind it
 
 
@@ -70,13 +70,13 @@ class NoSpace:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def filling(save: Any, pages: int) -> Any:
+def filling(save: Any, files: int) -> Any:
     saved = 0
 
     def wrapper(self: Any, key: str, value: Any = None, *args: Any, **kwargs: Any) -> Any:
         nonlocal saved
         saved += 1
-        return save(self, key, value if saved <= pages else NoSpace(value), *args, **kwargs)
+        return save(self, key, value if saved <= files else NoSpace(value), *args, **kwargs)
 
     return wrapper
 
@@ -85,7 +85,7 @@ def sabotage(module: Any) -> None:
     if module.__name__ == CANARY:
         module.Canary.step = corrupting(module.Canary.step, Path(os.environ[FOLDER]))
     else:
-        module.HiCacheFile.set = filling(module.HiCacheFile.set, int(os.environ[DISK_PAGES]))
+        module.HiCacheFile.set = filling(module.HiCacheFile.set, int(os.environ[DISK_FILES]))
 
 
 class AfterImport(importlib.abc.MetaPathFinder):

@@ -3,11 +3,10 @@
     python -m sglang_misa.bench.soak --minutes 30 --out soak.json [--scale cpu|gpu] [--model-path DIR flags…]
 
 Without --model-path a random model is served from a pool that is too small for its load, in front of a host cache and
-a disk that fills up. The report has the minutes, requests, events by kind, mismatches, errors, and the memory after a
-warm-up and at the end in bytes: resident in the server's processes, and in tensors of theirs on GPUs, whoever else is
-there. `memory` tells of the second half what each process has of each kind, and what is added to it an hour. Exit
-status 1 where a kind of event was never seen, a statistic was wrong, a request failed, memory grew by more than GROWTH,
-or a process's own by more than STEADY_GROWTH in that half.
+a disk that fills up. The report has the memory after a warm-up and at the end in bytes: resident in the server's
+processes, and in tensors of theirs on GPUs, whoever else is there. `memory` tells of the second half what each process
+has of each kind, and what is added to it an hour. Exit status 1 where a kind of event was never seen, a statistic was
+wrong, a request failed, or memory grew by more than GROWTH, or of a process by STEADY_GROWTH in that half.
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ WARM_UP = 0.25  # share of the time before memory_start is taken
 GROWTH = 1.1  # of memory, after that
 STEADY_S = 300.0  # that the second half must last for a trend in it to be one
 STEADY_GROWTH = 0.02  # of all processes' own memory, that one may add to its own in the second half
-DISK_PAGES = 40  # that are saved before the disk is full
 TURNS = ("short", "long", "shared prefix", "next turn", "left mid-stream", "too long")
 # Beside retractions for want of room, after which SGLang admits fewer requests.
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
@@ -79,6 +77,7 @@ class Scale:
     prefix: int  # that prompts share
     alike: int  # of the probe's answer; a GPU adds up in another order each time
     found_within: int  # steps: 20 times the pages of all layers of a request, a sample's size of them at each step
+    disk: int  # files that it takes: more than a request's, which are counted if all were saved
     flags: str
 
     @property
@@ -100,6 +99,7 @@ SCALES = {
         prefix=300,
         alike=100,
         found_within=64,
+        disk=40,
         flags="--misa-preset dsa --misa-decode-blocks 4 --misa-decode-block-size 64 --misa-decode-min-len 100 "
         "--device cpu --chunked-prefill-size 256",
     ),
@@ -113,6 +113,7 @@ SCALES = {
         prefix=5000,
         alike=1,
         found_within=640,
+        disk=1000,
         flags="--misa-preset fast --misa-prefill-min-len 2048 --misa-decode-min-len 2048 --misa-decode-min-rows 1 "
         "--misa-decode-candidates 4096 --mem-fraction-static 0.5 --chunked-prefill-size 2048 "
         f"--cuda-graph-max-bs-decode {CLIENTS} {random_model.GPU_FLAGS}",
@@ -144,11 +145,9 @@ class Report:
         found = [f"expected the event {kind!r}, got none" for kind, seen in self.events.items() if not seen]
         if self.mismatches or not self.pages_verified:
             found.append(f"expected pages verified and no mismatch, got {self.pages_verified} and {self.mismatches}")
-        if not 0 < self.corruption_found_after_steps <= self.corruption_found_within:
-            found.append(
-                f"expected a corrupted statistic found within {self.corruption_found_within} steps, got "
-                f"{self.corruption_found_after_steps} (0: never)"
-            )
+        steps, allowed_steps = self.corruption_found_after_steps, self.corruption_found_within
+        if not 0 < steps <= allowed_steps:
+            found.append(f"expected a corrupted statistic found within {allowed_steps} steps, got {steps} (0: never)")
         for what, start, end in (
             ("memory", self.memory_start, self.memory_end),
             ("memory on GPUs", self.gpu_memory_start, self.gpu_memory_end),
@@ -351,7 +350,7 @@ def served(
     port, path = free_port(), os.pathsep.join(filter(None, (str(folder), environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "sglang_misa.launch_server", *flags]
     command += ["--model-path", str(model), "--host", HOST, "--port", str(port)]
-    faults = {sabotage.FOLDER: str(folder), sabotage.DISK_PAGES: str(DISK_PAGES)}
+    faults = {sabotage.FOLDER: str(folder), sabotage.DISK_FILES: str(scale.disk)}
     disk = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(folder / "disk")}
     environ = {**environ, **RETRACT, **faults, **disk, "PYTHONPATH": path}
     with ServerProcess(command, log, environ=environ) as process:

@@ -7,6 +7,7 @@ CUDA graphs too, and once in some steps all of them exchange the sums.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ class Agreement:
         self.engine, self.every, self.peers = engine, every, peers
         means = engine.stats.means
         self._selected = torch.zeros(len(means), dtype=torch.int64, device=means[0].device)
-        self._sampler = PageSampler(PAGES)
+        self._sampler = PageSampler(PAGES, random.Random(0))
         self._steps = 0
 
     def selected(self, layer: int, ids: Tensor) -> None:

@@ -63,7 +63,8 @@ class Canary:
     def __init__(self, engine: Engine, layers: Sequence[int], action: VerifyStats, seed: int = 0):
         """`layers`: those of the pool whose indexer runs; `action`: what a mismatch does, see `MisaConfig`."""
         self.engine, self.layers, self.action = engine, tuple(layers), action
-        self._sampler, self._random = PageSampler(SAMPLE, seed), random.Random(seed)
+        self._random = random.Random(seed)
+        self._sampler = PageSampler(SAMPLE, self._random)
         self._looks: deque[_Look] = deque()
 
     def step(self, req_to_token: Tensor, req_ids: Tensor, seq_lens: Tensor, requests: Sequence[str]) -> None:

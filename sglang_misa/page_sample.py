@@ -28,12 +28,12 @@ class PageSample:
 class PageSampler:
     """Draws `size` complete pages of a step, each as likely as another; all of them where there are no more.
 
-    Samplers of one seed draw alike, in all ranks. Nothing waits for the device.
+    Samplers whose numbers have one seed draw alike, in all ranks. Whoever draws something else beside the pages takes
+    it from the same numbers: two generators of one seed go together. Nothing waits for the device.
     """
 
-    def __init__(self, size: int, seed: int = 0):
-        self.size = size
-        self._random = random.Random(seed)
+    def __init__(self, size: int, numbers: random.Random):
+        self.size, self._random = size, numbers
 
     def draw(self, req_to_token: Tensor, req_ids: Tensor, seq_lens: Tensor) -> PageSample:
         """A sample of a step.

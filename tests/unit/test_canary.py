@@ -1,5 +1,7 @@
 """The canary finds statistics that are not their page's, names them, and looks at nothing that may hold anything."""
 
+from collections import Counter
+
 import pytest
 import torch
 from pools import reference_engine, reference_runtime
@@ -72,6 +74,27 @@ def test_one_wrong_bit_is_found_and_named(recorder: Recorder, row: int, logical:
     assert f"page {page} of layer {layer}, request {NAMES[row]}" in str(told.value)
     assert f"byte 9 of its statistics to be {right} as computed from the pool, got {int(means[9])}" in str(told.value)
     assert recorder.status()["page_stats_verified"]["mismatches"] > 0
+
+
+def test_every_page_of_every_layer_is_looked_at(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more pages than a sample has. Layers and places drawn by generators of one seed went together."""
+    layers, pages, looks = 4, 78, 400
+    pool, _ = make_pool(pages, layers)
+    engine = reference_engine(pool.index_k_with_scale_buffer)
+    compared, seen = engine.compared, Counter[tuple[int, int]]()
+
+    def watched(layer: int, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.update((layer, page) for page in drawn.tolist())
+        return compared(layer, drawn)
+
+    monkeypatch.setattr(engine, "compared", watched)
+    canary = Canary(engine, range(layers), "log")
+    slots = torch.arange(PAGE, (pages + 1) * PAGE).unsqueeze(0)
+    for _ in range(looks):
+        canary.step(slots, torch.tensor([0]), torch.tensor([pages * PAGE]), ["a request"])
+    expected = looks * canary_module.SAMPLE / (layers * pages)
+    assert len(seen) == layers * pages
+    assert all(abs(count - expected) < 6 * expected**0.5 for count in seen.values())
 
 
 def test_log_counts_and_goes_on(recorder: Recorder, caplog: pytest.LogCaptureFixture) -> None:

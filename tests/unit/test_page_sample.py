@@ -1,5 +1,7 @@
 """A sample has complete pages of the step's own requests alone: all if it can, else each as often as another."""
 
+import random
+
 import torch
 
 from sglang_misa.kernels.layout import PAGE
@@ -20,7 +22,7 @@ def drawn(sampler: PageSampler) -> list[tuple[int, int]]:
 
 def test_all_pages_once_where_there_are_no_more() -> None:
     for size in range(len(PAGES), 3 * len(PAGES)):
-        sampler = PageSampler(size, seed=size)
+        sampler = PageSampler(size, random.Random(size))
         for _ in range(20):
             found = drawn(sampler)
             assert len(found) == len(PAGES)
@@ -29,7 +31,7 @@ def test_all_pages_once_where_there_are_no_more() -> None:
 
 def test_each_page_as_often_as_another() -> None:
     draws, size = 4000, 5
-    sampler, seen = PageSampler(size), dict.fromkeys(PAGES, 0)
+    sampler, seen = PageSampler(size, random.Random(0)), dict.fromkeys(PAGES, 0)
     for _ in range(draws):
         found = drawn(sampler)
         assert len(set(found)) == len(found) == size
@@ -40,16 +42,16 @@ def test_each_page_as_often_as_another() -> None:
 
 
 def test_one_seed_draws_alike() -> None:
-    one, other, another = PageSampler(4, 7), PageSampler(4, 7), PageSampler(4, 8)
+    one, other, another = (PageSampler(4, random.Random(seed)) for seed in (7, 7, 8))
     assert [drawn(one) for _ in range(9)] == [drawn(other) for _ in range(9)] != [drawn(another) for _ in range(9)]
 
 
 def test_a_step_of_one_request_has_its_pages() -> None:
-    pages = PageSampler(20).draw(REQ_TO_TOKEN, REQ_IDS[2:3], LENS[2:3]).where_drawn()
+    pages = PageSampler(20, random.Random(0)).draw(REQ_TO_TOKEN, REQ_IDS[2:3], LENS[2:3]).where_drawn()
     assert pages.tolist() == TABLE[REQ_IDS[2], : COMPLETE[2]].tolist()
 
 
 def test_nothing_is_drawn_from_steps_without_complete_pages() -> None:
-    sampler = PageSampler(4)
+    sampler = PageSampler(4, random.Random(0))
     assert len(sampler.draw(REQ_TO_TOKEN, REQ_IDS[:0], LENS[:0]).where_drawn()) == 0
     assert len(sampler.draw(REQ_TO_TOKEN, REQ_IDS, LENS.clamp(max=PAGE - 1)).where_drawn()) == 0
