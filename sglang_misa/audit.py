@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -151,12 +152,12 @@ class Auditor:
             self.ladders.observe("decode", call.layer, recalls, probed=True)
 
     def due(self, phase: Phase, layer: int) -> bool:
-        """Whether this call of `layer` is one to audit: one in `every`, not the same one in neighbouring layers."""
+        """Whether this call of `layer` is to be audited: one of each `every`, another one in neighbouring layers."""
         if self.settings.rows == 0:
             return False
         count = self._calls[phase, layer]
         self._calls[phase, layer] = count + 1
-        return (count + layer) % self.settings.every == 0
+        return _is_picked(count, layer, self.settings.every)
 
     def rows(self, first: int, last: int) -> range:
         """Evenly spaced rows of [first, last) to audit, the last one always among them."""
@@ -189,7 +190,7 @@ class Auditor:
 
 @dataclass
 class Taps:
-    """What one captured graph leaves to look at after its replays; it takes turns, one at a replay in `every`."""
+    """What one captured graph leaves to look at after its replays; it takes turns, one at a replay of each `every`."""
 
     looks: Sequence[Callable[[], None]]
     every: int
@@ -197,7 +198,17 @@ class Taps:
 
     def replayed(self) -> None:
         """Call after each replay of the graph, on its stream."""
+        count = self._replays
         self._replays += 1
-        turn, rest = divmod(self._replays, self.every)
-        if rest == 0:
-            self.looks[turn % len(self.looks)]()
+        if _is_picked(count, 1, self.every):
+            self.looks[count // self.every % len(self.looks)]()
+
+
+def _is_picked(count: int, offset: int, every: int) -> bool:
+    """Whether call `count` is the one of its `every` calls to look at, in all ranks alike.
+
+    Another one each time: nothing that has a period, as a prompt's chunks have or the tokens of a page, is in step.
+    """
+    turn = count // every
+    jitter = zlib.crc32(turn.to_bytes(8)) if turn else 0
+    return (count + offset + jitter) % every == 0

@@ -1,5 +1,6 @@
 """What an audit measures, and which calls and rows it looks at."""
 
+from collections import Counter
 from unittest import mock
 
 import pytest
@@ -77,11 +78,25 @@ def test_rows_together_keep_what_each_keeps_alone(seed: int, kind: str, parts: b
         assert found[row].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_one_call_in_every_is_audited_and_layers_take_turns() -> None:
-    one = auditor(rows=2, every=4)
-    due = {layer: [call for call in range(8) if one.due("prefill", layer)] for layer in range(4)}
-    assert due == {0: [0, 4], 1: [3, 7], 2: [2, 6], 3: [1, 5]}
+def test_one_call_of_each_every_is_audited_and_layers_take_turns() -> None:
+    one, every = auditor(rows=2, every=4), 4
+    due = [[one.due("prefill", layer) for layer in range(every)] for _ in range(100 * every)]
+    for first in range(0, len(due), every):
+        assert all(sum(layer) == 1 for layer in zip(*due[first : first + every], strict=True)), "once"
+        assert all(sum(call) == 1 for call in due[first : first + every]), "another layer at each call"
+    assert [call[0] for call in due[:every]] == [True, False, False, False], "a server's first call is told of"
     assert not any(auditor().due("prefill", 0) for _ in range(9))
+
+
+@pytest.mark.parametrize("period", [2, 16, 64, 48])
+def test_no_period_of_the_calls_hides_some_of_them(period: int) -> None:
+    """As the chunks of prompts that are all as long, and the tokens of a page."""
+    one, every = auditor(rows=2, every=64), 64
+    for layer in (0, 1, 17):
+        seen = Counter(call % period for call in range(60 * period * every) if one.due("decode", layer))
+        expected = seen.total() / period
+        assert len(seen) == period
+        assert all(abs(count - expected) < 6 * expected**0.5 for count in seen.values())
 
 
 def test_rows_are_spread_and_hold_the_last() -> None:
