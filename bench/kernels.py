@@ -110,12 +110,13 @@ def policies(phase: Phase, presets: Sequence[str], sizes: Sizes) -> list[tuple[s
 
 
 def bench_prefill(case: Case, stages: bool) -> Outcome:
-    """One extend call: the last `rows` rows of prompts of `length` tokens."""
+    """One extend call: the last `rows` rows of prompts of `length` tokens. Ours keeps what decode reads."""
     from sglang_misa.bench import layer as bench
 
     shape = bench.Shape("prefill", case.index_heads, case.rows, case.length, case.inputs, case.requests)
     layer = bench.layer_of(shape)
-    engine = bench.engine_of(case.policy, shape, [layer.index_k_pages])
+    decoding = PRESETS[case.preset].policy("decode")
+    engine = bench.engine_of(case.policy, shape, [layer.index_k_pages], decoding)
     ours, slots = bench.extend(case.policy, layer, engine)
     ours()
     verdict = bench.judge(case.policy, layer, engine, 0, slots)

@@ -16,6 +16,7 @@ from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, spans
 from sglang_misa.config import MisaConfig, Phase, SelectionPolicy
 from sglang_misa.engines import Engine, engine_for
 from sglang_misa.kernels.layout import PAGE
+from sglang_misa.policy import STOCK
 from sglang_misa.runtime import Runtime
 
 TOPK = 2048
@@ -192,9 +193,13 @@ def judge(policy: SelectionPolicy, layer: Layer, engine: Engine, index: int, slo
     return Verdict(None if decided else "heads tie in every sampled row", sum(recalls) / len(recalls))
 
 
-def engine_of(policy: SelectionPolicy, shape: Shape, pages: list[Tensor]) -> Engine:
-    """The engine that a server would have for this policy, over layers with these index-K pages."""
-    config = MisaConfig(prefill=policy) if shape.phase == "prefill" else MisaConfig(decode=policy)
+def engine_of(policy: SelectionPolicy, shape: Shape, pages: list[Tensor], other: SelectionPolicy = STOCK) -> Engine:
+    """The engine that a server would have for this policy, and `other` in the other phase, over layers of such pages.
+
+    What decode reads of a page, prefill computes.
+    """
+    both = (policy, other) if shape.phase == "prefill" else (other, policy)
+    config = MisaConfig(prefill=both[0], decode=both[1])
     context = -(-shape.length // PAGE) * PAGE
     return engine_for(Runtime(config, shape.index_heads, TOPK, context, shape.device, rank=0, ranks=1), pages)
 
