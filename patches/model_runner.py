@@ -18,7 +18,7 @@ from torch import distributed, nn
 from sglang_misa import admission, canary, runtime, versions
 from sglang_misa.admission import AdmissionError
 from sglang_misa.agreement import Agreement
-from sglang_misa.config import ENV, ConfigError, MisaConfig
+from sglang_misa.config import ENV, PHASES, ConfigError, MisaConfig
 from sglang_misa.metrics import recorder
 from sglang_misa.patches import register
 from sglang_misa.policy_file import ModelIdentity
@@ -129,12 +129,17 @@ def _arm(runner: Any) -> None:
         parallel = runner.ps if hasattr(runner, "ps") else get_parallel()  # the runner's own until 0.5.22
         ranks = {"tp_rank": parallel.tp_rank, "pp_rank": parallel.pp_rank, "dp_rank": parallel.dp_rank}
         recorder.export(config, version, **ranks)
-    names = ", ".join(f"{phase} {config.name(phase)}" for phase in ("prefill", "decode"))
-    logger.info("sglang-misa selects the tokens of sparse attention: %s", names)
-    if config.unread:
-        logger.warning("without effect on this selection: %s", ", ".join(config.unread))
+    _tell(config, alone=armed.peers is None)
     if not verified:
         logger.warning("SGLang %s is not verified on this device; verified are %s", version, versions.known())
+
+
+def _tell(config: MisaConfig, *, alone: bool) -> None:
+    """Log what selects, and the settings that have no effect; alone as for `MisaConfig.unread`."""
+    names = ", ".join(f"{phase} {config.name(phase)}" for phase in PHASES)
+    logger.info("sglang-misa selects the tokens of sparse attention: %s", names)
+    if unread := config.unread(alone=alone):
+        logger.warning("without effect on this selection: %s", ", ".join(unread))
 
 
 def _row_len(runner: Any) -> int:

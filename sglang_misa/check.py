@@ -45,11 +45,12 @@ def report(
     if config is None:
         return "sglang-misa is off: stock DSA selects in both phases (no --misa-* flag, no SGLANG_MISA_CONFIG)", []
     found = candidate(config, model, device, words, _capability())
+    unread = config.unread(alone=_is_one_rank(words))
     paragraphs = [
         f"{_source(config)}; SGLang {found.sglang}; device {found.device}",
         table([("phase", "length", "selected by"), *_rows(config, found.model)]),
         _memory(config, found.model),
-        *([f"without effect on this selection: {', '.join(config.unread)}"] if config.unread else []),
+        *([f"without effect on this selection: {', '.join(unread)}"] if unread else []),
         "\n".join(["Not checked here:", *(f"  - {each}" for each in _unknown(found, model, words))]),
     ]
     return "\n\n".join(paragraphs), admission.problems(found)
@@ -125,6 +126,12 @@ def _arguments(words: Sequence[str]) -> SimpleNamespace:
         raise ConfigError([f"--tp-size: expected 1 or more, got {given.tp_size}; correct it"])
     decode = SimpleNamespace(backend=given.cuda_graph_backend_decode)
     return SimpleNamespace(**vars(given), cuda_graph_config=SimpleNamespace(decode=decode))
+
+
+def _is_one_rank(words: Sequence[str]) -> bool:
+    """Whether the flags start one tensor-parallel rank; false where SGLang's --config file may say more."""
+    given, others = _parser().parse_known_args(words)
+    return given.tp_size == 1 and not any(word.partition("=")[0] == "--config" for word in others)
 
 
 def _parser() -> argparse.ArgumentParser:

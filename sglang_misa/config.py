@@ -166,14 +166,18 @@ class MisaConfig(BaseModel):
         """Whether any phase differs from stock DSA."""
         return any(self.gate(phase) is not None for phase in PHASES)
 
-    @property
-    def unread(self) -> tuple[str, ...]:
-        """Settings that have no effect beside the others, as `prefill.router=peak` with all heads."""
+    def unread(self, *, alone: bool) -> tuple[str, ...]:
+        """Settings that have no effect beside the others, as `prefill.router=peak` with all heads.
+
+        alone: whether a rank has no other that selects for the same requests.
+        """
         both = ((phase, self.policy(phase)) for phase in PHASES)
         found = [f"{phase}.{name}={getattr(policy, name)}" for phase, policy in both for name in policy.unread]
         if not self.active:
             looks = {"audit.rows": self.audit.rows, "verify_ranks": self.verify_ranks}
             found += [f"{name}={value}" for name, value in looks.items() if value]
+        elif self.verify_ranks and alone:
+            found.append(f"verify_ranks={self.verify_ranks} (one rank)")
         return tuple(found)
 
     def check(self, *, index_heads: int | None = None, topk: int | None = None) -> None:

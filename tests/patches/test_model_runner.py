@@ -1,10 +1,11 @@
-"""Which indexer ends a decode step, on modules with SGLang's own Indexer class."""
+"""Which indexer ends a decode step, on modules with SGLang's own Indexer class, and what an armed rank logs."""
 
 import pytest
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 from torch import nn
 
-from sglang_misa.patches.model_runner import _mark_last
+from sglang_misa.config import PRESETS
+from sglang_misa.patches.model_runner import _mark_last, _tell
 
 
 class Attention(nn.Module):
@@ -29,3 +30,10 @@ class Attention(nn.Module):
 def test_the_last_indexer_that_runs_ends_the_step(layers, last):
     _mark_last(nn.ModuleList(layers))
     assert [layer.indexer.layer_id for layer in layers if layer.indexer.misa_last] == [last]
+
+
+@pytest.mark.parametrize(("alone", "warned"), [(True, ["verify_ranks=64 (one rank)"]), (False, [])])
+def test_ranks_that_have_nobody_to_compare_with_are_told(caplog, alone, warned):
+    _tell(PRESETS["faithful"].model_copy(update={"verify_ranks": 64}), alone=alone)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [f"without effect on this selection: {each}" for each in warned]

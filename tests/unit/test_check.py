@@ -64,11 +64,15 @@ def test_off_is_off(checked, model):
         ("--misa-preset hisa --misa-prefill-router peak", "prefill.router=peak"),
         ("--misa-preset exact --misa-prefill-block-size 128", "prefill.block_size=128"),
         ("--misa-preset dsa --misa-audit-rows 4 --misa-verify-ranks 9", "audit.rows=4, verify_ranks=9"),
+        ("--misa-preset fast --misa-verify-ranks 9", "verify_ranks=9 (one rank)"),
+        ("--misa-preset fast --misa-verify-ranks 9 --tp 2", None),
+        ("--misa-preset fast --misa-verify-ranks 9 --config {yaml}", None),  # it may name more ranks
         *((f"--misa-preset {name} --misa-audit-rows 4", None) for name in PRESETS if name != "dsa"),
     ],
 )
-def test_settings_without_effect_are_said(checked, model, words, said):
-    status, out = checked(*words.split(), "--model-path", model)
+def test_settings_without_effect_are_said(checked, model, tmp_path, words, said):
+    (tmp_path / "more.yaml").touch()
+    status, out = checked(*words.format(yaml=tmp_path / "more.yaml").split(), "--model-path", model)
     assert status == 0, out
     assert f"without effect on this selection: {said}\n" in out if said else "without effect" not in out
 
