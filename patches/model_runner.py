@@ -136,8 +136,11 @@ def _arm(runner: Any) -> None:
 
 def _tell(config: MisaConfig, *, alone: bool) -> None:
     """Log what selects, and the settings that have no effect; alone as for `MisaConfig.unread`."""
-    names = ", ".join(f"{phase} {config.name(phase)}" for phase in PHASES)
-    logger.info("sglang-misa selects the tokens of sparse attention: %s", names)
+    if config.active:
+        names = ", ".join(f"{phase} {config.name(phase)}" for phase in PHASES)
+        logger.info("sglang-misa selects the tokens of sparse attention: %s", names)
+    else:
+        logger.info("sglang-misa leaves both phases to stock DSA, as the configuration has no other policy")
     if unread := config.unread(alone=alone):
         logger.warning("without effect on this selection: %s", ", ".join(unread))
 

@@ -90,9 +90,13 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--misa-preset",
         choices=[*PRESETS],
-        help=f"start from this preset, which further flags change (default: {DEFAULT_PRESET}, where any flag is given)",
+        help=f"start from this preset, which further flags change (default: {DEFAULT_PRESET}, with flags alone)",
     )
-    group.add_argument("--misa-config", metavar="FILE", help="start from a JSON file shaped like SGLANG_MISA_CONFIG")
+    group.add_argument(
+        "--misa-config",
+        metavar="FILE",
+        help="start from a JSON file shaped like SGLANG_MISA_CONFIG; a phase that it leaves out is stock DSA's",
+    )
     group.add_argument(
         "--misa-policy", metavar="FILE", help="a policy for each layer, as python -m sglang_misa.calibrate writes it"
     )

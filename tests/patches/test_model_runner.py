@@ -1,5 +1,7 @@
 """Which indexer ends a decode step, on modules with SGLang's own Indexer class, and what an armed rank logs."""
 
+import logging
+
 import pytest
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 from torch import nn
@@ -37,3 +39,11 @@ def test_ranks_that_have_nobody_to_compare_with_are_told(caplog, alone, warned):
     _tell(PRESETS["faithful"].model_copy(update={"verify_ranks": 64}), alone=alone)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [f"without effect on this selection: {each}" for each in warned]
+
+
+@pytest.mark.parametrize(("preset", "told"), [("misa", "prefill misa, decode dsa"), ("dsa", "leaves both phases")])
+def test_what_selects_is_told(caplog, preset, told):
+    caplog.set_level(logging.INFO)
+    _tell(PRESETS[preset], alone=True)
+    (said,) = caplog.messages
+    assert told in said

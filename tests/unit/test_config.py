@@ -118,6 +118,13 @@ def test_no_variable_is_off(environ):
     assert from_flags() is None
 
 
+def test_flags_start_from_faithful_and_json_from_stock_dsa():
+    """JSON is the whole configuration, as every process gets it: what it leaves out is not a preset's."""
+    flags, data = from_flags("--misa-audit-rows", "4"), MisaConfig.from_json('{"audit": {"rows": 4}}', "here")
+    assert (config.preset_name(flags), flags.unread(alone=True)) == ("faithful", ())
+    assert (config.preset_name(data), data.unread(alone=True)) == ("dsa", ("audit.rows=4",))
+
+
 def test_a_file_is_a_starting_point_for_flags(tmp_path):
     path = tmp_path / "misa.json"
     path.write_text(PRESETS["misa-hier"].to_json())
