@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_misa import text_files
 from sglang_misa.bench.load.prompts import Ids, Source
 from sglang_misa.bench.load.replies import whole
 from sglang_misa.bench.load.settings import Lengths, LoadError, Workload
@@ -40,10 +41,7 @@ def read(workload: Workload) -> list[tuple[Exchange, ...]]:
     """Conversations of the file or the folder of `workload`. Raises LoadError."""
     path = Path(workload.dataset or "")
     files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path.is_dir() else [path]
-    try:
-        found = [c for file in files for row in _rows(file) if (c := tuple(_exchanges(row))[: workload.turns])]
-    except (OSError, ValueError, OverflowError, TypeError, AttributeError, RecursionError) as error:
-        raise LoadError(f"dataset: expected JSON or JSON Lines in UTF-8, got {path} ({error}); correct it") from None
+    found = [c for file in files for row in _rows(file) if (c := _conversation(*row)[: workload.turns])]
     if not found:
         raise LoadError(
             f"dataset: expected rows with one of {', '.join(PROMPT_NAMES)}, or with conversations or messages, "
@@ -52,18 +50,28 @@ def read(workload: Workload) -> list[tuple[Exchange, ...]]:
     return found
 
 
-def _rows(file: Path) -> Iterator[Any]:
-    text = file.read_text(encoding="utf-8-sig")
-    if file.suffix == ".json":
-        data = json.loads(text)
-        yield from data if isinstance(data, list) else [data]
+def _rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """(where it stands, row) of each row."""
+    if file.suffix != ".json":
+        yield from text_files.json_lines(file, _refused)
         return
-    for number, line in enumerate(text.split("\n"), 1):  # a text may hold what else ends a line for Unicode
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file.name}, line {number}: {error}") from None
+    try:
+        data = json.loads(text_files.read(file, _refused))
+    except (ValueError, RecursionError) as error:
+        raise _refused(f"{file}: expected JSON, got {error}; correct it") from None
+    for number, row in enumerate(data if isinstance(data, list) else [data], 1):
+        yield f"{file}, row {number}", row
+
+
+def _conversation(where: str, row: Any) -> tuple[Exchange, ...]:
+    try:
+        return tuple(_exchanges(row))
+    except (ValueError, OverflowError, TypeError, AttributeError) as error:
+        raise _refused(f"{where}: expected a prompt or a conversation, got {error}; correct it") from None
+
+
+def _refused(problem: str) -> LoadError:
+    return LoadError(f"dataset: {problem}")
 
 
 def _exchanges(row: Any) -> Iterator[Exchange]:

@@ -8,10 +8,12 @@ drawn anew, so a replay has the trace's lengths, times and prefix hits, and nobo
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sglang_misa import text_files
 from sglang_misa.bench.load.prompts import Ids, Source
 from sglang_misa.bench.load.settings import LoadError, Workload, problem_of
 from sglang_misa.bench.load.workload import MEASURED_STREAM, Conversation, Turn
@@ -37,11 +39,7 @@ class Row(BaseModel):
 def read(workload: Workload) -> list[Row]:
     """The trace of `workload` in the order of time, without prompts over its --max-len. Raises LoadError."""
     path = Path(workload.trace or "")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(f"trace: expected a readable UTF-8 file, got {path} ({error}); correct --trace") from None
-    rows = [_row(line, f"trace: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_row(*line) for line in text_files.json_lines(path, _refused)]
     limit = workload.max_len
     kept = [r for r in rows if limit is None or r.input_length + r.output_length <= limit]
     if not kept:
@@ -50,11 +48,15 @@ def read(workload: Workload) -> list[Row]:
     return sorted(kept, key=lambda r: r.timestamp)
 
 
-def _row(line: str, where: str) -> Row:
+def _row(where: str, line: dict[str, Any]) -> Row:
     try:
-        return Row.model_validate_json(line)
+        return Row.model_validate(line)
     except ValidationError as error:
-        raise LoadError(f"{where}: {problem_of(error)}") from None
+        raise _refused(f"{where}: {problem_of(error)}") from None
+
+
+def _refused(problem: str) -> LoadError:
+    return LoadError(f"trace: {problem}")
 
 
 def dues(workload: Workload) -> list[float]:

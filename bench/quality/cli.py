@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from sglang_misa import text_files
 from sglang_misa.bench.load import shell
 from sglang_misa.bench.load.environment import Environment
 from sglang_misa.bench.load.plan import Arm, Plan
@@ -134,7 +135,7 @@ class Needles(Common):
                 f"{len(self.lengths)}, {self.depths}, {self.repeats} and {self.others}; correct them"
             )
         if self.text not in MADE:
-            questions.read(Path(self.text))
+            text_files.read(Path(self.text), LoadError)
         if self.json is not None and not self.json.parent.is_dir():
             raise LoadError(f"json: expected a file in a folder that exists, got {self.json}; change --json")
         _listed(self.json)
@@ -207,7 +208,7 @@ class Agree(Common):
 
     def check(self) -> None:
         _several(self.servers)
-        questions.read(self.prompts)
+        text_files.read(self.prompts, LoadError)
 
     def measure(self, collector: Collector, arms: Sequence[Arm], commit: str) -> list[Section]:
         asked = collector.run(lambda tok: questions.prompts(self.prompts, tok, self.new_tokens, self.least))
@@ -233,7 +234,7 @@ class Recall(Common):
         _several(self.servers)
         if self.prompts is None:
             raise LoadError("prompts: expected prompts to select on, got none; add --prompts FILE, or --audit")
-        questions.read(self.prompts)
+        text_files.read(self.prompts, LoadError)
         if self.protocol.api != "generate":
             raise LoadError(
                 f"api: expected --api generate, which returns selections, got {self.protocol.api}; leave it out"

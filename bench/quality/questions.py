@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sglang_misa import text_files
 from sglang_misa.bench.load.prompts import Source
 from sglang_misa.bench.load.settings import LoadError
 from sglang_misa.bench.quality.words import NAMES, VALUES
@@ -115,9 +115,8 @@ def prompts(path: Path, tokenize: Tokenize, new_tokens: int, least: int) -> list
 
     least: tokens under which a prompt is too short, as stock DSA would run in both arms.
     """
-    texts = [_text_of(row, path) for row in rows(path)] if path.suffix == ".jsonl" else [read(path)]
     found = []
-    for number, text in enumerate(texts, 1):
+    for number, text in enumerate(text_files.prompts(path, LoadError), 1):
         ids = tuple(tokenize(text)) if text.strip() else ()
         if len(ids) < least:
             raise LoadError(
@@ -137,14 +136,14 @@ def tasks(folder: Path, tokenize: Tokenize, new_tokens: int) -> list[Question]:
     """
     found = []
     for file in task_files(folder):
-        for number, row in enumerate(rows(file), 1):
+        for number, (where, row) in enumerate(text_files.json_lines(file, LoadError), 1):
             measure, answers = ("found", row["outputs"]) if "outputs" in row else ("f1", row.get("answers"))
             if not isinstance(answers, list) or not answers:
-                raise LoadError(f"{file}:{number}: expected outputs or answers, got {sorted(row)}; see --help")
+                raise LoadError(f"{where}: expected outputs or answers, got {sorted(row)}; see --help")
             text = "\n\n".join(str(row[part]) for part in ("context", "input", "prompt") if row.get(part))
             ids = tuple(tokenize(text))
             if not ids:
-                raise LoadError(f"{file}:{number}: expected a prompt in input or prompt, got none; add it")
+                raise LoadError(f"{where}: expected a prompt in input or prompt, got none; add it")
             told = tuple(str(answer) for answer in answers)
             found.append(Question(f"{file.stem} · {number}", ids, new_tokens, told, measure, length=len(ids)))
     if not found:
@@ -157,32 +156,3 @@ def task_files(folder: Path) -> list[Path]:
     if not (files := sorted(folder.glob("*.jsonl"))):
         raise LoadError(f"folder: expected a folder with *.jsonl files, got {folder} without; correct --folder")
     return files
-
-
-def rows(path: Path) -> Iterator[dict[str, object]]:
-    """Objects of a JSON Lines file. Raises LoadError."""
-    for number, line in enumerate(read(path).split("\n"), 1):  # a text may hold what else ends a line for Unicode
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise LoadError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}; mend the line")
-        yield row
-
-
-def _text_of(row: dict[str, object], path: Path) -> str:
-    text = row.get("prompt", row.get("text"))
-    if not isinstance(text, str):
-        raise LoadError(f"{path}: expected prompt or text in each line, got {sorted(row)}; rename the field")
-    return text
-
-
-def read(path: Path) -> str:
-    """The text of a file that a user named. Raises LoadError."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(f"{path}: expected a readable UTF-8 file, got {error}; name another") from None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from sglang_misa import http_request
+from sglang_misa import http_request, text_files
 from sglang_misa.config import ConfigError
 
 CHARACTERS = 3  # of a token of source text, roughly and rather too few: a prompt must fit the server's context
@@ -34,24 +34,15 @@ def built_in(count: int, tokens: int) -> Iterator[str]:
 
 def read(paths: Sequence[Path]) -> list[str]:
     """A prompt a file, or a line of a .jsonl file with "prompt" or "text". Raises ConfigError."""
-    prompts: list[str] = []
-    for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-            if path.suffix != ".jsonl":
-                prompts.append(text)
-                continue
-            for line in filter(str.strip, text.split("\n")):  # a text may hold what else ends a line for Unicode
-                record = json.loads(line)
-                prompts.append(record["prompt"] if "prompt" in record else record["text"])
-        except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConfigError(
-                [f'--prompts: expected text, or JSON lines with "prompt" or "text", got {path} ({error!r}); correct it']
-            ) from None
-    empty = [number for number, prompt in enumerate(prompts) if not isinstance(prompt, str) or not prompt.strip()]
+    prompts = [prompt for path in paths for prompt in text_files.prompts(path, _refused)]
+    empty = [number for number, prompt in enumerate(prompts) if not prompt.strip()]
     if empty or not prompts:
         raise ConfigError([f"--prompts: expected texts, got nothing in {empty or 'any file'}; leave them out"])
     return prompts
+
+
+def _refused(problem: str) -> ConfigError:
+    return ConfigError([f"--prompts: {problem}"])
 
 
 @dataclass(frozen=True)

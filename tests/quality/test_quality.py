@@ -188,7 +188,7 @@ def test_a_line_ends_where_json_lines_end(tmp_path):
     found = questions.prompts(tmp_path / "p.jsonl", lambda text: list(text.encode()), 1, 1)
     assert [bytes(each.ids).decode() for each in found] == ["a\u2028b\x85c", "d"]
     (tmp_path / "p.jsonl").write_text("[" * 100_000)
-    with pytest.raises(LoadError, match=r"p\.jsonl:1: expected a JSON object"):
+    with pytest.raises(LoadError, match=r"p\.jsonl:1: expected one JSON object"):
         questions.prompts(tmp_path / "p.jsonl", lambda text: [1], 1, 1)
 
 

@@ -198,6 +198,11 @@ def test_prompts_are_texts_of_different_order_or_the_users(tmp_path: Path) -> No
     (tmp_path / "c.jsonl").write_text('{"question": 1}')
     (tmp_path / "f.jsonl").write_text("[" * 100_000)
     (tmp_path / "d.txt").write_text(" ")
-    for name in ("c.jsonl", "d.txt", "f.jsonl", "none.txt"):
-        with pytest.raises(ConfigError, match="--prompts: expected text"):
+    for name, told in (
+        ("c.jsonl", r"\S+:1: expected a text"),
+        ("d.txt", "expected texts, got nothing"),
+        ("f.jsonl", r"\S+:1: expected one JSON object"),
+        ("none.txt", r"\S+: expected a readable UTF-8 file"),
+    ):
+        with pytest.raises(ConfigError, match=f"--prompts: {told}"):
             prompts.read([tmp_path / name])
