@@ -6,9 +6,11 @@ import contextlib
 import ipaddress
 import math
 import re
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -21,7 +23,8 @@ from sglang_misa.bench.load.settings import Access, LoadError
 
 MAX_REASON = 200  # characters of what went wrong
 MAX_BODY = 64 * 1024 * 1024  # bytes of a control answer that are read at most
-CONNECT_S, READ_S = 5.0, 300.0
+CONNECT_S, CALL_S = 5.0, 300.0  # seconds to connect, and of a whole call
+HEALTH_S = 30.0  # seconds in which a server says whether it is ready
 TOKENIZE_PIECE = 64 * 1024  # characters of one /tokenize call
 FLUSH_WAIT_S = 30.0
 METRICS_S = 30.0  # seconds that a reading of all metrics may take
@@ -39,6 +42,8 @@ COUNTED = {"running", "queued", "server_tokens_s"}  # added over ranks; the othe
 GAUGE = re.compile(rf"^({'|'.join(GAUGES)})(?:\{{[^}}]*\}})? ({NUMBER})(?: -?\d+)?$".encode(), re.M)
 NOT_THERE = (404, 405, 410, 501)  # HTTP statuses of an endpoint that the server does not have
 METRIC_PREFIXES = ("sglang:", "sglang_misa:", "vllm:")
+
+Result = TypeVar("Result")
 
 
 class Control:
@@ -65,14 +70,20 @@ class Control:
             return host == "localhost"
 
     def call(
-        self, method: str, path: str, *, body: Any = None, admin: bool = False, read_s: float = READ_S
+        self, method: str, path: str, *, body: Any = None, admin: bool = False, limit_s: float = CALL_S
     ) -> tuple[int, bytes]:
-        """Status and body of one call. Raises requests.RequestException, or LoadError for a body over the bound."""
+        """Status and body of one call, within `limit_s` seconds from connecting to the last byte.
+
+        Raises requests.RequestException, or LoadError for a body over the bound.
+        """
+        return _within(limit_s, lambda: self._call(method, path, body, self._keys.headers(admin=admin), limit_s))
+
+    def _call(self, method: str, path: str, body: Any, headers: Mapping[str, str], read_s: float) -> tuple[int, bytes]:
         with self._session.request(
             method,
             self.url + path,
             json=body,
-            headers=self._keys.headers(admin=admin),
+            headers=headers,
             timeout=(CONNECT_S, read_s),
             stream=True,
             allow_redirects=False,
@@ -99,7 +110,7 @@ class Control:
         """
         for path in ("/health", "/v1/models"):
             try:
-                status, _ = self.call("GET", path, read_s=30.0)
+                status, _ = self.call("GET", path, limit_s=HEALTH_S)
             except requests.exceptions.SSLError as error:
                 if "CERTIFICATE_VERIFY_FAILED" in str(error):
                     wanted, way_out = "a trusted TLS certificate", "see --ca-file"
@@ -222,18 +233,38 @@ class Control:
             seen.setdefault(GAUGES[match[1].decode()], []).append(float(match[2]))
         return {name: sum(v) / (1 if name in COUNTED else len(v)) for name, v in seen.items()}
 
-    def _metrics(self, read_s: float) -> bytes:
+    def _metrics(self, limit_s: float) -> bytes:
         """The page of a server that has one; empty where it does not answer. A server without it is not asked again."""
         if not self.has_metrics:
             return b""
         try:
-            status, content = self.call("GET", "/metrics", read_s=read_s)
+            status, content = self.call("GET", "/metrics", limit_s=limit_s)
             if status == 307:  # SGLang mounts the endpoint under a trailing slash
-                status, content = self.call("GET", "/metrics/", read_s=read_s)
+                status, content = self.call("GET", "/metrics/", limit_s=limit_s)
         except (requests.RequestException, LoadError):
             return b""
         self.has_metrics = status not in NOT_THERE
         return content if status == 200 else b""
+
+
+def _within(limit_s: float, work: Callable[[], Result]) -> Result:
+    """What `work` returns. Raises what it raises, and requests.Timeout after `limit_s` seconds.
+
+    A timeout of requests bounds a single read, and a server may send a byte now and then for ever. A thread of its own
+    waits for it, and is left behind where the time is up: it ends with the answer, or with this program.
+    """
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if done not in wait([done], limit_s).done:
+        raise requests.Timeout(f"no whole answer within {limit_s:g} s")
+    return done.result()
 
 
 def _reason(error: BaseException) -> str:

@@ -35,7 +35,7 @@ class Answer(BaseModel):
 def ask(control: Control, protocol: Protocol, question: Question, bound_s: float, **extra: Any) -> dict[str, Any]:
     """The server's JSON answer to `question`, greedy. Raises LoadError, and requests.RequestException without one."""
     body = _body(control, protocol, question) | extra
-    status, content = control.call("POST", PATHS[protocol.api], body=body, read_s=bound_s)
+    status, content = control.call("POST", PATHS[protocol.api], body=body, limit_s=bound_s)
     if status != 200:
         said = content[:300].decode("utf-8", "replace")
         raise LoadError(f"{control.url}: expected an answer to {question.name}, got HTTP {status}: {said}; mend it")
