@@ -112,7 +112,7 @@ class Auditor:
         if capture is None:
             if self.due("decode", call.layer):
                 self.audit_decode(call)
-        elif self._taps(call):
+        elif self._taps(capture):
             capture.taps.append(partial(self.audit_decode, self._copied(call, "index_q", "head_gates", "ids")))
 
     def audit_decode(self, call: DecodeCall) -> None:
@@ -127,7 +127,7 @@ class Auditor:
         if capture is None:
             if self.ladders.probe("decode", call.layer) is not None and self.due("decode", call.layer):
                 self.probe_decode(call.first(self.settings.rows))
-        elif self._taps(call):
+        elif self._taps(capture):
             first = call.first(self.settings.rows)
             capture.taps.append(partial(self.probe_decode, self._copied(first, "index_q", "head_gates")))
 
@@ -138,8 +138,12 @@ class Auditor:
         """
         return replace(call, **{name: getattr(call, name)[: self.settings.rows].clone() for name in names})
 
-    def _taps(self, call: DecodeCall) -> bool:
-        return torch.cuda.is_current_stream_capturing() and call.layer % self.settings.decode_layers == 0
+    def _taps(self, capture: decode_gate.Capture) -> bool:
+        """Whether the layer of a capture that calls now gets a tap: one in so many of those that select."""
+        if not torch.cuda.is_current_stream_capturing():
+            return False  # a warm-up
+        capture.layers += 1
+        return (capture.layers - 1) % self.settings.decode_layers == 0
 
     def probe_decode(self, call: DecodeCall) -> None:
         """Tell the ladder what the layer's policy would keep for the rows of `call`, whose output is written."""

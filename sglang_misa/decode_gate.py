@@ -61,6 +61,7 @@ class Capture:
 
     stock: bool
     asked: bool = False
+    layers: int = 0  # of the step that select by policy, so far
     taps: list[Any] = field(default_factory=list)  # what the auditors of the captured layers leave
 
 

@@ -382,3 +382,16 @@ def test_a_tap_audits_in_turn_what_a_captured_step_selected(
         if replay % 3 == 0:  # once in each three replays
             assert recorder.status()["recall"]["decode"]["0"] == pytest.approx(taken | {"rows": 2 + 2 * (replay // 3)})
         taps.replayed()
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_taps_are_spread_over_the_layers_that_select(stock: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that share another's selection never call: with one in four selecting, no number but 0 has a factor 8."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    batch = Batch(7, [500], width=9)
+    one = selector(batch, decode=DECODE, audit=Audit(rows=1, decode_layers=8, floor=0.5)).auditor
+    call = batch.decode(batch.queries(1))
+    with decode_gate.capturing(stock) as capture:
+        for layer in (0, *range(1, 78, 4)):
+            (one.look_past_decode if stock else one.look_at_decode)(replace(call, layer=layer))
+    assert [tap.args[0].layer for tap in capture.taps] == [0, 29, 61]
