@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +72,7 @@ class Auditor:
     topk: int
     engine: Engine
     ladders: Ladders
+    numbers: random.Random = field(default_factory=lambda: random.Random(0))  # that draw rows, in all ranks alike
     _calls: Counter[tuple[Phase, int]] = field(default_factory=Counter)
 
     def look_at_extend(self, call: ExtendCall, run: Run) -> None:
@@ -164,10 +166,14 @@ class Auditor:
         return _is_picked(count, layer, self.settings.every)
 
     def rows(self, first: int, last: int) -> range:
-        """Evenly spaced rows of [first, last) to audit, the last one always among them."""
+        """Evenly spaced rows of [first, last) to audit, from a place that is drawn.
+
+        Chunks begin with a page, and as many rows are a power of two: the last of each part would always end a block.
+        """
         count = min(self.settings.rows, last - first)
         apart = (last - first) // count
-        return range(last - 1 - (count - 1) * apart, last, apart)
+        start = first + self.numbers.randrange(last - first - (count - 1) * apart)
+        return range(start, start + (count - 1) * apart + 1, apart)
 
     def decode_rows(self, call: DecodeCall) -> list[Result]:
         """Results of the first rows that had more than k tokens to choose from."""

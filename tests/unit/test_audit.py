@@ -99,8 +99,20 @@ def test_no_period_of_the_calls_hides_some_of_them(period: int) -> None:
         assert all(abs(count - expected) < 6 * expected**0.5 for count in seen.values())
 
 
-def test_rows_are_spread_and_hold_the_last() -> None:
-    one = auditor(rows=4)
-    assert list(one.rows(100, 200)) == [124, 149, 174, 199]
-    assert list(one.rows(7, 9)) == [7, 8]
-    assert list(one.rows(0, 10)) == [3, 5, 7, 9]
+@given(st.integers(1, 9), st.integers(0, 300), st.integers(1, 300))
+def test_rows_are_spread_over_those_of_a_call(wanted: int, first: int, count: int) -> None:
+    rows = auditor(rows=wanted).rows(first, first + count)
+    assert len(rows) == min(wanted, count)
+    assert first <= rows[0] <= rows[-1] < first + count
+    assert rows.step == count // len(rows)
+
+
+@pytest.mark.parametrize("wanted", [1, 4])
+def test_rows_of_a_chunk_lie_anywhere_in_a_page(wanted: int) -> None:
+    """And at an end of the chunk as often as elsewhere."""
+    one = auditor(rows=wanted)
+    rows = [row for _ in range(4000) for row in one.rows(8192, 16384)]
+    for seen in (Counter(row % PAGE for row in rows), Counter((row - 8192) // 128 for row in rows)):
+        expected = len(rows) / 64
+        assert len(seen) == 64
+        assert all(abs(count - expected) < 6 * expected**0.5 for count in seen.values())
