@@ -8,8 +8,10 @@ what users sent, so folder and files are for their owner alone.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
+import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -114,7 +116,7 @@ class FolderDump:
     def _admitted(self, call: ExtendCall) -> Iterator[tuple[int, int]]:
         """(request, number) of the prompts that fit under the limit with all their layers."""
         for span in filter(self._ends, call.spans):
-            rows = len(self._rows(span))
+            rows = len(self._rows(span, self._next))
             heads = self.model.index_heads
             size = span.length * (HEAD_DIM + 4) + rows * (heads * (HEAD_DIM + 4) + 4) + HEADER
             if self._written + size * len(self.layers) > self.settings.gib * GIB:
@@ -129,14 +131,19 @@ class FolderDump:
             yield span.request, self._next
             self._next += 1
 
-    def _rows(self, span: Span) -> list[int]:
-        """Rows of the call, evenly, that see more than the top k; the last one among them."""
-        first = span.gate(self.model.index_topk)
+    def _rows(self, span: Span, number: int) -> list[int]:
+        """Rows of the call that see more than the top k: one drawn of each of equal parts, the last row of the last.
+
+        Evenly spaced, those of a chunk that ends with a page would all end one.
+        """
+        first, numbers = span.gate(self.model.index_topk), random.Random(number)
         count = min(self.settings.rows, span.last_row - first)
-        return [span.last_row - 1 - (span.last_row - first) * i // count for i in reversed(range(count))]
+        ends = [first + (span.last_row - first) * part // count for part in range(count)]
+        drawn = [numbers.randrange(*part) for part in itertools.pairwise(ends)]
+        return [*drawn, span.last_row - 1]
 
     def _write(self, number: int, call: ExtendCall, span: Span) -> None:
-        rows = torch.tensor(self._rows(span), device=call.index_q.device)
+        rows = torch.tensor(self._rows(span, number), device=call.index_q.device)
         keys = slice(span.first_key, span.first_key + span.length)
         tensors = {
             "index_q": call.index_q.view(torch.uint8)[rows].view(torch.float8_e4m3fn),  # fp8 has no index kernel

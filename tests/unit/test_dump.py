@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from batches import TOPK, Batch
 
 from sglang_misa.admission import AdmissionError
+from sglang_misa.call import Span
 from sglang_misa.config import Dump
 from sglang_misa.dump import FolderDump
+from sglang_misa.kernels.layout import PAGE
 from sglang_misa.metrics import recorder
 from sglang_misa.policy_file import ModelIdentity
 
@@ -98,3 +101,27 @@ def test_a_disk_that_fails_ends_the_dump_and_not_the_server(dump, call, tmp_path
     assert {file.name[:12] for file in (tmp_path / "d").iterdir()} == {".rank-0.lock", "prompt-00000", "prompt-00001"}
     assert counts == {"prompts": 2, "left_out": 2}
     assert "No space left on device" in caplog.text
+
+
+@pytest.mark.parametrize("length", [8192, 131072])
+def test_the_rows_of_prompts_of_whole_pages_lie_anywhere_in_a_page(dump, length):
+    """One in each part of the last chunk, the prompt's last row among them, and others for another prompt."""
+    span = Span(0, 10, 4096, 0, length, left=0)
+    positions = [[span.seen_by(row) - 1 for row in dump._rows(span, number)] for number in range(200)]
+    for each in positions:
+        parts = [range(4096 * part // 5, 4096 * (part + 1) // 5) for part in range(5)]
+        assert all(at + 4096 - length in part for at, part in zip(each, parts, strict=True))
+        assert each[-1] == length - 1
+    places = Counter(at % PAGE for each in positions for at in each[:-1])
+    assert len(places) == PAGE
+    assert max(places.values()) < 3 * places.total() / PAGE
+
+
+@pytest.mark.parametrize("choosing", [1, 4, 5, 6, 9])
+def test_rows_of_a_prompt_differ(dump, choosing):
+    """Also where few more see enough than are asked for."""
+    span = Span(0, 0, 200, 0, TOPK + choosing, left=0)
+    for number in range(50):
+        rows = dump._rows(span, number)
+        assert len(set(rows)) == len(rows) == min(5, choosing)
+        assert all(span.seen_by(row) > TOPK for row in rows)
