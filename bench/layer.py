@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -176,11 +178,20 @@ class Verdict:
     recall: float
 
 
+def checked_rows(count: int, seed: str) -> list[int]:
+    """The first of `count` rows, the last, and one drawn of each of equal parts, others by another seed.
+
+    Evenly spaced rows keep to some places of a kernel's row blocks, whatever is checked.
+    """
+    parts, numbers = min(CHECKED_ROWS - 2, count), random.Random(seed)
+    ends = [count * part // parts for part in range(parts + 1)]
+    return sorted({0, count - 1, *(numbers.randrange(*part) for part in itertools.pairwise(ends))})
+
+
 def judge(policy: SelectionPolicy, layer: Layer, engine: Engine, index: int, slots: Tensor) -> Verdict:
     """Compare sampled rows of `slots` [T, k] with the policy's selection from `layer`, the engine's `index`-th."""
-    rows = torch.linspace(0, len(slots) - 1, min(CHECKED_ROWS, len(slots))).long().unique().tolist()
     decided, recalls = 0, []
-    for t in rows:
+    for t in checked_rows(len(slots), f"{layer.shape} {index}"):
         row, chosen = layer.row(t, engine, index, policy.sketch), layer.positions(t, slots[t])
         recalls.append(check.recall(row, chosen, TOPK))
         try:

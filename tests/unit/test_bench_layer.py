@@ -1,5 +1,7 @@
 """The bench's layer through the engine that serves where there is no GPU: what it measures is what it checks."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -77,3 +79,17 @@ def test_a_decode_step_over_sketches_selects_what_its_check_expects(bits: int, h
     assert verdict.recall > 0.9
     call.ids[0] = call.ids[1]
     assert "row 0" in bench.judge(policy, layer, engine, 0, call.ids).flaw
+
+
+@pytest.mark.parametrize("count", [1, 2, 22, 23, 24, 64, 4096, 8192])
+def test_rows_that_are_checked_lie_anywhere_in_a_row_block(count: int) -> None:
+    """Over some cases; at both ends and spread over the call in each."""
+    block = min(16, count)
+    cases = [bench.checked_rows(count, str(case)) for case in range(60)]
+    for rows in cases:
+        assert min(count, 22) <= len(rows) <= bench.CHECKED_ROWS
+        assert rows == sorted(set(rows))
+        assert (rows[0], rows[-1]) == (0, count - 1)
+        assert all(after - before < 2 * -(-count // 22) for before, after in itertools.pairwise(rows))
+    assert {row % block for rows in cases for row in rows[1:-1] or rows} == set(range(block))
+    assert cases[0] == bench.checked_rows(count, "0"), "the same for the same case"
