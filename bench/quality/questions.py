@@ -27,6 +27,8 @@ class Template:
     question: str
 
 
+SPREAD = 512  # tokens: the largest block of a preset
+
 TEMPLATES = {
     "pass": Template(
         " The pass word of {name} is {value}.", " What is the pass word of {name}? The pass word of {name} is"
@@ -82,7 +84,8 @@ def needles(
 ) -> Iterator[Question]:
     """`repeats` questions at each length and depth, every one over other text, among `others` facts that are not asked.
 
-    Raises LoadError where facts and question do not fit.
+    The fact that is asked for lies within SPREAD tokens of its depth, as eighths of a power of two would all be the
+    edge of a block. Raises LoadError where facts and question do not fit.
     """
     for length in lengths:
         for at, depth in enumerate(depths):
@@ -100,7 +103,9 @@ def needles(
                         "ask for longer prompts or fewer --others"
                     )
                 text = source.draw(rng, room)
-                places = [round(depth * room), *(int(place) for place in rng.integers(0, room + 1, others))]
+                elsewhere = rng.integers(0, room + 1, others).tolist()
+                spread = min(SPREAD, room)
+                places = [round(depth * (room - spread)) + int(rng.integers(spread + 1)), *elsewhere]
                 pieces, last = [], 0
                 for place, fact in sorted(zip(places, facts, strict=True), key=lambda pair: pair[0]):
                     pieces += [text[last:place], fact]

@@ -2,9 +2,11 @@
 
 import json
 import math
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 from quality.scripted import LAYERS, TOPK, Script, serving
 
@@ -213,3 +215,25 @@ def test_a_server_that_returns_no_selections_is_refused(pair, prompts, tmp_path,
     words = ["recall", a, b, "--prompts", str(prompts), "--least", "50", "--index-topk", str(TOPK)]
     assert main([*words, "--out", str(tmp_path / "run")]) == 2
     assert "--enable-return-indexer-topk" in " ".join(capsys.readouterr().err.split())
+
+
+def test_needles_lie_anywhere_in_a_block() -> None:
+    """Lengths are powers of two and depths eighths, so that only the edges of blocks would be asked for."""
+
+    known: dict[str, int] = {}
+
+    class Words:
+        def encode(self, text: str) -> np.ndarray:
+            return np.array([known.setdefault(word, 1000 + len(known)) for word in text.split()])
+
+        def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+            return rng.integers(0, 1000, count)
+
+    source, places = Words(), Counter()
+    template = questions.TEMPLATES["pairs"]
+    for asked in questions.needles(source, template, [4096, 32768], np.linspace(0, 1, 9), 10, 8, 1, seed=0):
+        place = asked.ids.index(int(source.encode(f"{asked.answers[0]}.")[0]))
+        assert abs(place - asked.depth * asked.length) <= questions.SPREAD + 64
+        places[place % 512 // 64] += 1
+    assert len(places) == 8
+    assert max(places.values()) < places.total() / 4
