@@ -58,6 +58,21 @@ def windows(draw):
 @SETTINGS
 @given(windows(), st.integers(1, 20), st.integers(2, 9), st.sampled_from([1, 8, 32]), st.booleans())
 def test_workers_visit_every_tile_once(kernels, case, workers, runs, stride, divided):
+    check_visits(kernels, case, workers, runs, stride, divided)
+
+
+@pytest.mark.parametrize(("tiles", "whole"), [(9, True), (16, True), (24, False)])
+def test_no_worker_begins_twice_where_that_is_as_fast(kernels, tiles, whole):
+    """Eight workers for three row blocks: shares of one block are longer by 1, 2 and 3 tiles; 2 take as long."""
+    rows, keys = 3 * kernels.block_rows(), tiles * plans.TILE
+    case = ints(np.zeros(rows)), ints(np.arange(keys - rows + 1, keys + 1)), keys
+    visits, counts = check_visits(kernels, case, 8, 2, 1, False)
+    begun = [len(set(visits[worker, :count, 0].tolist())) for worker, count in enumerate(counts)]
+    assert max(begun) == (1 if whole else 2)
+
+
+def check_visits(kernels, case, workers, runs, stride, divided):
+    """Each row block's tiles are visited once; returns (block, tile) by worker [workers, most, 2], and how many."""
     starts, ends, keys = case
     stride = 1 if divided else stride
     block_rows = kernels.block_rows()
@@ -103,6 +118,7 @@ def test_workers_visit_every_tile_once(kernels, case, workers, runs, stride, div
             expected = hits * sum(1 / of_block[block] for block, _ in visits[worker, : counts[worker]])
             wanted = expected + sigmas * math.sqrt(expected + expected**2 / rank) + spare
             assert wanted - 1 <= held[worker + 1] - held[worker] <= wanted + plans.SECTOR
+    return visits, counts
 
 
 @SETTINGS
