@@ -119,14 +119,14 @@ def test_a_policy_is_calibrated_on_what_the_server_dumps(server, folder, tmp_pat
 
 
 def test_the_audit_tells_what_the_study_finds(tmp_path):
-    """The same rows of the same prompts, by the server while it selects and by `bench.selection` from its dumps."""
-    rows, dump = 64, tmp_path / "dump"
+    """All rows of the same prompts, by the server while it selects and by `bench.selection` from its dumps."""
+    rows, dump = 1000, tmp_path / "dump"
     flags = f"--misa-preset fast --misa-prefill-min-len {TOPK} --misa-prefill-block-size {PAGE} --misa-prefill-tail 0 "
     flags += f"--misa-audit-rows {rows} --misa-audit-every 1 --misa-dump {dump} --misa-dump-rows {rows}"
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     with started(flags, tmp_path / "log") as server:
         for seed in range(2):
-            server.generate(tokenizer.encode(prose(seed, 40_000)).ids[: TOPK + 40 * rows], new=1)
+            server.generate(tokenizer.encode(prose(seed, 40_000)).ids[: TOPK + rows], new=1)
         audited = server.misa()["recall"]["prefill"]
     policy = "prefill", PRESETS["fast"].prefill.model_copy(update={"block_size": PAGE, "min_len": 0, "tail": 0})
     for layer in range(LAYERS):
@@ -135,7 +135,7 @@ def test_the_audit_tells_what_the_study_finds(tmp_path):
         recall = float(torch.cat(studied).mean())
         assert audited[str(layer)]["rows"] == 2 * rows == sum(map(len, studied))
         assert audited[str(layer)]["recall"] == pytest.approx(recall, abs=1e-3)
-        assert recall < 0.95, "there was nothing to lose"
+        assert recall < 0.97, "there was nothing to lose"
 
 
 def test_the_checkpoint_says_how_it_was_made():
