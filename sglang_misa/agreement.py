@@ -8,6 +8,7 @@ CUDA graphs too, and once in some steps all of them exchange the sums.
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from sglang_misa.metrics import recorder
 from sglang_misa.page_sample import PageSampler
 from sglang_misa.runtime import Runtime
 
-ROWS = 256  # of a call, evenly spread, that are digested
+ROWS = 256  # of a call, evenly spread from a place that changes, that are digested
 PAGES = 1024  # complete pages of the step's requests whose statistics are
 _GOLDEN, _MIX = -7046029254386353131, -4658895280553007687  # splitmix64's odd constants, as int64
 
@@ -41,7 +42,8 @@ class Agreement:
     def selected(self, layer: int, ids: Tensor) -> None:
         """Add what one call of `layer` selected: ids integer [T, k], in any order, -1 for none. Capturable."""
         stride = max(1, -(-len(ids) // ROWS))
-        self._selected[layer] += digest(ids[::stride].long())
+        start = zlib.crc32(f"{self._steps} {layer}".encode()) % stride  # in all ranks alike
+        self._selected[layer] += digest(ids[start::stride].long())
 
     def forget(self) -> None:
         """Begin anew: what was selected so far was made up, to capture graphs."""

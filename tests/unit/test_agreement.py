@@ -10,7 +10,7 @@ import torch
 from pools import reference_engine
 from torch import Tensor, distributed
 
-from sglang_misa.agreement import Agreement, RanksDisagree, digest
+from sglang_misa.agreement import ROWS, Agreement, RanksDisagree, digest
 from sglang_misa.kernels.layout import PAGE, PAGE_BYTES
 from sglang_misa.metrics import recorder
 
@@ -45,6 +45,21 @@ def changed(row: int, column: int, value: int) -> Tensor:
 )
 def test_other_sets_have_another_digest(other: Tensor) -> None:
     assert digest(other) != digest(SETS)
+
+
+@pytest.mark.parametrize("row", range(8))
+def test_no_row_of_a_large_call_is_passed_over_for_good(row: int) -> None:
+    engine = reference_engine([torch.zeros(PAGES, PAGE_BYTES, dtype=torch.uint8) for _ in range(LAYERS)])
+    mine, theirs = Agreement(engine, 1000, None), Agreement(engine, 1000, None)
+    ids = torch.arange(8 * ROWS * K).view(8 * ROWS, K)
+    other = ids.clone()
+    other[800 + row, 3] = 0
+    for _ in range(100):  # steps without a meeting
+        mine.selected(1, ids)
+        theirs.selected(1, other)
+        mine.step(ids, ids[:0, 0], ids[:0, 0], 0)
+        theirs.step(ids, ids[:0, 0], ids[:0, 0], 0)
+    assert [bool(differ) for differ in mine._selected != theirs._selected] == [False, True, False]
 
 
 def one_rank(rank: int, store: str, results: Any) -> None:
