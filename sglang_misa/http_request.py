@@ -6,10 +6,15 @@ A key goes to the address that the user named and nowhere else: no redirect is f
 from __future__ import annotations
 
 import json
+import threading
 import urllib.request
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
 
 MAX_ANSWER = 64 * 1024 * 1024  # bytes that are read at most
+
+Result = TypeVar("Result")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -22,12 +27,36 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
 
 
-def ask(url: str, key: str | None, timeout: float, body: Any = None) -> bytes:
-    """The answer to a GET, or to a POST of `body` as JSON; timeout in seconds.
+def within(limit_s: float, work: Callable[[], Result]) -> Result:
+    """What `work` returns. Raises what it raises, and TimeoutError after `limit_s` seconds.
 
-    Raises urllib.error.HTTPError for any status but 2xx, OSError where nobody answers, and ValueError for what is no
-    http(s) address or answers without an end.
+    A timeout of an HTTP library bounds a single read, and a server may send a byte now and then for ever. A thread of
+    its own waits for it, and is left behind where the time is up: it ends with the answer, or with this program.
     """
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if done not in wait([done], limit_s).done:
+        raise TimeoutError(f"no whole answer within {limit_s:g} s")
+    return done.result()
+
+
+def ask(url: str, key: str | None, timeout: float, body: Any = None) -> bytes:
+    """The answer to a GET, or to a POST of `body` as JSON; timeout in seconds, of the whole of it.
+
+    Raises urllib.error.HTTPError for any status but 2xx, OSError where nobody answers in time, and ValueError for what
+    is no http(s) address or answers without an end.
+    """
+    return within(timeout, lambda: _ask(url, key, timeout, body))
+
+
+def _ask(url: str, key: str | None, timeout: float, body: Any) -> bytes:
     if not url.startswith(("http://", "https://")):
         raise ValueError("no address with http:// or https://")
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}

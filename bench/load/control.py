@@ -6,11 +6,9 @@ import contextlib
 import ipaddress
 import math
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -20,6 +18,7 @@ from pydantic_core import from_json
 from sglang_misa.bench.load.fields import NUMBER, FieldError, counts, mappings, text
 from sglang_misa.bench.load.safety import Keys, check_target
 from sglang_misa.bench.load.settings import Access, LoadError
+from sglang_misa.http_request import within
 
 MAX_REASON = 200  # characters of what went wrong
 MAX_BODY = 64 * 1024 * 1024  # bytes of a control answer that are read at most
@@ -42,8 +41,6 @@ COUNTED = {"running", "queued", "server_tokens_s"}  # added over ranks; the othe
 GAUGE = re.compile(rf"^({'|'.join(GAUGES)})(?:\{{[^}}]*\}})? ({NUMBER})(?: -?\d+)?$".encode(), re.M)
 NOT_THERE = (404, 405, 410, 501)  # HTTP statuses of an endpoint that the server does not have
 METRIC_PREFIXES = ("sglang:", "sglang_misa:", "vllm:")
-
-Result = TypeVar("Result")
 
 
 class Control:
@@ -76,7 +73,11 @@ class Control:
 
         Raises requests.RequestException, or LoadError for a body over the bound.
         """
-        return _within(limit_s, lambda: self._call(method, path, body, self._keys.headers(admin=admin), limit_s))
+        headers = self._keys.headers(admin=admin)
+        try:
+            return within(limit_s, lambda: self._call(method, path, body, headers, limit_s))
+        except TimeoutError as error:
+            raise requests.Timeout(str(error)) from None
 
     def _call(self, method: str, path: str, body: Any, headers: Mapping[str, str], read_s: float) -> tuple[int, bytes]:
         with self._session.request(
@@ -245,26 +246,6 @@ class Control:
             return b""
         self.has_metrics = status not in NOT_THERE
         return content if status == 200 else b""
-
-
-def _within(limit_s: float, work: Callable[[], Result]) -> Result:
-    """What `work` returns. Raises what it raises, and requests.Timeout after `limit_s` seconds.
-
-    A timeout of requests bounds a single read, and a server may send a byte now and then for ever. A thread of its own
-    waits for it, and is left behind where the time is up: it ends with the answer, or with this program.
-    """
-    done: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    if done not in wait([done], limit_s).done:
-        raise requests.Timeout(f"no whole answer within {limit_s:g} s")
-    return done.result()
 
 
 def _reason(error: BaseException) -> str:

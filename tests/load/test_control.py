@@ -9,6 +9,7 @@ import time
 
 import pytest
 import requests
+from dripping import dripping
 from load.helpers import PATIENT, results, units
 
 from sglang_misa.bench.load import selection
@@ -133,20 +134,11 @@ def test_a_tokenizer_that_hangs_up_or_speaks_no_http(said, tmp_path, capsys):
 @pytest.mark.parametrize("said", [b"HTTP/1.1 200 OK\r\nX: ", HALF.replace(b"9", b"999")], ids=["headers", "body"])
 def test_a_server_that_sends_byte_by_byte_has_no_more_time(said, monkeypatch):
     """A read never waits for long there, so only a limit of the whole call ends it."""
-    limit, over = 0.5, threading.Event()
-
-    class Peer(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            self.wfile.write(said)
-            while not over.wait(0.05):
-                self.wfile.write(b"x")
-
+    limit = 0.5
     monkeypatch.setattr("sglang_misa.bench.load.control.HEALTH_S", limit)
     monkeypatch.setattr("sglang_misa.bench.load.control.GAUGE_S", limit)
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Peer) as server:
-        server.daemon_threads = True  # they would be waited for where an assertion fails
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        control = Control(f"http://127.0.0.1:{server.server_address[1]}", Access(), Keys())
+    with dripping(said) as url:
+        control = Control(url, Access(), Keys())
         begin = time.monotonic()
         assert not control.healthy()
         assert control.last_error == "no whole answer within 0.5 s"
@@ -154,5 +146,3 @@ def test_a_server_that_sends_byte_by_byte_has_no_more_time(said, monkeypatch):
         with pytest.raises(requests.Timeout):
             control.call("GET", "/server_info", limit_s=limit)
         assert time.monotonic() - begin < 3 * limit + 5.0
-        over.set()
-        server.shutdown()

@@ -5,6 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from dripping import dripping
 
 from sglang_misa import status
 from sglang_misa.config import PRESETS
@@ -148,3 +149,11 @@ def test_no_server_no_key_and_no_address(serve, capsys):
         assert f"expected a server at {url}" in capsys.readouterr().err
     assert status.main(["http://127.0.0.1:1", "--key-file", "/no/such/key"]) == status.UNKNOWN
     assert "--key-file: expected a readable text file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("said", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["headers", "body"])
+def test_an_answer_without_an_end_is_not_waited_for(said, capsys, monkeypatch):
+    monkeypatch.setattr(status, "TIMEOUT", 0.5)
+    with dripping(said) as url:
+        assert status.main([url]) == status.UNKNOWN
+    assert "no whole answer within 0.5 s" in capsys.readouterr().err
