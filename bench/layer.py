@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from sglang_misa.config import MisaConfig, Phase, SelectionPolicy
 from sglang_misa.engines import Engine, engine_for
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.policy import STOCK
+from sglang_misa.row_sample import one_of_each_part
 from sglang_misa.runtime import Runtime
 
 TOPK = 2048
@@ -179,13 +179,8 @@ class Verdict:
 
 
 def checked_rows(count: int, seed: str) -> list[int]:
-    """The first of `count` rows, the last, and one drawn of each of equal parts, others by another seed.
-
-    Evenly spaced rows keep to some places of a kernel's row blocks, whatever is checked.
-    """
-    parts, numbers = min(CHECKED_ROWS - 2, count), random.Random(seed)
-    ends = [count * part // parts for part in range(parts + 1)]
-    return sorted({0, count - 1, *(numbers.randrange(*part) for part in itertools.pairwise(ends))})
+    """The first of `count` rows, the last, and one drawn of each of equal parts, others by another seed."""
+    return sorted({0, count - 1, *one_of_each_part(range(count), min(CHECKED_ROWS - 2, count), random.Random(seed))})
 
 
 def judge(policy: SelectionPolicy, layer: Layer, engine: Engine, index: int, slots: Tensor) -> Verdict:
@@ -209,8 +204,8 @@ def engine_of(policy: SelectionPolicy, shape: Shape, pages: list[Tensor], other:
 
     What decode reads of a page, prefill computes.
     """
-    both = (policy, other) if shape.phase == "prefill" else (other, policy)
-    config = MisaConfig(prefill=both[0], decode=both[1])
+    prefill, decode = (policy, other) if shape.phase == "prefill" else (other, policy)
+    config = MisaConfig(prefill=prefill, decode=decode)
     context = -(-shape.length // PAGE) * PAGE
     return engine_for(Runtime(config, shape.index_heads, TOPK, context, shape.device, rank=0, ranks=1), pages)
 

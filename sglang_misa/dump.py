@@ -8,7 +8,6 @@ what users sent, so folder and files are for their owner alone.
 from __future__ import annotations
 
 import fcntl
-import itertools
 import logging
 import os
 import random
@@ -27,6 +26,7 @@ from sglang_misa.config import Dump
 from sglang_misa.kernels.layout import HEAD_DIM
 from sglang_misa.metrics import recorder
 from sglang_misa.policy_file import ModelIdentity
+from sglang_misa.row_sample import one_of_each_part
 from sglang_misa.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -132,15 +132,12 @@ class FolderDump:
             self._next += 1
 
     def _rows(self, span: Span, number: int) -> list[int]:
-        """Rows of the call that see more than the top k: one drawn of each of equal parts, the last row of the last.
-
-        Evenly spaced, those of a chunk that ends with a page would all end one.
-        """
-        first, numbers = span.gate(self.model.index_topk), random.Random(number)
-        count = min(self.settings.rows, span.last_row - first)
-        ends = [first + (span.last_row - first) * part // count for part in range(count)]
-        drawn = [numbers.randrange(*part) for part in itertools.pairwise(ends)]
-        return [*drawn, span.last_row - 1]
+        """Rows of the call that see more than the top k: one drawn of each of equal parts, the last row of the last."""
+        rows = range(span.gate(self.model.index_topk), span.last_row)
+        if not rows:
+            return []
+        drawn = one_of_each_part(rows, min(self.settings.rows, len(rows)), random.Random(number))
+        return [*drawn[:-1], rows[-1]]
 
     def _write(self, number: int, call: ExtendCall, span: Span) -> None:
         rows = torch.tensor(self._rows(span, number), device=call.index_q.device)

@@ -125,3 +125,7 @@ def test_rows_of_a_prompt_differ(dump, choosing):
         rows = dump._rows(span, number)
         assert len(set(rows)) == len(rows) == min(5, choosing)
         assert all(span.seen_by(row) > TOPK for row in rows)
+
+
+def test_a_request_without_new_rows_has_none_to_dump(dump):
+    assert dump._rows(Span(0, 7, 0, 0, TOPK + 5, left=0), 0) == []

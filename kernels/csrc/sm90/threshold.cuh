@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(CUT_THREADS)
     const auto key = [&](int j) { return staged[j]; };
     if (n > rank) {
       // Eight octaves down from the best, in bins that few scores share, whatever the scores are: atomics on one bin wait for each other.
-      constexpr int SHIFT = 23 + 3 - Block::LOG_BINS;
-      const uint32_t base = most - min(most, (1u << (23 + 3)) - 1);
+      constexpr int WINDOW = 23 + 3, SHIFT = WINDOW - Block::LOG_BINS;  // in bits of a key
+      const uint32_t base = most - min(most, (1u << WINDOW) - 1);
       Block::template each<4>([&](int quad) { return quads[quad]; }, (n + 3) / 4, [&](uint4 four, int) {
         for (const uint32_t key : {four.x, four.y, four.z, four.w}) Block::count(smem, max(key, base), base, SHIFT);
       });
