@@ -34,7 +34,6 @@ from sglang_misa.bench.commit import commit
 from sglang_misa.bench.timing import event_us, graph_us, host_us, kernel_us
 from sglang_misa.bench.work import CHIPS, UNKNOWN, Work, count
 from sglang_misa.config import PHASES, PRESETS, Phase, SelectionPolicy
-from sglang_misa.kernels.layout import PAGE
 from sglang_misa.policy import STOCK
 
 TOPK = 2048
@@ -150,8 +149,7 @@ def bench_decode(case: Case, stages: bool) -> Outcome:
     ours: list[Callable[[], object]] = []
     verdict = None
     for i, layer in enumerate(layers):
-        last_slots = torch.arange(len(layer.index_k_pages), device="cuda") * PAGE + PAGE - 1
-        engine.pages_written(i, last_slots)
+        layer.keep_statistics(engine, i)
         call = layer.decode_call(i, torch.full((case.rows, TOPK), -1, dtype=torch.int32, device="cuda"))
         ours.append(functools.partial(engine.decode, call, case.policy))
         if i < 2 and (verdict is None or verdict.flaw is None):

@@ -129,6 +129,12 @@ class Layer:
             positions=False,
         )
 
+    def keep_statistics(self, engine: Engine, index: int = 0) -> None:
+        """Have `engine` know the pages before the call, as from the steps before it, in its `index`-th layer."""
+        share = self.shape.rows // len(self.page_table) if self.shape.phase == "prefill" else 0
+        pages = self.page_table[:, : (self.shape.length - share) // PAGE].flatten()
+        engine.pages_written(index, pages.long() * PAGE + PAGE - 1)
+
     def stock(self) -> Call:
         if self.shape.phase == "prefill":
             windows = self.ks, self.ks + self.seq_lens
@@ -207,11 +213,17 @@ def engine_of(policy: SelectionPolicy, shape: Shape, pages: list[Tensor], other:
     prefill, decode = (policy, other) if shape.phase == "prefill" else (other, policy)
     config = MisaConfig(prefill=prefill, decode=decode)
     context = -(-shape.length // PAGE) * PAGE
-    return engine_for(Runtime(config, shape.index_heads, TOPK, context, shape.device, rank=0, ranks=1), pages)
+    runtime = Runtime(config, shape.index_heads, TOPK, context, shape.device, rank=0, ranks=1)
+    return engine_for(runtime, pages, keeps=decode.active)
 
 
 def extend(policy: SelectionPolicy, layer: Layer, engine: Engine) -> tuple[Call, Tensor]:
-    """(call, slots): a call that selects for all rows of `layer`, and where it writes."""
+    """(call, slots): a call that selects for all rows of `layer`, and where it writes.
+
+    What is known of the pages before them, an engine that keeps statistics has.
+    """
+    if engine.keeps:
+        layer.keep_statistics(engine)
     slots = torch.full((layer.shape.rows, TOPK), -1, dtype=torch.int32, device=layer.shape.device)
     call = layer.extend_call(slots)
     runs = [(policy, Run.whole(call.spans))]

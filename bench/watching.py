@@ -81,7 +81,7 @@ class Watched:
         config = PRESETS[preset].model_copy(update={"audit": Audit(rows=audited, every=1)})
         runtime = Runtime(config, INDEX_HEADS, bench.TOPK, shape.length, shape.device, rank=0, ranks=1)
         serving = Selector(runtime, [layer.index_k_pages])
-        serving.engine.pages_written(0, torch.arange(len(layer.index_k_pages), device=shape.device) * PAGE + PAGE - 1)
+        layer.keep_statistics(serving.engine)
         ids = torch.empty(shape.rows, bench.TOPK, dtype=torch.int32, device=shape.device)
         output = Output(ids, layer.page_table, layer.row_batch)
         newest = torch.arange(1, bench.TOPK + 1, device=shape.device)

@@ -96,7 +96,9 @@ def _store_page_mean(
 
 
 # Shapes change from batch to batch and slices start anywhere: specialising on either would compile while serving.
-@triton.jit(do_not_specialize=["table_stride", "max_blocks"], do_not_specialize_on_alignment=["p_table", "p_lens"])
+@triton.jit(
+    do_not_specialize=["table_stride", "max_blocks"], do_not_specialize_on_alignment=["p_table", "p_lens", "p_kept"]
+)
 def page_means_fwd_kernel(
     p_keys,
     p_scales,
@@ -105,9 +107,11 @@ def page_means_fwd_kernel(
     p_blocks,
     p_table,
     p_lens,
+    p_kept,
     table_stride,
     max_blocks,
     BLOCK_PAGES: tl.constexpr,
+    KEPT: tl.constexpr,
     BITS: tl.constexpr,
     FAR: tl.constexpr,
     PAGE: tl.constexpr,
@@ -117,15 +121,22 @@ def page_means_fwd_kernel(
     i_block, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first = i_block * BLOCK_PAGES
     last = tl.minimum(first + BLOCK_PAGES, tl.load(p_lens + i_row) // PAGE)
+    o_dim = tl.arange(0, HEAD_DIM)
     b_sum = tl.zeros([HEAD_DIM], tl.float32)
-    for i_logical in tl.range(first, last, num_stages=_STAGES):
+    computed = first
+    if KEPT:
+        computed = tl.minimum(tl.maximum(first, tl.load(p_kept + i_row)), last)
+        for i_logical in tl.range(first, computed, num_stages=_STAGES):
+            i_page = tl.load(p_table + i_row * table_stride + i_logical).to(tl.int64)
+            b_sum += tl.load(p_means + i_page * HEAD_DIM + o_dim).to(tl.float32)
+    for i_logical in tl.range(computed, last, num_stages=_STAGES):
         i_page = tl.load(p_table + i_row * table_stride + i_logical)
         b_sum += _store_page_mean(
             p_keys, p_scales, p_means, p_sketches, i_page, BITS, FAR, PAGE, HEAD_DIM, PAGE_BYTES
         ).to(tl.float32)
     if last == first + BLOCK_PAGES:
         b_mean = (b_sum * (1.0 / BLOCK_PAGES)).to(p_blocks.dtype.element_ty)
-        tl.store(p_blocks + (i_row * max_blocks + i_block) * HEAD_DIM + tl.arange(0, HEAD_DIM), b_mean)
+        tl.store(p_blocks + (i_row * max_blocks + i_block) * HEAD_DIM + o_dim, b_mean)
 
 
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["p_table", "p_lens"])
@@ -210,17 +221,22 @@ def update_page_means(
     seq_lens: torch.Tensor,
     block_size: int,
     sketches: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Recompute the means of every complete page of each row; returns those of its complete blocks, in one launch.
+    """Compute the means of every complete page of each row; returns those of its complete blocks, in one launch.
 
     index_k_pages [P, 8448] uint8; means [P, 128] bf16, written at physical pages; page_table [B, W] int32 physical page
     ids; seq_lens [B] int32 tokens, at most 64·W; block_size: tokens, a multiple of 64; sketches uint8
-    [P, sketch_bytes(b)], optional, written beside the means. Returns bf16 [B, W·64 // block_size, 128], undefined
-    beyond a row's complete blocks. Bound by reading 8448 bytes a page. Raises ValueError for another layout.
+    [P, sketch_bytes(b)], optional, written beside the means; kept int32 [B], optional: pages of each row, from its
+    first on, whose statistics are right as they are and stay. Returns bf16 [B, W·64 // block_size, 128], undefined
+    beyond a row's complete blocks. Bound by reading 8448 bytes a page, of a kept one 256. Raises ValueError for another
+    layout.
     """
     views = _views(index_k_pages, means)
     bits = _sketch_bits(index_k_pages, sketches)
     rows, width = _check_table(page_table, seq_lens)
+    if kept is not None:
+        expect("kept", kept, (rows,), torch.int32)
     expect_block_size(block_size)
     block_pages = block_size // PAGE
     max_blocks = width // block_pages
@@ -233,9 +249,11 @@ def update_page_means(
             blocks,
             page_table,
             seq_lens,
+            seq_lens if kept is None else kept,
             page_table.stride(0),
             max_blocks,
             BLOCK_PAGES=block_pages,
+            KEPT=kept is not None,
             **_options(bits),
         )
     return blocks

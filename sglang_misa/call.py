@@ -34,6 +34,11 @@ class Span:
     def last_row(self) -> int:
         return self.first_row + self.rows
 
+    @property
+    def cached(self) -> int:
+        """Keys that were there before the call."""
+        return self.length - self.rows
+
     def gate(self, min_len: int) -> int:
         """First row that sees more than `min_len` keys."""
         seen_by_first = self.length - self.rows + 1

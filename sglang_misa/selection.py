@@ -41,7 +41,6 @@ class Selector:
         """`index_k_pages`: the pool's index-K, uint8 [num_pages, 8448] a layer (0 rows without an indexer)."""
         config, layers = runtime.config, len(index_k_pages)
         self._row_len = runtime.row_len
-        self.engine = engine_for(runtime, index_k_pages)
         self.ladders = Ladders(
             config,
             [layer if runtime.is_target(layers) else None for layer in range(layers)],
@@ -49,6 +48,7 @@ class Selector:
             topk=runtime.topk,
             peers=runtime.peers,
         )
+        self.engine = engine_for(runtime, index_k_pages, keeps=self.ladders.decodes)
         self.auditor = audit.Auditor(config.audit, runtime.topk, self.engine, self.ladders)
         self.dump = dumper(runtime, index_k_pages)
         self.agreement = agreement_for(runtime, self.engine)

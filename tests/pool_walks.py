@@ -111,7 +111,9 @@ class Walk:
         monkeypatch.setattr(dsa_indexer, "get_token_to_kv_pool", lambda: self.pool)
         self.layers = [layer for layer, skip in enumerate(skipped) if not skip]
         if on_kernels:
-            self.pool.misa_selector.engine = engine = KernelEngine(armed, self.pool.index_k_with_scale_buffer)
+            self.pool.misa_selector.engine = engine = KernelEngine(
+                armed, self.pool.index_k_with_scale_buffer, keeps=True
+            )
             monkeypatch.setattr(engine, "_select", lambda *_: None)
             monkeypatch.setattr(engine, "decode", lambda *_: None)
         self.selects, self.engine = not on_kernels, self.pool.misa_selector.engine

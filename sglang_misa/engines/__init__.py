@@ -17,11 +17,12 @@ class Engine(Protocol):
     """What selects for the layers of one KV pool, and keeps the statistics of its pages."""
 
     stats: PageStats
+    keeps: bool  # whether what it has of a page is right in every call behind the one that completed it
     least_rows: int  # of a request in an extend call, on average, from which selecting pays
     behind: bool  # whether a decode step has begun whose pages `end_step` has not seen
 
     def extend(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> None:
-        """Refresh the statistics of the call's pages, then select for the rows of each run into `call.output`."""
+        """Compute statistics of the call's pages, then select for the rows of each run into `call.output`."""
 
     def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
         """Select for every row into `call.ids`. Capturable in a CUDA graph."""
@@ -39,12 +40,16 @@ class Engine(Protocol):
         """Update, in every layer, the page that each row's newest token completed. Capturable in a CUDA graph."""
 
 
-def engine_for(runtime: Runtime, index_k_pages: Sequence[Tensor]) -> Engine:
-    """The engine of a pool with `index_k_pages` uint8 [num_pages, 8448] a layer."""
+def engine_for(runtime: Runtime, index_k_pages: Sequence[Tensor], *, keeps: bool) -> Engine:
+    """The engine of a pool with `index_k_pages` uint8 [num_pages, 8448] a layer.
+
+    keeps: whether the hooks have it compute the statistics of every page that is completed, as decode needs them. Then
+    an extend call computes those of its new pages alone, else those of all pages of its requests.
+    """
     if runtime.kernels:
         from sglang_misa.engines.kernels import KernelEngine
 
-        return KernelEngine(runtime, index_k_pages)
+        return KernelEngine(runtime, index_k_pages, keeps=keeps)
     from sglang_misa.engines.reference import ReferenceEngine
 
-    return ReferenceEngine(runtime, index_k_pages)
+    return ReferenceEngine(runtime, index_k_pages, keeps=keeps)

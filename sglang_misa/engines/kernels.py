@@ -35,8 +35,8 @@ class KernelEngine:
     # The rows of a thread block share their scan of keys, so one that has rows of many requests scans too much.
     least_rows = 14
 
-    def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor]):
-        self.runtime = runtime
+    def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor], *, keeps: bool = False):
+        self.runtime, self.keeps = runtime, keeps
         self.index_k_pages = tuple(index_k_pages)
         self.stats = PageStats.allocate(index_k_pages, runtime.config.sketch)
         self.behind = False
@@ -48,9 +48,9 @@ class KernelEngine:
             self._select(call, policy, run, block_means)
 
     def _refresh(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> Tensor:
-        """Recompute the means of the call's complete pages; returns those of its blocks, as the runs' policy has them.
+        """Compute statistics of the call's pages; returns the means of its blocks, as the runs' policy has them.
 
-        Every page, not the new ones alone: a prefix that a host cache restored brings none.
+        Unless they are kept, those of every page: a prefix that a host cache restored brings none.
         """
         sizes = {policy.block_size for policy, _ in runs if policy.pooled} or {PAGE}
         (block_size,) = sizes
@@ -61,6 +61,7 @@ class KernelEngine:
             call.request_lens,
             block_size,
             self.stats.sketch(call.layer),
+            _cached_pages(call.spans, call.page_table.device) if self.keeps else None,
         )
 
     def _select(self, call: ExtendCall, policy: SelectionPolicy, run: Run, block_means: Tensor) -> None:
@@ -136,6 +137,13 @@ def _windows(run: Run, ks: Tensor, seq_lens: Tensor, row_batch: Tensor) -> _Wind
     rows = run.rows(ks.device)
     first, row_len = ks[rows] - run.keys.start, seq_lens[rows]
     return _Windows(rows, first, first + row_len, row_batch[rows], row_len)
+
+
+@functools.lru_cache(maxsize=8)  # all layers of a step ask for the same
+def _cached_pages(spans: tuple[Span, ...], device: torch.device) -> Tensor:
+    """The pages of each request that were complete before the call, int32 [requests]."""
+    pages = torch.tensor([span.cached // PAGE for span in spans], dtype=torch.int32)
+    return pages.to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=4)

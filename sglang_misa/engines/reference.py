@@ -22,14 +22,16 @@ class ReferenceEngine:
 
     least_rows = 1
 
-    def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor]):
+    def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor], *, keeps: bool = False):
+        self.keeps = keeps
         self.index_k_pages = tuple(index_k_pages)
         self.stats = PageStats.allocate(index_k_pages)
         self.behind = False
 
     def extend(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> None:
         for span in call.spans:
-            self._update(call.layer, call.page_table[span.request, : span.length // PAGE])
+            kept = span.cached // PAGE if self.keeps else 0
+            self._update(call.layer, call.page_table[span.request, kept : span.length // PAGE])
         for policy, run in runs:
             for span, rows in run.alone():
                 self._select(call, policy, span, rows)

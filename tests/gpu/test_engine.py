@@ -13,7 +13,6 @@ from sglang_misa.bench import inputs
 from sglang_misa.bench import layer as bench
 from sglang_misa.call import spans
 from sglang_misa.config import PRESETS, Phase, SelectionPolicy
-from sglang_misa.kernels.layout import PAGE
 from sglang_misa.selection import runs
 
 K = bench.TOPK
@@ -39,7 +38,7 @@ def assert_extends(policy: SelectionPolicy, shape: bench.Shape) -> None:
 def assert_decodes(policy: SelectionPolicy, shape: bench.Shape, repeats: int = 5) -> None:
     layer = bench.Layer.make(shape)
     engine = bench.engine_of(policy, shape, [layer.index_k_pages])
-    engine.pages_written(0, torch.arange(len(layer.index_k_pages), device="cuda") * PAGE + PAGE - 1)
+    layer.keep_statistics(engine)
     call = layer.decode_call(0, torch.full((shape.rows, K), -1, dtype=torch.int32, device="cuda"))
     engine.decode(call, policy)
     verdict = bench.judge(policy, layer, engine, 0, call.ids)
@@ -118,7 +117,7 @@ def test_decode_of_no_more_tokens_than_are_kept_is_dsa(name: str) -> None:
     shape = bench.Shape("decode", 64, 4, kept, "topics")
     layer = bench.Layer.make(shape)
     engine = bench.engine_of(policy, shape, [layer.index_k_pages])
-    engine.pages_written(0, torch.arange(len(layer.index_k_pages), device="cuda") * PAGE + PAGE - 1)
+    layer.keep_statistics(engine)
     call = layer.decode_call(0, torch.full((4, K), -1, dtype=torch.int32, device="cuda"))
     engine.decode(call, policy)
     assert bench.judge(SelectionPolicy(), layer, engine, 0, call.ids).flaw is None

@@ -86,6 +86,19 @@ def test_stock_takes_calls_that_are_short_or_have_few_rows_a_request(extend_lens
     assert one.why_stock(0, spans(extend_lens, seq_lens)) == reason
 
 
+@pytest.mark.parametrize("decode", [SelectionPolicy(), SelectionPolicy(blocks=4, block_size=64)])
+def test_a_call_computes_the_statistics_that_nothing_has_kept(decode: SelectionPolicy) -> None:
+    rows, batch = [70, 30], Batch(2, [300, 200], width=5)
+    one = selector(batch, prefill=SelectionPolicy(heads=2, block_size=64, min_len=128), decode=decode)
+    means = one.engine.stats.means[0].fill_(7)
+    one.extend(batch.extend(rows, batch.queries(sum(rows))))
+    old = torch.cat([batch.table[0, : 230 // PAGE], batch.table[1, : 170 // PAGE]]).long()
+    new = torch.cat([batch.table[0, 230 // PAGE : 300 // PAGE], batch.table[1, 170 // PAGE : 3]]).long()
+    right = reference.page_means(batch.index_k_pages).bfloat16()
+    assert torch.equal(means[new], right[new])
+    assert (means[old] == 7).all() if decode.active else torch.equal(means[old], right[old])
+
+
 @pytest.mark.parametrize(
     ("rows", "lens", "prompts", "reason"),
     [
@@ -223,8 +236,9 @@ def reranked_in_torch(rows, keys, heads, candidates, output, *, longest):
         output.ids[row, : len(best)] = pages * PAGE + best % PAGE
 
 
-def block_means_in_torch(index_k_pages, means, page_table, seq_lens, block_size, sketches):
-    """What `update_page_means` promises."""
+def block_means_in_torch(index_k_pages, means, page_table, seq_lens, block_size, sketches, kept):
+    """What `update_page_means` promises of pages none of which are kept."""
+    assert kept is None
     means.copy_(reference.page_means(index_k_pages).bfloat16())
     table = page_table.long().clamp(0, len(means) - 1)
     return reference.block_means(means[table], block_size // PAGE).bfloat16()
