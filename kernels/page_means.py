@@ -7,8 +7,6 @@ The sketch, where one is kept, is `reference.quantize_pages` of the page and its
 
 All of them fit in a CUDA graph: grids come from shapes, lengths are read on the device, and page-table entries beyond
 a row's complete pages are never read.
-
-A block's mean, which prefill routes on, is that of the bf16 means of its `block_size / 64` pages, in bf16 again.
 """
 
 from __future__ import annotations
@@ -20,11 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_misa.kernels.checks import expect, expect_block_size
+from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES, SKETCH_STEP, sketch_bits
 
 _WARPS = 4  # 64 bytes of keys a thread: four 16-byte loads in flight
-_STAGES = tl.constexpr(3)  # pages of a block on their way to a program, or read by it
 
 
 @triton.jit
@@ -76,7 +73,7 @@ def _store_page_mean(
     p_keys, p_scales, p_means, p_sketches, i_page,
     BITS: tl.constexpr, FAR: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Store and return the mean of physical page `i_page`; `p_keys`, `p_scales` view one pool as fp8 and as fp32.
+    """Store the mean of physical page `i_page`; `p_keys`, `p_scales` view one pool as fp8 and as fp32.
 
     With BITS > 0 store its sketch too.
     """
@@ -92,25 +89,19 @@ def _store_page_mean(
     if BITS:
         p_sketch = p_sketches + i_page * (PAGE * HEAD_DIM * BITS // 8 + PAGE * 2)
         _store_sketch(b_key - b_mean.to(tl.float32)[None, :], p_sketch, BITS, FAR, PAGE, HEAD_DIM)
-    return b_mean
 
 
 # Shapes change from batch to batch and slices start anywhere: specialising on either would compile while serving.
-@triton.jit(
-    do_not_specialize=["table_stride", "max_blocks"], do_not_specialize_on_alignment=["p_table", "p_lens", "p_kept"]
-)
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["p_table", "p_lens", "p_kept"])
 def page_means_fwd_kernel(
     p_keys,
     p_scales,
     p_means,
     p_sketches,
-    p_blocks,
     p_table,
     p_lens,
     p_kept,
     table_stride,
-    max_blocks,
-    BLOCK_PAGES: tl.constexpr,
     KEPT: tl.constexpr,
     BITS: tl.constexpr,
     FAR: tl.constexpr,
@@ -118,25 +109,12 @@ def page_means_fwd_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
 ):
-    i_block, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first = i_block * BLOCK_PAGES
-    last = tl.minimum(first + BLOCK_PAGES, tl.load(p_lens + i_row) // PAGE)
-    o_dim = tl.arange(0, HEAD_DIM)
-    b_sum = tl.zeros([HEAD_DIM], tl.float32)
-    computed = first
+    i_logical, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if KEPT:
-        computed = tl.minimum(tl.maximum(first, tl.load(p_kept + i_row)), last)
-        for i_logical in tl.range(first, computed, num_stages=_STAGES):
-            i_page = tl.load(p_table + i_row * table_stride + i_logical).to(tl.int64)
-            b_sum += tl.load(p_means + i_page * HEAD_DIM + o_dim).to(tl.float32)
-    for i_logical in tl.range(computed, last, num_stages=_STAGES):
+        i_logical += tl.load(p_kept + i_row)
+    if i_logical < tl.load(p_lens + i_row) // PAGE:
         i_page = tl.load(p_table + i_row * table_stride + i_logical)
-        b_sum += _store_page_mean(
-            p_keys, p_scales, p_means, p_sketches, i_page, BITS, FAR, PAGE, HEAD_DIM, PAGE_BYTES
-        ).to(tl.float32)
-    if last == first + BLOCK_PAGES:
-        b_mean = (b_sum * (1.0 / BLOCK_PAGES)).to(p_blocks.dtype.element_ty)
-        tl.store(p_blocks + (i_row * max_blocks + i_block) * HEAD_DIM + o_dim, b_mean)
+        _store_page_mean(p_keys, p_scales, p_means, p_sketches, i_page, BITS, FAR, PAGE, HEAD_DIM, PAGE_BYTES)
 
 
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["p_table", "p_lens"])
@@ -214,49 +192,50 @@ def compared_pages_fwd_kernel(
         tl.store(p_wrong + i, wrong)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Pages whose statistics are right as they are.
+
+    pages: int32 [B]: so many of each row, from its first on
+    new: complete pages of a row behind them, at most
+    """
+
+    pages: torch.Tensor
+    new: int
+
+
 def update_page_means(
     index_k_pages: torch.Tensor,
     means: torch.Tensor,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    block_size: int,
     sketches: torch.Tensor | None = None,
-    kept: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Compute the means of every complete page of each row; returns those of its complete blocks, in one launch.
+    kept: Kept | None = None,
+) -> None:
+    """Compute the statistics of every complete page of each row, those that are kept left out.
 
     index_k_pages [P, 8448] uint8; means [P, 128] bf16, written at physical pages; page_table [B, W] int32 physical page
-    ids; seq_lens [B] int32 tokens, at most 64·W; block_size: tokens, a multiple of 64; sketches uint8
-    [P, sketch_bytes(b)], optional, written beside the means; kept int32 [B], optional: pages of each row, from its
-    first on, whose statistics are right as they are and stay. Returns bf16 [B, W·64 // block_size, 128], undefined
-    beyond a row's complete blocks. Bound by reading 8448 bytes a page, of a kept one 256. Raises ValueError for another
-    layout.
+    ids; seq_lens [B] int32 tokens, at most 64·W; sketches uint8 [P, sketch_bytes(b)], optional, written beside the
+    means. Bound by reading 8448 bytes a page. Raises ValueError for another layout.
     """
     views = _views(index_k_pages, means)
     bits = _sketch_bits(index_k_pages, sketches)
     rows, width = _check_table(page_table, seq_lens)
+    pages = width if kept is None else min(kept.new, width)
     if kept is not None:
-        expect("kept", kept, (rows,), torch.int32)
-    expect_block_size(block_size)
-    block_pages = block_size // PAGE
-    max_blocks = width // block_pages
-    blocks = torch.empty(rows, max_blocks, HEAD_DIM, dtype=torch.bfloat16, device=means.device)
-    if rows and width:
-        page_means_fwd_kernel[(triton.cdiv(width, block_pages), rows)](
+        expect("kept.pages", kept.pages, (rows,), torch.int32)
+    if rows and pages:
+        page_means_fwd_kernel[(pages, rows)](
             *views,
             means,
             means if sketches is None else sketches,
-            blocks,
             page_table,
             seq_lens,
-            seq_lens if kept is None else kept,
+            seq_lens if kept is None else kept.pages,
             page_table.stride(0),
-            max_blocks,
-            BLOCK_PAGES=block_pages,
             KEPT=kept is not None,
             **_options(bits),
         )
-    return blocks
 
 
 @dataclass(frozen=True)

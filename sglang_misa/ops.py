@@ -47,6 +47,7 @@ from sglang_misa.kernels.prefill import route as routing
 from sglang_misa.kernels.prefill import topk_blocks as prefill_blocks
 from sglang_misa.kernels.prefill import topk_reranked as prefill_reranked
 from sglang_misa.kernels.prefill import topk_routed as prefill_routed
+from sglang_misa.kernels.prefill.block_means import block_means
 from sglang_misa.kernels.prefill.operands import Keys, Output, Residual, RoutedHeads, Rows
 from sglang_misa.kernels.prefill.route import Blocks
 
@@ -91,7 +92,8 @@ def page_statistics(
     each key as 1 or 2 bits a coordinate around its page's mean.
     """
     if _on_kernels(backend, index_k_pages):
-        return statistics.update_page_means(index_k_pages, page_means, page_table, seq_lens, block_size, sketches)
+        statistics.update_page_means(index_k_pages, page_means, page_table, seq_lens, sketches)
+        return block_means(page_means, page_table, seq_lens, block_size)
     return reference_ops.page_statistics(index_k_pages, page_table, seq_lens, block_size, page_means, sketches)
 
 

@@ -137,9 +137,9 @@ def module(index_heads: int) -> Any:
 class Blocks:
     """Pooled keys of all requests, and what each row has of them: the blocks complete at its own length.
 
-    block_means [B, M, 128] bf16 from `update_page_means`, with anything beyond a request's complete blocks; block_size:
-    tokens of a block; row_batch [T] int32: the request of each row, best in order; row_len [T] int32: the tokens that
-    it sees.
+    block_means [B, M, 128] bf16 from `block_means`, with anything beyond a request's complete blocks;
+    block_size: tokens of a block; row_batch [T] int32: the request of each row, best in order; row_len [T] int32: the
+    tokens that it sees.
     """
 
     block_means: torch.Tensor

@@ -17,6 +17,7 @@ from sglang_misa.kernels.decode.operands import Chosen, PagedRows, PageSketch, S
 from sglang_misa.kernels.decode.topk_blocks import DecodeScratch, decode_topk
 from sglang_misa.kernels.decode.topk_sketched import SketchScratch, sketch_topk
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES
+from sglang_misa.kernels.prefill.block_means import block_means
 from sglang_misa.kernels.prefill.operands import Keys, RoutedHeads, Rows
 from sglang_misa.kernels.prefill.route import Blocks, block_scores, route
 from sglang_misa.kernels.prefill.topk_blocks import topk_blocks
@@ -43,38 +44,31 @@ class KernelEngine:
         self._layers = page_means.Layers.of(index_k_pages, self.stats.means, self.stats.sketches)
 
     def extend(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> None:
-        block_means = self._refresh(call, runs)
-        for policy, run in runs:
-            self._select(call, policy, run, block_means)
-
-    def _refresh(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> Tensor:
-        """Compute statistics of the call's pages; returns the means of its blocks, as the runs' policy has them.
-
-        Unless they are kept, those of every page: a prefix that a host cache restored brings none.
-        """
-        sizes = {policy.block_size for policy, _ in runs if policy.pooled} or {PAGE}
-        (block_size,) = sizes
-        return page_means.update_page_means(
+        page_means.update_page_means(
             self.index_k_pages[call.layer],
             self.stats.means[call.layer],
             call.page_table,
             call.request_lens,
-            block_size,
             self.stats.sketch(call.layer),
-            _cached_pages(call.spans, call.page_table.device) if self.keeps else None,
+            _kept(call.spans, call.page_table.device) if self.keeps else None,
         )
+        for policy, run in runs:
+            self._select(call, policy, run)
 
-    def _select(self, call: ExtendCall, policy: SelectionPolicy, run: Run, block_means: Tensor) -> None:
+    def _select(self, call: ExtendCall, policy: SelectionPolicy, run: Run) -> None:
         windows, keys = _windows(run, call.ks, call.seq_lens, call.row_batch), run.keys
         rows, output = windows.rows, call.output.rows(windows.rows)
         index_q, gates = call.index_q[rows], call.head_gates[rows].contiguous()
         queries, scored = Rows(index_q, gates, windows.ks, windows.ke), Keys(call.index_k[keys], call.k_scale[keys])
-        blocks = Blocks(block_means, policy.block_size, windows.row_batch, windows.row_len)
         if policy.blocks is not None:
-            scores = block_scores(index_q, gates, blocks)
+            scores = block_scores(index_q, gates, self._blocks(call, policy, windows))
             topk_blocks(queries, scored, scores, policy.blocks, policy.block_size, output)
         else:
-            heads = self._heads(policy, index_q, gates, blocks)
+            if policy.heads is None:
+                heads = RoutedHeads(_all_heads(*gates.shape, gates.device))
+            else:
+                blocks = self._blocks(call, policy, windows)
+                heads = route(index_q, gates, blocks, policy.heads, policy.router, policy.residual)
             if policy.candidates is None:
                 topk_routed(queries, scored, heads, output, longest=run.longest)
             else:
@@ -82,10 +76,9 @@ class KernelEngine:
         if not isinstance(rows, slice):
             call.output.ids.index_copy_(0, rows, output.ids)
 
-    def _heads(self, policy: SelectionPolicy, index_q: Tensor, gates: Tensor, blocks: Blocks) -> RoutedHeads:
-        if policy.heads is not None:
-            return route(index_q, gates, blocks, policy.heads, policy.router, policy.residual)
-        return RoutedHeads(_all_heads(*gates.shape, gates.device))
+    def _blocks(self, call: ExtendCall, policy: SelectionPolicy, windows: _Windows) -> Blocks:
+        means = block_means(self.stats.means[call.layer], call.page_table, call.request_lens, policy.block_size)
+        return Blocks(means, policy.block_size, windows.row_batch, windows.row_len)
 
     def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
         self.behind = True
@@ -140,10 +133,11 @@ def _windows(run: Run, ks: Tensor, seq_lens: Tensor, row_batch: Tensor) -> _Wind
 
 
 @functools.lru_cache(maxsize=8)  # all layers of a step ask for the same
-def _cached_pages(spans: tuple[Span, ...], device: torch.device) -> Tensor:
-    """The pages of each request that were complete before the call, int32 [requests]."""
-    pages = torch.tensor([span.cached // PAGE for span in spans], dtype=torch.int32)
-    return pages.to(device, non_blocking=True)
+def _kept(spans: tuple[Span, ...], device: torch.device) -> page_means.Kept:
+    """The pages that were complete before the call."""
+    pages = [span.cached // PAGE for span in spans]
+    new = max(span.length // PAGE - before for span, before in zip(spans, pages, strict=True))
+    return page_means.Kept(torch.tensor(pages, dtype=torch.int32).to(device, non_blocking=True), new)
 
 
 @functools.lru_cache(maxsize=4)

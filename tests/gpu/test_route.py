@@ -11,6 +11,7 @@ from sglang_misa import reference
 from sglang_misa.bench.inputs import FP8
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, ROUTERS, Router
 from sglang_misa.kernels.page_means import update_page_means
+from sglang_misa.kernels.prefill.block_means import block_means
 from sglang_misa.kernels.prefill.route import Blocks, block_scores, route
 
 DEVICE = "cuda"
@@ -199,7 +200,8 @@ def test_a_graph_follows_lengths_that_change_between_replays(index_heads: int, p
     index_q, gates = rows_of(rows, index_heads)
 
     def step() -> tuple[Tensor, Tensor]:
-        call = operands((index_q, gates, update_page_means(pool, means, tables, lens, BLOCK), batch, lens), BLOCK)
+        update_page_means(pool, means, tables, lens)
+        call = operands((index_q, gates, block_means(means, tables, lens, BLOCK), batch, lens), BLOCK)
         return route(*call, HEADS).head_ids, block_scores(*call)
 
     step()

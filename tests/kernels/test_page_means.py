@@ -10,6 +10,7 @@ from sglang_misa.engines.kernels import KernelEngine
 from sglang_misa.engines.reference import ReferenceEngine
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 from sglang_misa.kernels.page_means import Layers, update_last_page_means, update_page_means, update_slots
+from sglang_misa.kernels.prefill.block_means import block_means
 from sglang_misa.runtime import Runtime
 
 POISON = 7.0  # a bf16 value that no mean below takes: marks entries that must stay as they were
@@ -54,7 +55,7 @@ def complete_pages(table: torch.Tensor, lengths: list[int]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("block_size", [64, 192, 256, 2048, 4096])
-def test_update_page_means_writes_complete_pages_and_returns_complete_blocks(device: str, block_size: int) -> None:
+def test_complete_pages_and_complete_blocks_are_written(device: str, block_size: int) -> None:
     table, lens, pages = make_table(LENGTHS, device)
     pool, means = make_pool(pages, device), torch.full((pages, HEAD_DIM), POISON, dtype=torch.bfloat16, device=device)
     complete = complete_pages(table, LENGTHS)
@@ -62,7 +63,8 @@ def test_update_page_means_writes_complete_pages_and_returns_complete_blocks(dev
     freed = [p for p in range(pages) if p not in written]
     pool[freed] = 0xFF  # NaN keys and NaN scales, in unfinished and in free pages
 
-    blocks = update_page_means(pool, means, table, lens, block_size)
+    update_page_means(pool, means, table, lens)
+    blocks = block_means(means, table, lens, block_size)
     assert_means(means, pool, written)
     block_pages = block_size // PAGE
     assert blocks.shape == (len(LENGTHS), table.shape[1] // block_pages, HEAD_DIM)
@@ -78,7 +80,8 @@ def test_both_engines_heal_alike(device: str) -> None:
     table, lens, pages = make_table(LENGTHS, device)
     pool = make_pool(pages, device)
     means = torch.zeros(pages, HEAD_DIM, dtype=torch.bfloat16, device=device)
-    blocks = update_page_means(pool, means, table, lens, 256)
+    update_page_means(pool, means, table, lens)
+    blocks = block_means(means, table, lens, 256)
     engine = ReferenceEngine(reference_runtime(MisaConfig()), [pool])
     for row, length in enumerate(LENGTHS):
         own = table[row, : length // PAGE].long()
@@ -94,7 +97,7 @@ def test_last_page_and_slots_give_the_bits_of_the_full_pass(device: str) -> None
     healed, decoded, stored = (
         torch.full((pages, HEAD_DIM), POISON, dtype=torch.bfloat16, device=device) for _ in range(3)
     )
-    update_page_means(pool, healed, table, lens, 256)
+    update_page_means(pool, healed, table, lens)
     update_last_page_means(Layers.of([pool], [decoded]), table, lens)
     last = {int(table[row, n // PAGE - 1]) for row, n in enumerate(LENGTHS) if n and n % PAGE == 0}
     assert_means(decoded, pool, last)
@@ -153,7 +156,8 @@ def test_empty_batches_do_nothing(device: str) -> None:
     means = torch.full((2, HEAD_DIM), POISON, dtype=torch.bfloat16, device=device)
     table = torch.zeros(0, 4, dtype=torch.int32, device=device)
     lens = torch.zeros(0, dtype=torch.int32, device=device)
-    assert update_page_means(pool, means, table, lens, 64).shape == (0, 4, HEAD_DIM)
+    update_page_means(pool, means, table, lens)
+    assert block_means(means, table, lens, 64).shape == (0, 4, HEAD_DIM)
     update_last_page_means(Layers.of([pool], [means]), table, lens)
     update_slots(pool, means, torch.zeros(0, dtype=torch.int64, device=device))
     assert (means == POISON).all()
@@ -164,10 +168,10 @@ def test_wrong_layouts_are_named(device: str) -> None:
     means = torch.empty(2, HEAD_DIM, dtype=torch.bfloat16, device=device)
     lens = torch.ones(1, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="page_table"):
-        update_page_means(pool, means, torch.zeros(1, 4, dtype=torch.int64, device=device), lens, 64)
+        update_page_means(pool, means, torch.zeros(1, 4, dtype=torch.int64, device=device), lens)
     with pytest.raises(ValueError, match=r"index_k_pages: expected torch.uint8 of shape \(2, 8448\)"):
-        update_page_means(pool[:, :100], means, torch.zeros(1, 4, dtype=torch.int32, device=device), lens, 64)
+        update_page_means(pool[:, :100], means, torch.zeros(1, 4, dtype=torch.int32, device=device), lens)
     with pytest.raises(ValueError, match="multiple of 64, got 100"):
-        update_page_means(pool, means, torch.zeros(1, 4, dtype=torch.int32, device=device), lens, 100)
+        block_means(means, torch.zeros(1, 4, dtype=torch.int32, device=device), lens, 100)
     with pytest.raises(ValueError, match="slots"):
         update_slots(pool, means, torch.zeros(1, dtype=torch.int32, device=device))

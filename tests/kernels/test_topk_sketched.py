@@ -118,7 +118,7 @@ def test_one_scratch_serves_every_step_and_its_pages_complete_in_it(device: str)
     means = torch.full_like(grown.page_means, torch.nan)
     sketches = torch.full_like(grown.sketches, 0xFF)
     start = torch.full((2,), 4 * PAGE + 60, dtype=torch.int32, device=device)
-    update_page_means(grown.index_k_pages, means, grown.page_table, start, PAGE, sketches)
+    update_page_means(grown.index_k_pages, means, grown.page_table, start, sketches)
     layers = Layers.of([grown.index_k_pages], [means], [sketches])
     for length in (4 * PAGE + 61, 4 * PAGE + 63, 5 * PAGE, 5 * PAGE + 1, 5 * PAGE + 64, 6 * PAGE + 1, 6 * PAGE + 2):
         lens = torch.tensor([length, length - 60], dtype=torch.int32, device=device)

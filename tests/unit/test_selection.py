@@ -236,10 +236,14 @@ def reranked_in_torch(rows, keys, heads, candidates, output, *, longest):
         output.ids[row, : len(best)] = pages * PAGE + best % PAGE
 
 
-def block_means_in_torch(index_k_pages, means, page_table, seq_lens, block_size, sketches, kept):
+def page_means_in_torch(index_k_pages, means, page_table, seq_lens, sketches, kept):
     """What `update_page_means` promises of pages none of which are kept."""
     assert kept is None
     means.copy_(reference.page_means(index_k_pages).bfloat16())
+
+
+def block_means_in_torch(means, page_table, seq_lens, block_size):
+    """What `block_means` promises."""
     table = page_table.long().clamp(0, len(means) - 1)
     return reference.block_means(means[table], block_size // PAGE).bfloat16()
 
@@ -258,7 +262,8 @@ def test_the_kernel_engine_hands_each_run_its_rows_keys_and_output(
 
     monkeypatch.setattr(kernels, "topk_routed", lambda r, k, h, o, *, longest: top(r, k, h, None, o, longest))
     monkeypatch.setattr(kernels, "topk_reranked", lambda r, k, h, c, o, *, longest: top(r, k, h, c, o, longest))
-    monkeypatch.setattr(kernels.page_means, "update_page_means", block_means_in_torch)
+    monkeypatch.setattr(kernels.page_means, "update_page_means", page_means_in_torch)
+    monkeypatch.setattr(kernels, "block_means", block_means_in_torch)
     rows, batch = [20, 7, 30, 5], Batch(3, [90, 300, 200, 150], width=6)  # the first request stays under the gate
     queries = batch.queries(sum(rows))
     ours, wanted = batch.extend(rows, queries), batch.extend(rows, queries)
