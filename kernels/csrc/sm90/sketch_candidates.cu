@@ -1,9 +1,10 @@
 // The candidates of decode rows: the C tokens of the highest score keys, the newest tokens always among them. One cluster a row.
 //
 // A sample of the row's keys gives a bound that the cut hardly lies below. A lane marks what it has from there on, a bit for each of its
-// 32 neighbouring keys, and counts the marked ones in a histogram; the blocks add up one another's and find the cut. Then lanes mark what
-// they have above the cut and on it, and list that in the order of positions, so that among equal keys the earlier tokens are in. Where
-// the bound was too high, or the cut far above it, a coarse histogram of all keys gives another bound.
+// 32 keys, and counts the marked ones in a histogram; the blocks add up one another's and find the cut. Then lanes mark what they have
+// above the cut and on it, and list that in the order of positions, so that among equal keys the earlier tokens are in. Where the bound
+// was too high, or the cut far above it, a coarse histogram of all keys gives another bound. Neighbouring tokens score alike, and a warp
+// waits for the lane that has most to count: so a lane counts pieces from all over a chunk. For the list it has neighbours alone.
 #include <array>
 
 #include "cluster.cuh"
@@ -18,8 +19,9 @@ namespace {
 constexpr int MOST_BLOCKS = 8;             // of a cluster
 constexpr int THREADS = 512, WARPS = THREADS / 32;
 constexpr int PAGE = 64;
-constexpr int RUN = 32, EACH = 8;          // neighbouring keys of a lane, and of them those that it loads at once
+constexpr int EACH = 8, RUN = 4 * EACH;    // keys that a lane loads at once, and all of a lane
 constexpr int CHUNK = 32 * RUN, HELD = 4;  // keys of a warp at a time, and how often it has room for so many
+constexpr int SPREAD = 32 * EACH;          // from one piece of a lane to the next, where they come from all over a chunk
 constexpr int SAMPLE = 1024;
 constexpr int COARSE_SHIFT = 5, BINS = 2048, OWN_BINS = BINS / THREADS;  // the coarse bins take keys of 16 bits
 static_assert(OWN_BINS == 4 && BINS << COARSE_SHIFT == 1 << 16 && SAMPLE % THREADS == 0 && SAMPLE == 1 << 10);
@@ -52,8 +54,9 @@ struct Smem {
   Count warps[WARPS];
 };
 
-// Which of a lane's keys reach a bound: a bit each, in their order.
-__device__ __forceinline__ uint32_t reaching(const uint16_t* run, uint32_t bound) {
+// Which of a lane's keys, in pieces APART from one another, reach a bound: a bit each, in their order.
+template <int APART>
+__device__ __forceinline__ uint32_t reaching(const uint16_t* keys, uint32_t bound) {
   constexpr uint32_t HIGHEST = 0x80008000u;  // bits of two keys
   const uint32_t low = (bound & 0x7FFF) * 0x10001u, low_half = bound >> 15 ? 0u : ~0u;
   const auto reach = [&](uint32_t two) {  // in the highest bits
@@ -63,8 +66,8 @@ __device__ __forceinline__ uint32_t reaching(const uint16_t* run, uint32_t bound
   uint32_t marks = 0;
 #pragma unroll
   for (int i = 0; i < RUN / EACH; ++i) {
-    const int piece = (i + threadIdx.x % 32 / 2) % (RUN / EACH);  // lanes differ, and with that banks
-    const uint4 eight = reinterpret_cast<const uint4*>(run)[piece];
+    const int piece = APART == EACH ? (i + threadIdx.x % 32 / 2) % (RUN / EACH) : i;  // of neighbours lanes differ, and with that banks
+    const uint4 eight = *reinterpret_cast<const uint4*>(keys + piece * APART);
     const uint32_t first = sm90::pick_bytes<0x7531>(reach(eight.x), reach(eight.y)), last = sm90::pick_bytes<0x7531>(reach(eight.z), reach(eight.w));
     const uint32_t spread = (first >> 4 & 0x08080808u) | (last & 0x80808080u);
     marks |= (spread * 0x00204081u >> 24) << piece * EACH;  // the product moves all eight into the highest byte
@@ -118,13 +121,13 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
     }
   };
   int turn = 0;  // of the next chunk
-  // Hands over the first position of this lane's keys of each chunk, the keys, and all bits if there are any. It gives back what came of the keys.
+  // Hands over the first position of each chunk, its keys, and how many there are. It gives back what came of the keys.
   const auto each = [&](bool is_last, const auto& use) {
     if (held) turn = 0;
     for (int chunk = 0; chunk < chunks; ++chunk, ++turn) {
       sm90::barrier_wait(landed + turn % HELD * 8, turn / HELD % 2);
-      const int first = from + chunk * CHUNK + lane * RUN;
-      const uint32_t marks = use(first, s.keys[warp][turn % HELD] + lane * RUN, first < to ? ~0u : 0u);
+      const int first = from + chunk * CHUNK;
+      const uint32_t marks = use(first, s.keys[warp][turn % HELD], to - first);
       if (!held && (!is_last || chunk + HELD < chunks)) {
         __any_sync(~0u, marks);  // waits for all lanes' loads; a copy would not
         fetch(turn + HELD);
@@ -161,9 +164,14 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
   uint4 earlier;  // keys of this thread's bins in the blocks before this one
   for (bool is_coarse = false;;) {
     const int shift = is_coarse ? COARSE_SHIFT : 0;
-    each(false, [&](int, const uint16_t* run, uint32_t valid) {
-      const uint32_t marks = reaching(run, bound) & valid;
-      for (uint32_t left = marks; left; left &= left - 1) atomicAdd(&bins[min((run[__ffs(left) - 1] - bound) >> shift, BINS - 1u)], 1u);
+    each(false, [&](int, const uint16_t* keys, int count) {
+      const uint16_t* own = keys + lane * EACH;
+      const int pieces = min(max(count - lane * EACH + SPREAD - 1, 0) / SPREAD, RUN / EACH);  // that there are: pages end where pieces do
+      const uint32_t marks = reaching<SPREAD>(own, bound) & uint32_t((uint64_t(1) << pieces * EACH) - 1);
+      for (uint32_t left = marks; left; left &= left - 1) {
+        const int key = __ffs(left) - 1;
+        atomicAdd(&bins[min((own[key / EACH * SPREAD + key % EACH] - bound) >> shift, BINS - 1u)], 1u);
+      }
       return marks;
     });
     sm90::cluster_sync();
@@ -187,9 +195,9 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
   sm90::cluster_arrive();  // no block ends before all have read
   const uint32_t cut = bound + s.found.bin, need = wanted - s.found.above;  // `need` keys equal to the cut, and all above it
 
-  const auto mark = [&](const uint16_t* run, uint32_t valid) {
-    const uint32_t above = reaching(run, cut + 1);
-    return Marks{above & valid, reaching(run, cut) & ~above & valid};
+  const auto mark = [&](const uint16_t* run, int count) {
+    const uint32_t above = reaching<EACH>(run, cut + 1), valid = lane * RUN < count ? ~0u : 0u;
+    return Marks{above & valid, reaching<EACH>(run, cut) & ~above & valid};
   };
   const auto marks_in = [](const uint16_t* run) { return reinterpret_cast<Marks*>(const_cast<uint16_t*>(run)); };  // the place of keys that are done with
   Count count{};
@@ -199,7 +207,8 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
     if (bin > s.found.bin) count.earlier += word(earlier, i);
     if (bin == s.found.bin) s.earlier_ties = word(earlier, i);
   }
-  each(false, [&](int, const uint16_t* run, uint32_t valid) {
+  each(false, [&](int, const uint16_t* keys, int valid) {
+    const uint16_t* run = keys + lane * RUN;
     const Marks marks = mark(run, valid);
     if (held) *marks_in(run) = marks;
     count.above += __popc(marks.above), count.ties += __popc(marks.ties);
@@ -212,13 +221,14 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
   uint32_t above = __reduce_add_sync(~0u, (lane < warp ? theirs.above : 0u) + theirs.earlier);
   uint32_t ties = __reduce_add_sync(~0u, lane < warp ? theirs.ties : 0u) + s.earlier_ties;
 
-  each(true, [&](int first, const uint16_t* run, uint32_t valid) {
+  each(true, [&](int first, const uint16_t* keys, int valid) {
+    const uint16_t* run = keys + lane * RUN;
     Marks marks = held ? *marks_in(run) : mark(run, valid);
     const uint32_t counts = __popc(marks.above) | __popc(marks.ties) << 16, upto = warp_sum_up(counts, lane);
     const uint32_t tied = min(ties + (upto - counts >> 16), need);
     while (tied + __popc(marks.ties) > need) marks.ties ^= 1u << 31 - __clz(marks.ties);  // the earliest ones are in
     int32_t* next = positions + above + (upto - counts & 0xFFFF) + tied;
-    for (uint32_t left = marks.above | marks.ties; left; left &= left - 1) *next++ = first + __ffs(left) - 1;
+    for (uint32_t left = marks.above | marks.ties; left; left &= left - 1) *next++ = first + lane * RUN + __ffs(left) - 1;
     const uint32_t all = __shfl_sync(~0u, upto, 31);
     above += all & 0xFFFF, ties += all >> 16;
     return marks.above | marks.ties;
