@@ -48,7 +48,8 @@ class Selector:
             topk=runtime.topk,
             peers=runtime.peers,
         )
-        self.engine = engine_for(runtime, index_k_pages, keeps=self.ladders.decodes)
+        keeps = self.ladders.decodes and runtime.is_target(layers)  # no canary looks at a draft model's pool
+        self.engine = engine_for(runtime, index_k_pages, keeps=keeps)
         self.auditor = audit.Auditor(config.audit, runtime.topk, self.engine, self.ladders)
         self.dump = dumper(runtime, index_k_pages)
         self.agreement = agreement_for(runtime, self.engine)
