@@ -253,6 +253,16 @@ def _arguments(candidate: Candidate) -> Iterator[str]:
             yield f"{rule.flag}: expected {allowed}, got {value!r}: {rule.why}; drop the flag{also}"
 
 
+def _branching_drafts(candidate: Candidate) -> Iterator[str]:
+    """NGRAM's: its breadth bounds the continuations of one match, and a step drafts those of several."""
+    if getattr(candidate.arguments, "speculative_algorithm", None) == "NGRAM":
+        yield (
+            "--speculative-algorithm: expected none or one whose drafts are a chain, got NGRAM: its drafts branch at "
+            "any --speculative-ngram-max-bfs-breadth, and the accepted ones move index-K behind the indexer; drop the "
+            "flag"
+        )
+
+
 def _stored(candidate: Candidate) -> Iterator[str]:
     backend = getattr(candidate.arguments, "hicache_storage_backend", None)
     untried = candidate.sglang not in STORAGE_TRIED and not candidate.config.allow_unverified
@@ -323,6 +333,7 @@ CHECKS: tuple[Callable[[Candidate], Iterator[str]], ...] = (
     _page_size,
     _device,
     _arguments,
+    _branching_drafts,
     _stored,
     _transferred,
     _decode_steps,

@@ -147,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(*names, type=int if number else str, default=default)
     parser.add_argument("--tp-size", *ALIASES["tp_size"], type=int, default=1)
     parser.add_argument("--page-size", type=int, default=PAGE)
+    parser.add_argument("--speculative-algorithm", type=str.upper)
     parser.add_argument("--speculative-num-draft-tokens", type=int)
     parser.add_argument("--cuda-graph-backend-decode", default="full")
     return parser

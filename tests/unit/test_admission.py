@@ -247,6 +247,14 @@ REFUSED = {
             "disaggregation_decode_enable_offload_kvcache": True,
         }.items()
     },
+    "drafts that branch though each match has one continuation": (
+        candidate(
+            arguments=arguments(
+                speculative_algorithm="NGRAM", speculative_ngram_max_bfs_breadth=1, speculative_eagle_topk=1
+            )
+        ),
+        "--speculative-algorithm: expected none or one whose drafts are a chain, got NGRAM",
+    ),
     "HiCache on files of a version where it was not tried": (
         candidate(arguments=arguments(hicache_storage_backend="file")),
         "--hicache-storage-backend: expected None with a decode policy on SGLang 0.5.17, got 'file'",
