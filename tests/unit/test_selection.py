@@ -279,6 +279,25 @@ def test_the_kernel_engine_hands_each_run_its_rows_keys_and_output(
     assert all(len(mine & theirs) >= len(mine) - 1 for mine, theirs in pairs), "more than a tie in rounding apart"
 
 
+def test_a_warm_up_computes_statistics_of_all_pages_and_of_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton builds them apart, and users of a server are never to wait for a compiler."""
+    computed: set[bool] = set()
+
+    def update(index_k_pages, means, page_table, seq_lens, sketches, kept):
+        if kept is None or kept.new > 0:  # else nothing is launched
+            computed.add(kept is not None)
+
+    monkeypatch.setattr(kernels.page_means, "update_page_means", update)
+    for name in ("_select", "decode", "pages_written", "compared", "end_step"):
+        monkeypatch.setattr(kernels.KernelEngine, name, lambda *_: None)
+    monkeypatch.setattr(kernels, "slow_rows", lambda device: torch.ones(1, dtype=torch.int32))
+    monkeypatch.setattr(kernels.recorder, "slow_rows", kernels.recorder.slow_rows)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    kernels.warm_up(reference_runtime(MisaConfig(prefill=POLICIES[0], decode=DECODE), TOPK))
+    assert computed == {True, False}
+
+
 DECODE = SelectionPolicy(heads=4, blocks=3, block_size=64, min_len=0)
 SKETCHED = SelectionPolicy(heads=7, router="peak", residual=True, sketch=2, candidates=128, block_size=64, min_len=0)
 
