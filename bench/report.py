@@ -5,7 +5,7 @@
 Writes the figures beside the CSVs, and the table NAME between the markers `<!-- NAME -->` and `<!-- /NAME -->` of
 each page that has them: `results` in the README beside the CSVs, `measured` in docs/measured.md and the README,
 `quality` and `needles` in docs/quality.md, `watching` in docs/operations.md. A table of kernels holds one GPU and, of
-each preset, one commit, the last one in the file; the newest row of a case wins.
+each preset, the policies of its last commit in the file; the newest row of a case wins.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from sglang_misa.decode_gate import Step
 Record = dict[str, str]
 K = 1024
 WIDE = 8192  # rows of a whole chunk of prefill
+LONG = 32 * K  # tokens that no preset's gate is near
 PLOTTED = ("misa", "fast", "faithful", "exact", "hisa")  # at most four lines a figure, these first
 KEPT = 7  # policies of a front in the quality table
 PHASE_COSTS: dict[Phase, str] = {"prefill": "flop", "decode": "bytes"}  # columns of selection.csv
@@ -47,16 +48,22 @@ def read_json(path: Path) -> list[dict[str, Any]]:
 
 
 def newest(rows: Iterable[Record]) -> list[Record]:
-    """The right rows of the last commit of each GPU, SGLang, preset and table, and of a case the last one."""
+    """Of each GPU, SGLang, preset and table the right rows of its last policies, and of a case the last one."""
 
     def table(row: Record) -> tuple[str | bool, ...]:
         return *stand(row), row["phase"], row["preset"], row["inputs"].startswith("hostile"), shared(row)
 
+    def policy(row: Record) -> tuple[str, ...]:
+        return tuple(row[name] for name in ("policy", "routed_heads", "residual", "candidates", "blocks", "sketch"))
+
     kept = [row for row in rows if row["correct"] == "True"]
     last = {table(row): row["commit"] for row in kept}
-    sizes = ("index_heads", "candidates", "blocks", "rows", "length", "inputs")
-    case = ("gpu", "sglang", "phase", "preset", "policy", *sizes)
-    found = {tuple(row[c] for c in case): row for row in kept if row["commit"] == last[table(row)]}
+    today = {(table(row), policy(row)) for row in kept if row["commit"] == last[table(row)]}
+    found = {
+        (table(row), policy(row), *(row[size] for size in ("index_heads", "rows", "length", "inputs"))): row
+        for row in kept
+        if (table(row), policy(row)) in today
+    }
     return list(found.values())
 
 
@@ -81,7 +88,8 @@ def kernel_tables(rows: Sequence[Record]) -> list[Table]:
     return [
         table
         for table in (
-            by_length("Prefill: a chunk of 8192 rows", wide),
+            by_length("Prefill: a chunk of 8192 rows", [row for row in wide if int(row["length"]) >= LONG]),
+            by_length("Prefill: a chunk of 8192 rows, shorter", [row for row in wide if int(row["length"]) < LONG]),
             by_length("Prefill: few new rows over a cached prefix", cached),
             by_length("Prefill: few new rows of each of many prompts", [row for row in prefill if shared(row)]),
             by_input("Prefill: hostile inputs", hostile),
@@ -248,7 +256,7 @@ def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
         every = [row for row in rows if (row["gpu"], row["phase"], row["index_heads"], row["inputs"]) == kind]
         versions = {row["sglang"] for row in every}
         drawn = max(versions, key=lambda version: (len(_lengths(every, version)), _version(version)), default="")
-        own = [row for row in every if row["sglang"] == drawn]
+        own = [row for row in every if row["sglang"] == drawn and _is_long(row)]
         most = WIDE if phase == "prefill" else max((int(r["rows"]) for r in own), default=0)
         lines: dict[str, dict[int, float]] = {}
         for row in own:
@@ -270,6 +278,11 @@ def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
         pyplot.close(figure)
         written.append(target)
     return written
+
+
+def _is_long(row: Record) -> bool:
+    """Whether some row of a chunk is past its preset's length gate."""
+    return row["phase"] == "decode" or int(row["length"]) > PRESETS[row["preset"]].prefill.min_len
 
 
 def _lengths(rows: Sequence[Record], sglang: str) -> set[str]:

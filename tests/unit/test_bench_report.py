@@ -1,4 +1,4 @@
-"""The pages written from the CSVs: one commit a table, the newest row of a case, nothing outside the markers."""
+"""The pages written from the CSVs: today's policies, the newest row of a case, nothing outside the markers."""
 
 import csv
 import json
@@ -26,7 +26,8 @@ def row(**changes: object) -> dict[str, object]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     rows = [
-        row(commit="old", length=32768),
+        row(commit="old", length=32768, ratio=4.0),
+        row(commit="old", length=65536, routed_heads=8),
         row(ratio=8.0),
         row(),
         row(preset="exact", routed_heads="", residual=0, ratio=1.2, correct=False),
@@ -52,13 +53,15 @@ def written(folder: Path) -> str:
     return (folder / "results/README.md").read_text()
 
 
-def test_a_page_holds_the_newest_right_rows_of_one_commit(folder: Path) -> None:
+def test_a_page_holds_the_newest_right_rows_of_the_last_policies(folder: Path) -> None:
     page = written(folder)
-    assert "| fast (h = 7, residual) | 64 | 8192 | random | 18 | 2 | 9.00 |  |" in page
-    assert "32K" not in page  # of another commit
+    assert "| fast (h = 7, residual) | 64 | 8192 | random | 18 | 2 | 4.00 | 18 | 2 | 9.00 |  |" in page
+    assert "64K" not in page  # of another policy
     assert "exact" not in page  # wrong
     assert "8.00" not in page  # measured again
-    assert "| fast (h = 7, residual) | 64 | 8192 | trained | 18 | 2 | 7.00 | 0.950 |" in page  # slowest, mean recall
+    assert (
+        "| fast (h = 7, residual) | 64 | 8192 | trained |  |  |  | 18 | 2 | 7.00 | 0.950 |" in page
+    )  # slowest, mean recall
     assert "Trained inputs: layer0, layer2 of a small model" in page
     assert page.index("one-key | 5.00") < page.index("period-24 | 6.00")
     assert "| fast (h = 7, residual) | 64 | 1024 | random | 18 | 2 | 6.50 |  |" in page
