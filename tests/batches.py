@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from pools import reference_runtime
 
 from sglang_misa import reference
 from sglang_misa.call import DecodeCall, ExtendCall, Output, spans
+from sglang_misa.config import MisaConfig
 from sglang_misa.kernels.layout import PAGE
+from sglang_misa.selection import Selector
 
 TOPK = 64
 
@@ -72,3 +75,13 @@ class Batch:
             ids=torch.full((len(self.lens), TOPK), -7, dtype=torch.int32),
             positions=positions,
         )
+
+
+def selector(batch: Batch, **settings: object) -> Selector:
+    """What selects for a batch's pool, of one layer."""
+    return Selector(reference_runtime(MisaConfig(**settings), TOPK), [batch.index_k_pages])
+
+
+def sets(ids: torch.Tensor) -> list[set[int]]:
+    """The tokens of each row."""
+    return [set(row.tolist()) - {-1} for row in ids]

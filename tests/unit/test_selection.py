@@ -1,16 +1,15 @@
-"""The length gate by row, what is selected in one call and in several, and what an audit of it says."""
+"""The length gate by row, and what is selected in one call and in several."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from batches import TOPK, Batch
+from batches import TOPK, Batch, selector, sets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import reference_runtime
 
 from sglang_misa import decode_gate, reference, selection
-from sglang_misa.audit import Taps
 from sglang_misa.call import spans
 from sglang_misa.config import Audit, MisaConfig, SelectionPolicy
 from sglang_misa.engines import kernels
@@ -18,7 +17,6 @@ from sglang_misa.engines.reference import ReferenceEngine
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.kernels.prefill.operands import RoutedHeads
 from sglang_misa.ladder import WINDOW
-from sglang_misa.metrics import Recorder
 from sglang_misa.policy import EXACT
 from sglang_misa.selection import Selector
 
@@ -62,10 +60,6 @@ def test_every_row_is_in_one_run_of_the_policy_or_of_dsa(
         assert run.longest == max(seen[row] for row in rows)
         first, last = run.spans[0], run.spans[-1]
         assert (run.keys.start, run.keys.stop) == (first.first_key, last.first_key + last.length)
-
-
-def selector(batch: Batch, **settings_: object) -> Selector:
-    return Selector(reference_runtime(MisaConfig(**settings_), TOPK), [batch.index_k_pages])
 
 
 @pytest.mark.parametrize(
@@ -127,10 +121,6 @@ def test_what_a_sunk_layer_would_select_is_seen_where_rows_pass_its_gate(lens, m
     monkeypatch.setattr(one.ladders, "observe", lambda *_, probed: made.append(probed))
     one.left_to_stock(0, call.spans, lambda: call)
     assert made == ([True] if max(lens) > 128 else [])
-
-
-def sets(ids: torch.Tensor) -> list[set[int]]:
-    return [set(row.tolist()) - {-1} for row in ids]
 
 
 def test_the_end_of_a_prompt_is_selected_as_stock_does() -> None:
@@ -370,66 +360,3 @@ def test_permuting_physical_pages_changes_nothing(decode: SelectionPolicy) -> No
     after = batch.decode(queries, positions=True)
     other.decode(after)
     assert torch.equal(before.ids, after.ids)
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    fresh = Recorder()
-    monkeypatch.setattr(selection.audit, "recorder", fresh)
-    return fresh
-
-
-def test_the_audit_of_both_phases_is_the_recall_of_what_was_written(recorder: Recorder) -> None:
-    batch = Batch(7, [500, 430], width=9)
-    one = selector(batch, prefill=POLICIES[0], decode=DECODE, audit=Audit(rows=2, every=1))
-    queries = batch.queries(2)
-    calls = [batch.extend([1, 1], queries), batch.decode(queries)]
-    one.extend(calls[0])
-    one.decode(calls[1])
-    dense = batch.extend([1, 1], queries)
-    selector(batch, prefill=SelectionPolicy(exact=True, min_len=0)).extend(dense)
-    for phase, ids in (("prefill", calls[0].output.ids), ("decode", calls[1].ids)):
-        pairs = zip(sets(ids), sets(dense.output.ids), strict=True)
-        expected = [len(mine & best) / TOPK for mine, best in pairs]
-        assert recorder.status()["recall"][phase]["0"]["rows"] == 2
-        assert recorder.status()["recall"][phase]["0"]["recall"] == pytest.approx(sum(expected) / 2)
-
-
-def test_rows_that_see_no_more_than_k_are_not_audited_in_decode(recorder: Recorder) -> None:
-    batch = Batch(7, [TOPK, 400], width=9)
-    one = selector(batch, decode=DECODE, audit=Audit(rows=2, every=1))
-    call = batch.decode(batch.queries(2))
-    one.decode(replace(call))
-    assert recorder.status()["recall"]["decode"]["0"]["rows"] == 1
-
-
-def test_a_tap_audits_in_turn_what_a_captured_step_selected(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    batch = Batch(7, [500, 430, 400], width=9)
-    one = selector(batch, decode=DECODE, audit=Audit(rows=2, every=3))
-    call = batch.decode(batch.queries(3))
-    with decode_gate.capturing(stock=False) as capture:
-        one.decode(call)
-    one.auditor.audit_decode(call)
-    taken = recorder.status()["recall"]["decode"]["0"]
-    call.ids.fill_(-1)  # the graph's own buffers serve other calls too; the tap has copies
-    taps = Taps(capture.taps, every=3)
-    for replay in range(30):
-        if replay % 3 == 0:  # once in each three replays
-            assert recorder.status()["recall"]["decode"]["0"] == pytest.approx(taken | {"rows": 2 + 2 * (replay // 3)})
-        taps.replayed()
-
-
-@pytest.mark.parametrize("stock", [False, True])
-def test_taps_are_spread_over_the_layers_that_select(stock: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers that share another's selection never call: with one in four selecting, no number but 0 has a factor 8."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    batch = Batch(7, [500], width=9)
-    one = selector(batch, decode=DECODE, audit=Audit(rows=1, decode_layers=8, floor=0.5)).auditor
-    call = batch.decode(batch.queries(1))
-    with decode_gate.capturing(stock) as capture:
-        for layer in (0, *range(1, 78, 4)):
-            (one.look_past_decode if stock else one.look_at_decode)(replace(call, layer=layer))
-    assert [tap.args[0].layer for tap in capture.taps] == [0, 29, 61]
