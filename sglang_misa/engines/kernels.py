@@ -33,11 +33,10 @@ from sglang_misa.runtime import Runtime
 class KernelEngine:
     """See `engines.Engine`. `admission` says which policies have no kernel."""
 
-    # The rows of a thread block share their scan of keys, so one that has rows of many requests scans too much.
-    least_rows = 14
-
     def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor], *, keeps: bool = False):
         self.runtime, self.keeps = runtime, keeps
+        # The rows of a thread block share their scan of keys, so one that has rows of many requests scans too much.
+        self.least_rows = 10 if keeps else 14
         self.index_k_pages = tuple(index_k_pages)
         self.stats = PageStats.allocate(index_k_pages, runtime.config.sketch)
         self.behind = False
