@@ -106,6 +106,7 @@ DECODE_ARGUMENTS = (
     _Argument("hicache_host_memory_mode", ("cache",), "decode on pages that the host only buffers is untested"),
 )
 STORAGE_TRIED = ("0.5.23",)  # versions whose host cache was tried on files; 0.5.17's waits for ever on the CPU platform
+CHAINED_DRAFTS = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")  # algorithms whose accepted drafts stay where they are
 _BESIDE = "beside pages that a prefill server wrote it is untested"
 TRANSFER_ARGUMENTS = (
     _Argument("speculative_algorithm", (None,), _BESIDE),
@@ -253,13 +254,19 @@ def _arguments(candidate: Candidate) -> Iterator[str]:
             yield f"{rule.flag}: expected {allowed}, got {value!r}: {rule.why}; drop the flag{also}"
 
 
-def _branching_drafts(candidate: Candidate) -> Iterator[str]:
-    """NGRAM's: its breadth bounds the continuations of one match, and a step drafts those of several."""
-    if getattr(candidate.arguments, "speculative_algorithm", None) == "NGRAM":
+def _drafts(candidate: Candidate) -> Iterator[str]:
+    """NGRAM's branch: its breadth bounds the continuations of one match, and a step drafts those of several."""
+    algorithm = getattr(candidate.arguments, "speculative_algorithm", None)
+    if algorithm == "NGRAM":
         yield (
             "--speculative-algorithm: expected none or one whose drafts are a chain, got NGRAM: its drafts branch at "
             "any --speculative-ngram-max-bfs-breadth, and the accepted ones move index-K behind the indexer; drop the "
             "flag"
+        )
+    elif algorithm not in (None, *CHAINED_DRAFTS) and not candidate.config.allow_unverified:
+        yield (
+            f"--speculative-algorithm: expected none or one of {', '.join(CHAINED_DRAFTS)}, got {algorithm}: whether "
+            "its drafts move index-K behind the indexer was not tried; add --misa-allow-unverified, or drop the flag"
         )
 
 
@@ -333,7 +340,7 @@ CHECKS: tuple[Callable[[Candidate], Iterator[str]], ...] = (
     _page_size,
     _device,
     _arguments,
-    _branching_drafts,
+    _drafts,
     _stored,
     _transferred,
     _decode_steps,

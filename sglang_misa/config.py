@@ -124,7 +124,7 @@ class MisaConfig(BaseModel):
         False,
         description="serve on a GPU with a version of SGLang that was verified on CPUs only, and decode by a policy "
         "behind a prefill server with KV transfer other than Mooncake's, or beside a host cache on files that was not "
-        "tried with this version",
+        "tried with this version, and with drafts by an algorithm that was not tried",
     )
 
     @field_validator("backend", mode="before")

@@ -64,6 +64,11 @@ ADMITTED = {
     "PyTorch on another GPU, any head count": candidate(model(index_n_heads=16), config=TORCH, capability=(8, 9)),
     "CPU": candidate(model(index_n_heads=8), device="cpu", capability=None),
     "chain drafts": candidate(arguments=arguments(speculative_eagle_topk=1, speculative_num_draft_tokens=64)),
+    "chain drafts by name": candidate(arguments=arguments(speculative_algorithm="EAGLE", speculative_eagle_topk=1)),
+    "other drafts, with the user's word": candidate(
+        config=PRESETS["hisa"].model_copy(update={"allow_unverified": True}),
+        arguments=arguments(speculative_algorithm="UNO", speculative_eagle_topk=1),
+    ),
     "no graphs": candidate(
         arguments=arguments(cuda_graph_config=CudaGraphConfig(decode=PhaseConfig(backend="disabled")))
     ),
@@ -254,6 +259,10 @@ REFUSED = {
             )
         ),
         "--speculative-algorithm: expected none or one whose drafts are a chain, got NGRAM",
+    ),
+    "drafts that nobody tried": (
+        candidate(arguments=arguments(speculative_algorithm="UNO", speculative_eagle_topk=1)),
+        "--speculative-algorithm: expected none or one of EAGLE, EAGLE3, NEXTN, STANDALONE, got UNO",
     ),
     "HiCache on files of a version where it was not tried": (
         candidate(arguments=arguments(hicache_storage_backend="file")),
