@@ -100,7 +100,8 @@ SCALES = {
         alike=100,
         found_within=64,
         disk=40,
-        flags="--misa-preset dsa --misa-decode-blocks 4 --misa-decode-block-size 64 --misa-decode-min-len 100 "
+        flags="--misa-preset misa --misa-prefill-min-len 100 --misa-prefill-block-size 64 "
+        "--misa-decode-blocks 4 --misa-decode-block-size 64 --misa-decode-min-len 100 "
         "--device cpu --chunked-prefill-size 256",
     ),
     "gpu": Scale(
