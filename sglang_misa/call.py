@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sglang_misa.kernels.layout import PAGE
 from sglang_misa.kernels.prefill.operands import Output
 
 __all__ = ["DecodeCall", "ExtendCall", "Output", "Run", "Span", "spans"]
@@ -35,9 +36,12 @@ class Span:
         return self.first_row + self.rows
 
     @property
-    def cached(self) -> int:
-        """Keys that were there before the call."""
-        return self.length - self.rows
+    def cached_pages(self) -> int:
+        """Pages that were complete before the call, without that of the token before it.
+
+        A session that drafts may go on behind a token that no step has verified, whose page no step has completed.
+        """
+        return max(self.length - self.rows - 1, 0) // PAGE
 
     def gate(self, min_len: int) -> int:
         """First row that sees more than `min_len` keys."""

@@ -133,8 +133,8 @@ def _windows(run: Run, ks: Tensor, seq_lens: Tensor, row_batch: Tensor) -> _Wind
 
 @functools.lru_cache(maxsize=8)  # all layers of a step ask for the same
 def _kept(spans: tuple[Span, ...], device: torch.device) -> page_means.Kept:
-    """The pages that were complete before the call."""
-    pages = [span.cached // PAGE for span in spans]
+    """The pages that the steps before the call have completed."""
+    pages = [span.cached_pages for span in spans]
     new = max(span.length // PAGE - before for span, before in zip(spans, pages, strict=True))
     return page_means.Kept(torch.tensor(pages, dtype=torch.int32).to(device, non_blocking=True), new)
 

@@ -30,7 +30,7 @@ class ReferenceEngine:
 
     def extend(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> None:
         for span in call.spans:
-            kept = span.cached // PAGE if self.keeps else 0
+            kept = span.cached_pages if self.keeps else 0
             self._update(call.layer, call.page_table[span.request, kept : span.length // PAGE])
         for policy, run in runs:
             for span, rows in run.alone():

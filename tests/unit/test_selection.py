@@ -82,12 +82,14 @@ def test_stock_takes_calls_that_are_short_or_have_few_rows_a_request(extend_lens
 
 @pytest.mark.parametrize("decode", [SelectionPolicy(), SelectionPolicy(blocks=4, block_size=64)])
 def test_a_call_computes_the_statistics_that_nothing_has_kept(decode: SelectionPolicy) -> None:
-    rows, batch = [70, 30], Batch(2, [300, 200], width=5)
+    """Nor that of the token before the call, which may have been written over."""
+    rows, kept, batch = [70, 30, 70], [230 // PAGE, 170 // PAGE, 3], Batch(2, [300, 200, 4 * PAGE + 70], width=6)
     one = selector(batch, prefill=SelectionPolicy(heads=2, block_size=64, min_len=128), decode=decode)
     means = one.engine.stats.means[0].fill_(7)
     one.extend(batch.extend(rows, batch.queries(sum(rows))))
-    old = torch.cat([batch.table[0, : 230 // PAGE], batch.table[1, : 170 // PAGE]]).long()
-    new = torch.cat([batch.table[0, 230 // PAGE : 300 // PAGE], batch.table[1, 170 // PAGE : 3]]).long()
+    pages = [batch.table[row, : length // PAGE].long() for row, length in enumerate(batch.lens)]
+    old = torch.cat([own[:count] for own, count in zip(pages, kept, strict=True)])
+    new = torch.cat([own[count:] for own, count in zip(pages, kept, strict=True)])
     right = reference.page_means(batch.index_k_pages).bfloat16()
     assert torch.equal(means[new], right[new])
     assert (means[old] == 7).all() if decode.active else torch.equal(means[old], right[old])
