@@ -84,8 +84,8 @@ def needles(
 ) -> Iterator[Question]:
     """`repeats` questions at each length and depth, every one over other text, among `others` facts that are not asked.
 
-    The fact that is asked for lies within SPREAD tokens of its depth, as eighths of a power of two would all be the
-    edge of a block. Raises LoadError where facts and question do not fit.
+    The fact that is asked for lies within SPREAD tokens of its depth, or fewer where depths are closer: eighths of a
+    power of two would all be the edge of a block. Raises LoadError where facts and question do not fit.
     """
     for length in lengths:
         for at, depth in enumerate(depths):
@@ -104,7 +104,7 @@ def needles(
                     )
                 text = source.draw(rng, room)
                 elsewhere = rng.integers(0, room + 1, others).tolist()
-                spread = min(SPREAD, room)
+                spread = min(SPREAD, room // len(depths))
                 places = [round(depth * (room - spread)) + int(rng.integers(spread + 1)), *elsewhere]
                 pieces, last = [], 0
                 for place, fact in sorted(zip(places, facts, strict=True), key=lambda pair: pair[0]):

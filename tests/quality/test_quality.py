@@ -230,10 +230,15 @@ def test_needles_lie_anywhere_in_a_block() -> None:
             return rng.integers(0, 1000, count)
 
     source, places = Words(), Counter()
-    template = questions.TEMPLATES["pairs"]
-    for asked in questions.needles(source, template, [4096, 32768], np.linspace(0, 1, 9), 10, 8, 1, seed=0):
+    template, depths = questions.TEMPLATES["pairs"], np.linspace(0, 1, 9)
+    nearest = dict.fromkeys(depths, 1024)
+    for asked in questions.needles(source, template, [1024, 4096, 32768], depths, 10, 8, 1, seed=0):
         place = asked.ids.index(int(source.encode(f"{asked.answers[0]}.")[0]))
         assert abs(place - asked.depth * asked.length) <= questions.SPREAD + 64
-        places[place % 512 // 64] += 1
+        if asked.length == 1024:
+            nearest[asked.depth] = min(nearest[asked.depth], place)
+        else:
+            places[place % 512 // 64] += 1
+    assert [*nearest.values()] == sorted(nearest.values()), "depths of a short prompt are apart"
     assert len(places) == 8
     assert max(places.values()) < places.total() / 4
