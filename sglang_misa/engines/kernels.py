@@ -43,14 +43,15 @@ class KernelEngine:
         self._layers = page_means.Layers.of(index_k_pages, self.stats.means, self.stats.sketches)
 
     def extend(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> None:
-        page_means.update_page_means(
-            self.index_k_pages[call.layer],
-            self.stats.means[call.layer],
-            call.page_table,
-            call.request_lens,
-            self.stats.sketch(call.layer),
-            _kept(call.spans, call.page_table.device) if self.keeps else None,
-        )
+        if self.keeps or any(policy.pooled for policy, _ in runs):
+            page_means.update_page_means(
+                self.index_k_pages[call.layer],
+                self.stats.means[call.layer],
+                call.page_table,
+                call.request_lens,
+                self.stats.sketch(call.layer),
+                _kept(call.spans, call.page_table.device) if self.keeps else None,
+            )
         for policy, run in runs:
             self._select(call, policy, run)
 

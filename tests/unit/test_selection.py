@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pools import reference_runtime
 
 from sglang_misa import decode_gate, reference, selection
-from sglang_misa.call import spans
+from sglang_misa.call import Run, spans
 from sglang_misa.config import Audit, MisaConfig, SelectionPolicy
 from sglang_misa.engines import kernels
 from sglang_misa.engines.reference import ReferenceEngine
@@ -269,6 +269,18 @@ def test_the_kernel_engine_hands_each_run_its_rows_keys_and_output(
     pairs = list(zip(sets(ours.output.ids), sets(wanted.output.ids), strict=True))
     assert all(len(mine) == len(theirs) for mine, theirs in pairs)
     assert all(len(mine & theirs) >= len(mine) - 1 for mine, theirs in pairs), "more than a tie in rounding apart"
+
+
+@pytest.mark.parametrize(("by", "keeps", "wanted"), [(EXACT, False, 0), (EXACT, True, 1), (POLICIES[0], False, 1)])
+def test_statistics_that_nothing_reads_are_not_computed(by, keeps, wanted, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[object] = []
+    monkeypatch.setattr(kernels.page_means, "update_page_means", lambda *call: computed.append(call))
+    monkeypatch.setattr(kernels.KernelEngine, "_select", lambda *_: None)
+    batch = Batch(1, [300], width=5)
+    call = batch.extend([200], batch.queries(200))
+    engine = kernels.KernelEngine(reference_runtime(MisaConfig(), TOPK), [batch.index_k_pages], keeps=keeps)
+    engine.extend(call, [(by, Run.whole(call.spans))])
+    assert len(computed) == wanted
 
 
 def test_a_warm_up_computes_statistics_of_all_pages_and_of_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
