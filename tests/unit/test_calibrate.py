@@ -58,7 +58,7 @@ def test_the_target_is_kept_on_rows_that_were_held_out(
     ]
     monkeypatch.setattr(selection, "policies", lambda: few)
     out, plot = tmp_path / "policy.json", tmp_path / "policy.png"
-    words = ("--target", TARGET, "--length", LENGTH, "--rows", 32, "--out", out, "--plot", plot)
+    words = ("--target", TARGET, "--length", LENGTH, "--rows", 32, "--costs", "model", "--out", out, "--plot", plot)
     assert calibrated(*trained, *words) == 0
     assert "layers 1,3" in capsys.readouterr().out, "layers without a dump are told"
     assert plot.stat().st_size > 1000
