@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from recorders import fresh_recorder
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.runner.shape_key import ShapeKey
@@ -16,7 +17,6 @@ from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleVerify
 
 from sglang_misa import decode_gate, runtime, versions
 from sglang_misa.config import MisaConfig, SelectionPolicy
-from sglang_misa.metrics import Recorder
 from sglang_misa.patches import cuda_graph, forward_batch, register
 
 MIN_LEN = 1000
@@ -36,11 +36,8 @@ class Graph:
 
 @pytest.fixture
 def recorder(monkeypatch):
-    fresh = Recorder()
-    monkeypatch.setattr(cuda_graph, "recorder", fresh)
-    monkeypatch.setattr(forward_batch, "recorder", fresh)
     monkeypatch.setattr(forward_batch, "_step", None)
-    return fresh
+    return fresh_recorder(monkeypatch, cuda_graph, forward_batch)
 
 
 @pytest.fixture

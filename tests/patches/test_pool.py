@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from recorders import fresh_recorder
 from transformers import DeepseekV3Config
 
 from sglang_misa import runtime
 from sglang_misa.bench.host_cache import make_pool
 from sglang_misa.config import PRESETS
 from sglang_misa.kernels.layout import statistics_bytes
-from sglang_misa.metrics import Recorder
 from sglang_misa.patches import pool as pool_hooks
 from sglang_misa.patches import register
 
@@ -20,7 +20,7 @@ LAYERS, PAGES = 3, 5
 
 @pytest.fixture(autouse=True)
 def hooks(monkeypatch):
-    monkeypatch.setattr(pool_hooks, "recorder", Recorder())
+    fresh_recorder(monkeypatch, pool_hooks)
     armed = runtime.Runtime(PRESETS["misa"], 64, 2048, 8192, "cpu", 0, 1)
     monkeypatch.setattr(runtime, "_runtime", armed)
     register.apply(metadata.version("sglang"))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from batches import TOPK, Batch, selector, sets
+from recorders import fresh_recorder
 
 from sglang_misa import audit, decode_gate
 from sglang_misa.audit import Taps
@@ -17,9 +18,7 @@ DECODE = SelectionPolicy(heads=4, blocks=3, block_size=64, min_len=0)
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    fresh = Recorder()
-    monkeypatch.setattr(audit, "recorder", fresh)
-    return fresh
+    return fresh_recorder(monkeypatch, audit)
 
 
 def test_the_audit_of_both_phases_is_the_recall_of_what_was_written(recorder: Recorder) -> None:

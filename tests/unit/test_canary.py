@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from pools import reference_engine, reference_runtime
+from recorders import fresh_recorder
 
 from sglang_misa import canary as canary_module
 from sglang_misa.bench.host_cache import make_pool
@@ -48,9 +49,7 @@ class Step:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    fresh = Recorder()
-    monkeypatch.setattr(canary_module, "recorder", fresh)
-    return fresh
+    return fresh_recorder(monkeypatch, canary_module)
 
 
 def test_statistics_of_their_pages_pass(recorder: Recorder) -> None:

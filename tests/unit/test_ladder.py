@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recorders import fresh_recorder
 from torch import distributed
 
 from sglang_misa import decode_gate, ladder
@@ -27,9 +28,7 @@ MODEL = {"index_heads": 64, "topk": 2048}
 
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    fresh = Recorder()
-    monkeypatch.setattr(ladder, "recorder", fresh)
-    yield fresh
+    yield fresh_recorder(monkeypatch, ladder)
     decode_gate.suspend(False)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from recorders import fresh_recorder
 
 from sglang_misa import audit, canary
 from sglang_misa.bench import layer, watching
@@ -12,10 +13,7 @@ SHAPES = {"decode": (3, 2200), "prefill": (130, 2300)}
 
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    fresh = Recorder()
-    for module in (watching, audit, canary):
-        monkeypatch.setattr(module, "recorder", fresh)
-    return fresh
+    return fresh_recorder(monkeypatch, watching, audit, canary)
 
 
 @pytest.mark.parametrize("phase", SHAPES)
