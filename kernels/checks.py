@@ -53,6 +53,18 @@ def expect_heads(heads: int, index_heads: int, *, residual: bool) -> None:
         raise ValueError(f"heads: expected 1 to {most}, got {heads}")
 
 
+def expect_page_table(page_table: torch.Tensor, seq_lens: torch.Tensor) -> tuple[int, int]:
+    """(B, W) of a page table. Raises ValueError unless it is int32 [B, W] with rows packed, and seq_lens int32 [B]."""
+    if page_table.dim() != 2 or page_table.dtype != torch.int32 or page_table.stride(1) != 1:
+        raise ValueError(
+            f"page_table: expected int32 [B, W] with unit column stride, got {page_table.dtype} of shape "
+            f"{tuple(page_table.shape)} with strides {page_table.stride()}; pass physical page ids, not token slots"
+        )
+    rows, width = page_table.shape
+    expect("seq_lens", seq_lens, (rows,), torch.int32)
+    return rows, width
+
+
 def expect_block_size(block_size: int) -> None:
     """Raise ValueError unless blocks of `block_size` tokens are whole pages."""
     if block_size < PAGE or block_size % PAGE:

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_misa.kernels.checks import expect
+from sglang_misa.kernels.checks import expect, expect_page_table
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, PAGE_BYTES, SKETCH_STEP, sketch_bits
 
 _WARPS = 4  # 64 bytes of keys a thread: four 16-byte loads in flight
@@ -220,7 +220,7 @@ def update_page_means(
     """
     views = _views(index_k_pages, means)
     bits = _sketch_bits(index_k_pages, sketches)
-    rows, width = _check_table(page_table, seq_lens)
+    rows, width = expect_page_table(page_table, seq_lens)
     pages = width if kept is None else min(kept.new, width)
     if kept is not None:
         expect("kept.pages", kept.pages, (rows,), torch.int32)
@@ -278,7 +278,7 @@ def update_last_page_means(layers: Layers, page_table: torch.Tensor, seq_lens: t
     For decode, once a step. page_table [R, W] int32; seq_lens [R] int32 with the new token counted, at most 64·W.
     Raises ValueError for another layout.
     """
-    rows, _ = _check_table(page_table, seq_lens)
+    rows, _ = expect_page_table(page_table, seq_lens)
     if rows:
         last_page_means_fwd_kernel[(rows, len(layers.pools))](
             layers.pools,
@@ -357,14 +357,3 @@ def _options(bits: int) -> dict[str, object]:
         "num_warps": _WARPS,
         **({"enable_fp_fusion": False} if bits else {}),
     }
-
-
-def _check_table(page_table: torch.Tensor, seq_lens: torch.Tensor) -> tuple[int, int]:
-    rows, width = page_table.shape
-    expect("seq_lens", seq_lens, (rows,), torch.int32)
-    if page_table.dtype != torch.int32 or page_table.stride(1) != 1:
-        raise ValueError(
-            f"page_table: expected int32 [B, W] with unit column stride, got {page_table.dtype} with strides "
-            f"{page_table.stride()}; pass physical page ids, not token slots"
-        )
-    return rows, width

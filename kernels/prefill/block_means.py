@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_misa.kernels.checks import expect, expect_block_size
+from sglang_misa.kernels.checks import expect, expect_block_size, expect_page_table
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 
 
@@ -44,9 +44,7 @@ def block_means(means: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.T
     block_size: tokens, a multiple of 64. Raises ValueError for another layout.
     """
     expect("means", means, (len(means), HEAD_DIM), torch.bfloat16)
-    expect("page_table", page_table, (None, None), torch.int32, row_stride=True)
-    rows, width = page_table.shape
-    expect("seq_lens", seq_lens, (rows,), torch.int32)
+    rows, width = expect_page_table(page_table, seq_lens)
     expect_block_size(block_size)
     block_pages = block_size // PAGE
     max_blocks = width // block_pages
