@@ -174,14 +174,14 @@ def warm_up(runtime: Runtime) -> None:
     device = torch.device(runtime.device, torch.cuda.current_device())
     pages = -(-2 * runtime.topk // PAGE)
     index_k_pages = torch.zeros(pages, PAGE_BYTES, dtype=torch.uint8, device=device)
-    # A program of its own computes what is not kept: a draft model's pool keeps nothing where the target's does.
-    keeping, engine = (KernelEngine(runtime, [index_k_pages], keeps=keeps) for keeps in (True, False))
+    engine, keeping = (KernelEngine(runtime, [index_k_pages], keeps=keeps) for keeps in (False, True))
     table = torch.arange(pages, dtype=torch.int32, device=device).unsqueeze(0)
     for policy in _prefill_policies(runtime):
         # Few rows and many have launches of their own, and Triton builds apart for 1 and sizes that 16 does not divide.
         for number, rows in enumerate((64, 65, runtime.topk, runtime.topk - 1, 1)):
-            for one in (keeping, engine):
-                one.extend(*_made_up_extend(runtime, policy, table, rows, number % 2 == 0, device))
+            engine.extend(*_made_up_extend(runtime, policy, table, rows, number % 2 == 0, device))
+        if runtime.config.decoding.active:  # kept statistics: those of new pages have a program of their own
+            keeping.extend(*_made_up_extend(runtime, policy, table, 64, True, device))
     for policy in filter(_is_active, runtime.config.policies("decode")):
         engine.pages_written(0, torch.arange(pages * PAGE, device=device))
         engine.compared(0, table[0])
