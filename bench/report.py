@@ -256,7 +256,7 @@ def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
         every = [row for row in rows if (row["gpu"], row["phase"], row["index_heads"], row["inputs"]) == kind]
         versions = {row["sglang"] for row in every}
         drawn = max(versions, key=lambda version: (len(_lengths(every, version)), _version(version)), default="")
-        own = [row for row in every if row["sglang"] == drawn and _is_long(row)]
+        own = [row for row in every if row["sglang"] == drawn and _passes_gate(row)]
         most = WIDE if phase == "prefill" else max((int(r["rows"]) for r in own), default=0)
         lines: dict[str, dict[int, float]] = {}
         for row in own:
@@ -280,7 +280,7 @@ def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
     return written
 
 
-def _is_long(row: Record) -> bool:
+def _passes_gate(row: Record) -> bool:
     """Whether some row of a chunk is past its preset's length gate."""
     return row["phase"] == "decode" or int(row["length"]) > PRESETS[row["preset"]].prefill.min_len
 
