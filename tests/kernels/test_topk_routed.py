@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweeps import TURN, in_sweeps
 
 from sglang_misa.kernels import layout
 from sglang_misa.kernels.prefill import plan as plans
 from sglang_misa.kernels.prefill.operands import Keys, RoutedHeads, Rows, inputs
 
 H100 = 132
-SWEEPS, TURN = 17, 8  # as in scorer.cuh and topk_routed.cu
 
 
 @settings(deadline=None, max_examples=60)
@@ -102,7 +102,7 @@ def test_thresholds_neither_starve_nor_overflow(k):
     keys, blocks = 1 << 17, 24  # of the row blocks of a pass, each with one row that counts here
     p = plans.plan(8192, keys, k, 8, H100)
     tiles = keys // plans.TILE
-    visited = torch.cat([torch.arange(sweep, tiles, SWEEPS) for sweep in range(SWEEPS)])  # in this order
+    visited = torch.from_numpy(in_sweeps(tiles))
     sharing = 32 // p.buffers
     filled = [[] for _ in range(blocks)]
     for row in filled:
@@ -146,7 +146,7 @@ def is_slow(scores: np.ndarray, plan: plans.Plan, shares, k: int) -> bool:
         return True
     tiles, sharing = -(-len(scores) // plans.TILE), 32 // plan.buffers
     visits = np.empty(tiles, int)
-    visits[np.concatenate([np.arange(sweep, tiles, SWEEPS) for sweep in range(SWEEPS)])] = np.arange(tiles)
+    visits[in_sweeps(tiles)] = np.arange(tiles)
     visit, lane = visits[passed // plans.TILE], (passed % 64 // 16 * 8 + passed % 8) // sharing
     for runs, room in shares:
         held = np.zeros(plan.buffers, int)
@@ -186,3 +186,14 @@ def test_ties_make_no_rows_slow(length: int, values: int) -> None:
         "zero but for a few": np.where(random.random(length) < 0.01, random.integers(0, values, length), 0),
     }
     assert [name for name, scores in rows.items() if is_slow(scores.astype(float), plan, shares, 2048)] == []
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+@pytest.mark.parametrize("length", [64 << 10, 96 << 10, 112 << 10, 1 << 17, 136 << 10, 144 << 10, 160 << 10, 1 << 18])
+def test_keys_that_repeat_make_no_rows_slow(heads: int, length: int) -> None:
+    """All hits are of one key, the first ones in order: in the first tiles of each sweep, and of few threads each."""
+    plan = plans.plan(8192, length, 2048, heads, H100)
+    shares = list(divide([length // plans.TILE] * (plan.rows // plans.block_rows(heads)), plan))[3:-1:7]
+    keys = np.arange(length)
+    slow = [n for n in (1, 2, 4, 8, 12, 16, 24, 32, 64) if is_slow((keys % n == n // 2) * 1.0, plan, shares, 2048)]
+    assert slow == []

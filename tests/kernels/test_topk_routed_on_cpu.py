@@ -9,6 +9,7 @@ from exact_rows import THRESHOLD, TOPK, ExtendCase, scratch_of_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from on_cpu import COMPILER, aligned, call, ints
+from sweeps import sweeps_of
 
 from sglang_misa.kernels.prefill import plan as plans
 
@@ -119,6 +120,10 @@ def check_visits(kernels, case, workers, runs, stride, divided):
             wanted = expected + sigmas * math.sqrt(expected + expected**2 / rank) + spare
             assert wanted - 1 <= held[worker + 1] - held[worker] <= wanted + plans.SECTOR
     return visits, counts
+
+
+def test_the_plans_tests_visit_tiles_as_the_kernels_do(kernels):
+    assert [kernels.sweeps_of(tiles) for tiles in range(5000)] == [sweeps_of(tiles) for tiles in range(5000)]
 
 
 @SETTINGS

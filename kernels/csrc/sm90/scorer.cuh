@@ -141,32 +141,46 @@ __device__ __forceinline__ void barriers_init(Smem& s) {
   __syncthreads();
 }
 
-// A run of key tiles of one row block. They are visited in SWEEPS interleaved sweeps over the rows' keys, so that hits which lie
+// A run of key tiles of one row block. They are visited in interleaved sweeps over the rows' keys, so that hits which lie
 // close together are shared out among the thread blocks that have runs of these rows.
 struct Item {
-  static constexpr int SWEEPS = 17;  // a prime: no period of the keys falls into step with it
+  static constexpr int TURN = 4;  // tiles, after which what threads own alone changes hands (topk_routed.cu)
   int first_row;  // its place in the task
+  int sweeps;
   int tile, left;
   int low, high;  // the row block's tiles are low …
   int end;        // … as far as any row sees
 
   // Tiles [from, from + count) of the row block's `tiles`, in the order of visits.
-  __device__ Item(const Task& task, int block, int from, int count, int tiles) : first_row(block * ROWS), left(count) {
+  __device__ Item(const Task& task, int block, int from, int count, int tiles)
+      : first_row(block * ROWS), sweeps(sweeps_of(tiles)), left(count) {
     const Extent extent(task, first_row, ROWS);
     low = extent.first_tile(), high = low + tiles;
     end = extent.end_tile();
-    const int length = tiles / SWEEPS, longer = tiles % SWEEPS;  // that many sweeps have one tile more
+    const int length = tiles / sweeps, longer = tiles % sweeps;  // that many sweeps have one tile more
     const int beyond = from - longer * (length + 1);
     const int sweep = beyond < 0 ? from / (length + 1) : longer + beyond / length;
     const int done = beyond < 0 ? from % (length + 1) : beyond % length;
-    tile = low + sweep + done * SWEEPS;
+    tile = low + sweep + done * sweeps;
+  }
+  // A prime, so that no period of the keys falls into step with it. Hits that lie close together come at the beginning of every sweep,
+  // and to each eighth thread where keys repeat: the prime is that for which a sweep begins by some three or five turns of eight further
+  // than the last one.
+  static __device__ int sweeps_of(int tiles) {
+    int found = 0, least = INT_MAX;
+    for (const int sweeps : {13, 17, 19, 23}) {
+      const int turns = tiles * 16 / (sweeps * TURN) % 128;  // of a sweep, beyond whole rounds of eight, in sixteenths
+      const int off = min(abs(turns - 3 * 16), abs(turns - 5 * 16));
+      if (off < least) least = off, found = sweeps;
+    }
+    return found;
   }
   __device__ bool more() const { return left > 0; }
   __device__ bool seen() const { return tile < end; }
   __device__ void advance() {
     --left;
-    tile += SWEEPS;
-    if (tile >= high) tile = low + (tile - low) % SWEEPS + 1;
+    tile += sweeps;
+    if (tile >= high) tile = low + (tile - low) % sweeps + 1;
   }
 };
 

@@ -25,7 +25,6 @@ struct HitBuffers {
 // shared memory, for registers are few.
 template <int BUFFERS, int OWN>  // of a row and thread block, and queries of a thread
 struct OwnBuffers {
-  static constexpr int TURN = 8;                // tiles, after which they change hands
   static constexpr int SHARING = 32 / BUFFERS;  // lane rows that divide their queries
 
   int seat[CONSUMERS];             // the thread that began with what each has now
@@ -51,7 +50,7 @@ struct OwnBuffers {
   // Hands the buffers and the places of their next entries on, after a tile behind which `left` come, and takes another thread's, of
   // the same queries.
   __device__ void turn(int left, uint32_t (&place)[OWN], Extent& own) {
-    if (left % TURN) return;
+    if (left % Item::TURN) return;
     const int thread = sm90::thread(), old = seat[thread], now = old / 128 * 128 + (old + 4 * SHARING) % 128;
 #pragma unroll
     for (int q = 0; q < OWN; ++q) places[q][old] = place[q];

@@ -27,6 +27,8 @@ bool divide_rows(const int32_t* starts, const int32_t* ends, int rows, int keys,
   return simt::launch(1, CUT_THREADS, [&] { divide(task, k, {table, workers, runs, {hits, sigmas, rank, spare, room}}); });
 }
 
+int sweeps_of(int tiles) { return Item::sweeps_of(tiles); }
+
 // visits [workers, most, 2] of (row block, tile), of which counts [workers] are filled.
 bool walk(const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, const int32_t* division, int workers, int most,
           int32_t* visits, int32_t* counts) {
