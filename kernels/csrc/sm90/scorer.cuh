@@ -146,22 +146,22 @@ __device__ __forceinline__ void barriers_init(Smem& s) {
 struct Item {
   static constexpr int TURN = 4;  // tiles, after which what threads own alone changes hands (topk_routed.cu)
   int first_row;  // its place in the task
-  int sweeps;
-  int tile, left;
-  int low, high;  // the row block's tiles are low …
-  int end;        // … as far as any row sees
+  int sweeps, first, tile, left;  // first: of the sweep
+  int high;       // the row block's tiles end here
+  int end;        // … and what any row sees
 
   // Tiles [from, from + count) of the row block's `tiles`, in the order of visits.
   __device__ Item(const Task& task, int block, int from, int count, int tiles)
       : first_row(block * ROWS), sweeps(sweeps_of(tiles)), left(count) {
     const Extent extent(task, first_row, ROWS);
-    low = extent.first_tile(), high = low + tiles;
+    const int low = extent.first_tile();
+    high = low + tiles;
     end = extent.end_tile();
     const int length = tiles / sweeps, longer = tiles % sweeps;  // that many sweeps have one tile more
     const int beyond = from - longer * (length + 1);
     const int sweep = beyond < 0 ? from / (length + 1) : longer + beyond / length;
     const int done = beyond < 0 ? from % (length + 1) : beyond % length;
-    tile = low + sweep + done * sweeps;
+    first = low + sweep, tile = first + done * sweeps;
   }
   // A prime, so that no period of the keys falls into step with it. Hits that lie close together come at the beginning of every sweep,
   // and to each eighth thread where keys repeat: the prime is that for which a sweep begins by some three or five turns of eight further
@@ -180,7 +180,7 @@ struct Item {
   __device__ void advance() {
     --left;
     tile += sweeps;
-    if (tile >= high) tile = low + (tile - low) % sweeps + 1;
+    if (tile >= high) tile = ++first;
   }
 };
 
