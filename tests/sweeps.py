@@ -1,4 +1,4 @@
-"""The order in which the scorer visits a row block's tiles, and how often private buffers change hands: scorer.cuh."""
+"""The order in which the scorer visits a row block's tiles, and how often private buffers change hands: items.cuh."""
 
 from __future__ import annotations
 

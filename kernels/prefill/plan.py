@@ -82,7 +82,7 @@ def aligned(count: float, to: int = 256) -> int:
 
 
 def division_bytes(row_blocks: int, workers: int) -> int:
-    """Of a Division, as scorer.cuh lays it out."""
+    """Of a Division, as items.cuh lays it out."""
     return aligned(4 * (1 + row_blocks + 1 + workers + workers + 1))
 
 

@@ -1,6 +1,6 @@
-// Makes the division of a task's tiles among the scorer's thread blocks (scorer.cuh, Items), on the device, where the windows are.
+// Makes the division of a task's tiles among the scorer's thread blocks (items.cuh), on the device, where the windows are.
 #pragma once
-#include "scorer.cuh"
+#include "items.cuh"
 #include "warp.cuh"
 
 namespace misa {

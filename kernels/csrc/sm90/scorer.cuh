@@ -9,77 +9,17 @@
 // One warp feeds a ring of key tiles; every warpgroup reads each tile for its own queries and runs at its own pace.
 #pragma once
 #include <algorithm>
-#include <climits>
 #include <cstddef>
 
-#include "inputs.cuh"
+#include "items.cuh"
 #include "output.cuh"
-#include "ptx.cuh"
-#include "shape.cuh"
 #include "turns.cuh"
 
 namespace misa {
 namespace {
 
-constexpr int DIM = 128;                              // head dimension = bytes of a key
-constexpr int ROUTED_HEADS = COLUMNS - RESIDUAL;      // the residual, if there is one, is the column behind them
-constexpr int PRODUCT_COLUMNS = COLUMNS > 4 ? 256 : 128;  // of one product: 16 queries' settings a thread would not fit
-constexpr int KEYS = 64;                              // rows of one product
-constexpr int QUERIES = PRODUCT_COLUMNS / COLUMNS;    // of a warpgroup
-constexpr int LANE_QUERIES = QUERIES / 4;             // of a thread
-constexpr int PAIRS = COLUMNS / 2;
-constexpr int GROUPS = COLUMNS > 4 ? 2 : 3;           // warpgroups that multiply and fold
-constexpr int ROWS = GROUPS * QUERIES;                // of a block
-constexpr int TILE = 128;                             // keys of a ring stage
-constexpr int STAGES = 4;
-constexpr int CONSUMERS = GROUPS * 128;
-constexpr int THREADS = CONSUMERS + 128;              // and one warpgroup whose first warp feeds
+constexpr int STAGES = 4;  // of the ring, a tile each
 constexpr int FEED_REGISTERS = 24, FOLD_REGISTERS = GROUPS == 2 ? 240 : 160;
-
-// One launch of scoring: rows [first, first + rows), or row_list[first ...]; all keys, or one in `stride` of them (sample.cuh).
-struct Task {
-  const uint8_t* q;         // [T, all_heads, DIM] e4m3
-  const float* gates;       // [T, all_heads]
-  const int32_t* head_ids;  // [T, ROUTED_HEADS]
-  const float* scale;       // of the scored keys
-  const int32_t* starts;    // [T]
-  const int32_t* ends;      // [T]
-  const int32_t* row_list;  // or null
-  const int32_t* division;  // a Division, or null: all row blocks alike
-  ResidualColumn residual;  // if RESIDUAL
-  int first, rows, all_heads, keys, stride;
-
-  __host__ __device__ int scored() const { return (keys + stride - 1) / stride; }
-  // The key that stands for the ith `stride` keys. Its place among them is hashed, so that no period of the keys is in step with it.
-  __host__ __device__ int key(int i) const {
-    uint32_t hash = uint32_t(i) * 0x9E3779B1u;
-    hash = (hash ^ hash >> 15) * 0x85EBCA6Bu;
-    hash ^= hash >> 13;
-    const int among = keys - i * stride < stride ? keys - i * stride : stride;
-    return i * stride + int(uint64_t(hash) * among >> 32);
-  }
-  __device__ int blocks() const { return (rows + ROWS - 1) / ROWS; }
-  __device__ int row(int i) const { return row_list ? row_list[first + i] : first + i; }
-  // Column `slot` of row t: its query, and its weight.
-  static constexpr __device__ bool linear(int slot) { return slot == ROUTED_HEADS; }
-  __device__ const uint8_t* query(int64_t t, int slot) const {
-    return linear(slot) ? residual.query + t * DIM : q + (t * all_heads + head_ids[t * ROUTED_HEADS + slot]) * DIM;
-  }
-  __device__ float weight(int64_t t, int slot) const {
-    return linear(slot) ? residual.scale[t] : gates[t * all_heads + head_ids[t * ROUTED_HEADS + slot]];
-  }
-  // Scored keys before one of all keys.
-  __device__ int before(int limit) const {
-    if (stride == 1) return limit;
-    const int i = limit / stride;
-    return i + (limit > i * stride && key(i) < limit);
-  }
-  __device__ int2 window(int i) const {  // in units of scored keys; empty beyond the rows
-    if (i >= rows) return {0, 0};
-    int t = row(i), lo = max(starts[t], 0), hi = min(ends[t], keys);
-    return hi > lo ? int2{before(lo), before(hi)} : int2{0, 0};
-  }
-};
 
 struct Smem {
   alignas(1024) uint8_t queries[GROUPS][PRODUCT_COLUMNS * DIM];
@@ -114,22 +54,6 @@ struct Ring {
   }
 };
 
-// Extent of `count` windows as seen by one warp: the union, and what all of them share.
-struct Extent {
-  int lo = INT_MAX, hi = 0, all_lo = 0, all_hi = INT_MAX;
-  __device__ Extent(const Task& task, int first, int count) {
-    for (int i = threadIdx.x % 32; i < count; i += 32) {
-      int2 w = task.window(first + i);
-      if (w.y > w.x) lo = min(lo, w.x), hi = max(hi, w.y);
-      all_lo = max(all_lo, w.x), all_hi = min(all_hi, w.y);
-    }
-    lo = __reduce_min_sync(~0u, lo), hi = __reduce_max_sync(~0u, hi);
-    all_lo = __reduce_max_sync(~0u, all_lo), all_hi = __reduce_min_sync(~0u, all_hi);
-  }
-  __device__ int first_tile() const { return hi > 0 ? lo / TILE : 0; }
-  __device__ int end_tile() const { return hi > 0 ? (hi + TILE - 1) / TILE : 0; }
-};
-
 __device__ __forceinline__ void barriers_init(Smem& s) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
@@ -140,96 +64,6 @@ __device__ __forceinline__ void barriers_init(Smem& s) {
   }
   __syncthreads();
 }
-
-// A run of key tiles of one row block. They are visited in interleaved sweeps over the rows' keys, so that hits which lie
-// close together are shared out among the thread blocks that have runs of these rows.
-struct Item {
-  static constexpr int TURN = 4;  // tiles, after which what threads own alone changes hands (topk_routed.cu)
-  int first_row;  // its place in the task
-  int sweeps, first, tile, left;  // first: of the sweep
-  int high;       // the row block's tiles end here
-  int end;        // … and what any row sees
-
-  // Tiles [from, from + count) of the row block's `tiles`, in the order of visits.
-  __device__ Item(const Task& task, int block, int from, int count, int tiles)
-      : first_row(block * ROWS), sweeps(sweeps_of(tiles)), left(count) {
-    const Extent extent(task, first_row, ROWS);
-    const int low = extent.first_tile();
-    high = low + tiles;
-    end = extent.end_tile();
-    const int length = tiles / sweeps, longer = tiles % sweeps;  // that many sweeps have one tile more
-    const int beyond = from - longer * (length + 1);
-    const int sweep = beyond < 0 ? from / (length + 1) : longer + beyond / length;
-    const int done = beyond < 0 ? from % (length + 1) : beyond % length;
-    first = low + sweep, tile = first + done * sweeps;
-  }
-  // A prime, so that no period of the keys falls into step with it. Hits that lie close together come at the beginning of every sweep,
-  // and to each eighth thread where keys repeat: the prime is that for which a sweep begins by some three or five turns of eight further
-  // than the last one.
-  static __device__ int sweeps_of(int tiles) {
-    int found = 0, least = INT_MAX;
-    for (const int sweeps : {13, 17, 19, 23}) {
-      const int turns = tiles * 16 / (sweeps * TURN) % 128;  // of a sweep, beyond whole rounds of eight, in sixteenths
-      const int off = min(abs(turns - 3 * 16), abs(turns - 5 * 16));
-      if (off < least) least = off, found = sweeps;
-    }
-    return found;
-  }
-  __device__ bool more() const { return left > 0; }
-  __device__ bool seen() const { return tile < end; }
-  __device__ void advance() {
-    --left;
-    tile += sweeps;
-    if (tile >= high) tile = ++first;
-  }
-};
-
-// How the tiles of a task are divided, in a table in memory (scheduler.cuh makes it): all row blocks' tiles, one's after another's, are
-// cut into equal shares, one a thread block. So none waits for rows that see more keys, nor for a last wave. Where is what:
-struct Division {
-  static constexpr int SHARE = 0;                                        // tiles of each
-  static __device__ int before(int block) { return 1 + block; }          // tiles before a row block, or the end
-  static __device__ int first(int blocks) { return before(blocks) + 1; }  // of each thread block, the row block of its first tile
-  // What the private buffers of the thread blocks before each, and before the end, hold.
-  static __device__ int held(int blocks, int workers) { return first(blocks) + workers; }
-};
-
-// The items of a thread block: by the task's division or, without one, as if every row block had a tile for all keys. Then no share
-// is of two row blocks if that makes it longer by no more than it takes to begin with another, for all would wait for those that do.
-struct Items {
-  static constexpr int BEGINNING = 2;  // tiles that take as long
-  const Task& task;
-  const int32_t* table;
-  int blocks, alike, share, pitch, at, last;
-
-  __device__ Items(const Task& task)
-      : task(task), table(task.division), blocks(task.blocks()), alike((task.scored() + TILE - 1) / TILE), pitch(alike) {
-    if (table) {
-      share = table[Division::SHARE];
-    } else {
-      const int workers = gridDim.x, runs = workers / blocks, whole = runs ? (alike + runs - 1) / runs : INT_MAX;
-      share = (blocks * alike + workers - 1) / workers;
-      if (whole <= share + BEGINNING) share = whole, pitch = (alike + share - 1) / share * share;
-    }
-    at = blockIdx.x * share, last = min(at + share, before(blocks));
-  }
-  __device__ int before(int block) const { return table ? table[Division::before(block)] : block * pitch; }
-  // The thread blocks that have runs of row i's block: the first, and how many.
-  static __device__ int2 workers(const Task& task, int i) {
-    const int32_t* before = task.division + Division::before(i / ROWS);
-    if (before[1] == before[0]) return {0, 0};
-    const int share = task.division[Division::SHARE], first = before[0] / share;
-    return {first, (before[1] - 1) / share - first + 1};
-  }
-  __device__ bool more() const { return at < last; }
-  __device__ Item next() {
-    int block = table ? table[Division::first(blocks) + blockIdx.x] : at / pitch;
-    while (before(block + 1) <= at) ++block;
-    const int from = before(block), to = before(block + 1), tiles = table ? to - from : alike, first = at;
-    at = min(last, to);
-    return Item(task, block, first - from, min(at, from + tiles) - first, tiles);
-  }
-};
 
 // The place of a thread in its warpgroup: which queries and which keys of a product it has the scores of.
 struct Seat {
@@ -432,11 +266,6 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 inline CUtensorMap key_map(const void* k, int keys) {
   return tensor_map(k, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, keys, TILE);
-}
-
-// Scores of rows [first, first + rows) of a call, by all its keys.
-inline Task task_of(const Inputs& in, int first, int rows) {
-  return {in.index_q, in.head_gates, in.head_ids, in.k_scale, in.ks, in.ke, nullptr, nullptr, in.residual, first, rows, in.index_heads, in.keys, 1};
 }
 
 // By `workers` thread blocks, for which its division was made if it has one. `k`: the scored keys.
