@@ -116,10 +116,10 @@ class Watched:
     def audit(self, phase: Phase) -> Callable[[], None]:
         """A look of the audit at a call of all rows. Raises RuntimeError where `check` finds another recall."""
         auditor, rows, look = self.serving.auditor, self.layer.shape.rows, self._audit(phase)
-        drawn = replace(auditor, numbers=copy.copy(auditor.numbers)).rows(0, rows)
+        twin = replace(auditor, numbers=copy.copy(auditor.numbers))  # draws the rows that the look will
+        audited = twin.rows(0, rows) if phase == "prefill" else twin.decode_rows(self.layer.seq_lens).tolist()
         look()
         told = recorder.status()["recall"][phase]["0"]["recall"]
-        audited = drawn if phase == "prefill" else range(min(auditor.settings.rows, rows))
         seen = {t: self.layer.row(t, self.serving.engine, 0) for t in audited}
         chosen = {t: self.layer.positions(t, self.output.ids[t]) for t in audited}
         expected = statistics.mean(check.recall(seen[t], chosen[t], bench.TOPK) for t in audited)

@@ -107,55 +107,64 @@ class Auditor:
         return kept(dense[0], call.seq_lens[picked], call.output.rows(picked))
 
     def look_at_decode(self, call: DecodeCall) -> None:
-        """Audit the first rows of a call that is due; while a CUDA graph is captured, leave a tap for its replays."""
+        """Audit rows of a call that is due; while a CUDA graph is captured, leave a tap for its replays."""
         if self.settings.rows == 0:
             return
         capture = decode_gate.capture()
-        if capture is None:
-            if self.due("decode", call.layer):
-                self.audit_decode(call)
-        elif self._taps(capture):
-            capture.taps.append(partial(self.audit_decode, self._copied(call, "index_q", "head_gates", "ids")))
+        if capture is not None:
+            self._tap(capture, call, self.audit_decode)
+        elif self.due("decode", call.layer):
+            self.audit_decode(self._drawn(call))
 
     def audit_decode(self, call: DecodeCall) -> None:
-        """Audit the first rows of `call`, whose output is written."""
-        self.record("decode", call.layer, self.decode_rows(call))
+        """Audit the rows of `call`, whose output is written."""
+        self.record("decode", call.layer, self.decode_results(call))
 
     def look_past_decode(self, call: DecodeCall) -> None:
         """The same for a call that stock DSA selects for, whose policy may select again."""
         if self.settings.rows == 0 or self.settings.floor == 0:
             return
         capture = decode_gate.capture()
-        if capture is None:
-            if self.ladders.probe("decode", call.layer) is not None and self.due("decode", call.layer):
-                self.probe_decode(call.first(self.settings.rows))
-        elif self._taps(capture):
-            first = call.first(self.settings.rows)
-            capture.taps.append(partial(self.probe_decode, self._copied(first, "index_q", "head_gates")))
-
-    def _copied(self, call: DecodeCall, *names: str) -> DecodeCall:
-        """`call` with copies of its first rows, which a CUDA graph makes.
-
-        The page table and the lengths stay in the graph's own buffers, and the pages in the pool, until the next step.
-        """
-        return replace(call, **{name: getattr(call, name)[: self.settings.rows].clone() for name in names})
-
-    def _taps(self, capture: decode_gate.Capture) -> bool:
-        """Whether the layer of a capture that calls now gets a tap: one in so many of those that select."""
-        if not torch.cuda.is_current_stream_capturing():
-            return False  # a warm-up
-        capture.layers += 1
-        return (capture.layers - 1) % self.settings.decode_layers == 0
+        if capture is not None:
+            self._tap(capture, call, self.probe_decode)
+        elif self.ladders.probe("decode", call.layer) is not None and self.due("decode", call.layer):
+            self.probe_decode(self._drawn(call))
 
     def probe_decode(self, call: DecodeCall) -> None:
-        """Tell the ladder what the layer's policy would keep for the rows of `call`, whose output is written."""
+        """Tell the ladder what the layer's policy would keep for the rows of `call`."""
         probe = self.ladders.probe("decode", call.layer)
         if probe is not None:
+            call = replace(call, ids=torch.empty_like(call.ids), positions=True)
             behind = self.engine.behind
             self.engine.decode(call, probe)
             self.engine.behind = behind  # this was no step
-            recalls = [recall for recall, _, _ in self.decode_rows(call)]
+            recalls = [recall for recall, _, _ in self.decode_results(call)]
             self.ladders.observe("decode", call.layer, recalls, probed=True)
+
+    def _drawn(self, call: DecodeCall) -> DecodeCall:
+        """The call of some of its rows, drawn."""
+        return call.at(self.decode_rows(call.seq_lens[: len(call.ids)]))
+
+    def _tap(self, capture: decode_gate.Capture, call: DecodeCall, look: Callable[[DecodeCall], None]) -> None:
+        """Leave a tap for `look` in one layer of so many that select: a copy of some rows' queries, made in the graph.
+
+        The page table and the lengths stay in the graph's own buffers, and the pages in the pool, until the next step.
+        """
+        count = len(call.ids)
+        if not torch.cuda.is_current_stream_capturing():  # a warm-up: what is made here, no replay makes anew
+            first = torch.arange(min(self.settings.rows, count), device=call.ids.device)
+            capture.rows.setdefault(count, first)
+            return
+        capture.layers += 1
+        if (capture.layers - 1) % self.settings.decode_layers == 0:
+            rows = capture.rows[count]
+            copied = replace(call.queries_at(rows), seq_lens=call.seq_lens[:count])
+            capture.taps.append(partial(self._replayed, look, copied, rows))
+
+    def _replayed(self, look: Callable[[DecodeCall], None], copied: DecodeCall, rows: Tensor) -> None:
+        """Look at what a replay has copied of its `rows`, and have the next ones copy others."""
+        look(copied.steps_at(rows))
+        rows.copy_(self.decode_rows(copied.seq_lens))
 
     def due(self, phase: Phase, layer: int) -> bool:
         """Whether this call of `layer` is to be audited: one of each `every`, another one in neighbouring layers."""
@@ -175,10 +184,16 @@ class Auditor:
         start = first + self.numbers.randrange(last - first - (count - 1) * apart)
         return range(start, start + (count - 1) * apart + 1, apart)
 
-    def decode_rows(self, call: DecodeCall) -> list[Result]:
-        """Results of the first rows that had more than k tokens to choose from."""
-        rows = slice(0, min(self.settings.rows, len(call.ids)))
-        lens = call.seq_lens[rows].tolist()
+    def decode_rows(self, seq_lens: Tensor) -> Tensor:
+        """Rows int64 [n] of a decode call to audit, drawn: others only where too few see more than k tokens."""
+        lens = seq_lens.tolist()
+        drawn = self.numbers.sample(range(len(lens)), len(lens))
+        drawn.sort(key=lambda row: lens[row] <= self.topk)
+        return torch.tensor(drawn[: self.settings.rows], device=seq_lens.device)
+
+    def decode_results(self, call: DecodeCall) -> list[Result]:
+        """Results of the rows that had more than k tokens to choose from."""
+        lens = call.seq_lens.tolist()
         long = [row for row, length in enumerate(lens) if length > self.topk]
         if not long:
             return []
@@ -188,7 +203,7 @@ class Auditor:
             keys = reference.dequantize_pages(call.index_k_pages[pages]).reshape(1, -1, HEAD_DIM)[:, : lens[row]]
             queries = call.index_q[None, row, None], call.head_gates[None, row, None]
             dense[row, : lens[row]] = reference.index_scores(*queries, keys).flatten()
-        results = kept(dense, call.seq_lens[rows], call.output.rows(rows)).tolist()
+        results = kept(dense, call.seq_lens, call.output).tolist()
         return [results[row] for row in long]
 
     def record(self, phase: Phase, layer: int, results: Sequence[Result]) -> None:

@@ -183,18 +183,22 @@ class DecodeCall:
     ids: Tensor
     positions: bool  # write positions, not slots
 
-    def first(self, rows: int) -> DecodeCall:
-        """The call of its first `rows` rows, which writes positions into an output of its own."""
-        part = slice(0, rows)
+    def queries_at(self, rows: Tensor) -> DecodeCall:
+        """The queries and ids of `rows` int64 [n] alone, beside the page table and lengths of all."""
         return replace(
             self,
-            index_q=self.index_q[part],
-            head_gates=self.head_gates[part],
-            page_table=self.page_table[part],
-            seq_lens=self.seq_lens[part],
-            ids=torch.empty_like(self.ids[part]),
-            positions=True,
+            index_q=self.index_q.view(torch.uint8)[rows].view(self.index_q.dtype),  # fp8 has no index kernel
+            head_gates=self.head_gates[rows],
+            ids=self.ids[rows],
         )
+
+    def at(self, rows: Tensor) -> DecodeCall:
+        """The call of `rows` int64 [n] alone, with what it wrote for them."""
+        return self.queries_at(rows).steps_at(rows)
+
+    def steps_at(self, rows: Tensor) -> DecodeCall:
+        """The page table and lengths of `rows` int64 [n] alone, for a call that has their queries already."""
+        return replace(self, page_table=self.page_table[rows], seq_lens=self.seq_lens[rows])
 
     @property
     def output(self) -> Output:

@@ -63,6 +63,7 @@ class Capture:
     asked: bool = False
     layers: int = 0  # of the step that select by policy, so far
     taps: list[Any] = field(default_factory=list)  # what the auditors of the captured layers leave
+    rows: dict[int, Any] = field(default_factory=dict)  # by rows of a call: those that its taps copy, on the device
 
 
 _capture: Capture | None = None

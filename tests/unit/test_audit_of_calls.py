@@ -1,5 +1,7 @@
-"""What an audit says of the calls of a pool's layers, of captured steps among them."""
+"""What an audit says of the calls of a pool's layers, of captured steps among them, and which rows it looks at."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ from recorders import fresh_recorder
 from sglang_misa import audit, decode_gate
 from sglang_misa.audit import Taps
 from sglang_misa.config import Audit, SelectionPolicy
+from sglang_misa.decode_gate import Capture
 from sglang_misa.metrics import Recorder
 
 PREFILL = SelectionPolicy(heads=4, block_size=64, min_len=120)
@@ -45,33 +48,73 @@ def test_rows_that_see_no_more_than_k_are_not_audited_in_decode(recorder: Record
     assert recorder.status()["recall"]["decode"]["0"]["rows"] == 1
 
 
+def captured(monkeypatch: pytest.MonkeyPatch, forward: Callable[[], None], *, stock: bool = False) -> Capture:
+    """A capture of a step as SGLang makes one: behind a warm-up."""
+    with decode_gate.capturing(stock) as capture:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        forward()
+        assert not capture.taps
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        forward()
+    return capture
+
+
 def test_a_tap_audits_in_turn_what_a_captured_step_selected(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     batch = Batch(7, [500, 430, 400], width=9)
     one = selector(batch, decode=DECODE, audit=Audit(rows=2, every=3))
     call = batch.decode(batch.queries(3))
-    with decode_gate.capturing(stock=False) as capture:
-        one.decode(call)
-    one.auditor.audit_decode(call)
+    capture = captured(monkeypatch, lambda: one.decode(call))
+    one.auditor.audit_decode(call.at(torch.tensor([0, 1])))
     taken = recorder.status()["recall"]["decode"]["0"]
     call.ids.fill_(-1)  # the graph's own buffers serve other calls too; the tap has copies
     taps = Taps(capture.taps, every=3)
+    monkeypatch.setattr(one.auditor, "decode_rows", lambda _: torch.tensor([0, 1]))  # as nothing copies others here
     for replay in range(30):
         if replay % 3 == 0:  # once in each three replays
             assert recorder.status()["recall"]["decode"]["0"] == pytest.approx(taken | {"rows": 2 + 2 * (replay // 3)})
         taps.replayed()
 
 
+def test_the_replays_of_a_graph_copy_other_rows_after_each_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of the capture itself would be made anew by each replay, so their numbers lie in that of a warm-up."""
+    batch = Batch(7, [500, 70, 430, 20, 400], width=9)
+    one = selector(batch, decode=DECODE, audit=Audit(rows=2, every=1))
+    call = batch.decode(batch.queries(5))
+    capture = captured(monkeypatch, lambda: one.decode(call))
+    (tap,), seen = capture.taps, []
+    rows = capture.rows[5]
+    for _ in range(40):
+        tap()
+        assert capture.rows[5] is rows
+        seen.append(tuple(sorted(rows.tolist())))
+    assert set(seen) == {(0, 1), (0, 2), (0, 4), (1, 2), (1, 4), (2, 4)}, "pairs of those that see more than k tokens"
+
+
 @pytest.mark.parametrize("stock", [False, True])
 def test_taps_are_spread_over_the_layers_that_select(stock: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that share another's selection never call: with one in four selecting, no number but 0 has a factor 8."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     batch = Batch(7, [500], width=9)
     one = selector(batch, decode=DECODE, audit=Audit(rows=1, decode_layers=8, floor=0.5)).auditor
-    call = batch.decode(batch.queries(1))
-    with decode_gate.capturing(stock) as capture:
+    call, looked = batch.decode(batch.queries(1)), []
+    monkeypatch.setattr(one, "probe_decode" if stock else "audit_decode", lambda part: looked.append(part.layer))
+
+    def forward() -> None:
         for layer in (0, *range(1, 78, 4)):
             (one.look_past_decode if stock else one.look_at_decode)(replace(call, layer=layer))
-    assert [tap.args[0].layer for tap in capture.taps] == [0, 29, 61]
+
+    for tap in captured(monkeypatch, forward, stock=stock).taps:
+        tap()
+    assert looked == [0, 29, 61]
+
+
+def test_every_request_of_a_step_is_audited_as_often_as_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that see no more than k tokens only where there are too few others: they have nothing to choose."""
+    one = selector(Batch(7, [500], width=9), decode=DECODE, audit=Audit(rows=4, every=1)).auditor
+    lens = torch.tensor([TOPK, 300, 400] * 8)
+    seen = Counter(row for _ in range(1000) for row in one.decode_rows(lens).tolist())
+    assert seen.keys() == {row for row in range(24) if row % 3}
+    assert all(abs(count - 250) < 6 * 250**0.5 for count in seen.values())
+    assert sorted(one.decode_rows(lens[:4]).tolist()) == [0, 1, 2, 3]
+    assert len(one.decode_rows(lens[:2])) == 2
