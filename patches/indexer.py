@@ -13,7 +13,7 @@ from torch import Tensor
 from sglang_misa.call import spans
 from sglang_misa.metrics import recorder
 from sglang_misa.patches.forward_batch import prompt_lens, step
-from sglang_misa.patches.indexer_calls import decode_call, extend_call
+from sglang_misa.patches.indexer_calls import decode_call, decode_rows, extend_call
 
 
 def get_topk_ragged(
@@ -77,7 +77,7 @@ def get_topk_paged(
             selector.decode_left_to_stock(functools.partial(call, ids))
     else:
         recorder.ran("decode", captured + policy.name)
-        ids = _no_tokens(self, q_fp8)
+        ids = _no_tokens(self, q_fp8, behind=decode_rows(metadata))
         selector.decode(call(ids))
     if selector.ladders.decodes and self.misa_last:
         selector.engine.end_step(metadata.get_page_table_64(), seq_lens)
@@ -114,8 +114,8 @@ def _pages_written(pool: Any, layer: int, slots: Tensor) -> None:
         pool.misa_selector.engine.pages_written(layer, slots.long())
 
 
-def _no_tokens(indexer: Any, q_fp8: Tensor, behind: int = 0) -> Tensor:
-    """Room for the ids of every row, -1 `behind` those that are sure to get some: rows of padding get none."""
+def _no_tokens(indexer: Any, q_fp8: Tensor, behind: int) -> Tensor:
+    """Room for the ids of every row: -1 in rows of padding, `behind` those whose ids a call writes, all of them."""
     ids = torch.empty(q_fp8.shape[0], indexer.index_topk, dtype=torch.int32, device=q_fp8.device)
     ids[behind:].fill_(-1)
     return ids

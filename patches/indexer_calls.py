@@ -43,7 +43,7 @@ def decode_call(
     pool: Any, layer_id: int, seq_lens: Tensor, q_fp8: Tensor, weights: Tensor, metadata: Any, ids: Tensor
 ) -> DecodeCall:
     """The rows of a decode, verify or draft call. The pool's getter is the fence of a host cache's transfers."""
-    rows = sum(metadata.get_dsa_extend_len_cpu())
+    rows = decode_rows(metadata)
     return DecodeCall(
         layer=layer_id - pool.start_layer,
         index_q=q_fp8[:rows],
@@ -54,6 +54,11 @@ def decode_call(
         ids=ids[:rows],
         positions=not _fused(metadata),
     )
+
+
+def decode_rows(metadata: Any) -> int:
+    """Rows of a decode, verify or draft call, without those of padding behind them."""
+    return sum(metadata.get_dsa_extend_len_cpu())
 
 
 def _fused(metadata: Any) -> bool:

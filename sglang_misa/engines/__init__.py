@@ -25,7 +25,7 @@ class Engine(Protocol):
         """Compute statistics of the call's pages, then select for the rows of each run into `call.output`."""
 
     def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
-        """Select for every row into `call.ids`. Capturable in a CUDA graph."""
+        """Select for every row into `call.ids`: its tokens, then -1. Capturable in a CUDA graph."""
 
     def pages_written(self, layer: int, slots: Tensor) -> None:
         """Update the pages whose last token is among `slots` [n] int64, just written in `layer` by stock's path."""
