@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
     }
   };
   int turn = 0;  // of the next chunk
-  // Hands over the first position of each chunk, its keys, and how many there are. It gives back what came of the keys.
+  // Hands over the first position of each chunk, its keys, and how many there are from there on. It gives back what came of the keys.
   const auto each = [&](bool is_last, const auto& use) {
     if (held) turn = 0;
     for (int chunk = 0; chunk < chunks; ++chunk, ++turn) {
@@ -164,9 +164,9 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
   uint4 earlier;  // keys of this thread's bins in the blocks before this one
   for (bool is_coarse = false;;) {
     const int shift = is_coarse ? COARSE_SHIFT : 0;
-    each(false, [&](int, const uint16_t* keys, int count) {
+    each(false, [&](int, const uint16_t* keys, int rest) {
       const uint16_t* own = keys + lane * EACH;
-      const int pieces = min(max(count - lane * EACH + SPREAD - 1, 0) / SPREAD, RUN / EACH);  // that there are: pages end where pieces do
+      const int pieces = min(max(rest - lane * EACH + SPREAD - 1, 0) / SPREAD, RUN / EACH);  // that there are: pages end where pieces do
       const uint32_t marks = reaching<SPREAD>(own, bound) & uint32_t((uint64_t(1) << pieces * EACH) - 1);
       for (uint32_t left = marks; left; left &= left - 1) {
         const int key = __ffs(left) - 1;
@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
   sm90::cluster_arrive();  // no block ends before all have read
   const uint32_t cut = bound + s.found.bin, need = wanted - s.found.above;  // `need` keys equal to the cut, and all above it
 
-  const auto mark = [&](const uint16_t* run, int count) {
-    const uint32_t above = reaching<EACH>(run, cut + 1), valid = lane * RUN < count ? ~0u : 0u;
+  const auto mark = [&](const uint16_t* run, int rest) {
+    const uint32_t above = reaching<EACH>(run, cut + 1), valid = lane * RUN < rest ? ~0u : 0u;
     return Marks{above & valid, reaching<EACH>(run, cut) & ~above & valid};
   };
   const auto marks_in = [](const uint16_t* run) { return reinterpret_cast<Marks*>(const_cast<uint16_t*>(run)); };  // the place of keys that are done with
@@ -207,9 +207,9 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
     if (bin > s.found.bin) count.earlier += word(earlier, i);
     if (bin == s.found.bin) s.earlier_ties = word(earlier, i);
   }
-  each(false, [&](int, const uint16_t* keys, int valid) {
+  each(false, [&](int, const uint16_t* keys, int rest) {
     const uint16_t* run = keys + lane * RUN;
-    const Marks marks = mark(run, valid);
+    const Marks marks = mark(run, rest);
     if (held) *marks_in(run) = marks;
     count.above += __popc(marks.above), count.ties += __popc(marks.ties);
     return marks.above | marks.ties;
@@ -221,9 +221,9 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
   uint32_t above = __reduce_add_sync(~0u, (lane < warp ? theirs.above : 0u) + theirs.earlier);
   uint32_t ties = __reduce_add_sync(~0u, lane < warp ? theirs.ties : 0u) + s.earlier_ties;
 
-  each(true, [&](int first, const uint16_t* keys, int valid) {
+  each(true, [&](int first, const uint16_t* keys, int rest) {
     const uint16_t* run = keys + lane * RUN;
-    Marks marks = held ? *marks_in(run) : mark(run, valid);
+    Marks marks = held ? *marks_in(run) : mark(run, rest);
     const uint32_t counts = __popc(marks.above) | __popc(marks.ties) << 16, upto = warp_sum_up(counts, lane);
     const uint32_t tied = min(ties + (upto - counts >> 16), need);
     while (tied + __popc(marks.ties) > need) marks.ties ^= 1u << 31 - __clz(marks.ties);  // the earliest ones are in
