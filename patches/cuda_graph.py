@@ -35,7 +35,8 @@ def capture_one(
         original(self, shape_key, forward_fn, *args, **kwargs)
     _keep_taps(self, shape_key, capture)
     config = runtime.current().config
-    gated = config.decoding.min_len > 0 or config.decoding.min_tokens > 0
+    policy = config.decoding
+    gated = policy.min_len > 0 or policy.min_tokens > 0 or policy.min_rows > 1  # padding adds rows
     if capture.asked and (gated or config.audit.floor > 0):
         with decode_gate.capturing(stock=True) as capture:
             original(self, stock_key(shape_key), forward_fn, *args, **kwargs)

@@ -10,6 +10,7 @@ import torch
 from sglang.srt.layers.attention.dsa import dsa_indexer
 from torch import Tensor
 
+from sglang_misa import decode_gate
 from sglang_misa.call import spans
 from sglang_misa.metrics import recorder
 from sglang_misa.patches.forward_batch import prompt_lens, step
@@ -64,24 +65,31 @@ def get_topk_paged(
     selector, layer, mode = pool.misa_selector, layer_id - pool.start_layer, forward_batch.forward_mode
     expanded = mode.is_target_verify() or mode.is_draft_extend_v2()
     seq_lens = metadata.get_seqlens_expanded() if expanded else metadata.get_seqlens_int32()
-    captured = "captured:" if q_fp8.is_cuda and torch.cuda.is_current_stream_capturing() else ""
     call = functools.partial(decode_call, pool, layer_id, seq_lens, q_fp8, weights, metadata)
     policy = selector.policy("decode", layer)
     reason = selector.why_stock_decodes(layer, len(q_fp8), step(forward_batch))
     if reason is not None:
-        recorder.ran("decode", captured + "dsa")
+        _count_decode("dsa", reason if policy.active else None, on_gpu=q_fp8.is_cuda)
         ids = original(self, forward_batch, layer_id, q_fp8, weights, metadata)
         if policy.active:
-            if not captured:
-                recorder.declined("decode", reason)
             selector.decode_left_to_stock(functools.partial(call, ids))
     else:
-        recorder.ran("decode", captured + policy.name)
+        _count_decode(policy.name, None, on_gpu=q_fp8.is_cuda)
         ids = _no_tokens(self, q_fp8, behind=decode_rows(metadata))
         selector.decode(call(ids))
     if selector.ladders.decodes and self.misa_last:
         selector.engine.end_step(metadata.get_page_table_64(), seq_lens)
     return ids
+
+
+def _count_decode(path: str, declined: str | None, *, on_gpu: bool) -> None:
+    """Count a call and why it was declined; of a graph its capture alone, as no request is in that and its warm-ups."""
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        recorder.ran("decode", f"captured:{path}")
+    elif decode_gate.capture() is None:
+        recorder.ran("decode", path)
+        if declined is not None:
+            recorder.declined("decode", declined)
 
 
 def forward_k_only(

@@ -62,10 +62,11 @@ def routed(expect: str, info: Mapping[str, Any], before: Mapping[str, int], afte
     """Phases that `expect` names → calls between two readings of `calls` that took its own path, not stock's.
 
     A CUDA graph counts at capture, not when it runs: a captured path stands for replays only where no replay is counted
-    and the policy has no gate of lengths or tokens, so that every decode step takes it.
+    and the policy has no gate, so that every decode step takes it.
     """
     rank = next(iter(ranks_of(info)), {})
     gates = rank.get("min_len", {})
+    ungated = not rank.get("min_tokens") and rank.get("min_rows", 1) <= 1
     found = dict.fromkeys(sorted(_phases(expect, _policies(rank))), 0)
     for path, count in after.items():
         head, _, name = path.partition(".")
@@ -74,7 +75,7 @@ def routed(expect: str, info: Mapping[str, Any], before: Mapping[str, int], afte
             continue
         if not name.startswith("captured:"):
             found[phase] += count - before.get(path, 0)
-        elif gates.get(phase) == 0 and not rank.get("min_tokens") and not rank.get("replays"):
+        elif gates.get(phase) == 0 and ungated and not rank.get("replays"):
             found[phase] += count
     return found
 

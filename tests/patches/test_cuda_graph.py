@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from batches import TOPK, Batch, selector
 from recorders import fresh_recorder
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -17,7 +18,7 @@ from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleVerify
 
 from sglang_misa import decode_gate, runtime, versions
 from sglang_misa.config import MisaConfig, SelectionPolicy
-from sglang_misa.patches import cuda_graph, forward_batch, register
+from sglang_misa.patches import cuda_graph, forward_batch, indexer, register
 
 MIN_LEN = 1000
 POLICY = SelectionPolicy(blocks=4, block_size=64, min_len=MIN_LEN)
@@ -34,10 +35,16 @@ class Graph:
         self.replays += 1
 
 
+class OnGpu(torch.Tensor):
+    """Says so, and is not."""
+
+    is_cuda = True
+
+
 @pytest.fixture
 def recorder(monkeypatch):
     monkeypatch.setattr(forward_batch, "_step", None)
-    return fresh_recorder(monkeypatch, cuda_graph, forward_batch)
+    return fresh_recorder(monkeypatch, cuda_graph, forward_batch, indexer)
 
 
 @pytest.fixture
@@ -46,12 +53,20 @@ def backend(monkeypatch, recorder):
     register.apply(versions.installed())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     arm(monkeypatch, POLICY)
-    device = SimpleNamespace(synchronize=lambda: None, graph=lambda **_: contextlib.nullcontext())
+    device = SimpleNamespace(synchronize=lambda: None, graph=lambda **_: recording(monkeypatch))
     tp_group = SimpleNamespace(barrier=lambda: None)  # 0.5.17 takes it from the model runner
     runner = SimpleNamespace(device_module=device, model_runner=SimpleNamespace(tp_group=tp_group))
     with get_parallel().override(tp_group=tp_group):
         yield FullCudaGraphBackend(runner)
     register.undo()
+
+
+@contextlib.contextmanager
+def recording(monkeypatch):
+    """The part of a capture that a graph records."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        yield
 
 
 def arm(monkeypatch, decode):
@@ -94,6 +109,47 @@ def test_each_shape_has_both_graphs_and_the_longest_request_chooses(backend, rec
         assert backend.replay(key, SimpleNamespace(seq_lens_cpu=None)) == "policy"
     assert [graph.replays for graph in backend._graphs.values()] == [2, 2] * len(KEYS)
     assert recorder.status()["replays"] == {"dsa": 6, "hisa": 3, "hisa:unknown-length": 3}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ran", "declined"), [((500, 90, 300), "hisa", {}), ((80, 90, 30), "dsa", {"under-min-len": 1})]
+)
+def test_a_capture_counts_once_and_its_warm_ups_not_at_all(
+    backend, recorder, monkeypatch, poisoned_empty, lengths, ran, declined
+):
+    """The indexer's own hook, in SGLang's capture of both variants and then in a step without a graph."""
+    policy = POLICY.model_copy(update={"min_len": 100})
+    arm(monkeypatch, policy)
+    requests = Batch(7, [*lengths], width=9)
+    pool = SimpleNamespace(
+        misa_selector=selector(requests, decode=policy),
+        start_layer=0,
+        get_index_k_with_scale_buffer=lambda layer_id: requests.index_k_pages,
+    )
+    monkeypatch.setattr(indexer.dsa_indexer, "get_token_to_kv_pool", lambda: pool)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    metadata = SimpleNamespace(
+        get_seqlens_int32=lambda: torch.tensor(lengths, dtype=torch.int32),
+        get_dsa_extend_len_cpu=lambda: [1] * len(lengths),
+        get_page_table_64=lambda: requests.table,
+        force_unfused_topk=False,
+    )
+    q_fp8, gates = requests.queries(len(lengths) + 1)  # and a row of padding
+    arguments = 0, q_fp8.as_subclass(OnGpu), gates[..., None], metadata
+
+    def forward():
+        own = SimpleNamespace(index_topk=TOPK, misa_last=False)
+        return indexer.get_topk_paged(lambda *_: None, own, made(batch(*lengths)), *arguments)
+
+    backend.capture_one(KEYS[0], forward)
+    assert recorder.status()["calls"]["decode"] == {"captured:hisa": 1, "captured:dsa": 1}
+    assert recorder.status()["declined"]["decode"] == {}
+    ids = forward()
+    assert recorder.status()["calls"]["decode"] == {"captured:hisa": 1, "captured:dsa": 1, ran: 1}
+    assert recorder.status()["declined"]["decode"] == declined
+    if ran == "hisa":
+        assert (ids[:-1] >= -1).all(), "a call writes all ids of its rows"
+        assert (ids[-1] == -1).all(), "padding"
 
 
 def test_without_lengths_on_the_host_the_tokens_of_its_requests_count(backend, recorder):
@@ -172,6 +228,13 @@ def test_a_gate_of_tokens_alone_is_a_gate(backend, monkeypatch):
     arm(monkeypatch, POLICY.model_copy(update={"min_len": 0, "min_tokens": 10}))
     backend.capture_one(KEYS[0], step)
     assert [backend.replay(KEYS[0], batch(*lengths)) for lengths in ((5, 4), (5, 5))] == ["stock", "policy"]
+
+
+def test_a_gate_of_rows_alone_is_a_gate(backend, monkeypatch):
+    """A graph of many rows is padded with rows that are no request's."""
+    arm(monkeypatch, POLICY.model_copy(update={"min_len": 0, "min_rows": 3}))
+    backend.capture_one(KEYS[0], step)
+    assert [backend.replay(KEYS[0], batch(*lengths)) for lengths in ((5, 4), (5, 5, 5))] == ["stock", "policy"]
 
 
 def test_a_failed_capture_leaves_the_gate_open(backend):
