@@ -137,7 +137,9 @@ def _is_one_rank(words: Sequence[str]) -> bool:
 def _parser() -> argparse.ArgumentParser:
     """Reads the flags that admission judges."""
     parser = Parser(add_help=False, allow_abbrev=False)
-    for rule in admission.ARGUMENTS + admission.DECODE_ARGUMENTS:
+    for rule in admission.ARGUMENTS + admission.DECODE_ARGUMENTS + admission.TRANSFER_ARGUMENTS:
+        if rule.name == "speculative_algorithm":
+            continue  # below: SGLang takes it in any case
         names = (rule.flag, *ALIASES.get(rule.name, ()))
         default = rule.allowed[0]
         if False in rule.allowed:
@@ -150,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--speculative-algorithm", type=str.upper)
     parser.add_argument("--speculative-num-draft-tokens", type=int)
     parser.add_argument("--cuda-graph-backend-decode", default="full")
+    parser.add_argument("--disaggregation-transfer-backend", default="mooncake")
     return parser
 
 

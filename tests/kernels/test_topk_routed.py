@@ -47,7 +47,7 @@ def test_plan_fits_its_budget_and_holds_a_pass(rows, keys, k, heads, budget):
 
 
 def divide(tiles, plan):
-    """What divide.cuh makes of row blocks: runs (row block, first, count) and a buffer's room of each worker."""
+    """What scheduler.cuh makes of row blocks: runs (row block, first, count) and a buffer's room of each worker."""
     before = np.concatenate([[0], np.cumsum(tiles)])
     share = max(-(-before[-1] // plan.workers), (max(tiles) - 1) // (plan.runs - 1) + 1)
     hits = plan.rank * plan.stride / plan.buffers
@@ -188,12 +188,35 @@ def test_ties_make_no_rows_slow(length: int, values: int) -> None:
     assert [name for name, scores in rows.items() if is_slow(scores.astype(float), plan, shares, 2048)] == []
 
 
+def overflowing(length: int, period: int, heads: int) -> set[int]:
+    """Row blocks of a prompt's last 8192 rows with a full buffer, where each period-th key ties for the best."""
+    plan, block_rows = plans.plan(8192, length, 2048, heads, H100), plans.block_rows(heads)
+    tiles = [
+        -(-min(length - 8192 + end, length) // plans.TILE) for end in range(block_rows, 8192 + block_rows, block_rows)
+    ]
+    best, sample = np.arange(period // 2, length, period), sampled_keys(length, plan.stride)
+    passed = best[best <= sample[sample % period == period // 2][plan.rank - 1]]  # the first ones
+    lane = (passed % 64 // 16 * 8 + passed % 8) // (32 // plan.buffers)
+    visits = {count: np.argsort(in_sweeps(count)) for count in tiles}
+    full = set()
+    for runs, room in divide(tiles, plan):
+        held = np.zeros(plan.buffers, int)
+        for block, first, count in runs:
+            visit = visits[tiles[block]][passed // plans.TILE]
+            mine = (visit >= first) & (visit < first + count)
+            left = count - (visit[mine] - first)
+            np.add.at(held, (lane[mine] + (count - 1) // TURN - (left - 1) // TURN) % plan.buffers, 1)
+        if held.max() > room:
+            full |= {block for block, _, _ in runs}
+    return full
+
+
 @pytest.mark.parametrize("heads", [4, 8])
-@pytest.mark.parametrize("length", [64 << 10, 96 << 10, 112 << 10, 1 << 17, 136 << 10, 144 << 10, 160 << 10, 1 << 18])
-def test_keys_that_repeat_make_no_rows_slow(heads: int, length: int) -> None:
-    """All hits are of one key, the first ones in order: in the first tiles of each sweep, and of few threads each."""
-    plan = plans.plan(8192, length, 2048, heads, H100)
-    shares = list(divide([length // plans.TILE] * (plan.rows // plans.block_rows(heads)), plan))[3:-1:7]
-    keys = np.arange(length)
-    slow = [n for n in (1, 2, 4, 8, 12, 16, 24, 32, 64) if is_slow((keys % n == n // 2) * 1.0, plan, shares, 2048)]
-    assert slow == []
+@pytest.mark.parametrize("length", [88, 96, 104, 112, 120, 128, 136, 144, 160, 192, 256])
+def test_keys_that_repeat_make_few_rows_slow(heads: int, length: int) -> None:
+    """All hits are of one key, the first ones in order: in the first tiles of each sweep, and of few threads each.
+
+    With 17 sweeps, and turns of eight tiles, a sixth of the row blocks were full at 128K, and nearly all at 144K.
+    """
+    full = {period: len(overflowing(length << 10, period, heads)) for period in (1, 2, 3, 4, 6, 8, 12, 16, 24)}
+    assert sum(full.values()) <= 1, full

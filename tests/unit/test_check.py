@@ -96,6 +96,19 @@ def test_every_reason_comes_with_exit_status_2(checked, model, monkeypatch):
         assert words in out
 
 
+def test_every_reason_against_a_decode_server_is_told(checked, model):
+    words = "--disaggregation-mode decode --disaggregation-transfer-backend nixl --speculative-algorithm nextn"
+    flags = "--enable-hierarchical-cache --disaggregation-decode-enable-radix-cache"
+    later = "--disaggregation-decode-enable-offload-kvcache"
+    command = ("--model-path", model, *words.split(), *flags.split(), later)
+    status, out = checked("--misa-preset", "fast", *command)
+    assert status == launch_server.REFUSED
+    assert "--disaggregation-transfer-backend: expected mooncake with a decode policy, got nixl" in out
+    assert "--speculative-algorithm: expected None, got 'NEXTN'" in out
+    assert all(f"{flag}: expected False, got True" in out for flag in (*flags.split(), later))
+    assert checked("--misa-preset", "fast", "--misa-decode", "dsa", *command)[0] == 0
+
+
 def test_what_a_launch_would_refuse_for_its_words_a_check_refuses(checked, model, tmp_path):
     wanted = ("--misa-preset", "misa", "--misa-allow-unverified")
     for words, why in (
