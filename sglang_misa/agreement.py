@@ -19,7 +19,7 @@ from sglang_misa.metrics import recorder
 from sglang_misa.page_sample import PageSampler
 from sglang_misa.runtime import Runtime
 
-ROWS = 256  # of a call, evenly spread from a place that changes, that are digested
+ROWS = 256  # of a call, evenly spread from a place that changes (not in a captured call), that are digested
 PAGES = 1024  # complete pages of the step's requests whose statistics are
 _GOLDEN, _MIX = -7046029254386353131, -4658895280553007687  # splitmix64's odd constants, as int64
 

@@ -5,14 +5,17 @@ A key goes to the address that the user named and nowhere else: no redirect is f
 
 from __future__ import annotations
 
+import http.client
 import json
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 MAX_ANSWER = 64 * 1024 * 1024  # bytes that are read at most
+SAID_BYTES, SAID_S = 300, 5.0  # that are read of an error's answer, and seconds that they may take
 
 Result = TypeVar("Result")
 
@@ -54,6 +57,14 @@ def ask(url: str, key: str | None, timeout: float, body: Any = None) -> bytes:
     is no http(s) address or answers without an end.
     """
     return within(timeout, lambda: _ask(url, key, timeout, body))
+
+
+def said(error: urllib.error.HTTPError) -> str:
+    """The beginning of an error's answer; the status's own words where it does not come in time, or whole."""
+    try:
+        return within(SAID_S, lambda: error.read(SAID_BYTES)).decode("utf-8", "replace")
+    except (OSError, ValueError, http.client.HTTPException):
+        return str(error.reason)
 
 
 def _ask(url: str, key: str | None, timeout: float, body: Any) -> bytes:

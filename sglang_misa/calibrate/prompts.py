@@ -60,7 +60,7 @@ def ask(url: str, number: int, prompt: str, new_tokens: int, key: str | None) ->
         said = json.loads(http_request.ask(f"{url.rstrip('/')}/generate", key, TIMEOUT, body))
         return Answer(said["text"], said["meta_info"]["prompt_tokens"])
     except urllib.error.HTTPError as error:
-        told = error.read(300).decode("utf-8", "replace")
+        told = http_request.said(error)
         way_out = "add --key-file with the server's key" if error.code == 401 else "shorten it, or lower --length"
         raise ConfigError(
             [f"--server: expected an answer to prompt {number}, got {error.code}: {told}; {way_out}"]

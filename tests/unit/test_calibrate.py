@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from dripping import dripping
 from safetensors.torch import load_file
 
-from sglang_misa import dump, flags
+from sglang_misa import dump, flags, http_request
 from sglang_misa.bench import inputs, selection
 from sglang_misa.calibrate import __main__ as calibrate
 from sglang_misa.calibrate import choice, prompts
@@ -184,6 +185,14 @@ def test_every_candidate_can_be_served() -> None:
         for phase, policy in choice.candidates(costs, IDENTITY):
             candidates = 8192 if policy.sketch else None
             MisaConfig.from_mapping({phase: policy.model_copy(update={"candidates": candidates}).model_dump()}, "here")
+
+
+def test_an_error_whose_answer_has_no_end_is_told_all_the_same(monkeypatch) -> None:
+    monkeypatch.setattr(http_request, "SAID_S", 0.3)
+    said = b"HTTP/1.1 500 Out of luck\r\nContent-Length: 999\r\n\r\n"
+    told = "expected an answer to prompt 3, got 500: Out of luck; shorten it"
+    with dripping(said) as url, pytest.raises(ConfigError, match=told):
+        prompts.ask(url, 3, "text", 8, None)
 
 
 def test_prompts_are_texts_of_different_order_or_the_users(tmp_path: Path) -> None:
