@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+import urllib.error
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sglang_misa import http_request, key_mask, status
+from sglang_misa import __version__, http_request, key_mask, status
 from sglang_misa.config import PHASES
 from sglang_misa.refusal import Refusal
 
@@ -65,7 +66,12 @@ def _send(url: str, key: str | None, length: int) -> None:
         "input_ids": [random.randrange(3, 250) for _ in range(length)],
         "sampling_params": {"max_new_tokens": 64, "ignore_eos": True},  # so that prompts sent together decode together
     }
-    http_request.ask(f"{url.rstrip('/')}/generate", key, TIMEOUT, body)
+    try:
+        http_request.ask(f"{url.rstrip('/')}/generate", key, TIMEOUT, body)
+    except urllib.error.HTTPError as error:
+        wanted = f"URL: expected an answer to a prompt of {length} tokens, which passes the gate, got {error.code}"
+        way_out = "raise --context-length, or lower --misa-prefill-min-len"
+        raise status.StatusError([f"{wanted}: {http_request.said(error)}; {way_out}"]) from None
 
 
 def _grown(before: Mapping[str, Any], after: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, int]:
@@ -80,4 +86,7 @@ if __name__ == "__main__":
         sys.exit(main())
     except (Refusal, OSError) as error:  # no key, or no server that tells
         print(error, file=sys.stderr)
+        sys.exit(2)
+    except (KeyError, TypeError, AttributeError) as error:
+        print(f"URL: expected the status of sglang-misa {__version__}, got another ({error!r})", file=sys.stderr)
         sys.exit(2)

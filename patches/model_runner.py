@@ -129,19 +129,19 @@ def _arm(runner: Any) -> None:
         parallel = runner.ps if hasattr(runner, "ps") else get_parallel()  # the runner's own until 0.5.22
         ranks = {"tp_rank": parallel.tp_rank, "pp_rank": parallel.pp_rank, "dp_rank": parallel.dp_rank}
         recorder.export(config, version, **ranks)
-    _tell(config, alone=armed.peers is None)
+    _tell(config, alone=armed.peers is None, context=int(runner.model_config.context_len))
     if not verified:
         logger.warning("SGLang %s is not verified on this device; verified are %s", version, versions.known())
 
 
-def _tell(config: MisaConfig, *, alone: bool) -> None:
-    """Log what selects, and the settings that have no effect; alone as for `MisaConfig.unread`."""
+def _tell(config: MisaConfig, *, alone: bool, context: int) -> None:
+    """Log what selects, and the settings that have no effect; alone and context as for `MisaConfig.unread`."""
     if config.active:
         names = ", ".join(f"{phase} {config.name(phase)}" for phase in PHASES)
         logger.info("sglang-misa selects the tokens of sparse attention: %s", names)
     else:
         logger.info("sglang-misa leaves both phases to stock DSA, as the configuration has no other policy")
-    if unread := config.unread(alone=alone):
+    if unread := config.unread(alone=alone, context=context):
         logger.warning("without effect on this selection: %s", ", ".join(unread))
 
 

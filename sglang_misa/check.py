@@ -45,7 +45,8 @@ def report(
     if config is None:
         return "sglang-misa is off: stock DSA selects in both phases (no --misa-* flag, no SGLANG_MISA_CONFIG)", []
     found = candidate(config, model, device, words, _capability())
-    unread = config.unread(alone=_is_one_rank(words))
+    context = _parser().parse_known_args(words)[0].context_length
+    unread = config.unread(alone=_is_one_rank(words), context=context)
     paragraphs = [
         f"{_source(config)}; SGLang {found.sglang}; device {found.device}",
         table([("phase", "length", "selected by"), *_rows(config, found.model)]),
@@ -149,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(*names, type=int if number else str, default=default)
     parser.add_argument("--tp-size", *ALIASES["tp_size"], type=int, default=1)
     parser.add_argument("--page-size", type=int, default=PAGE)
+    parser.add_argument("--context-length", type=int)
     parser.add_argument("--speculative-algorithm", type=str.upper)
     parser.add_argument("--speculative-num-draft-tokens", type=int)
     parser.add_argument("--cuda-graph-backend-decode", default="full")

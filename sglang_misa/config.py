@@ -66,13 +66,15 @@ class Dump(BaseModel):
 
     folder: str | None = Field(
         None,
-        min_length=1,
+        pattern=r"^[^\x00]+$",
         description="write index keys, sampled queries and head gates of long prompts to this folder",
     )
     rows: int = Field(
         64, ge=1, le=MOST, description="query rows written for each prompt and layer, from the last chunk"
     )
-    layers: tuple[int, ...] | None = Field(None, description="layers to dump, as in 0,30,60; 'all' dumps every layer")
+    layers: tuple[int, ...] | None = Field(
+        None, min_length=1, description="layers to dump, as in 0,30,60; 'all' dumps every layer"
+    )
     gib: float = Field(
         4.0,
         gt=0,
@@ -166,13 +168,18 @@ class MisaConfig(BaseModel):
         """Whether any phase differs from stock DSA."""
         return any(self.gate(phase) is not None for phase in PHASES)
 
-    def unread(self, *, alone: bool) -> tuple[str, ...]:
+    def unread(self, *, alone: bool, context: int | None = None) -> tuple[str, ...]:
         """Settings that have no effect beside the others, as `prefill.router=peak` with all heads.
 
-        alone: whether a rank has no other that selects for the same requests.
+        alone: whether a rank has no other that selects for the same requests; context: tokens of a request at most, if
+        known: a policy whose gate no request passes has no effect.
         """
         both = ((phase, self.policy(phase)) for phase in PHASES)
         found = [f"{phase}.{name}={getattr(policy, name)}" for phase, policy in both for name in policy.unread]
+        for phase in PHASES:
+            gate = self.gate(phase)
+            if gate is not None and context is not None and gate >= context:
+                found.append(f"{phase}.min_len={gate} (no request of {context} tokens passes it)")
         if not self.active:
             looks = {"audit.rows": self.audit.rows, "verify_ranks": self.verify_ranks}
             found += [f"{name}={value}" for name, value in looks.items() if value]

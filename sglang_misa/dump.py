@@ -23,6 +23,7 @@ from torch import Tensor
 from sglang_misa.admission import AdmissionError
 from sglang_misa.call import ExtendCall, Span
 from sglang_misa.config import Dump
+from sglang_misa.dump_folder import LOCK, taken
 from sglang_misa.kernels.layout import HEAD_DIM
 from sglang_misa.metrics import recorder
 from sglang_misa.policy_file import ModelIdentity
@@ -71,13 +72,11 @@ class FolderDump:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock = (self.folder / f".rank-{self.rank}.lock").open("w")  # held until this process ends
+        self._lock = (self.folder / LOCK.format(self.rank)).open("w")  # held until this process ends
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise AdmissionError(
-                [f"--misa-dump: expected a folder that no other server writes to, got {self.folder}; name another"]
-            ) from None
+            raise AdmissionError([taken(self.folder)]) from None
         for file in self.folder.iterdir():
             match = _NAME.fullmatch(file.name)
             if match and int(match[2]) == self.rank:
@@ -112,6 +111,7 @@ class FolderDump:
                 file.unlink()
         recorder.dump["prompts"] -= len(self._numbers)
         recorder.dump["left_out"] += len(self._numbers)
+        recorder.dump["stopped"] = 1
 
     def _admitted(self, call: ExtendCall) -> Iterator[tuple[int, int]]:
         """(request, number) of the prompts that fit under the limit with all their layers."""

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from sglang_misa.config import Dump
+
+LOCK = ".rank-{}.lock"  # held by the rank that writes, until it ends
+
+
+def taken(folder: Path) -> str:
+    """The sentence for a folder of a running server."""
+    return f"--misa-dump: expected a folder that no other server writes to, got {folder}; name another"
 
 
 def problems(settings: Dump, layers: int | None) -> Iterator[str]:
@@ -40,3 +49,16 @@ def problems(settings: Dump, layers: int | None) -> Iterator[str]:
     if beyond:
         listed = ", ".join(map(str, beyond))
         yield f"--misa-dump-layers: expected layers under the model's {layers}, got {listed}; correct them"
+
+
+def holders(settings: Dump) -> Iterator[str]:
+    """The sentence where a server writes to the folder: for a launch, as later its own first rank does."""
+    if (folder := settings.path) is None:
+        return
+    try:
+        with (folder / LOCK.format(0)).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield taken(folder)
+    except OSError:
+        pass  # nobody's, or one that cannot be read, which `problems` tells

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_misa import admission, check, flags, key_mask, preflight, supervisor, versions
+from sglang_misa import admission, check, dump_folder, flags, key_mask, preflight, supervisor, versions
 from sglang_misa import config as misa
 from sglang_misa.admission import AdmissionError
 from sglang_misa.arguments import Parser
@@ -193,6 +193,7 @@ def _launch_problems(chosen: MisaConfig | None, rest: Sequence[str], theirs: arg
         return
     yield from _environment_problems(os.environ)
     yield from _cache_problems(chosen, theirs)
+    yield from dump_folder.holders(chosen.dump)
     if theirs.device is None and not any(Path(device).exists() for device in GPU_DEVICES):
         yield "--device: expected a GPU, or cpu for demos and tests without one, got neither; add --device cpu"
     if model is None:

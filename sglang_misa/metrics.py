@@ -81,7 +81,7 @@ class Recorder:
         self._selected_rows = 0
         self.slow_rows: Callable[[], int] = int  # rows of them that the kernels selected the slow way so far
         self.ranks_compared = 0  # times that tensor-parallel ranks compared what they selected, and found it the same
-        self.dump: Counter[str] = Counter()  # prompts that were written, and left_out for the limit
+        self.dump: Counter[str] = Counter()  # prompts that were written, and left_out; stopped: 1 after an error
         self._verified: Counter[str] = Counter(pages=0, mismatches=0)
         self._exporter: _Exporter | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -37,12 +38,17 @@ def model_problems(folder: Path) -> Iterator[str]:
 
 
 def weight_problems(folder: Path, *, needed: bool) -> Iterator[str]:
-    """Reasons why the weights in `folder` are not whole; none at all is a reason where they are `needed`."""
+    """Reasons why the weights in `folder` are not whole; none at all is a reason where they are `needed`.
+
+    Files are opened where safetensors is installed, as it is beside SGLang.
+    """
     there = {file.name for pattern in WEIGHTS for file in folder.glob(pattern)}
     if not there:
         if needed:
             yield f"--model-path: expected weights ({', '.join(WEIGHTS)}) in {folder}, got none; finish the download"
         return
+    if importlib.util.find_spec("safetensors") is not None:
+        yield from filter(None, map(_cut_off, sorted(folder.glob("*.safetensors"))))
     try:
         listed = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     except FileNotFoundError:
@@ -55,6 +61,17 @@ def weight_problems(folder: Path, *, needed: bool) -> Iterator[str]:
             f"--model-path: expected the {len(listed)} files that {folder / INDEX} lists, got all but {len(lost)}, "
             f"without {lost[0]}; finish the download"
         )
+
+
+def _cut_off(file: Path) -> str | None:
+    """The sentence for a safetensors file that its own header does not cover; None for a whole one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np"):
+            return None
+    except (SafetensorError, OSError) as error:
+        return f"--model-path: expected a whole safetensors file, got {file} ({error}); download it again"
 
 
 def cache_problems(environ: Mapping[str, str], needed: int = NEEDED) -> Iterator[str]:

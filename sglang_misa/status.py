@@ -119,7 +119,8 @@ def _paragraphs(status: Mapping[str, Any]) -> Iterator[str]:
     if moved:
         yield table([("recall ladder", "layer", "selected by", "moves"), *moved])
     if dump := status["dump"]:
-        yield f"dumped: {dump.get('prompts', 0)} prompts, {dump.get('left_out', 0)} left out for the limit"
+        ended = "; nothing more is dumped after an error, see the server's log" if dump.get("stopped") else ""
+        yield f"dumped: {dump.get('prompts', 0)} prompts, {dump.get('left_out', 0)} left out{ended}"
     for phase in status["unrouted"]:
         yield (
             f"WARNING: {phase} is not selected by {status['policy'][phase]}: SGLang does not ask the indexer; see the "

@@ -36,7 +36,7 @@ def test_the_last_indexer_that_runs_ends_the_step(layers, last):
 
 @pytest.mark.parametrize(("alone", "warned"), [(True, ["verify_ranks=64 (one rank)"]), (False, [])])
 def test_ranks_that_have_nobody_to_compare_with_are_told(caplog, alone, warned):
-    _tell(PRESETS["faithful"].model_copy(update={"verify_ranks": 64}), alone=alone)
+    _tell(PRESETS["faithful"].model_copy(update={"verify_ranks": 64}), alone=alone, context=1 << 17)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [f"without effect on this selection: {each}" for each in warned]
 
@@ -44,6 +44,6 @@ def test_ranks_that_have_nobody_to_compare_with_are_told(caplog, alone, warned):
 @pytest.mark.parametrize(("preset", "told"), [("misa", "prefill misa, decode dsa"), ("dsa", "leaves both phases")])
 def test_what_selects_is_told(caplog, preset, told):
     caplog.set_level(logging.INFO)
-    _tell(PRESETS[preset], alone=True)
+    _tell(PRESETS[preset], alone=True, context=1 << 17)
     (said,) = caplog.messages
     assert told in said

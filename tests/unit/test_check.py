@@ -66,6 +66,11 @@ def test_off_is_off(checked, model):
         ("--misa-preset dsa --misa-audit-rows 4 --misa-verify-ranks 9", "audit.rows=4, verify_ranks=9"),
         ("--misa-preset fast --misa-verify-ranks 9", "verify_ranks=9 (one rank)"),
         ("--misa-preset fast --misa-verify-ranks 9 --tp 2", None),
+        ("--misa-preset faithful --misa-decode dsa --context-length 16385", None),
+        (
+            "--misa-preset faithful --misa-decode dsa --context-length 16384",
+            "prefill.min_len=16384 (no request of 16384 tokens passes it)",
+        ),
         ("--misa-preset fast --misa-verify-ranks 9 --config {yaml}", None),  # it may name more ranks
         *((f"--misa-preset {name} --misa-audit-rows 4", None) for name in PRESETS if name != "dsa"),
     ],
@@ -136,6 +141,7 @@ def test_what_a_launch_would_refuse_for_its_words_a_check_refuses(checked, model
         (["--misa-dump", "/proc/no-folder"], "--misa-dump: expected a folder that can be written"),
         (["--misa-dump", "d", "--misa-dump-gib", "inf"], "--misa-dump-gib: expected a finite number, got inf"),
         (["--tp", "0"], "--tp-size: expected 1 or more, got 0"),
+        (["--misa-dump", "d", "--misa-dump-layers", ""], "--misa-dump-layers: "),
     ],
 )
 def test_words_that_cannot_be_used_have_a_sentence(model, capsys, words, why):

@@ -11,9 +11,10 @@ import pytest
 import torch
 from batches import TOPK, Batch
 
+from sglang_misa import dump_folder
 from sglang_misa.admission import AdmissionError
 from sglang_misa.call import Span
-from sglang_misa.config import Dump
+from sglang_misa.config import ConfigError, Dump, MisaConfig
 from sglang_misa.dump import FolderDump
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.metrics import recorder
@@ -89,7 +90,16 @@ def test_folder_and_files_are_their_owners_alone(dump, call, tmp_path):
 def test_two_servers_never_share_a_folder(dump, tmp_path):
     with pytest.raises(AdmissionError, match="no other server writes to"):
         FolderDump(tmp_path / "d", Dump(), MODEL, rank=0, layers=(0,))
+    (problem,) = dump_folder.holders(Dump(folder=str(tmp_path / "d")))  # as a launch is told
+    assert "no other server writes to" in problem
+    assert list(dump_folder.holders(Dump(folder=str(tmp_path / "e")))) == list(dump_folder.holders(Dump())) == []
     FolderDump(tmp_path / "d", Dump(), MODEL, rank=1, layers=(0,))
+
+
+@pytest.mark.parametrize("wrong", [{"folder": "x\0y"}, {"layers": []}, {"folder": ""}])
+def test_settings_that_no_dump_can_have(wrong):
+    with pytest.raises(ConfigError, match="dump"):
+        MisaConfig.from_mapping({"dump": {"folder": "d"} | wrong}, "here")
 
 
 def test_a_disk_that_fails_ends_the_dump_and_not_the_server(dump, call, tmp_path, monkeypatch, counts, caplog):
@@ -99,7 +109,7 @@ def test_a_disk_that_fails_ends_the_dump_and_not_the_server(dump, call, tmp_path
     take(dump, call, (1, 0))
     assert not dump.wants(0, call.spans)
     assert {file.name[:12] for file in (tmp_path / "d").iterdir()} == {".rank-0.lock", "prompt-00000", "prompt-00001"}
-    assert counts == {"prompts": 2, "left_out": 2}
+    assert counts == {"prompts": 2, "left_out": 2, "stopped": 1}
     assert "No space left on device" in caplog.text
 
 

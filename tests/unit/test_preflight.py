@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from sglang_misa import launch_server, preflight
 from sglang_misa.procs import free_port
@@ -25,6 +27,16 @@ def model(tmp_path):
     for name in ("config.json", "a.safetensors", "b.safetensors"):
         (folder / name).write_text("{}")
     return folder
+
+
+def test_weights_that_their_header_does_not_cover(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": np.zeros(1000, np.float32)}, file)
+    assert list(preflight.weight_problems(tmp_path, needed=True)) == []
+    for size in (1000, 3, 0):
+        os.truncate(file, size)
+        (problem,) = preflight.weight_problems(tmp_path, needed=True)
+        assert f"expected a whole safetensors file, got {file}" in problem
 
 
 def test_private_and_missing_folders_are_fine(caches, tmp_path):
