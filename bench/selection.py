@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from sglang_misa import reference
-from sglang_misa.arguments import at_least, device, file_to_write
+from sglang_misa.arguments import at_least, device, file_to_write, picture
 from sglang_misa.bench.inputs import pack_pages, trained_file
 from sglang_misa.bench.work import count
 from sglang_misa.config import Phase, Router, SelectionPolicy
@@ -322,7 +322,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=at_least(1), default=64, help="rows of each file")
     parser.add_argument("--device", type=device, default="cpu", help="where to compute: cpu or cuda")
     parser.add_argument("--csv", type=file_to_write, help="write the table there")
-    parser.add_argument("--plot", type=file_to_write, help="draw recall against cost there (of the first length)")
+    parser.add_argument("--plot", type=picture, help="draw recall against cost there (of the first length)")
     options = parser.parse_args(words)
     rows: list[dict[str, object]] = []
     index_heads: int | None = None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from sglang_misa.validation import ConfigError
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,6 +42,15 @@ def file_to_write(word: str) -> Path:
     path = Path(os.path.expanduser(word))
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"expected a file in a folder that can be written, got {word!r}; change it")
+    return path
+
+
+def picture(word: str) -> Path:
+    """A picture to write, by its ending. Raises ModuleNotFoundError without matplotlib, which draws it."""
+    path = file_to_write(word)
+    if path.suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"expected a file that ends in {', '.join(PICTURES)}, got {word!r}; rename it")
+    importlib.import_module("matplotlib")
     return path
 
 

@@ -23,10 +23,11 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from sglang_misa import __version__, key_mask
-from sglang_misa.arguments import at_least, device, file_to_write
-from sglang_misa.calibrate import choice, picture, prompts
+from sglang_misa.arguments import at_least, device, file_to_write, picture
+from sglang_misa.calibrate import choice, prompts
 from sglang_misa.calibrate.choice import Dumped, Point
 from sglang_misa.calibrate.costs import SHIPPED, Costs, Measured, Modelled
+from sglang_misa.calibrate.picture import draw
 from sglang_misa.config import PHASES, PRESETS, ConfigError, Phase, SelectionPolicy
 from sglang_misa.policy import STOCK, rest_of_gate
 from sglang_misa.policy_file import LayerPolicy, ModelIdentity, PolicyFile
@@ -101,7 +102,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return REFUSED
     print("\n".join(_told(dumps.model, chosen, costs, given)))
     if given.plot is not None:
-        picture.draw(found, chosen, given.target, costs.source, given.plot)
+        draw(found, chosen, given.target, costs.source, given.plot)
     return 0
 
 
@@ -148,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", type=device, default="cpu", help="where to compute: cpu or cuda")
     parser.add_argument("--out", type=file_to_write, required=True, metavar="FILE", help="the policy file to write")
-    parser.add_argument("--plot", type=file_to_write, metavar="FILE", help="draw recall against cost there")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="draw recall against cost there")
     return parser
 
 

@@ -19,7 +19,7 @@ def draw(
     source: str,
     path: Path,
 ) -> None:
-    """Write a PNG; needs matplotlib."""
+    """Write a picture in the format that its ending names; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

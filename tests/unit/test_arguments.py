@@ -1,6 +1,7 @@
 """Words of command lines that are judged before any work is done."""
 
 import argparse
+import sys
 
 import pytest
 
@@ -19,6 +20,19 @@ def test_a_file_needs_its_folder(tmp_path):
     for wrong in (tmp_path, tmp_path / "none" / "new.csv", "~no-such-user/new.csv"):
         with pytest.raises(argparse.ArgumentTypeError, match="folder that can be written"):
             arguments.file_to_write(str(wrong))
+
+
+def test_a_picture_has_an_ending_that_can_be_drawn(tmp_path, monkeypatch):
+    for right in ("new.png", "new.SVG", "new.pdf"):
+        assert arguments.picture(str(tmp_path / right)) == tmp_path / right
+    for wrong in ("new.txt", "new", "png"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"expected a file that ends in \.png, \.svg, \.pdf, got"):
+            arguments.picture(str(tmp_path / wrong))
+    with pytest.raises(argparse.ArgumentTypeError, match="folder that can be written"):
+        arguments.picture(str(tmp_path / "none" / "new.png"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match="matplotlib"):
+        arguments.picture(str(tmp_path / "new.png"))
 
 
 @pytest.mark.parametrize("word", ["tpu", "cuda:x", "cuda:99", "cpu:0", ""])
