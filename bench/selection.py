@@ -1,11 +1,11 @@
 """What cheap selections keep of DSA's tokens, on index tensors of a trained model, and what they cost.
 
-    python -m sglang_misa.bench.selection FILE... [--length 131072] [--rows 64] [--csv FILE] [--plot FILE]
+    python -m sglang_misa.bench.selection FILE... [--length N...] [--rows 64] [--csv FILE] [--plot FILE]
 
 FILE: safetensors with index_q [T, H, 128] and index_k [L, 128] in fp8, head_gates [T, H], k_scale [L] and positions [T]
 of one layer, as a server writes them with --misa-dump. Row t sees the keys up to its position, or the newest --length
-of them: its window starts at a multiple of 1024, so that pages and blocks are those of the file. Every policy is scored
-in fp32 by `reference`.
+of them: its window starts at a multiple of 1024, so that pages and blocks are those of the file, and holds up to 1023
+keys less. Without --length it is the longest file's keys, up to 131072. Every policy is scored in fp32 by `reference`.
 
 recall: mean share of DSA's top k (2048, or what a dump's model has) that the policy selects (with candidates: that lie
 among them, as all heads score those again); p10: the tenth percentile of the rows. columns: scored columns a key; flop
@@ -20,7 +20,7 @@ import csv
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,7 @@ from sglang_misa.policy_file import ModelIdentity
 from sglang_misa.validation import parsed, short, validated
 
 TOPK = 2048  # of a file that does not tell its model
+LENGTH = 131072  # that is measured at where none is given and a file holds as much
 ALIGN = 1024  # a window's start: the largest block
 CANDIDATES = (1.5, 2, 4, 8)  # times the top k
 BLOCK_SIZES = (64, 128, 256, 512, 1024)
@@ -137,6 +138,7 @@ class Row:
 class Layer:
     """Index tensors of one layer."""
 
+    path: Path
     index_q: Tensor
     head_gates: Tensor
     keys: Tensor  # [L, 128] fp32, dequantised
@@ -167,7 +169,7 @@ class Layer:
             positions[picked],
         )
         index_q, gates, keys, pages, positions = (part.to(device) for part in parts)
-        return cls(index_q, gates, keys, pages, positions, model=model_of(path))
+        return cls(path, index_q, gates, keys, pages, positions, model=model_of(path))
 
     @property
     def index_heads(self) -> int:
@@ -188,11 +190,28 @@ class Layer:
         keys[: len(self.pages) * PAGE] = reference.sketched_keys(codes, scales, self.means, bits).flatten(0, 1)
         return keys
 
+    def starts(self, length: int) -> Tensor:
+        """Where the rows' windows of the newest `length` keys start [rows]."""
+        return -(-(self.positions + 1 - length).clamp(min=0) // ALIGN) * ALIGN
+
+    def check(self, length: int) -> None:
+        """Raise ValueError where a row sees no more keys than are selected, of which every policy keeps all."""
+        if (early := self.positions.min()) < self.topk:
+            raise ValueError(
+                f"{self.path}: expected rows that see more than the {self.topk} keys to select, got one at position "
+                f"{early}; leave it out"
+            )
+        if (seen := (self.positions + 1 - self.starts(length)).min()) <= self.topk:
+            raise ValueError(
+                f"--length: expected all keys of {self.path} or {self.topk + ALIGN}, as windows start at multiples of "
+                f"{ALIGN}, got {length}, which leaves a row {max(int(seen), 0)} to select {self.topk} of; raise it"
+            )
+
     def rows(self, length: int, keys: Tensor | None = None) -> Iterator[Row]:
         """The rows, over `keys` instead of the layer's own."""
         keys = self.keys if keys is None else keys
-        for q, gates, position in zip(self.index_q, self.head_gates, self.positions.tolist(), strict=True):
-            start = max(0, -(-(position + 1 - length) // ALIGN) * ALIGN)
+        places = self.positions.tolist(), self.starts(length).tolist()
+        for q, gates, position, start in zip(self.index_q, self.head_gates, *places, strict=True):
             pages = self.means[start // PAGE : (position + 1) // PAGE]
             yield Row(q, gates, keys[start : position + 1], pages.float(), self.topk)
 
@@ -204,6 +223,30 @@ def model_of(path: Path) -> ModelIdentity | None:
     with safe_open(path, "pt") as file:
         told = (file.metadata() or {}).get("model")
     return None if told is None else validated(ModelIdentity, parsed(told, f"{path}: model"), f"{path}: model")
+
+
+def judged(paths: Iterable[Path], rows: int, lengths: Sequence[int], *, bound: bool = False) -> list[int]:
+    """The lengths to measure files at: `lengths`, or that of the longest file, up to LENGTH, where none is given.
+
+    bound: take what the longest file holds for a length beyond it. Raises ValueError, before anything is computed, for
+    a file that does not fit, files of two models, a length that no file holds, and one that leaves nothing to select.
+    """
+    longest, index_heads = 0, None
+    for path in paths:
+        layer = Layer.load(path, rows)
+        index_heads = index_heads or layer.index_heads
+        if layer.index_heads != index_heads:
+            raise ValueError(
+                f"{path}: expected {index_heads} index heads, got {layer.index_heads}; name one model's files"
+            )
+        longest = max(longest, len(layer.keys))
+        for length in lengths or [LENGTH]:
+            layer.check(length)
+    if bound or not lengths:
+        return [min(length, longest) for length in lengths or [LENGTH]]
+    if max(lengths) > longest:
+        raise ValueError(f"--length: expected at most {longest}, the longest file's keys, got {max(lengths)}; lower it")
+    return [*lengths]
 
 
 def policies() -> list[tuple[Phase, SelectionPolicy]]:
@@ -318,30 +361,23 @@ def main(words: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--length", nargs="+", type=at_least(1), default=[131072], help="keys that a row sees, at most")
+    parser.add_argument("--length", nargs="+", type=at_least(1), default=[], help="keys that a row sees, at most")
     parser.add_argument("--rows", type=at_least(1), default=64, help="rows of each file")
     parser.add_argument("--device", type=device, default="cpu", help="where to compute: cpu or cuda")
     parser.add_argument("--csv", type=file_to_write, help="write the table there")
     parser.add_argument("--plot", type=picture, help="draw recall against cost there (of the first length)")
     options = parser.parse_args(words)
+    try:
+        lengths = judged(options.files, options.rows, options.length)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     rows: list[dict[str, object]] = []
-    index_heads: int | None = None
-    for length in options.length:
+    for length in lengths:
         shares = []
         for path in options.files:
-            try:
-                layer = Layer.load(path, options.rows, options.device)
-            except (OSError, ValueError) as error:
-                parser.error(str(error))
-            index_heads = index_heads or layer.index_heads
-            if layer.index_heads != index_heads:
-                parser.error(
-                    f"{path}: expected {index_heads} index heads, got {layer.index_heads}; name one model's files"
-                )
-            if length <= layer.topk:
-                parser.error(f"--length: expected more than the {layer.topk} tokens that are selected, got {length}")
+            layer = Layer.load(path, options.rows, options.device)
             shares.append(measure(layer, length, policies()))
-            print(f"{path}: {len(layer.positions)} rows of {length} keys", file=sys.stderr, flush=True)
+            print(f"{path}: {len(layer.positions)} rows of up to {length} keys", file=sys.stderr, flush=True)
         rows += table(shares, length, layer.index_heads)
     print("  ".join(FIELDS))
     for row in rows:
@@ -352,7 +388,7 @@ def main(words: Sequence[str] | None = None) -> int:
             writer.writeheader()
             writer.writerows(rows)
     if options.plot is not None:
-        plot([row for row in rows if row["length"] == options.length[0]], options.plot)
+        plot([row for row in rows if row["length"] == lengths[0]], options.plot)
     return 0
 
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from sglang_misa import __version__, key_mask
 from sglang_misa.arguments import at_least, device, file_to_write, picture
+from sglang_misa.bench import selection
 from sglang_misa.calibrate import choice, prompts
 from sglang_misa.calibrate.choice import Dumped, Point
 from sglang_misa.calibrate.costs import SHIPPED, Costs, Measured, Modelled
@@ -36,6 +37,7 @@ from sglang_misa.text_tables import ranges, table
 from sglang_misa.validation import validated
 
 REFUSED = 2
+MODEL = "model"  # instead of a table of costs
 GATED: dict[Phase, SelectionPolicy] = {"prefill": PRESETS["fast"].prefill, "decode": PRESETS["faithful"].decode}
 Chosen = dict[int, dict[Phase, Point]]
 
@@ -85,22 +87,21 @@ def main(words: Sequence[str] | None = None) -> int:
         names = {name: f"--{name.replace('_', '-')}" for name in SelectionPolicy.model_fields}
         for phase in PHASES:
             validated(SelectionPolicy, _gates(phase, given), phase, names)
-        dumps = Dumps.read(_dumped(given))
-        costs = _costs(given, dumps.model)
+        dumps, length, costs = _judged(given, _dumped(given))
         found = {}
         for layer, each in sorted(dumps.layers.items()):
-            settings = {"length": given.length, "rows": given.rows, "device": given.device}
+            settings = {"length": length, "rows": given.rows, "device": given.device}
             found[layer] = choice.points(each, dumps.model, costs, **settings)
             print(f"layer {layer}: {len(each)} files", file=sys.stderr, flush=True)
         chosen = _chosen(found, given.target)
-        file = _policy_file(dumps.model, chosen, given)
+        file = _policy_file(dumps.model, chosen, given, length)
         ConfigError.raise_if(file.problems())
         with given.out.open("x") as stream:
             stream.write(file.model_dump_json(indent=1, exclude_defaults=True) + "\n")
     except Refusal as error:
         print(error, file=sys.stderr)
         return REFUSED
-    print("\n".join(_told(dumps.model, chosen, costs, given)))
+    print("\n".join(_told(dumps.model, chosen, costs, given, length)))
     if given.plot is not None:
         draw(found, chosen, given.target, costs.source, given.plot)
     return 0
@@ -120,7 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--key-file", metavar="FILE", help="a file with the server's API key")
     parser.add_argument("--target", type=float, required=True, help="recall of DSA's tokens to keep in every layer")
     parser.add_argument(
-        "--length", type=at_least(1), default=131072, help="keys that a row sees, at most (default: 131072)"
+        "--length",
+        type=at_least(1),
+        help="keys that a row sees, at most, and tokens of a built-in prompt, roughly "
+        f"(default: {selection.LENGTH}, or what the longest prompt holds if that is less)",
     )
     parser.add_argument("--rows", type=at_least(2), default=64, help="rows of each file (default: 64)")
     gates = ", ".join(f"{phase} {policy.min_len}" for phase, policy in GATED.items())
@@ -165,7 +169,8 @@ def _dumped(given: argparse.Namespace) -> list[Dumped]:
         raise ConfigError(
             [f"--dump: expected the folder that the server has as --misa-dump, got {given.dump}; correct it"]
         )
-    texts = prompts.read(given.prompts) if given.prompts else [*prompts.built_in(given.count, given.length)]
+    tokens = given.length or selection.LENGTH
+    texts = prompts.read(given.prompts) if given.prompts else [*prompts.built_in(given.count, tokens)]
     key = None if given.key_file is None else key_mask.read("--key-file", given.key_file)
     found: list[Dumped] = []
     for number, text in enumerate(texts):
@@ -191,14 +196,20 @@ def _in(folder: Path) -> set[Path]:
     return set(folder.glob("*.safetensors"))
 
 
-def _costs(given: argparse.Namespace, model: ModelIdentity) -> Costs:
-    if given.length <= model.index_topk:
-        raise ConfigError(
-            [f"--length: expected more than the model's top-k of {model.index_topk}, got {given.length}; raise it"]
+def _judged(given: argparse.Namespace, dumped: Sequence[Dumped]) -> tuple[Dumps, int, Costs]:
+    """What was dumped, the length to measure at, and what policies cost there. Raises ConfigError."""
+    dumps = Dumps.read(dumped)
+    lengths = [] if given.length is None else [given.length]
+    try:  # a server's prompts are as long as they turn out
+        (length,) = selection.judged(
+            (each.path for each in dumped), given.rows, lengths, bound=given.server is not None
         )
-    if given.costs == "model":
-        return Modelled(model.index_heads, given.length)
-    return Measured.read(Path(given.costs), model.index_heads, given.length, given.batch)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    heads = dumps.model.index_heads
+    if given.costs == MODEL:
+        return dumps, length, Modelled(heads, length)
+    return dumps, length, Measured.read(Path(given.costs), heads, length, given.batch)
 
 
 def _chosen(found: Mapping[int, Mapping[Phase, Sequence[Point]]], target: float) -> Chosen:
@@ -212,7 +223,7 @@ def _chosen(found: Mapping[int, Mapping[Phase, Sequence[Point]]], target: float)
     return chosen
 
 
-def _policy_file(model: ModelIdentity, chosen: Chosen, given: argparse.Namespace) -> PolicyFile:
+def _policy_file(model: ModelIdentity, chosen: Chosen, given: argparse.Namespace, length: int) -> PolicyFile:
     layers = {str(layer): LayerPolicy() for layer in range(model.layers)}
     for layer, points in chosen.items():
         gated = {
@@ -224,7 +235,7 @@ def _policy_file(model: ModelIdentity, chosen: Chosen, given: argparse.Namespace
         model=model,
         created_by=f"sglang_misa.calibrate {__version__}",
         target_recall=given.target,
-        length=given.length,
+        length=length,
         layers=layers,
     )
 
@@ -236,14 +247,14 @@ def _gates(phase: Phase, given: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(GATED[phase], name) for name in (*names, "tail")} | rest_of_gate(chosen) | chosen
 
 
-def _told(model: ModelIdentity, chosen: Chosen, costs: Costs, given: argparse.Namespace) -> Iterator[str]:
+def _told(model: ModelIdentity, chosen: Chosen, costs: Costs, given: argparse.Namespace, length: int) -> Iterator[str]:
     rows = [
         (layer, phase, point.policy.label, f"{point.cost:.3f}", f"{point.recall:.4f}", f"{point.told().held_out:.4f}")
         for layer, points in chosen.items()
         for phase, point in points.items()
     ]
     yield table([("layer", "phase", "policy", "cost", "recall", "held out"), *rows])
-    yield f"\nCost over stock's: {costs.source}. Target {given.target:g} at {given.length} keys: {given.out}"
+    yield f"\nCost over stock's: {costs.source}. Target {given.target:g} at {length} keys: {given.out}"
     without = [layer for layer in range(model.layers) if layer not in chosen]
     if without:
         yield f"Stock DSA, as there is no dump of them: layers {ranges(without)}"

@@ -68,7 +68,7 @@ class Dumped:
 def points(
     dumps: Sequence[Dumped], model: ModelIdentity, costs: Costs, *, length: int, rows: int, device: str
 ) -> dict[Phase, list[Point]]:
-    """Every candidate in one layer, measured on its `dumps`. Raises ConfigError for too few rows, and broken ones.
+    """Every candidate in one layer, measured on its `dumps`. Raises ConfigError for too few rows.
 
     Prefill is measured on the rows of prompts, decode on those of answers; where there are none, on the rows that see
     nearly a whole prompt, as a decode step does. Prompts are held out by turns; of a single one, rows are.
@@ -78,7 +78,7 @@ def points(
     shares: dict[Phase, list[dict[SelectionPolicy, Tensor]]] = {phase: [] for phase in PHASES}
     for each in dumps:
         told = PHASES if not answered else ("prefill",) if each.answer is None else ("decode",)
-        layer = _layer(each.path, rows, device)
+        layer = selection.Layer.load(each.path, rows, device)
         measured = selection.measure(layer, length, [kind for kind in wanted if kind[0] in told])
         seen = (layer.positions + 1).clamp(max=length).cpu()
         late = seen >= LATE * seen.max() if each.answer is None else layer.positions.cpu() >= each.answer
@@ -107,14 +107,8 @@ def points(
     return found
 
 
-def _layer(path: Path, rows: int, device: str) -> selection.Layer:
-    try:
-        return selection.Layer.load(path, rows, device)
-    except ValueError as error:
-        raise ConfigError([f"FILE: {error}"]) from None
-
-
 def _halves(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    prompts = [rows for rows in prompts if len(rows)]
     if len(prompts) == 1:
         return prompts[0][::2], prompts[0][1::2]
     return torch.cat([*prompts[::2]]), torch.cat([*prompts[1::2]])

@@ -105,7 +105,7 @@ def test_a_policy_is_calibrated_on_what_the_server_dumps(server, folder, tmp_pat
     prompts, out, target = tmp_path / "prompts.jsonl", tmp_path / "policy.json", 0.95
     prompts.write_text("".join(json.dumps({"text": prose(seed, 4000)}) + "\n" for seed in range(2)))
     words = f"--server http://127.0.0.1:{server.port} --dump {folder}/dump --prompts {prompts} --costs model --rows 8"
-    words += f" --length 1024 --min-len {TOPK} --min-rows 4 --new-tokens 8 --target {target} --out {out}"
+    words += f" --min-len {TOPK} --min-rows 4 --new-tokens 8 --target {target} --out {out}"
     assert calibrate.main(words.split()) == 0
     file = PolicyFile.read(str(out))
     assert list(file.model_problems(SimpleNamespace(**json.loads((MODEL / "config.json").read_text())))) == []

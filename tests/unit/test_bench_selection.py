@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from sglang_misa import reference
 from sglang_misa.bench import inputs, selection
 from sglang_misa.config import SelectionPolicy
+from sglang_misa.policy_file import ModelIdentity
 
 LENGTH, ROWS = 5000, 3
 
@@ -117,10 +118,59 @@ def test_a_file_that_does_not_fit_is_refused(said: str, tmp_path: Path, capsys: 
     assert said in capsys.readouterr().err
 
 
-def test_a_length_that_leaves_nothing_to_choose_is_refused(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def of_a_small_model(path: Path, positions: list[int], keys: int = 764) -> Path:
+    """A dump of a model that selects 256 of a prompt's tokens."""
+    identity = ModelIdentity(architecture="A", layers=1, index_heads=32, index_topk=256, config_sha256="0" * 64)
+    x = vars(inputs.make("topics", len(positions), keys, 32, device="cpu")) | {"positions": torch.tensor(positions)}
+    save_file(x, path, {"model": identity.model_dump_json()})
+    return path
+
+
+@pytest.mark.parametrize("length", [2048, 2100, 3000])
+def test_a_length_that_leaves_nothing_to_select_is_refused(
+    file: Path, length: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):  # of 3000 the row at 3000 sees 1977
+        selection.main([str(file), "--length", str(length)])
+    assert f"--length: expected all keys of {file} or 3072, as windows" in capsys.readouterr().err
+
+
+def test_a_row_of_a_short_prompt_sees_more_than_is_selected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    right = of_a_small_model(tmp_path / "right", [256, 763])
+    for words, said in (
+        ((right, "--length", 700), "got 700, which leaves a row 0 to select 256 of"),
+        (
+            (of_a_small_model(tmp_path / "early", [255, 763]),),
+            "see more than the 256 keys to select, got one at position",
+        ),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            selection.main([*map(str, words)])
+        assert said in capsys.readouterr().err
+
+
+def test_a_length_is_what_a_file_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [("prefill", SelectionPolicy(heads=8)), ("decode", SelectionPolicy(blocks=4, block_size=64))]
+    monkeypatch.setattr(selection, "policies", lambda: few)
+    files = [of_a_small_model(tmp_path / "short", [300, 763]), of_a_small_model(tmp_path / "long", [1000, 1399], 1400)]
+    out = tmp_path / "t.csv"
+    assert selection.main([*map(str, files), "--csv", str(out)]) == 0
+    assert {row["length"] for row in csv.DictReader(out.open())} == {"1400"}
+    assert selection.main([*map(str, files), "--length", "1400", "1300"]) == 0
+    capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
-        selection.main([str(file), "--length", "2048"])
-    assert "expected more than the 2048 tokens" in capsys.readouterr().err
+        selection.main([*map(str, files), "--length", "1300", "1401"])
+    assert "--length: expected at most 1400, the longest file's keys, got 1401; lower it" in capsys.readouterr().err
+    monkeypatch.setattr(selection, "LENGTH", 1350)
+    assert selection.judged(files, 2, []) == [1350]
+    assert selection.judged(files, 2, [9999], bound=True) == [1400]
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        selection.main([str(file), "--plot", str(tmp_path / "t.txt")])
 
 
 def test_files_of_two_models_are_refused(

@@ -91,7 +91,9 @@ def test_a_server_command_without_dumps_of_one_model_is_refused(tmp_path: Path, 
         "expected dumps of one model": (ours, other),
         "expected what --misa-dump writes": (tmp_path / "c.safetensors",),
         "expected files, or --server with its --dump": (),
-        "--length: expected more than the model's top-k": (ours, "--length", 2048),
+        "or 3072, as windows start at multiples of 1024, got 2048": (ours, "--length", 2048),
+        "or 3072, as windows start at multiples of 1024, got 3071": (ours, "--length", 3071),
+        "--length: expected at most 4096, the longest file's keys, got 4097": (ours, "--length", 4097),
         "--costs: expected a CSV of bench.kernels": (ours, "--costs", tmp_path / "none.csv"),
         "--costs: expected measurements with 64 index heads": (ours, "--costs", "/dev/null"),
         "expected each file once": (ours, tmp_path / "dump" / ".." / "a.safetensors"),
@@ -123,6 +125,20 @@ def test_a_server_that_stops_dumping_before_the_answers_is_refused(tmp_path: Pat
     assert calibrated(*words, "--out", tmp_path / "out.json") == calibrate.REFUSED
     assert "of prompts and of answers" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_policy_tells_the_length_that_prompts_hold(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(selection, "policies", lambda: [("prefill", SelectionPolicy(heads=8, router="peak"))])
+    positions = torch.arange(4000, 4096).int()
+    x = vars(inputs.make("topics", len(positions), 4096, 64, device="cpu")) | {"positions": positions}
+    path, out = dumped(tmp_path / "a.safetensors", x, 0), tmp_path / "out.json"
+    assert calibrated(path, "--target", 0.9, "--rows", 4, "--costs", "model", "--out", out) == 0
+    assert json.loads(out.read_text())["length"] == 4096
+
+
+def test_prompts_without_a_row_of_a_phase_are_no_half() -> None:
+    few = choice._halves([torch.empty(0), torch.tensor([0.5, 0.75, 0.5]), torch.empty(0)])
+    assert [half.tolist() for half in few] == [[0.5, 0.5], [0.75]]
 
 
 def point(cost: float, *recalls: float, **policy: Any) -> choice.Point:
