@@ -27,7 +27,7 @@ from sglang_misa.arguments import at_least, device, file_to_write, picture
 from sglang_misa.bench import selection
 from sglang_misa.calibrate import choice, prompts
 from sglang_misa.calibrate.choice import Dumped, Point
-from sglang_misa.calibrate.costs import SHIPPED, Costs, Measured, Modelled
+from sglang_misa.calibrate.costs import SHIPPED, Costs, Measured, Modelled, by_heads
 from sglang_misa.calibrate.picture import draw
 from sglang_misa.config import PHASES, PRESETS, ConfigError, Phase, SelectionPolicy
 from sglang_misa.policy import STOCK, rest_of_gate
@@ -161,6 +161,8 @@ def _dumped(given: argparse.Namespace) -> list[Dumped]:
     """What to read: the files that are named, or those that the server writes for the prompts."""
     if not 0 < given.target <= 1:
         raise ConfigError([f"--target: expected more than 0 and at most 1, got {given.target}; correct it"])
+    if given.costs != MODEL:
+        by_heads(Path(given.costs))  # raises where it is no table, before files are read or prompts sent
     if (given.server is None) != (given.dump is None) or (given.server is None) != bool(given.files):
         raise ConfigError(["expected files, or --server with its --dump, got neither or both; choose one"])
     if given.server is None:
@@ -177,8 +179,10 @@ def _dumped(given: argparse.Namespace) -> list[Dumped]:
         before = _in(given.dump)
         answer = prompts.ask(given.server, number, text, given.new_tokens, key)
         prompt = _in(given.dump)
-        prompts.ask(given.server, number, text + answer.text, 1, key)
         found += [Dumped(path) for path in prompt - before]
+        if found and not number:
+            _judged(given, found)  # by the model that the first prompt's dump tells, before more is sent
+        prompts.ask(given.server, number, text + answer.text, 1, key)
         found += [Dumped(path, answer.tokens) for path in _in(given.dump) - prompt]
     answers = sum(each.answer is not None for each in found)
     if not 0 < answers < len(found):

@@ -68,17 +68,7 @@ class Measured:
     @classmethod
     def read(cls, path: Path, heads: int, length: int, decode_rows: int) -> Measured:
         """A table of `bench.kernels`. Raises ConfigError where it has nothing of `heads` index heads."""
-        try:
-            path.stat()  # raises where there is no file, of which `read` makes an empty table
-            rows = [
-                row
-                for row in newest(read(path))
-                if int(row["index_heads"]) == heads and not row["inputs"].startswith("hostile")
-            ]
-        except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
-            raise ConfigError(
-                [f"--costs: expected a CSV of bench.kernels, got {path} ({error!r}); correct it"]
-            ) from None
+        rows = by_heads(path).get(heads)
         if not rows:
             raise ConfigError(
                 [
@@ -107,6 +97,19 @@ class Measured:
             return None
         nearest = min((int(row["length"]) for row in same), key=lambda n: abs(math.log(n / self.length)))
         return max(1 / float(row["ratio"]) for row in same if int(row["length"]) == nearest)
+
+
+def by_heads(path: Path) -> dict[int, list[Record]]:
+    """Rows of a table of `bench.kernels`, but for hostile inputs, by index heads. Raises ConfigError for no table."""
+    found: dict[int, list[Record]] = {}
+    try:
+        path.stat()  # raises where there is no file, of which `read` makes an empty table
+        for row in newest(read(path)):
+            if not row["inputs"].startswith("hostile"):
+                found.setdefault(int(row["index_heads"]), []).append(row)
+    except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
+        raise ConfigError([f"--costs: expected a CSV of bench.kernels, got {path} ({error!r}); correct it"]) from None
+    return found
 
 
 Shape = tuple[bool, int | None, int | None, int | None, int | None]

@@ -16,6 +16,8 @@ from sglang_misa.config import ConfigError
 
 CHARACTERS = 3  # of a token of source text, roughly and rather too few: a prompt must fit the server's context
 TIMEOUT = 1800.0  # seconds for one prompt
+_SHORTEN = "shorten it, or lower --length"
+WAYS_OUT = {400: _SHORTEN, 401: "add --key-file with the server's key", 413: _SHORTEN}  # by HTTP status
 
 
 def built_in(count: int, tokens: int) -> Iterator[str]:
@@ -61,7 +63,7 @@ def ask(url: str, number: int, prompt: str, new_tokens: int, key: str | None) ->
         return Answer(said["text"], said["meta_info"]["prompt_tokens"])
     except urllib.error.HTTPError as error:
         told = http_request.said(error)
-        way_out = "add --key-file with the server's key" if error.code == 401 else "shorten it, or lower --length"
+        way_out = WAYS_OUT.get(error.code, "check the address, and the server's log")
         raise ConfigError(
             [f"--server: expected an answer to prompt {number}, got {error.code}: {told}; {way_out}"]
         ) from None

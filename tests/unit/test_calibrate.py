@@ -95,6 +95,7 @@ def test_a_server_command_without_dumps_of_one_model_is_refused(tmp_path: Path, 
         "or 3072, as windows start at multiples of 1024, got 3071": (ours, "--length", 3071),
         "--length: expected at most 4096, the longest file's keys, got 4097": (ours, "--length", 4097),
         "--costs: expected a CSV of bench.kernels": (ours, "--costs", tmp_path / "none.csv"),
+        "none.csv": ("--server", "http://127.0.0.1:1", "--dump", tmp_path, "--costs", tmp_path / "none.csv"),
         "--costs: expected measurements with 64 index heads": (ours, "--costs", "/dev/null"),
         "expected each file once": (ours, tmp_path / "dump" / ".." / "a.safetensors"),
         "e.safetensors: expected positions of the rows": (bare,),
@@ -125,6 +126,22 @@ def test_a_server_that_stops_dumping_before_the_answers_is_refused(tmp_path: Pat
     assert calibrated(*words, "--out", tmp_path / "out.json") == calibrate.REFUSED
     assert "of prompts and of answers" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_length_is_judged_before_a_second_prompt_is_sent(tmp_path: Path, capsys, monkeypatch) -> None:
+    x = vars(inputs.make("topics", 4, 4096, 64, device="cpu")) | {"positions": torch.arange(4092, 4096).int()}
+    sent = []
+
+    def ask(url: str, number: int, *_: object) -> prompts.Answer:
+        sent.append(number)
+        dumped(tmp_path / f"{len(sent)}.safetensors", x, 0)
+        return prompts.Answer("said", 4096)
+
+    monkeypatch.setattr(prompts, "ask", ask)
+    words = ("--server", "http://127.0.0.1:1", "--dump", tmp_path, "--count", 3, "--length", 2100, "--target", 0.9)
+    assert calibrated(*words, "--out", tmp_path / "out.json") == calibrate.REFUSED
+    assert "--length: expected all keys of" in capsys.readouterr().err
+    assert sent == [0]
 
 
 def test_a_policy_tells_the_length_that_prompts_hold(tmp_path: Path, monkeypatch) -> None:
@@ -206,9 +223,18 @@ def test_every_candidate_can_be_served() -> None:
 def test_an_error_whose_answer_has_no_end_is_told_all_the_same(monkeypatch) -> None:
     monkeypatch.setattr(http_request, "SAID_S", 0.3)
     said = b"HTTP/1.1 500 Out of luck\r\nContent-Length: 999\r\n\r\n"
-    told = "expected an answer to prompt 3, got 500: Out of luck; shorten it"
+    told = "expected an answer to prompt 3, got 500: Out of luck; check the address, and the server's log"
     with dripping(said) as url, pytest.raises(ConfigError, match=told):
         prompts.ask(url, 3, "text", 8, None)
+
+
+@pytest.mark.parametrize(
+    ("code", "way_out"), [(400, "shorten it"), (401, "add --key-file"), (413, "shorten it"), (501, "check the address")]
+)
+def test_the_advice_is_by_the_servers_status(code: int, way_out: str) -> None:
+    said = f"HTTP/1.1 {code} No\r\nContent-Length: 2\r\n\r\nno".encode()
+    with dripping(said) as url, pytest.raises(ConfigError, match=f"got {code}: \\S+; {way_out}"):
+        prompts.ask(url, 0, "text", 8, None)
 
 
 def test_prompts_are_texts_of_different_order_or_the_users(tmp_path: Path) -> None:
