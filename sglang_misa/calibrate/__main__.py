@@ -176,12 +176,12 @@ def _dumped(given: argparse.Namespace) -> list[Dumped]:
     key = None if given.key_file is None else key_mask.read("--key-file", given.key_file)
     found: list[Dumped] = []
     for number, text in enumerate(texts):
-        before = _in(given.dump)
+        before, first = _in(given.dump), not found
         answer = prompts.ask(given.server, number, text, given.new_tokens, key)
         prompt = _in(given.dump)
         found += [Dumped(path) for path in prompt - before]
-        if found and not number:
-            _judged(given, found)  # by the model that the first prompt's dump tells, before more is sent
+        if found and first:
+            _judged(given, found)  # by the model that the first dump tells, before more is sent
         prompts.ask(given.server, number, text + answer.text, 1, key)
         found += [Dumped(path, answer.tokens) for path in _in(given.dump) - prompt]
     answers = sum(each.answer is not None for each in found)

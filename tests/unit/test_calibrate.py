@@ -128,20 +128,30 @@ def test_a_server_that_stops_dumping_before_the_answers_is_refused(tmp_path: Pat
     assert not (tmp_path / "out.json").exists()
 
 
-def test_a_length_is_judged_before_a_second_prompt_is_sent(tmp_path: Path, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize(("first", "asked"), [(0, [0]), (1, [0, 0, 1])], ids=["dumped", "too short to be dumped"])
+def test_a_length_is_judged_by_the_first_prompt_that_is_dumped(
+    first: int, asked: list[int], tmp_path: Path, capsys, monkeypatch
+) -> None:
     x = vars(inputs.make("topics", 4, 4096, 64, device="cpu")) | {"positions": torch.arange(4092, 4096).int()}
     sent = []
 
     def ask(url: str, number: int, *_: object) -> prompts.Answer:
         sent.append(number)
-        dumped(tmp_path / f"{len(sent)}.safetensors", x, 0)
+        if number >= first:
+            dumped(tmp_path / f"{len(sent)}.safetensors", x, 0)
         return prompts.Answer("said", 4096)
 
     monkeypatch.setattr(prompts, "ask", ask)
     words = ("--server", "http://127.0.0.1:1", "--dump", tmp_path, "--count", 3, "--length", 2100, "--target", 0.9)
     assert calibrated(*words, "--out", tmp_path / "out.json") == calibrate.REFUSED
     assert "--length: expected all keys of" in capsys.readouterr().err
-    assert sent == [0]
+    assert sent == asked
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        calibrated("x", "--target", 0.9, "--out", tmp_path / "out.json", "--plot", tmp_path / "x.txt")
+    assert "--plot: expected a file that ends in" in capsys.readouterr().err
 
 
 def test_a_policy_tells_the_length_that_prompts_hold(tmp_path: Path, monkeypatch) -> None:
