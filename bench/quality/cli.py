@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from sglang_misa import text_files
-from sglang_misa.bench.load import shell
+from sglang_misa.bench.load import selection, shell
 from sglang_misa.bench.load.environment import Environment
 from sglang_misa.bench.load.plan import Arm, Plan
 from sglang_misa.bench.load.progress import Live
@@ -31,7 +31,8 @@ from sglang_misa.bench.quality.page import Row, Section
 from sglang_misa.bench.quality.questions import TEMPLATES, Question, Tokenize
 from sglang_misa.bench.quality.words import NAMES
 
-NAMED = ("stock", "misa")  # arms, where neither their names nor what they run is given
+NAMED = ("stock", "misa")  # two arms, where neither their names nor what they run is given
+ALONE = ("server",)  # and one
 CELL = ("model", "arm", "length", "depth")  # what a result of needles is known by
 
 
@@ -42,9 +43,9 @@ class Common:
     servers: tyro.conf.Positional[tuple[str, ...]] = ("http://127.0.0.1:30000",)
     """URL or launch command of each arm, the baseline first: stock DSA, where several are compared"""
     names: tuple[str, ...] = ()
-    """what to call the arms; default: as --expect says, or stock misa"""
+    """what to call the arms; default: as --expect says, or server for one, stock misa for two"""
     expect: tuple[str, ...] = ()
-    """token selection that must be running in each arm: dsa, fast, faithful, misa …"""
+    """token selection that must be running in each arm: dsa, fast, faithful, misa …; default: dsa in one called stock"""
     ab_mode: Literal["together", "alternate"] = "together"
     """together = all servers run all the time; alternate = one after the other, for one GPU"""
     protocol: tyro.conf.OmitArgPrefixes[Protocol] = field(default_factory=Protocol)
@@ -61,7 +62,7 @@ class Common:
     def plan(self) -> Plan:
         """Arms and access, without the load test's cells. Raises LoadError."""
         count = len(self.servers)
-        names = self.names or self.expect or NAMED[:count]
+        names = self.names or self.expect or (ALONE if count == 1 else NAMED)
         if len(self.expect) not in (0, count):
             raise LoadError(
                 f"expect: expected a selection for each of the {count} servers, or none, got {', '.join(self.expect)}; "
@@ -73,7 +74,7 @@ class Common:
             )
         if self.new_tokens < 1:
             raise LoadError(f"new_tokens: expected at least 1, got {self.new_tokens}; raise --new-tokens")
-        expected = self.expect or (None,) * count
+        expected = self.expect or tuple(name if name in selection.STOCK else None for name in names)
         arms = zip(names, self.servers, expected, strict=True)
         return Plan(
             arms=tuple(Arm(name=name, server=server, expect=expect) for name, server, expect in arms),

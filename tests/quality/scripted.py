@@ -21,7 +21,7 @@ LAYERS, TOPK = 2, 8
 class Script:
     """How it answers. blind: depths (share of the prompt) at which it sees no fact; shift: added to selections.
 
-    hang_up: requests that it leaves without an answer.
+    hang_up: requests that it leaves without an answer; policy: what its status says that it runs.
     """
 
     blind: tuple[float, float] = (2.0, 2.0)
@@ -31,6 +31,7 @@ class Script:
     probability: float = 0.9
     recall: float | None = None
     hang_up: int = 0
+    policy: dict[str, str] = field(default_factory=dict)
     asked: list[Any] = field(default_factory=list)
 
 
@@ -63,7 +64,7 @@ def handler(script: Script) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             if self.path == "/server_info":
                 layers = {"0": {"recall": script.recall, "p10": 0.5, "rows": 4}} if script.recall else {}
-                misa = {"enabled": True, "policy": {}, "recall": {"prefill": layers, "decode": {}}}
+                misa = {"enabled": True, "policy": script.policy, "recall": {"prefill": layers, "decode": {}}}
                 self.send({"model_path": "scripted", "internal_states": [{"misa": misa}]})
             else:
                 self.send({"data": [{"id": "scripted"}]})

@@ -143,7 +143,16 @@ def test_the_audit_is_read_from_the_status(pair, tmp_path):
     first.recall = 0.75
     assert main(["recall", a, "--audit", "--out", str(tmp_path)]) == 0
     told = {"phase": "prefill", "layer": 0, "recall": 0.75, "p10": 0.5, "rows": 4}
-    assert read(tmp_path, "recall") == [{"arm": "stock"} | told]
+    assert read(tmp_path, "recall") == [{"arm": "server"} | told], "nobody said what it runs"
+
+
+@pytest.mark.parametrize("words", [[], ["--names", "stock", "same"]])
+def test_an_arm_called_stock_is_stock(pair, tmp_path, capsys, words):
+    first, _, a, b = pair
+    first.policy = {"prefill": "faithful", "decode": "dsa"}
+    assert main(["needles", a, b, *NEEDLES, *words, "--out", str(tmp_path)]) == 2
+    assert "arm stock: expected stock selection, got faithful" in " ".join(capsys.readouterr().err.split())
+    assert first.asked == []
 
 
 def test_tasks_score_every_output_or_the_best_f1(pair, tmp_path):
@@ -153,7 +162,7 @@ def test_tasks_score_every_output_or_the_best_f1(pair, tmp_path):
     row = {"context": "long", "input": "who?", "answers": ["a wolf", "red fox"]}
     (tmp_path / "qa.jsonl").write_text(json.dumps(row) + "\n")
     assert main(["tasks", a, "--folder", str(tmp_path), "--out", str(tmp_path / "run")]) == 0
-    scores = {row["task"]: row["score stock"] for row in read(tmp_path / "run", "tasks")}
+    scores = {row["task"]: row["score server"] for row in read(tmp_path / "run", "tasks")}
     assert scores == {"ruler · 1": 0.5, "qa · 1": pytest.approx(0.8)}
 
 
