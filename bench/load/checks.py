@@ -6,7 +6,7 @@ import resource
 import ssl
 import sys
 
-from sglang_misa.bench.load import dataset, trace
+from sglang_misa.bench.load import dataset, selection, trace
 from sglang_misa.bench.load.gates import Gate
 from sglang_misa.bench.load.plan import Plan
 from sglang_misa.bench.load.prepare import check_size
@@ -15,6 +15,8 @@ from sglang_misa.bench.load.records import check_compared
 from sglang_misa.bench.load.safety import check_target
 from sglang_misa.bench.load.servers import launch_words
 from sglang_misa.bench.load.settings import Load, LoadError, Workload
+from sglang_misa.config import PRESETS
+from sglang_misa.validation import suggest
 
 OTHER_FILES = 64  # open ones of a process that are no connections of clients
 
@@ -27,11 +29,7 @@ def check_plan(plan: Plan) -> None:
     labels = [cell.label for cell in plan.cells]
     if len({cell.digest() for cell in plan.cells}) < len(labels):  # its blocks would count twice
         raise LoadError(f"cells: expected each context and load once, got {', '.join(labels)}; drop one")
-    for arm in plan.arms:
-        if arm.launched:
-            launch_words(arm)
-        else:
-            check_target(arm.server, allow_remote=plan.access.allow_remote)
+    check_arms(plan)
     room = _connections()
     for cell in plan.cells:
         if cell.load.arrival == "closed" and -(-cell.load.concurrency // plan.bounds.workers) > room:
@@ -54,6 +52,21 @@ def check_plan(plan: Plan) -> None:
             raise LoadError(
                 f"ca_file: expected a PEM file, got {plan.access.ca_file} ({error}); name another"
             ) from None
+
+
+def check_arms(plan: Plan) -> None:
+    """Raise LoadError for an arm whose server or claim cannot be meant: the others would be measured first."""
+    for arm in plan.arms:
+        if arm.launched:
+            launch_words(arm)
+        else:
+            check_target(arm.server, allow_remote=plan.access.allow_remote)
+        if arm.expect is not None and not selection.known(arm.expect):
+            names = sorted({*selection.STOCK, *PRESETS})
+            raise LoadError(
+                f"arm {arm.name}: expected {', '.join(names)} or a policy's name as its selection, got "
+                f"{arm.expect!r}; correct it{suggest(arm.expect, names)}"
+            )
 
 
 def check_heeded(workload: Workload, load: Load) -> None:

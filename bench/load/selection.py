@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from sglang_misa.config import PHASES, PRESETS
+from sglang_misa.kernels.layout import Router
 
 TABLES = ("policy", "calls", "replays", "min_len")  # entries of a rank
 STOCK = {"off", "stock", "dsa"}  # names of SGLang's own selection
+PARTS = {*("misa", "hisa", "exact", "dsa", "residual", "sketch1", "sketch2", "hier"), *get_args(Router)}  # of a name
 
 
 def ranks_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -27,6 +29,11 @@ def _table(rank: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """An entry that must be a table; empty where a server that is not ours says something else."""
     told = rank.get(name)
     return told if isinstance(told, Mapping) else {}
+
+
+def known(expect: str) -> bool:
+    """Whether `expect` names stock selection or a preset, or can be the name of a policy, or of several by layer."""
+    return expect in STOCK or expect in PRESETS or PARTS.issuperset(re.split("[-+|]", expect))
 
 
 def problem(expect: str, info: Mapping[str, Any]) -> str | None:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from sglang_misa import text_files
 from sglang_misa.bench.load import selection, shell
+from sglang_misa.bench.load.checks import check_arms
 from sglang_misa.bench.load.environment import Environment
 from sglang_misa.bench.load.plan import Arm, Plan
 from sglang_misa.bench.load.progress import Live
@@ -45,7 +46,7 @@ class Common:
     names: tuple[str, ...] = ()
     """what to call the arms; default: as --expect says, or server for one, stock misa for two"""
     expect: tuple[str, ...] = ()
-    """token selection that must be running in each arm: dsa, fast, faithful, misa …; default: dsa in one called stock"""
+    """token selection that must be running in each arm: dsa, fast, faithful …; default: dsa in an arm called stock"""
     ab_mode: Literal["together", "alternate"] = "together"
     """together = all servers run all the time; alternate = one after the other, for one GPU"""
     protocol: tyro.conf.OmitArgPrefixes[Protocol] = field(default_factory=Protocol)
@@ -74,8 +75,8 @@ class Common:
             )
         if self.new_tokens < 1:
             raise LoadError(f"new_tokens: expected at least 1, got {self.new_tokens}; raise --new-tokens")
-        expected = self.expect or tuple(name if name in selection.STOCK else None for name in names)
-        arms = zip(names, self.servers, expected, strict=True)
+        stock: tuple[str | None, ...] = tuple(name if name in selection.STOCK else None for name in names)
+        arms = zip(names, self.servers, self.expect or stock, strict=True)
         return Plan(
             arms=tuple(Arm(name=name, server=server, expect=expect) for name, server, expect in arms),
             cells=(),
@@ -296,6 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(command: Command, arguments: Sequence[str], console: Console) -> int:
     plan = command.plan()
+    check_arms(plan)
     command.check()
     keys = Keys.read(plan.access)
     environment = Environment.now(arguments, keys, module="sglang_misa.bench.quality")

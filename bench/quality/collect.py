@@ -177,7 +177,9 @@ class _Checked(ArmServer):
         told = selection.problem(self._claimed.expect, info) if self._claimed.expect else None
         if told is not None:
             self.__exit__()
-            raise LoadError(f"arm {self._claimed.name}: {told}; start it with that selection, or correct --expect or --names")
+            raise LoadError(
+                f"arm {self._claimed.name}: {told}; start it with that selection, or correct --expect or the name"
+            )
         self._owner.servers[self._claimed.name] = facts(info)
         self._owner.models[self._claimed.name] = str(info.get("model_path") or self.control.model)
         return self

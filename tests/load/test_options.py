@@ -10,8 +10,10 @@ from load.helpers import SMALL
 
 from sglang_misa.bench.load.cli import main
 from sglang_misa.bench.load.safety import check_target
+from sglang_misa.bench.load.selection import STOCK, known
 from sglang_misa.bench.load.settings import LoadError
 from sglang_misa.bench.load.shell import OK, USAGE
+from sglang_misa.config import PRESETS
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,8 @@ def test_options_are_judged_before_the_first_request(mocks, tmp_path, capsys, wo
         ["--names", "a", "a"],
         ["--b", "python -m server"],
         ["--b", "python -m 'server --port 3"],
+        ["--b-expect", "faithfull"],
+        ["--ab-mode", "alternate", "--b-expect", "misa-hierr"],
     ],
 )
 def test_options_of_two_arms_too(mocks, tmp_path, capsys, words):
@@ -70,6 +74,11 @@ def test_options_of_two_arms_too(mocks, tmp_path, capsys, words):
     assert main(["ab", "--a", mocks[0].url, "--b", mocks[1].url, *SMALL, "--out", str(tmp_path), *words]) == USAGE
     assert "expected" in capsys.readouterr().err
     assert mocks[0].sent() == {}
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *STOCK, "misa+hisa-error-residual-sketch1", "dsa|misa-hier"])
+def test_what_a_server_can_run_can_be_expected(name):
+    assert known(name)
 
 
 def test_a_plan_with_a_wrong_option_is_refused_by_resume(mocks, tmp_path, capsys):

@@ -209,6 +209,7 @@ def test_a_line_ends_where_json_lines_end(tmp_path):
         *(["needles", "--lengths", "many"], ["needles", "--depths", "1"], ["needles", "--json", "/no/such/file.json"]),
         *(["agree", "--prompts", "/no/such"], ["recall"], ["tasks", "--folder", "/no/such"]),
         ["needles", "--text", "/no/such"],
+        ["needles", "--expect", "dsa", "faithfull"],
     ],
 )
 def test_words_are_judged_before_a_server_is_asked(tmp_path, capsys, words):
