@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 
 from sglang_misa.bench.load.figures import under
@@ -105,15 +105,13 @@ class Session:
         blocks = f" · block {block + 1}/{self._plan.blocks}" if self._plan.blocks > 1 else ""
         self._live.unit(f"{self._arm.name} · {cell.label}{blocks}")
         for attempt in range(ATTEMPTS):
-            try:
+            with suppress(ServerGoneError):
                 unit = self._runner(cell).measure(self._source(cell), block, self._live.request)
-            except ServerGoneError:
-                self._live.said(f"arm {self._arm.name}: the server went away; block {block + 1} is measured again")
-                self._server.recover()
-                self._runners.clear()
-                continue
-            again = (f"the server went away in this block; it was measured again ({attempt + 1} attempts)",)
-            return unit.model_copy(update={"notes": (*unit.notes, *again)}) if attempt else unit
+                again = (f"the server went away in this block; it was measured again ({attempt + 1} attempts)",)
+                return unit.model_copy(update={"notes": (*unit.notes, *again)}) if attempt else unit
+            self._live.said(f"arm {self._arm.name}: the server went away; block {block + 1} is measured again")
+            self._server.recover()  # not while the error is handled: it would be the context of what is told then
+            self._runners.clear()
         raise LoadError(
             f"arm {self._arm.name}: expected a server that stays, got one that went away in {ATTEMPTS} attempts "
             f"at block {block + 1} of {cell.label}; what was measured is kept: mend it and `resume`"
