@@ -70,9 +70,10 @@ class _Outlet:
 
 
 def _console(stream: TextIO | None) -> Console:
-    """A console on `stream`, None for one that is closed; what names, logs and servers say is no markup."""
+    """A console on `stream`, None for one that is closed; what names, logs and servers say is no markup or emoji."""
     outlet = _Outlet(stream)
-    return Console(file=cast(IO[str], outlet), width=None if outlet.isatty() else PLAIN_WIDTH, markup=False)
+    width = None if outlet.isatty() else PLAIN_WIDTH
+    return Console(file=cast(IO[str], outlet), width=width, markup=False, emoji=False)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from load.helpers import SMALL, MockProcess, results, units
 from rich.console import Console
+from rich.table import Column, Table
 
 from sglang_misa.bench.load import plots, progress, shell
 from sglang_misa.bench.load import results as results_module
@@ -162,11 +163,12 @@ class Nothing:
 
 def test_names_and_logs_are_no_markup_and_no_formulas(pictures, monkeypatch, capsys):
     """What stands in brackets or between dollars is the user's, or a server's: it must not end a run."""
-    odd = "[/INST] $\\nope$ [red]"
+    odd = "[/INST] $\\nope$ [red] :100:"
     monkeypatch.setattr(progress, "QUIET_S", -1.0)
 
     def act(command: Nothing, console: Console) -> int:
-        for terminal in (console, Console(force_terminal=True, markup=False)):
+        console.print(Table(Column(odd)))
+        for terminal in (console, Console(force_terminal=True, markup=False, emoji=False)):
             with progress.Live(terminal, 2) as live:
                 live.waiting(odd, odd, 1.0)
                 live.unit(odd)
@@ -175,7 +177,9 @@ def test_names_and_logs_are_no_markup_and_no_formulas(pictures, monkeypatch, cap
         return OK
 
     assert shell.run(Nothing, act, "module", [], "") == OK
-    assert odd in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert odd in told
+    assert chr(0x1F4AF) not in told
     figure = plots.Figure()
     axes = figure.add_subplot(xscale="log", xlim=(1, 1000))
     axes.plot([1, 2], label=odd)
