@@ -270,14 +270,16 @@ def _measure(command: Run | Sweep | Ab | Max | Resume, arguments: list[str] | No
         folder = command.out or Path(f"load-{datetime.now():%Y%m%d-%H%M%S}")
     check_plan(plan)
     keys = Keys.read(plan.access)
-    with Store(folder, keys) as store, Live(console, len(plan.cells) * plan.blocks * len(plan.arms)) as live:
-        store.save_plan(plan)
-        store.save_environment(Environment.now(sys.argv[1:] if arguments is None else arguments, keys))
-        if plan.search is not None:
-            found = CapacitySearch(plan, store, keys, live).run()
-            return _conclude(found.plan, found.units, conclude(found), store, keys, console)
-        units = execute(plan, store, keys, live)
-    return _conclude(plan, units, judge(plan, units), store, keys, console)
+    with Store(folder, keys) as store:
+        store.begin(plan, Environment.now(sys.argv[1:] if arguments is None else arguments, keys))
+        with Live(console, len(plan.cells) * plan.blocks * len(plan.arms)) as live:
+            if plan.search is None:
+                units = execute(plan, store, keys, live)
+                outcome = judge(plan, units)
+            else:
+                found = CapacitySearch(plan, store, keys, live).run()
+                plan, units, outcome = found.plan, found.units, conclude(found)
+        return _conclude(plan, units, outcome, store, keys, console)
 
 
 def _conclude(plan: Plan, units: list[Unit], outcome: Outcome, store: Store, keys: Keys, console: Console) -> int:
@@ -331,4 +333,5 @@ def _show(outcome: Outcome, console: Console) -> None:
 def _compare(command: Compare, console: Console) -> int:
     folders = (command.first, command.second)
     plan, units = comparison(folders, command.arms, command.out, command.fail_if, command.primary)
-    return _conclude(plan, units, judge(plan, units), Store(command.out, Keys()), Keys(), console)
+    with Store(command.out, Keys()) as store:
+        return _conclude(plan, units, judge(plan, units), store, Keys(), console)

@@ -25,6 +25,8 @@ def comparison(
     check_compared(primary)
     for gate in fail_if:
         Gate(gate)
+    if (out / "plan.json").exists():
+        raise LoadError(f"out: expected a folder without a run, got {out}, whose report it would replace; name another")
     plans = [Store.plan_in(folder) for folder in folders]
     chosen = arms or (plans[0].arms[-1].name, plans[1].arms[-1].name)
     notes = ["the two runs were not interleaved: drift of the machine between them counts as difference"]
@@ -33,7 +35,7 @@ def comparison(
     alike = folders[0].resolve().name == folders[1].resolve().name
     sides: list[tuple[str, Units]] = []
     for folder, plan, arm in zip(folders, plans, chosen, strict=True):
-        _check_folder(folder, plan, arm, out)
+        _check_folder(folder, plan, arm)
         name = f"{arm} ({folder if alike else folder.resolve().name})"
         sides.append((name, _valid_units(folder, arm, name)))
     if sides[0][0] == sides[1][0]:
@@ -66,9 +68,7 @@ def comparison(
     )
 
 
-def _check_folder(folder: Path, plan: Plan, arm: str, out: Path) -> None:
-    if out.resolve() == folder.resolve():
-        raise LoadError(f"out: expected a folder of its own, got {folder}, whose report it would replace; name another")
+def _check_folder(folder: Path, plan: Plan, arm: str) -> None:
     if plan.search is not None:
         raise LoadError(f"{folder}: expected a `run`, `sweep` or `ab`, got a search; use `max --against`")
     if arm not in (names := [a.name for a in plan.arms]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import io
 import os
@@ -18,7 +19,8 @@ from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import LoadError, Protocol, problem_of
 
 MAX_UNIT = 512 * 1024 * 1024  # bytes of a stored unit that are read at most
-BEGINNING = ("plan.json", "environment.json")  # written before any server is asked
+LOCK = ".lock"  # held by the run that writes
+BEGINNING = ("plan.json", "environment.json", LOCK)  # written before any server is asked
 DERIVED = ("ttft", "tpot", "e2e")
 REQUEST_COLUMNS = (
     *("pair", "turn", "due", "dispatched", *DERIVED),
@@ -42,6 +44,18 @@ class Store:
             ) from None
 
     def __enter__(self) -> Store:
+        """Keep others out until the run ends. Raises LoadError where one is at work."""
+        try:
+            self._lock = (self.folder / LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LoadError(
+                f"out: expected a folder that no other run writes to, got {self.folder}; name another"
+            ) from None
+        except OSError as error:
+            raise LoadError(
+                f"out: expected a folder that can be written to, got {self.folder} ({error.strerror}); change --out"
+            ) from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -55,6 +69,7 @@ class Store:
             for name in BEGINNING:
                 (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
+        self._lock.close()
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Write one artefact atomically; keys are erased from values before they come here. Raises LoadError."""
@@ -72,14 +87,22 @@ class Store:
             ) from None
         return path
 
-    def save_plan(self, plan: Plan) -> None:
+    def begin(self, plan: Plan, environment: Environment) -> None:
+        """Keep a run's plan, and where it began: one that goes on with the stored plan keeps what is there."""
         arms = tuple(a.model_copy(update={"server": self._keys.erase(a.server)}) for a in plan.arms)
-        self.write("plan.json", plan.model_copy(update={"arms": arms}).model_dump_json(indent=1))
+        erased = plan.model_copy(update={"arms": arms})
+        if self.environment() is None or not self._goes_on(erased):
+            self.save_environment(environment)
+        self.write("plan.json", erased.model_dump_json(indent=1))
+
+    def _goes_on(self, plan: Plan) -> bool:
+        try:
+            return self.plan_in(self.folder) == plan
+        except LoadError:
+            return False
 
     def save_environment(self, environment: Environment) -> None:
-        """Keep where the run began; one that goes on later keeps the first."""
-        if not (self.folder / "environment.json").exists():
-            self.write("environment.json", environment.model_dump_json(indent=1))
+        self.write("environment.json", environment.model_dump_json(indent=1))
 
     def environment(self) -> Environment | None:
         """Where the run began; None where that was not kept."""

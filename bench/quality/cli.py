@@ -302,17 +302,18 @@ def _run(command: Command, arguments: Sequence[str], console: Console) -> int:
     keys = Keys.read(plan.access)
     environment = Environment.now(arguments, keys, module="sglang_misa.bench.quality")
     folder = command.out or Path(f"quality-{datetime.now():%Y%m%d-%H%M%S}")
-    with Store(folder, keys) as store, Live(console, 0) as live:
+    with Store(folder, keys) as store:
         store.save_environment(environment)
-        collector = Collector(
-            plan, store, keys, live, extra=command.extra, index_topk=command.positions, limit_s=command.limit_s
-        )
-        found = command.measure(collector, plan.arms, environment.commit)
-    title = type(command).__name__
-    if collector.left:
-        title += f": {collector.left} of {len(collector.questions)} questions left out, for --limit-s"
-        console.print(f"{title}; go on with --out {store.folder}", style="yellow", highlight=False)
-    path = page.write(store, plan, environment, title, found, collector.servers)
+        with Live(console, 0) as live:
+            collector = Collector(
+                plan, store, keys, live, extra=command.extra, index_topk=command.positions, limit_s=command.limit_s
+            )
+            found = command.measure(collector, plan.arms, environment.commit)
+        title = type(command).__name__
+        if collector.left:
+            title += f": {collector.left} of {len(collector.questions)} questions left out, for --limit-s"
+            console.print(f"{title}; go on with --out {store.folder}", style="yellow", highlight=False)
+        path = page.write(store, plan, environment, title, found, collector.servers)
     for section in found:
         if section.refusal:
             raise LoadError(section.refusal)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from load.helpers import record, unit
 
 from sglang_misa.bench.load.checks import check_plan
-from sglang_misa.bench.load.environment import facts
+from sglang_misa.bench.load.environment import Environment, facts
 from sglang_misa.bench.load.figures import error_classes, summarize, under
 from sglang_misa.bench.load.gates import Gate, gates_of
 from sglang_misa.bench.load.plan import Arm, Cell, Plan, Slo
@@ -374,7 +374,7 @@ def test_short_keys_do_not_eat_artefacts(tmp_path, key):
     plan = Plan(arms=(arm,), cells=(cell,))
     store = Store(tmp_path, Keys(key))
     saved = unit("server", 0, [record(0, 0.12345)], 123.0)
-    store.save_plan(plan)
+    store.begin(plan, Environment.now(["run"], Keys(key)))
     store.save(saved, arm, cell, plan.protocol)
     assert store.find(arm, cell, 0, plan.protocol) == saved
     assert store.units() == [saved]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import html
+import json
 import os
 import re
 import shlex
@@ -16,7 +18,10 @@ from load.helpers import MOCK, PATIENT, SMALL, figures, results, units
 
 from sglang_misa.bench.load import cli
 from sglang_misa.bench.load.cli import main
+from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.shell import GATE_FAILED, INVALID, OK, USAGE
+from sglang_misa.bench.load.store import Store
+from sglang_misa.bench.quality.cli import main as quality
 
 
 def test_ab_finds_an_injected_delay_and_its_size(mocks, pictures, tmp_path, capsys):
@@ -131,6 +136,28 @@ def test_resume_measures_only_what_is_missing(mocks, tmp_path):
     assert {p for p in after if after[p] != before[p]} == {gone}
     assert main([*arguments, "--seed", "7"]) == OK  # another workload: nothing is taken over
     assert len(list((tmp_path / "units").iterdir())) == 2 * len(before)
+
+
+def test_the_report_has_the_command_of_its_figures(mocks, tmp_path, monkeypatch):
+    """The first command where a run goes on, the second where another one is measured into the same folder."""
+    monkeypatch.setenv("LOAD_TEST_KEY", "0")  # which is erased from the URL in the stored plan
+    mocks[0].script(ttft=0.01)
+    arguments = ["run", mocks[0].url, *SMALL, "--api-key-env", "LOAD_TEST_KEY", "--out", str(tmp_path), "--input-len"]
+    for length, more in (("200", []), ("200", ["--fail-if"]), ("300", [])):
+        assert main([*arguments, length, *more]) == OK
+        told = json.loads((tmp_path / "environment.json").read_text())["command"]
+        assert told.endswith(length)
+        assert told in html.unescape((tmp_path / "report.html").read_text())
+
+
+def test_a_folder_takes_one_run_at_a_time(mocks, tmp_path, capsys):
+    mocks[0].script()
+    for command, words in ((main, ["run", mocks[0].url, *SMALL]), (quality, ["needles", mocks[0].url])):
+        with Store(tmp_path, Keys()):
+            assert command([*words, "--out", str(tmp_path)]) == USAGE
+        assert "expected a folder that no other run writes to" in capsys.readouterr().err
+    assert mocks[0].sent() == {}
+    assert main(["run", mocks[0].url, *SMALL, "--out", str(tmp_path)]) == OK
 
 
 def test_compare_pairs_two_earlier_runs(mocks, tmp_path):
