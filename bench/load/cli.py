@@ -317,6 +317,9 @@ def _show(outcome: Outcome, console: Console) -> None:
         for kind, count in arm.errors.items():
             why = f"{arm.arm} at {arm.label}: {count} × {kind}: {arm.reasons.get(kind, '')}"
             console.print(why, style="red", highlight=False)
+        if wrong := arm.figures.get("needle_wrong"):
+            told = f"{arm.arm} at {arm.label}: {wrong:.1%} of {arm.figures['needles']:.0f} needles are wrong"
+            console.print(told, style="red", highlight=False)
     for cell in outcome.ratios:
         shown = [
             f"{title(r.metric)} {r.value:.3f}" + (f" [{r.low:.3f}, {r.high:.3f}]" if r.low is not None else "")

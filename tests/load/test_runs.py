@@ -210,12 +210,14 @@ def test_turns_hit_what_went_before(mocks, tmp_path, api):
 
 
 @pytest.mark.parametrize(("answer", "wrong"), [("needle", 0.0), ("", 1.0)])
-def test_needles_under_load(mocks, tmp_path, answer, wrong):
+def test_needles_under_load(mocks, tmp_path, capsys, answer, wrong):
     mocks[0].script(ttft=0.005, answer=answer)
     run = ["run", mocks[0].url, *SMALL, "--needles", "2", "--output-len", "12", "--fail-if", "needle_wrong > 0.5"]
     assert main([*run, "--concurrency", "2", "--out", str(tmp_path)]) == (GATE_FAILED if wrong else OK)
     assert figures(tmp_path)["needle_wrong"] == wrong
     assert figures(tmp_path)["needles"] == 4
+    told = "server at 1k · concurrency 2: 100.0% of 4 needles are wrong"
+    assert (told in capsys.readouterr().out) is bool(wrong)
 
 
 def test_a_faster_arm_that_fails_more_gets_no_verdict(mocks, tmp_path):
