@@ -25,6 +25,7 @@ from sglang_misa.bench.load.prompts import source_of
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import MADE, Access, Bounds, Lengths, LoadError, Protocol, Serving, Workload
 from sglang_misa.bench.load.store import Store
+from sglang_misa.bench.load.trace import LONGEST
 from sglang_misa.bench.quality import page, questions, sections
 from sglang_misa.bench.quality.asking import wants_logprobs
 from sglang_misa.bench.quality.collect import Collector
@@ -75,6 +76,8 @@ class Common:
             )
         if self.new_tokens < 1:
             raise LoadError(f"new_tokens: expected at least 1, got {self.new_tokens}; raise --new-tokens")
+        if not self.limit_s >= 0:  # nor is NaN, which no time is over
+            raise LoadError(f"limit_s: expected seconds, 0 or more, got {self.limit_s:g}; correct --limit-s")
         stock: tuple[str | None, ...] = tuple(name if name in selection.STOCK else None for name in names)
         arms = zip(names, self.servers, self.expect or stock, strict=True)
         return Plan(
@@ -135,6 +138,11 @@ class Needles(Common):
             raise LoadError(
                 f"needles: expected lengths, at least 2 depths, 1 repeat and 0 to {len(NAMES) - 1} others, got "
                 f"{len(self.lengths)}, {self.depths}, {self.repeats} and {self.others}; correct them"
+            )
+        if (asked := sum(self.tokens) * self.depths * self.repeats) > LONGEST:
+            raise LoadError(
+                f"lengths: expected at most {LONGEST} tokens in all questions, got {asked}; "
+                "ask for shorter prompts, or fewer --depths or --repeats"
             )
         if self.text not in MADE:
             text_files.read(Path(self.text), LoadError)

@@ -210,12 +210,17 @@ def test_a_line_ends_where_json_lines_end(tmp_path):
         *(["agree", "--prompts", "/no/such"], ["recall"], ["tasks", "--folder", "/no/such"]),
         ["needles", "--text", "/no/such"],
         ["needles", "--expect", "dsa", "faithfull"],
+        *(["needles", "--lengths", "900000000k"], ["needles", "--depths", "999999999999"]),
+        ["needles", "--repeats", "999999999"],
+        *(["recall", "--audit", "--limit-s", "nan"], ["recall", "--audit", "--limit-s", "-1"]),
     ],
 )
 def test_words_are_judged_before_a_server_is_asked(tmp_path, capsys, words):
     nobody = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
     assert main([words[0], *nobody, *words[1:], "--out", str(tmp_path / "run")]) == 2
-    assert "expected a server" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "expected" in told
+    assert "expected a server" not in told
     assert not (tmp_path / "run").exists()
 
 
