@@ -8,7 +8,7 @@ import sys
 
 from sglang_misa.bench.load import dataset, selection, trace
 from sglang_misa.bench.load.gates import Gate
-from sglang_misa.bench.load.plan import Plan
+from sglang_misa.bench.load.plan import Cell, Plan
 from sglang_misa.bench.load.prepare import check_size
 from sglang_misa.bench.load.prompts import check_text
 from sglang_misa.bench.load.records import check_compared
@@ -18,6 +18,8 @@ from sglang_misa.bench.load.settings import Load, LoadError, Workload
 from sglang_misa.config import PRESETS
 from sglang_misa.validation import suggest
 
+DAY_S = 86400.0
+LONGEST_S = 7 * DAY_S  # of a block without --duration-s
 OTHER_FILES = 64  # open ones of a process that are no connections of clients
 
 
@@ -40,8 +42,7 @@ def check_plan(plan: Plan) -> None:
         check_text(cell.workload)
         if cell.workload.content != cell.workload.content_now():
             raise LoadError("files: expected the text or data that the run began with, got another; take a new --out")
-        if cell.workload.trace is not None:
-            trace.read(cell.workload)
+        _check_times(cell)
         if cell.workload.dataset is not None:
             dataset.read(cell.workload)
         check_size(cell)
@@ -67,6 +68,20 @@ def check_arms(plan: Plan) -> None:
                 f"arm {arm.name}: expected {', '.join(names)} or a policy's name as its selection, got "
                 f"{arm.expect!r}; correct it{suggest(arm.expect, names)}"
             )
+
+
+def _check_times(cell: Cell) -> None:
+    """Raise LoadError where the last request of an open loop would be waited for longer than anybody means to."""
+    work, load = cell.workload, cell.load
+    if work.trace is not None:
+        last, way_out = trace.dues(work)[: load.asked][-1], "lower --time-scale, or give --duration-s or --requests"
+    elif load.arrival != "closed":
+        last, way_out = (load.asked or 0) / load.rate + (load.ramp_s or 0) / 2, "raise the rate, or give --duration-s"
+    else:
+        return
+    if min(last, load.seconds) > LONGEST_S:
+        most = f"{LONGEST_S / DAY_S:.0f} days"
+        raise LoadError(f"{cell.label}: expected arrivals within {most}, got {last / DAY_S:.4g} of them; {way_out}")
 
 
 def check_heeded(workload: Workload, load: Load) -> None:

@@ -21,6 +21,7 @@ from sglang_misa.bench.load.workload import MEASURED_STREAM, Conversation, Turn
 HASHED = 512  # tokens behind one hash id
 TRACE_STREAM = 0x7ACE
 LONGEST = 1 << 27  # tokens, more than any context; a wrong number would be drawn through
+LATEST = 1e14  # milliseconds; now, since 1970, are 2e12
 MS = 1e-3
 MOST_SEED = 2**64 - 1  # a hash id may be negative, a seed not
 
@@ -30,7 +31,7 @@ class Row(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    timestamp: float = Field(ge=0)  # milliseconds
+    timestamp: float = Field(ge=0, le=LATEST)  # milliseconds
     input_length: int = Field(ge=1, le=LONGEST)
     output_length: int = Field(ge=1, le=LONGEST)
     hash_ids: tuple[int, ...] = ()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from load.helpers import PATIENT, figures, results, units
 
-from sglang_misa.bench.load import dataset, trace
+from sglang_misa.bench.load import cli, dataset, trace
+from sglang_misa.bench.load.checks import check_plan
 from sglang_misa.bench.load.cli import main
 from sglang_misa.bench.load.prompts import RandomIds
 from sglang_misa.bench.load.settings import Load, LoadError, Workload
@@ -102,6 +105,7 @@ LENGTHS = (("input", "output"), ("output", "input"))
     "text",
     [
         *("", "{", '{"timestamp": 0}', '{"timestamp": 0, "input_length": 9000, "output_length": 1}'),
+        '{"timestamp": 1e300, "input_length": 9, "output_length": 1}',
         '{"timestamp": 1e999, "input_length": 9, "output_length": 1}',
         *(f'{{"timestamp": 0, "{name}_length": 1000000000000, "{other}_length": 1}}' for name, other in LENGTHS),
     ],
@@ -111,6 +115,25 @@ def test_traces_that_cannot_be_replayed_are_refused(tmp_path, text):
     for limit in (8000, None) if "9000" not in text else (8000,):
         with pytest.raises(LoadError, match=r"trace: .*expected"):
             trace.read(Workload(trace=str(tmp_path / "trace.jsonl"), max_len=limit))
+
+
+@pytest.mark.parametrize(
+    ("words", "far"),
+    [
+        (["--trace", "{trace}"], True),
+        (["--trace", "{trace}", "--time-scale", "0.1"], False),
+        (["--trace", "{trace}", "--duration-s", "9"], False),
+        (["--trace", "{trace}", "--requests", "1"], False),
+        (["--arrival", "poisson", "--rate", "1e-300"], True),
+    ],
+)
+def test_nobody_waits_for_weeks(tmp_path, words, far):
+    lines = [{"timestamp": 1e12 + n * 8 * 86_400_000, "input_length": 9, "output_length": 1} for n in range(2)]
+    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = [word.format(trace=tmp_path / "trace.jsonl") for word in words]
+    command = tyro.cli(cli.Run, args=["http://127.0.0.1:1", *words])
+    with pytest.raises(LoadError, match="expected arrivals within 7 days") if far else contextlib.nullcontext():
+        check_plan(cli.plan_of(command))
 
 
 @pytest.mark.parametrize(
