@@ -317,7 +317,12 @@ class Serving(Settings):
 
     flush: Annotated[Flush, Field(description="empty the prefix cache before each measurement")] = "try"
     start_timeout_s: Annotated[
-        float, Field(gt=0, description="seconds a server may take to be ready, also when it comes back in mid-run")
+        float,
+        Field(
+            gt=0,
+            description="seconds a server may take to be ready, also when it comes back in mid-run "
+            "(then 300 at most, where it is given by its URL)",
+        ),
     ] = 1800.0
     stop_grace_s: Annotated[float, Field(gt=0, description="seconds between SIGTERM and SIGKILL")] = 30.0
 

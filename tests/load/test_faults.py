@@ -19,7 +19,7 @@ from sglang_misa.bench.load.plan import Cell
 from sglang_misa.bench.load.prepare import Preparation, ServerGoneError
 from sglang_misa.bench.load.prompts import source_of
 from sglang_misa.bench.load.safety import Keys
-from sglang_misa.bench.load.settings import Access, Bounds, Load, Protocol, Workload
+from sglang_misa.bench.load.settings import Access, Bounds, Load, Protocol, Serving, Workload
 from sglang_misa.bench.load.shell import GATE_FAILED, INVALID, OK, USAGE
 from sglang_misa.bench.quality.cli import main as quality
 from sglang_misa.config import PHASES, PRESETS
@@ -261,6 +261,10 @@ def test_a_server_that_stays_away_keeps_what_was_measured(tmp_path, capsys, monk
     assert main(["run", server.url, *words, "--out", str(tmp_path)]) == USAGE
     assert "come back, got [Errno 111] Connection refused; what was" in capsys.readouterr().err
     assert 0 < len(units(tmp_path)) < 50
+
+
+def test_the_help_tells_how_long_a_server_is_waited_for():
+    assert f"{servers.BACK_S:.0f} at most" in str(Serving.model_fields["start_timeout_s"].description)
 
 
 def test_nobody_at_the_url_is_told_at_once(tmp_path, capsys):
