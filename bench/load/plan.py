@@ -19,6 +19,7 @@ from sglang_misa.bench.load.settings import (
     Serving,
     Settings,
     Workload,
+    problem_of,
 )
 
 
@@ -94,10 +95,10 @@ class Slo(Limits):
             slo.of(1)
             if not any(limit for one in (slo, *slo.contexts.values()) for limit in one.limits.values()):
                 raise LoadError("no limit")
-        except (OSError, ValueError, LoadError) as error:
+        except (OSError, ValueError, LoadError, RecursionError) as error:
             raise LoadError(
                 f"slo: expected a TOML or JSON file with {', '.join(cls.model_fields)} in seconds, got {path} "
-                f"({error}); correct it"
+                f"({problem_of(error)}); correct it"
             ) from None
         return slo
 

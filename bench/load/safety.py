@@ -118,6 +118,10 @@ def check_target(url: str, *, allow_remote: bool) -> str:
 
     Near means that every address of its host is loopback, private or link-local.
     """
+    if HIDDEN in url:
+        raise LoadError(
+            f"target: expected a URL, got {url!r}, from which a key was erased; repeat the whole command with --out"
+        )
     wrong = LoadError(f"target: expected http://host:port, got {url!r}; write the full URL")
     try:
         parts = urlsplit(url)

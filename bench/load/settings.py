@@ -377,9 +377,13 @@ def changed(settings: AnySettings, **fields: object) -> AnySettings:
     return type(settings).model_validate(settings.model_dump() | fields)
 
 
-def problem_of(error: ValidationError) -> str:
-    """The first problem of a model that pydantic refused, in one sentence."""
+def problem_of(error: Exception, way_out: str = "change it") -> str:
+    """The first problem of a model that pydantic refused, in one sentence; what any other error says."""
+    if not isinstance(error, ValidationError):
+        return str(error)
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return f"expected JSON, got {first['ctx']['error']}; {way_out}"
     where = ".".join(str(part) for part in first["loc"]) or "settings"
     wanted = (
         first["msg"]
@@ -387,4 +391,4 @@ def problem_of(error: ValidationError) -> str:
         .replace("Extra inputs", "no such setting; extra")
         .replace("Field required", "such a field")
     )
-    return f"{where}: expected {wanted}, got {str(first['input'])[:80]!r}; change it"
+    return f"{where}: expected {wanted}, got {str(first['input'])[:80]!r}; {way_out}"

@@ -33,8 +33,7 @@ def run(
     try:
         return act(tyro.cli(command, args=arguments, prog=f"python -m {module}"), console)
     except (LoadError, ValidationError) as error:
-        told = problem_of(error) if isinstance(error, ValidationError) else error
-        _console(sys.stderr).print(f"error: {told}", style="red", highlight=False, soft_wrap=True)
+        _console(sys.stderr).print(f"error: {problem_of(error)}", style="red", highlight=False, soft_wrap=True)
         return USAGE
     except KeyboardInterrupt:
         console.print(f"interrupted: {interrupted}")

@@ -17,6 +17,7 @@ from sglang_misa.bench.load.plan import Arm, Cell, Plan
 from sglang_misa.bench.load.records import Unit
 from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.settings import LoadError, Protocol, problem_of
+from sglang_misa.validation import Model
 
 MAX_UNIT = 512 * 1024 * 1024  # bytes of a stored unit that are read at most
 LOCK = ".lock"  # held by the run that writes
@@ -114,13 +115,7 @@ class Store:
     @staticmethod
     def plan_in(folder: Path) -> Plan:
         """The plan stored in `folder`. Raises LoadError when there is none that can be used."""
-        path = folder / "plan.json"
-        try:
-            return Plan.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise LoadError(f"{path}: expected the plan of a run, got {error.strerror}; name a run's folder") from None
-        except ValidationError as error:
-            raise LoadError(f"{path}: {problem_of(error)}") from None
+        return _read(folder / "plan.json", Plan, "the plan of a run", "mend it, or name a run's folder")
 
     def save(self, unit: Unit, arm: Arm, cell: Cell, protocol: Protocol) -> None:
         self.write(self._name(arm, cell, unit.block, protocol), unit.model_dump_json())
@@ -128,27 +123,33 @@ class Store:
     def find(self, arm: Arm, cell: Cell, block: int, protocol: Protocol) -> Unit | None:
         """The unit measured earlier for exactly this arm, cell and block; None when there is none or it was invalid."""
         path = self.folder / self._name(arm, cell, block, protocol)
-        if not path.exists() or path.stat().st_size > MAX_UNIT:
-            return None
         try:
+            if path.stat().st_size > MAX_UNIT:
+                return None
             unit = Unit.model_validate_json(path.read_bytes())
-        except ValidationError:
+        except (OSError, ValidationError):
             return None
         return None if unit.problems else unit
 
     def units(self) -> list[Unit]:
-        """Every stored unit, in the order of measurement."""
-        found = []
-        for path in sorted((self.folder / "units").glob("*.json")):
-            try:
-                found.append(Unit.model_validate_json(path.read_bytes()))
-            except ValidationError as error:
-                raise LoadError(f"{path}: {problem_of(error)}; measure it again") from None
+        """Every stored unit, in the order of measurement. Raises LoadError."""
+        paths = sorted((self.folder / "units").glob("*.json"))
+        found = [_read(path, Unit, "a unit", "remove it, and `resume`") for path in paths]
         return sorted(found, key=lambda u: u.started)
 
     def _name(self, arm: Arm, cell: Cell, block: int, protocol: Protocol) -> str:
         what = f"{arm.digest()}{cell.digest()}{block}{protocol.api}{protocol.openai_extras}"
         return f"units/{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+
+
+def _read(path: Path, model: type[Model], wanted: str, way_out: str) -> Model:
+    """What is stored at `path`. Raises LoadError."""
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise LoadError(f"{path}: expected {wanted}, got {error.strerror}; {way_out}") from None
+    except (ValidationError, LoadError) as error:
+        raise LoadError(f"{path}: {problem_of(error, way_out)}") from None
 
 
 def units_csv(units: Iterable[Unit]) -> str:

@@ -9,6 +9,7 @@ import pytest
 from load.helpers import SMALL
 
 from sglang_misa.bench.load.cli import main
+from sglang_misa.bench.load.plan import Slo
 from sglang_misa.bench.load.safety import check_target
 from sglang_misa.bench.load.selection import STOCK, known
 from sglang_misa.bench.load.settings import LoadError
@@ -90,6 +91,19 @@ def test_a_plan_with_a_wrong_option_is_refused_by_resume(mocks, tmp_path, capsys
         assert main(["resume", str(tmp_path)]) == USAGE
         assert "expected" in capsys.readouterr().err
     assert main(["resume", str(tmp_path / "nowhere")]) == USAGE
+    for broken, why in (("{}", "arms: expected such a field"), ("{", "expected JSON, got EOF")):
+        (tmp_path / "plan.json").write_text(broken)
+        capsys.readouterr()
+        assert main(["resume", str(tmp_path)]) == USAGE
+        assert f"{tmp_path / 'plan.json'}: {why}" in capsys.readouterr().err
+
+
+def test_a_url_from_which_a_key_was_erased_is_refused_by_resume(mocks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LOAD_TEST_KEY", "0")
+    mocks[0].script()
+    assert main(["run", mocks[0].url, *SMALL, "--api-key-env", "LOAD_TEST_KEY", "--out", str(tmp_path)]) == OK
+    assert main(["resume", str(tmp_path)]) == USAGE
+    assert "from which a key was erased" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -146,6 +160,16 @@ def test_service_limits_that_limit_nothing(text, tmp_path, capsys):
     words = ["--slo", str(tmp_path / "slo.toml"), "--out", str(tmp_path / "out")]
     assert main(["run", "http://127.0.0.1:1", *words]) == USAGE
     assert "slo: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"ttft": "fast"}', "[" * 100_000])
+def test_broken_limits_are_told_in_one_sentence(tmp_path, text):
+    for path in (tmp_path / "slo.json", tmp_path / "slo.toml"):
+        path.write_text(text)
+        with pytest.raises(LoadError, match="slo: expected a TOML or JSON file") as caught:
+            Slo.read(path)
+        assert "\n" not in str(caught.value)
+        assert "http" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from load.helpers import MOCK, PATIENT, SMALL, figures, results, units
 from sglang_misa.bench.load import cli
 from sglang_misa.bench.load.cli import main
 from sglang_misa.bench.load.safety import Keys
+from sglang_misa.bench.load.settings import LoadError
 from sglang_misa.bench.load.shell import GATE_FAILED, INVALID, OK, USAGE
 from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.quality.cli import main as quality
@@ -129,7 +130,13 @@ def test_resume_measures_only_what_is_missing(mocks, tmp_path):
     assert main(arguments) == OK
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "units").iterdir()}
     gone = sorted(before)[0]
-    gone.unlink()
+    for broken, why in (('{"arm": "x', "expected JSON, got EOF"), (None, "expected a unit, got Is a directory")):
+        gone.unlink()
+        gone.mkdir() if broken is None else gone.write_text(broken)
+        with pytest.raises(LoadError, match=f"{gone.name}: {why}.*; remove it, and `resume`"):
+            Store(tmp_path, Keys()).units()
+    assert main(["resume", str(tmp_path)]) == USAGE  # the directory is in the way
+    gone.rmdir()
     assert main(["resume", str(tmp_path)]) == OK
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / "units").iterdir()}
     assert after.keys() == before.keys()
