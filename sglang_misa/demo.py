@@ -61,7 +61,7 @@ def run(
     config: the user's, None for the demo's own; arguments: more flags for the launcher, with which the server asks for
     `key` where there is one; host, port: where it listens; report: a folder for a page, its pictures and JSON.
     """
-    console = Console(markup=False)
+    console = Console(markup=False, emoji=False)
     config = config or PRESETS[PRESET]
     ConfigError.raise_if([*_stock_problems(config), *_report_problems(report)])
     for signum in (signal.SIGTERM, signal.SIGHUP):
