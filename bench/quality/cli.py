@@ -33,7 +33,7 @@ from sglang_misa.bench.quality.page import Row, Section
 from sglang_misa.bench.quality.questions import TEMPLATES, Question, Tokenize
 from sglang_misa.bench.quality.words import NAMES
 
-NAMED = ("stock", "misa")  # two arms, where neither their names nor what they run is given
+NAMED = ("stock", "other")  # two arms, where neither their names nor what they run is given
 ALONE = ("server",)  # and one
 CELL = ("model", "arm", "length", "depth")  # what a result of needles is known by
 
@@ -45,7 +45,7 @@ class Common:
     servers: tyro.conf.Positional[tuple[str, ...]] = ("http://127.0.0.1:30000",)
     """URL or launch command of each arm, the baseline first: stock DSA, where several are compared"""
     names: tuple[str, ...] = ()
-    """what to call the arms; default: as --expect says, or server for one, stock misa for two"""
+    """what to call the arms; default: as --expect says, or server for one, stock and other for two"""
     expect: tuple[str, ...] = ()
     """token selection that must be running in each arm: dsa, fast, faithful …; default: dsa in an arm called stock"""
     ab_mode: Literal["together", "alternate"] = "together"
