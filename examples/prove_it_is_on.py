@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sglang_misa import __version__, http_request, key_mask, status
+from sglang_misa import http_request, key_mask, status
 from sglang_misa.config import PHASES
 from sglang_misa.refusal import Refusal
 
@@ -88,5 +88,5 @@ if __name__ == "__main__":
         print(error, file=sys.stderr)
         sys.exit(2)
     except (KeyError, TypeError, AttributeError) as error:
-        print(f"URL: expected the status of sglang-misa {__version__}, got another ({error!r})", file=sys.stderr)
+        print(status.of_another_version(error), file=sys.stderr)
         sys.exit(2)

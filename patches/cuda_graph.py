@@ -35,8 +35,7 @@ def capture_one(
         original(self, shape_key, forward_fn, *args, **kwargs)
     _keep_taps(self, shape_key, capture)
     config = runtime.current().config
-    policy = config.decoding
-    gated = policy.min_len > 0 or policy.min_tokens > 0 or policy.min_rows > 1  # padding adds rows
+    gated = decode_gate.Step([1]).short_for(config.decoding) is not None  # the least step; a shape has rows of padding
     if capture.asked and (gated or config.audit.floor > 0):
         with decode_gate.capturing(stock=True) as capture:
             original(self, stock_key(shape_key), forward_fn, *args, **kwargs)

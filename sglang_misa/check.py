@@ -45,8 +45,7 @@ def report(
     if config is None:
         return "sglang-misa is off: stock DSA selects in both phases (no --misa-* flag, no SGLANG_MISA_CONFIG)", []
     found = candidate(config, model, device, words, _capability())
-    context = _parser().parse_known_args(words)[0].context_length
-    unread = config.unread(alone=_is_one_rank(words), context=context)
+    unread = config.unread(alone=_is_one_rank(words), context=found.arguments.context_length)
     paragraphs = [
         f"{_source(config)}; SGLang {found.sglang}; device {found.device}",
         table([("phase", "length", "selected by"), *_rows(config, found.model)]),

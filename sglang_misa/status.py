@@ -74,9 +74,14 @@ def _tables(replicas: Sequence[Mapping[str, Any]]) -> str:
     try:
         return "\n\n".join(map(text, replicas))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise StatusError(
-            [f"URL: expected the status of sglang-misa {__version__}, got another ({error!r}); use the server's"]
-        ) from None
+        raise of_another_version(error) from None
+
+
+def of_another_version(error: Exception) -> StatusError:
+    """What to raise for an `error` in reading a status."""
+    return StatusError(
+        [f"URL: expected the status of sglang-misa {__version__}, got another ({error!r}); use the server's"]
+    )
 
 
 def text(status: Mapping[str, Any]) -> str:

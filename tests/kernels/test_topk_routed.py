@@ -1,6 +1,7 @@
 """The work division of the ragged scorer: budget, coverage and the statistics of its buffers (no GPU)."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -144,19 +145,19 @@ def is_slow(scores: np.ndarray, plan: plans.Plan, shares, k: int) -> bool:
     passed = np.flatnonzero((scores > scores[last]) | ((scores == scores[last]) & (keys <= last)))
     if not k <= len(passed) <= plan.room:
         return True
-    tiles, sharing = -(-len(scores) // plans.TILE), 32 // plan.buffers
-    visits = np.empty(tiles, int)
-    visits[in_sweeps(tiles)] = np.arange(tiles)
-    visit, lane = visits[passed // plans.TILE], (passed % 64 // 16 * 8 + passed % 8) // sharing
-    for runs, room in shares:
-        held = np.zeros(plan.buffers, int)
-        for _, first, count in runs:
-            mine = (visit >= first) & (visit < first + count)
-            left = count - (visit[mine] - first)
-            np.add.at(held, (lane[mine] + (count - 1) // TURN - (left - 1) // TURN) % plan.buffers, 1)
-        if held.max() > room:
-            return True
-    return False
+    tiles = -(-len(scores) // plans.TILE)
+    return any(most_held(passed, runs, lambda _: tiles, plan) > room for runs, room in shares)
+
+
+def most_held(passed: np.ndarray, runs, tiles: Callable[[int], int], plan: plans.Plan) -> int:
+    """Hits at the keys `passed` in the fullest private buffer of a worker; tiles: of a row block, by its number."""
+    held, lane = np.zeros(plan.buffers, int), (passed % 64 // 16 * 8 + passed % 8) // (32 // plan.buffers)
+    for block, first, count in runs:
+        visit = np.argsort(in_sweeps(tiles(block)))[passed // plans.TILE]
+        mine = (visit >= first) & (visit < first + count)
+        left = count - (visit[mine] - first)
+        np.add.at(held, (lane[mine] + (count - 1) // TURN - (left - 1) // TURN) % plan.buffers, 1)
+    return held.max()
 
 
 @pytest.mark.parametrize("length", [1 << 15, 1 << 16, 1 << 17])
@@ -196,19 +197,8 @@ def overflowing(length: int, period: int, heads: int) -> set[int]:
     ]
     best, sample = np.arange(period // 2, length, period), sampled_keys(length, plan.stride)
     passed = best[best <= sample[sample % period == period // 2][plan.rank - 1]]  # the first ones
-    lane = (passed % 64 // 16 * 8 + passed % 8) // (32 // plan.buffers)
-    visits = {count: np.argsort(in_sweeps(count)) for count in tiles}
-    full = set()
-    for runs, room in divide(tiles, plan):
-        held = np.zeros(plan.buffers, int)
-        for block, first, count in runs:
-            visit = visits[tiles[block]][passed // plans.TILE]
-            mine = (visit >= first) & (visit < first + count)
-            left = count - (visit[mine] - first)
-            np.add.at(held, (lane[mine] + (count - 1) // TURN - (left - 1) // TURN) % plan.buffers, 1)
-        if held.max() > room:
-            full |= {block for block, _, _ in runs}
-    return full
+    full = (runs for runs, room in divide(tiles, plan) if most_held(passed, runs, tiles.__getitem__, plan) > room)
+    return {block for runs in full for block, _, _ in runs}
 
 
 @pytest.mark.parametrize("heads", [4, 8])
