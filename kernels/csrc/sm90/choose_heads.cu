@@ -5,6 +5,7 @@
 // with the mean and deviation of a head's products with the pooled keys (route.cu), where the mean is tilted towards the keys that score
 // high (tilt.py) by the query's product with the row's direction.
 #include "heads.cuh"
+#include "launch.cuh"
 #include "output.cuh"
 #include "statistics.cuh"
 
@@ -31,6 +32,8 @@ __global__ void __launch_bounds__(ROW_THREADS, 3) choose_kernel(const __grid_con
   __shared__ float held[ROWS][INDEX_HEADS];  // tilts, then gates in the residual
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, piece = lane % PIECES, part = lane / PIECES;
   const int64_t t = int64_t(blockIdx.x) * ROWS + warp;
+  sm90::launch_wait();
+  sm90::launch_next();
   if (t >= in.rows) return;
   float sum[16];
 #pragma unroll
@@ -85,8 +88,7 @@ __global__ void __launch_bounds__(ROW_THREADS, 3) choose_kernel(const __grid_con
 
 void choose_heads(Bytes call, int64_t stream) {
   const auto in = unpack<ChooseHeads>(call);
-  choose_kernel<<<(in.rows + ROWS - 1) / ROWS, ROW_THREADS, 0, stream_at(stream)>>>(in);
-  check(cudaGetLastError(), "choose_kernel");
+  launch_behind("choose_kernel", choose_kernel, {(in.rows + ROWS - 1) / ROWS, ROW_THREADS}, stream_at(stream), in);
 }
 
 }  // namespace

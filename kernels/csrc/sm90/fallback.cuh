@@ -40,6 +40,7 @@ template <class Finish>
 __device__ __forceinline__ void redo(const Task& whole, const CUtensorMap& map, const Logits& scores, const Failed& failed,
                                      const Finish& finish) {
   extern __shared__ __align__(1024) uint8_t raw[];
+  sm90::launch_wait();
   const int count = failed.count(), at_once = failed.at_once;
   if (count == 0) return;
   auto& shared = *reinterpret_cast<Shared<Logits>*>(raw);

@@ -97,6 +97,7 @@ __device__ __forceinline__ void write_residual(const float (&sum)[16], int64_t t
 // The residual query Σ_j gates[t, j] · q[t, j]. Gates are finite; a NaN in a query is 0.
 __global__ void __launch_bounds__(ROW_THREADS)
     residual_kernel(const uint8_t* q, const float* gates, int rows, uint32_t* query, float* scale) {
+  sm90::launch_wait();
   const int64_t t = (int64_t(blockIdx.x) * ROW_THREADS + threadIdx.x) / 32;
   if (t >= rows) return;
   const int piece = threadIdx.x % PIECES, part = threadIdx.x % 32 / PIECES;

@@ -34,14 +34,6 @@ void allow_shared(Kernel kernel, int bytes) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
 }
 
-// A grid whose thread blocks all run at once, so that they can meet.
-template <class Kernel>
-void launch_together(const char* name, Kernel kernel, int blocks, int threads, void** arguments, int bytes, cudaStream_t stream) {
-  allow_shared(kernel, bytes);
-  const auto address = reinterpret_cast<const void*>(kernel);
-  check(cudaLaunchCooperativeKernel(address, dim3(blocks), dim3(threads), arguments, bytes, stream), name);
-}
-
 inline int multiprocessors() {
   int device, count;
   check(cudaGetDevice(&device), "cudaGetDevice");

@@ -12,6 +12,7 @@ struct Logits {
   bool from_start;
 
   static constexpr Taking TAKING = Taking::ANY_TIME;
+  static constexpr bool ALONE = false;
 
   struct Shared {};
 

@@ -18,6 +18,7 @@
 #include <cstddef>
 
 #include "heads.cuh"
+#include "launch.cuh"
 #include "output.cuh"
 #include "statistics.cuh"
 
@@ -355,6 +356,8 @@ __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& s = *reinterpret_cast<Smem<Fold>*>(raw);
   barriers_init(Places<Smem<Fold>>(s));
+  sm90::launch_wait();
+  sm90::launch_next();
   if (threadIdx.x < GROUPS * 128) {
     sm90::more_registers<FOLD_REGISTERS>();
     consume(s);
@@ -368,6 +371,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 // Heads by |w| alone, where no pooled key has a say.
 __global__ void __launch_bounds__(ROW_THREADS) weight_kernel(const __grid_constant__ Task task) {
+  sm90::launch_wait();
+  sm90::launch_next();
   const int64_t t = (int64_t(blockIdx.x) * ROW_THREADS + threadIdx.x) / 32;
   if (t >= task.rows) return;
   int key[WARP_HEADS];
@@ -404,10 +409,8 @@ void launch_route(Task task, const Route& in, cudaStream_t stream) {
   const int shares = (task.rows + task.share - 1) / task.share;
   const CUtensorMap q_map = tensor_map(in.index_q, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, int64_t(task.rows) * INDEX_HEADS, LINES);
   const CUtensorMap k_map = tensor_map(in.block_means, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, int64_t(in.requests) * in.max_blocks, TILE);
-  const auto kernel = route_kernel<Fold>;
-  allow_shared(kernel, sizeof(Smem<Fold>));
-  kernel<<<std::min(shares, blocks), THREADS, sizeof(Smem<Fold>), stream>>>(task, q_map, k_map);
-  check(cudaGetLastError(), "route_kernel");
+  const Grid grid{std::min(shares, blocks), THREADS, sizeof(Smem<Fold>)};
+  launch_behind("route_kernel", route_kernel<Fold>, grid, stream, task, q_map, k_map);
 }
 
 // Heads and their residual; with `products` of these, and the residual of all heads.
@@ -419,8 +422,7 @@ void route(Bytes call, int64_t stream_address) {
   const int row_blocks = (in.rows * 32 + ROW_THREADS - 1) / ROW_THREADS;
   const bool residual = in.residual_gates;
   if (in.max_blocks == 0 || (in.router == WEIGHT && !residual)) {
-    weight_kernel<<<row_blocks, ROW_THREADS, 0, stream>>>(task);
-    check(cudaGetLastError(), "weight_kernel");
+    launch_behind("weight_kernel", weight_kernel, {row_blocks, ROW_THREADS}, stream, task);
   } else if (in.router == WEIGHT) {
     launch_route<Folded<Statistic::NONE, true>>(task, in, stream);
   } else if (in.router == PEAK) {
@@ -431,8 +433,8 @@ void route(Bytes call, int64_t stream_address) {
     else launch_route<Folded<Statistic::SUM, false>>(task, in, stream);
   }
   if (!residual) return;
-  residual_kernel<<<row_blocks, ROW_THREADS, 0, stream>>>(in.index_q, in.residual_gates, in.rows, in.residual_query, in.residual_scale);
-  check(cudaGetLastError(), "residual_kernel");
+  const Grid grid{row_blocks, ROW_THREADS};
+  launch_behind("residual_kernel", residual_kernel, grid, stream, in.index_q, in.residual_gates, in.rows, in.residual_query, in.residual_scale);
 }
 
 }  // namespace

@@ -23,6 +23,8 @@ struct Sample {
 // Eight threads a key. `whole` scores all keys, which lie at `k`.
 __global__ void __launch_bounds__(GATHER_THREADS)
     gather_kernel(const __grid_constant__ Task whole, const uint8_t* k, const __grid_constant__ Sample to) {
+  sm90::launch_wait();
+  sm90::launch_next();
   const Task task = to.of(whole);
   const int thread = blockIdx.x * GATHER_THREADS + threadIdx.x, i = thread / KEY_CHUNKS, chunk = thread % KEY_CHUNKS;
   if (i >= task.scored()) return;
@@ -35,8 +37,8 @@ __global__ void __launch_bounds__(GATHER_THREADS)
 
 inline void launch_gather(const Task& whole, const uint8_t* k, const Sample& to, cudaStream_t stream) {
   const int64_t threads = int64_t(to.of(whole).scored()) * KEY_CHUNKS;
-  gather_kernel<<<(threads + GATHER_THREADS - 1) / GATHER_THREADS, GATHER_THREADS, 0, stream>>>(whole, k, to);
-  check(cudaGetLastError(), "gather_kernel");
+  const Grid grid{int((threads + GATHER_THREADS - 1) / GATHER_THREADS), GATHER_THREADS};
+  launch_behind("gather_kernel", gather_kernel, grid, stream, whole, k, to);
 }
 
 }  // namespace

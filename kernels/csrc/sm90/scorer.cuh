@@ -12,6 +12,7 @@
 #include <cstddef>
 
 #include "items.cuh"
+#include "launch.cuh"
 #include "output.cuh"
 #include "turns.cuh"
 
@@ -133,11 +134,12 @@ enum class Taking {
   DURING_NEXT,  // for a few instructions that wait for nothing: the tensor cores work meanwhile. Warpgroups then multiply in turn
 };
 
-// A sink says what becomes of scores, and as TAKING when. Its Lane, made once a thread, is called as begin(seat) before an item's
-// tiles; for each product as take(scores[LANE_QUERIES][2], the product's first key, windows[QUERIES]), and as refuse() of the same
-// before it where some keys are outside some windows, or if begin() has said that the warpgroup's queries have more to look at; as
-// settle(tiles left) after each tile, unless it takes a product's scores during the next; and as finish() after the item's tiles.
-// Where begin() says so, a sink that takes them during the next is spared tiles that none of the warpgroup's queries sees.
+// A sink says what becomes of scores: as TAKING when, and as ALONE whether its launch waits for the end of the one before. Its Lane, made
+// once a thread, is called as begin(seat) before an item's tiles; for each product as take(scores[LANE_QUERIES][2], the product's first
+// key, windows[QUERIES]), and as refuse() of the same before it where some keys are outside some windows, or if begin() has said that the
+// warpgroup's queries have more to look at; as settle(tiles left) after each tile, unless it takes a product's scores during the next; and
+// as finish() after the item's tiles. Where begin() says so, a sink that takes them during the next is spared tiles that none of the
+// warpgroup's queries sees.
 template <class Sink>
 __device__ __forceinline__ void consume(const Task& task, const Sink& sink, Shared<Sink>& shared, Ring& ring) {
   Smem& s = shared.scorer;
@@ -252,6 +254,8 @@ __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<Shared<Sink>*>(raw);
   barriers_init(shared.scorer);
+  sm90::launch_wait();
+  sm90::launch_next();
   Ring ring;
   if (threadIdx.x >= CONSUMERS) {
     sm90::fewer_registers<FEED_REGISTERS>();
@@ -271,10 +275,8 @@ inline CUtensorMap key_map(const void* k, int keys) {
 // By `workers` thread blocks, for which its division was made if it has one. `k`: the scored keys.
 template <class Sink>
 void launch_score(const Task& task, const uint8_t* k, const Sink& sink, int workers, cudaStream_t stream) {
-  const auto kernel = score_kernel<Sink>;
-  allow_shared(kernel, sizeof(Shared<Sink>));
-  kernel<<<workers, THREADS, sizeof(Shared<Sink>), stream>>>(task, sink, key_map(k, task.scored()));
-  check(cudaGetLastError(), "score_kernel");
+  const Grid grid{workers, THREADS, sizeof(Shared<Sink>), 1, Sink::ALONE};
+  launch_behind("score_kernel", score_kernel<Sink>, grid, stream, task, sink, key_map(k, task.scored()));
 }
 
 }  // namespace

@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
 int blocks_of(int64_t rows) {
   static const std::array<int, 3> most = [] {  // clusters of 2, 4 and 8 blocks that run at once
     std::array<int, 3> clusters;
-    for (int i = 0; i < 3; ++i) clusters[i] = resident_clusters(candidates_kernel, 2 << i, THREADS, sizeof(Smem));
+    for (int i = 0; i < 3; ++i) clusters[i] = resident_clusters(candidates_kernel, {2 << i, THREADS, sizeof(Smem), 2 << i});
     return clusters;
   }();
   int blocks = 1;
@@ -254,8 +254,8 @@ int blocks_of(int64_t rows) {
 
 void candidates(Bytes call, int64_t rows, int64_t stream) {
   const int blocks = blocks_of(rows);
-  launch_behind("candidates_kernel", candidates_kernel, int(rows) * blocks, THREADS, stream_at(stream), unpack<Candidates>(call), blocks,
-                sizeof(Smem));
+  const Grid grid{int(rows) * blocks, THREADS, sizeof(Smem), blocks};
+  launch_behind("candidates_kernel", candidates_kernel, grid, stream_at(stream), unpack<Candidates>(call));
 }
 
 }  // namespace

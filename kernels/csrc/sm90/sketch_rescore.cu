@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) rescore_kernel(const Rescor
 
 void rescore(Bytes call, int64_t rows, int64_t stream) {
   const auto in = unpack<Rescore>(call);
-  launch_behind("rescore_kernel", rescore_kernel, int(rows) * in.blocks, THREADS, stream_at(stream), in);
+  launch_behind("rescore_kernel", rescore_kernel, {int(rows) * in.blocks, THREADS}, stream_at(stream), in);
 }
 
 int64_t resident() { return resident_blocks(rescore_kernel, THREADS); }

@@ -269,8 +269,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) route_kernel(const PageRout
 // ---- host
 
 void route(Bytes call, int64_t rows, int64_t stream) {
-  launch_behind("route_kernel", route_kernel, int(rows) * BLOCKS, THREADS, stream_at(stream), unpack<PageRoute>(call), BLOCKS,
-                sizeof(Smem));
+  const Grid grid{int(rows) * BLOCKS, THREADS, sizeof(Smem), BLOCKS};
+  launch_behind("route_kernel", route_kernel, grid, stream_at(stream), unpack<PageRoute>(call));
 }
 
 }  // namespace

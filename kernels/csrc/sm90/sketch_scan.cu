@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(WARPS * 32, RESIDENT) scan_kernel(const Scan i
 
 void scan(Bytes call, int64_t rows, int64_t stream) {
   const auto in = unpack<Scan>(call);
-  launch_behind("scan_kernel", scan_kernel, int(rows) * in.blocks, WARPS * 32, stream_at(stream), in);
+  launch_behind("scan_kernel", scan_kernel, {int(rows) * in.blocks, WARPS * 32}, stream_at(stream), in);
 }
 
 int64_t resident() { return resident_blocks(scan_kernel, WARPS * 32); }

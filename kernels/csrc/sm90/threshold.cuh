@@ -71,6 +71,8 @@ __global__ void __launch_bounds__(CUT_THREADS)
   using Block = Select<CUT_THREADS>;
   extern __shared__ __align__(16) uint32_t staged[];
   __shared__ Block::Histogram smem;
+  sm90::launch_wait();
+  sm90::launch_next();
   if (blockIdx.x == 0) {
     if (threadIdx.x == 0) emptied.clear();
     Task all = task;
@@ -140,10 +142,8 @@ __global__ void __launch_bounds__(CUT_THREADS)
 
 inline void launch_threshold(const Task& sampling, const Logits& sample, int rank, int k, Threshold* thresholds, Span* spans,
                              const Divide& next, const Failed& emptied, cudaStream_t stream) {
-  const int bytes = int(sample.ld) * 4;
-  allow_shared(threshold_kernel, bytes);
-  threshold_kernel<<<1 + sampling.rows, CUT_THREADS, bytes, stream>>>(sampling, sample, rank, k, thresholds, spans, next, emptied);
-  check(cudaGetLastError(), "threshold_kernel");
+  const Grid grid{1 + sampling.rows, CUT_THREADS, int(sample.ld) * 4};
+  launch_behind("threshold_kernel", threshold_kernel, grid, stream, sampling, sample, rank, k, thresholds, spans, next, emptied);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // HISA: the tokens of a row's best blocks, and of those the exact top k by all heads. One thread block a row.
 #include <cfloat>
 
+#include "launch.cuh"
 #include "rescorer.cuh"
 #include "shape.cuh"
 
@@ -91,10 +92,8 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) blocks_kernel(const __gr
 void topk(Bytes inputs, Bytes output, Bytes choice, int64_t stream) {
   const auto in = unpack<Inputs>(inputs);
   const Blocks job{keys_of(in), unpack<Output>(output), unpack<BlockChoice>(choice)};
-  const int bytes = blocks_bytes(job.choice.room, job.output.k);
-  allow_shared(blocks_kernel, bytes);
-  blocks_kernel<<<in.rows, RANKERS, bytes, stream_at(stream)>>>(job);
-  check(cudaGetLastError(), "blocks_kernel");
+  const Grid grid{in.rows, RANKERS, blocks_bytes(job.choice.room, job.output.k), 1, true};
+  launch_behind("blocks_kernel", blocks_kernel, grid, stream_at(stream), job);
 }
 
 }  // namespace

@@ -280,7 +280,7 @@ void launch(const Rows<Tokens>& row, int64_t rows, int64_t stream) {
     if constexpr (GROUPS < MAX_GROUPS) return launch<Tokens, GROUPS + 1>(row, rows, stream);
     TVM_FFI_THROW(ValueError) << "room: expected at most " << 4 * THREADS * MAX_GROUPS << " tokens, got " << row.tokens.room;
   }
-  launch_behind("topk_kernel", topk_kernel<Tokens, GROUPS>, int(rows), THREADS, stream_at(stream), row);
+  launch_behind("topk_kernel", topk_kernel<Tokens, GROUPS>, {int(rows), THREADS}, stream_at(stream), row);
 }
 
 template <class Tokens>

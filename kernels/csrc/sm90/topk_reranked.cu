@@ -34,6 +34,7 @@ struct Mark {
   Marks marks;
 
   static constexpr Taking TAKING = Taking::DURING_NEXT;
+  static constexpr bool ALONE = false;
 
   struct Shared {};
 
@@ -236,6 +237,7 @@ __global__ void __launch_bounds__(RANKERS, RANK_BLOCKS) rerank_kernel(const __gr
   uint16_t* low = reinterpret_cast<uint16_t*>(full + job.room);
   uint16_t* routed = low + job.room;
 
+  sm90::launch_wait();
   const int count = job.row_list ? *job.listed : job.marks.rows, candidates = job.candidates;
   for (int row = blockIdx.x; row < count; row += gridDim.x) {
     __syncthreads();  // the last row's list has been read
@@ -380,7 +382,6 @@ void topk(Bytes inputs, Bytes output, Bytes division, int64_t stages, int64_t st
   const int processors = multiprocessors();
   const cudaStream_t stream = stream_at(stream_address);
   const int bytes = FIXED_BYTES + plan.room * LISTED_BYTES;
-  allow_shared(rerank_kernel, bytes);
   if (stages & SAMPLE) launch_gather(task_of(in, 0, in.rows), in.index_k, plan.sample, stream);
   for (int first = 0; first < in.rows; first += plan.rows) {
     const int rows = std::min(plan.rows, in.rows - first);
@@ -400,21 +401,14 @@ void topk(Bytes inputs, Bytes output, Bytes division, int64_t stages, int64_t st
     }
     Rerank job{keys_of(in), out, marks, plan.spans, nullptr, nullptr, plan.candidates, plan.room, plan.failed};
     if (stages & RERANK) {
-      rerank_kernel<<<rows, RANKERS, bytes, stream>>>(job);
-      check(cudaGetLastError(), "rerank_kernel");
+      launch_behind("rerank_kernel", rerank_kernel, {rows, RANKERS, bytes}, stream, job);
     }
     if (stages & REDO) {
-      Task all = task;
-      Marks to = marks;
-      Logits scores{static_cast<float*>(plan.scores), plan.ld, true};
-      CUtensorMap map = key_map(in.index_k, in.keys);
-      int candidates = plan.candidates;
-      Failed failed = plan.failed;
-      void* arguments[] = {&all, &map, &scores, &to, &candidates, &failed};
-      launch_together("mark_exactly_kernel", mark_exactly_kernel, processors, THREADS, arguments, sizeof(Shared<Logits>), stream);
+      const Logits scores{static_cast<float*>(plan.scores), plan.ld, true};
+      const Grid grid{processors, THREADS, sizeof(Shared<Logits>), 1, false, true};
+      launch_behind("mark_exactly_kernel", mark_exactly_kernel, grid, stream, task, key_map(in.index_k, in.keys), scores, marks, plan.candidates, plan.failed);
       job.row_list = plan.failed.list + 1, job.listed = plan.failed.list;
-      rerank_kernel<<<std::min(rows, RANK_BLOCKS * processors), RANKERS, bytes, stream>>>(job);
-      check(cudaGetLastError(), "rerank_kernel");
+      launch_behind("rerank_kernel", rerank_kernel, {std::min(rows, RANK_BLOCKS * processors), RANKERS, bytes}, stream, job);
     }
   }
 }

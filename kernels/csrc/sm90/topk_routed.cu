@@ -65,6 +65,7 @@ struct OwnBuffers {
 // What is above the row's threshold goes to memory one by one: the cheapest for the scorer, as long as few pass.
 struct FewHits : HitBuffers {
   static constexpr Taking TAKING = Taking::BEFORE_NEXT;
+  static constexpr bool ALONE = true;  // or it takes 5 % longer than by itself, and why is not known
   static constexpr int BUFFERS = 32;  // 4 warps × 8 lane rows
   static constexpr int BURST = 2 * TILE / KEYS;  // entries that one tile may bring to a buffer
   static constexpr float SIGMAS = 6.5f;
@@ -141,6 +142,7 @@ struct FewHits : HitBuffers {
 // limits the scorer where many pass. Neighbouring lanes divide their queries, for there is no room for a sector of each.
 struct ManyHits : HitBuffers {
   static constexpr Taking TAKING = Taking::ANY_TIME;
+  static constexpr bool ALONE = false;
   static constexpr int OWNERS = LANE_QUERIES > 1 ? 2 : 1;
   static constexpr int OWN = LANE_QUERIES / OWNERS;  // queries of which a thread appends the hits
   static constexpr int BUFFERS = 32 / OWNERS;
@@ -317,6 +319,7 @@ __global__ void __launch_bounds__(SELECT_THREADS, SELECT_BLOCKS)
   const int i = blockIdx.x, t = task.first + i, k = output.k;
   const int start = max(task.starts[t], 0), length = max(min(task.ends[t], task.keys) - start, 0);
   const OutputRow row = output.row(t);
+  sm90::launch_wait();
   if (length <= k) {
     for (int j = threadIdx.x; j < k; j += SELECT_THREADS) row.out[j] = j < length ? row.place(j) : -1;
     return;
@@ -415,21 +418,14 @@ void topk(Bytes inputs, Bytes output, Bytes division, int64_t stages, int64_t st
       else launch_score(task, in.index_k, ManyHits{hits}, plan.workers, stream);
     }
     if (stages & SELECT) {
-      const int bytes = plan.room * 8;
       const auto kernel = out.page_table ? select_kernel<true> : select_kernel<false>;
-      allow_shared(kernel, bytes);
-      kernel<<<task.rows, SELECT_THREADS, bytes, stream>>>(task, hits, out, plan.room, plan.failed);
-      check(cudaGetLastError(), "select_kernel");
+      launch_behind("select_kernel", kernel, {task.rows, SELECT_THREADS, plan.room * 8}, stream, task, hits, out, plan.room, plan.failed);
     }
   }
   if (stages & REDO) {
-    Task task = whole;
-    Output to = out;
-    Logits scores{static_cast<float*>(plan.bulk), plan.ld, true};
-    CUtensorMap map = key_map(in.index_k, in.keys);
-    Failed failed = plan.failed;
-    void* arguments[] = {&task, &scores, &map, &to, &failed};
-    launch_together("redo_kernel", redo_kernel, processors, THREADS, arguments, sizeof(Shared<Logits>), stream);
+    const Logits scores{static_cast<float*>(plan.bulk), plan.ld, true};
+    const Grid grid{processors, THREADS, sizeof(Shared<Logits>), 1, false, true};
+    launch_behind("redo_kernel", redo_kernel, grid, stream, whole, scores, key_map(in.index_k, in.keys), out, plan.failed);
   }
 }
 
