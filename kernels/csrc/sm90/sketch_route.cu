@@ -47,6 +47,7 @@ struct Smem {
   float rest[WARPS][DIM];                                   // the residual, of each warp's heads
   int keys[INDEX_HEADS];                                    // what heads are ranked by
   float weights[INDEX_HEADS];                               // in the residual
+  float gates[INDEX_HEADS];
   int ids[INDEX_HEADS];                                     // routed heads, ascending
   uint32_t routed[WARPS];                                   // ballots
   uint64_t sent;
@@ -79,13 +80,12 @@ __device__ __forceinline__ void write_column(const PageRoute& in, int64_t column
 struct Moments {
   float sum[2] = {}, squares[2] = {}, active[2] = {};
 
-  template <bool MAXIMUM>
-  __device__ __forceinline__ void add(const float (&d)[PAGES / 2]) {
+  __device__ __forceinline__ void add(const float (&d)[PAGES / 2], bool maximum) {
 #pragma unroll
     for (int i = 0; i < PAGES / 2; ++i) {
       const int head = i / 2 % 2;
       sum[head] += d[i], squares[head] = fmaf(d[i], d[i], squares[head]);
-      active[head] = MAXIMUM ? fmaxf(active[head], d[i]) : active[head] + fmaxf(d[i], 0.f);
+      active[head] = maximum ? fmaxf(active[head], d[i]) : active[head] + fmaxf(d[i], 0.f);
     }
   }
   // Adds up what the four lanes with the same heads have.
@@ -102,7 +102,8 @@ struct Moments {
 };
 
 // Ranks the row's heads by what all blocks sent: their ids, and the weights of those that are not routed, by all threads of a block.
-__device__ __forceinline__ void rank(const PageRoute& in, Smem& s, int row, int pages) {
+// `gate`: of this thread's head.
+__device__ __forceinline__ void rank(const PageRoute& in, Smem& s, float gate, int pages) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = threadIdx.x / PARTS, part = threadIdx.x % PARTS;
   float sum = 0.f, squares = 0.f, active = 0.f;
 #pragma unroll
@@ -117,7 +118,6 @@ __device__ __forceinline__ void rank(const PageRoute& in, Smem& s, int row, int 
     const float theirs = __shfl_xor_sync(~0u, active, other);
     active = in.router == PEAK ? fmaxf(active, theirs) : active + theirs;
   }
-  const float gate = __ldg(in.head_gates + int64_t(row) * INDEX_HEADS + head);
   const LinearPart rest = linear_part(Normal::of(sum, squares, pages));
   float statistic = fabsf(gate);
   if (in.router == ERROR) {
@@ -127,10 +127,10 @@ __device__ __forceinline__ void rank(const PageRoute& in, Smem& s, int row, int 
     if (sum != sum) statistic = sum;  // a maximum drops it
   }
   const int key = order(statistic);
-  s.keys[head] = key;
+  s.keys[head] = key, s.gates[head] = gate;
   __syncthreads();
   int before = 0;
-#pragma unroll
+#pragma unroll 8  // code that runs once is fetched for it, from memory where a whole model's layer came in between
   for (int i = 0; i < INDEX_HEADS / PARTS; ++i) {
     const int other = i * PARTS + part, theirs = s.keys[other];
     before += theirs > key || (theirs == key && other < head);
@@ -151,22 +151,20 @@ __device__ __forceinline__ void rank(const PageRoute& in, Smem& s, int row, int 
 __global__ void __launch_bounds__(THREADS, RESIDENT) route_kernel(const PageRoute in) {
   Smem& s = sm90::shared<Smem>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = sm90::cluster_rank(), row = blockIdx.x / BLOCKS;
-  const auto query = [&](int head) {  // four dimensions a lane
-    return __ldg(reinterpret_cast<const uint32_t*>(in.index_q) + (int64_t(row) * INDEX_HEADS + head) * (DIM / 4) + lane);
-  };
-  const auto gate = [&](int head) { return __ldg(in.head_gates + int64_t(row) * INDEX_HEADS + head); };
   sm90::launch_wait();
   sm90::launch_next();
-
+  const int length = __ldg(in.lens + row), pages = sketched_pages(length);
+  if (length <= in.candidates) return;
+  const uint8_t* index_q = in.index_q + int64_t(row) * INDEX_HEADS * DIM;
+  const float* head_gates = in.head_gates + int64_t(row) * INDEX_HEADS;
   if (in.heads == INDEX_HEADS) {
-    if (__ldg(in.lens + row) <= in.candidates) return;
-    for (int head = block * WARPS + warp; head < INDEX_HEADS; head += BLOCKS * WARPS)
-      write_column(in, int64_t(row) * INDEX_HEADS + head, numbers(query(head)), gate(head));
+    for (int head = block * WARPS + warp; head < INDEX_HEADS; head += BLOCKS * WARPS) {
+      const uint32_t four = __ldg(reinterpret_cast<const uint32_t*>(index_q + head * DIM) + lane);
+      write_column(in, int64_t(row) * INDEX_HEADS + head, numbers(four), __ldg(head_gates + head));
+    }
     return;
   }
 
-  const int length = __ldg(in.lens + row), pages = sketched_pages(length);
-  if (length <= in.candidates) return;
   const int stride = (pages + ROUTED_PAGES - 1) / ROUTED_PAGES, count = (pages + stride - 1) / stride;
   if (block == 0 && threadIdx.x == 0) {
     sm90::barrier_init(sm90::smem_address(&s.sent), 1);
@@ -184,7 +182,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) route_kernel(const PageRout
 #pragma unroll
   for (int i = 0; i < QUERY_COPIES; ++i) {
     const int head = i * 16 + threadIdx.x / 8;
-    const uint8_t* from = in.index_q + (int64_t(row) * INDEX_HEADS + head) * DIM + threadIdx.x % 8 * PIECE;
+    const uint8_t* from = index_q + head * DIM + threadIdx.x % 8 * PIECE;
     sm90::copy16(sm90::smem_address(s.queries) + head * DIM + swizzled(threadIdx.x % 8, threadIdx.x / 16), from, true);
   }
   sm90::copies_commit();
@@ -193,6 +191,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) route_kernel(const PageRout
   for (int i = 0; i < COPIES; ++i)
     sm90::copy16(landing + i * 8 * LINE, in.means + int64_t(ids[i]) * (DIM * 2) + piece * PIECE, first + i * 8 < count);
   sm90::copies_commit();
+  const float gate = __ldg(head_gates + threadIdx.x / PARTS);
   sm90::copies_wait<1>();
   __syncthreads();
 
@@ -221,8 +220,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) route_kernel(const PageRout
     sm90::mma_commit();
     sm90::mma_wait<0>();
     sm90::pin(d);
-    if (in.router == PEAK) moments.add<true>(d);
-    else moments.add<false>(d);
+    moments.add(d, in.router == PEAK);
   }
 
   moments.join(in.router == PEAK);
@@ -234,35 +232,35 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) route_kernel(const PageRout
   }
   if (block > 0) return;
 
-  uint32_t words[OWN_HEADS];
-#pragma unroll
-  for (int i = 0; i < OWN_HEADS; ++i) words[i] = query(warp * OWN_HEADS + i);
+  const auto query = [&](int head) {  // four dimensions a lane
+    return numbers(*reinterpret_cast<const uint32_t*>(s.queries + head * DIM + swizzled(lane / 4, head / 2) + lane % 4 * 4));
+  };
   sm90::barrier_wait(sm90::smem_address(&s.sent), 0);
-  rank(in, s, row, count);
+  rank(in, s, gate, count);
   if (in.residual) {
     float4 sum{};
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < OWN_HEADS; ++i) {
       const float weight = s.weights[warp * OWN_HEADS + i];
-      const float4 x = numbers(words[i]);
+      const float4 x = query(warp * OWN_HEADS + i);
       sum = {fmaf(weight, x.x, sum.x), fmaf(weight, x.y, sum.y), fmaf(weight, x.z, sum.z), fmaf(weight, x.w, sum.w)};
     }
     *reinterpret_cast<float4*>(s.rest[warp] + lane * 4) = sum;
   }
   __syncthreads();
   for (int i = warp; i < in.heads + in.residual; i += WARPS) {
-    const int64_t column = int64_t(row) * (in.heads + in.residual) + i;
+    float4 x{};
+    float own_gate = 1.f;
     if (i < in.heads) {
-      write_column(in, column, numbers(query(s.ids[i])), gate(s.ids[i]));
+      x = query(s.ids[i]), own_gate = s.gates[s.ids[i]];
     } else {
-      float4 sum{};
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) {
         const float4 part = *reinterpret_cast<const float4*>(s.rest[w] + lane * 4);
-        sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+        x = {x.x + part.x, x.y + part.y, x.z + part.z, x.w + part.w};
       }
-      write_column(in, column, sum, 1.f);
     }
+    write_column(in, int64_t(row) * (in.heads + in.residual) + i, x, own_gate);
   }
 }
 
