@@ -1,10 +1,12 @@
 // The candidates of decode rows: the C tokens of the highest score keys, the newest tokens always among them. One cluster a row.
 //
-// A sample of the row's keys gives a bound that the cut hardly lies below. A lane marks what it has from there on, a bit for each of its
-// 32 keys, and counts the marked ones in a histogram; the blocks add up one another's and find the cut. Then lanes mark what they have
-// above the cut and on it, and list that in the order of positions, so that among equal keys the earlier tokens are in. Where the bound
-// was too high, or the cut far above it, a coarse histogram of all keys gives another bound. Neighbouring tokens score alike, and a warp
-// waits for the lane that has most to count: so a lane counts pieces from all over a chunk. For the list it has neighbours alone.
+// A sample of the row's keys gives two bounds between which the cut hardly fails to lie. A lane marks what it has from the lower one on, a
+// bit for each of its 32 keys, and counts the marked ones in a histogram; the blocks add up one another's and find the cut. Its bins are
+// keys; where the bounds lie too far apart for that, as on both sides of a score of zero, they are wider, and another histogram begins with
+// the one that has the cut. Then lanes mark what they have above the cut and on it, and list that in the order of positions, so that among
+// equal keys the earlier tokens are in. Where the cut lay elsewhere, a histogram of all keys comes in between. Neighbouring tokens score
+// alike, and a warp waits for the lane that has most to count: so a lane counts pieces from all over a chunk. For the list it has
+// neighbours alone.
 #include <array>
 
 #include "cluster.cuh"
@@ -48,7 +50,7 @@ struct Smem {
   alignas(16) uint16_t keys[WARPS][HELD][CHUNK];
   uint4 bins[BINS / OWN_BINS];
   uint64_t landed[WARPS][HELD];
-  Found found;
+  Found found[2];
   uint32_t earlier_ties;
   uint32_t scan[WARPS];
   Count warps[WARPS];
@@ -75,9 +77,10 @@ __device__ __forceinline__ uint32_t reaching(const uint16_t* keys, uint32_t boun
   return marks;
 }
 
-// Finds the bin in which the `need`-th largest key lies; the lowest one if there are fewer. A thread has four neighbouring bins, the first
+// Finds the bins in which the `needs`-th largest keys lie; the lowest one if there are fewer. A thread has four neighbouring bins, the first
 // thread the highest ones.
-__device__ void find_bin(Smem& s, uint32_t need, const uint4& own) {
+template <int N>
+__device__ __forceinline__ void find_bins(Smem& s, const uint32_t (&needs)[N], const uint4& own) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t all = own.x + own.y + own.z + own.w, upto = warp_sum_up(all, lane);
   if (lane == 31) s.scan[warp] = upto;
@@ -86,7 +89,9 @@ __device__ void find_bin(Smem& s, uint32_t need, const uint4& own) {
 #pragma unroll
   for (int i = OWN_BINS - 1; i >= 0; --i) {
     const uint32_t bin = BINS - (threadIdx.x + 1) * OWN_BINS + i, inside = word(own, i);
-    if (above < need && (above + inside >= need || bin == 0)) s.found = {bin, above, inside};
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      if (above < needs[n] && (above + inside >= needs[n] || bin == 0)) s.found[n] = {bin, above, inside};
     above += inside;
   }
   __syncthreads();
@@ -139,7 +144,6 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
   s.bins[threadIdx.x] = {};
   __syncwarp();
   sm90::launch_wait();
-  sm90::launch_next();
   for (int i = 0; i < min(HELD, chunks); ++i) fetch(i);
 
   uint32_t* bins = &s.bins[0].x;
@@ -155,15 +159,17 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
 #pragma unroll
   for (int i = 0; i < SAMPLE / THREADS; ++i) atomicAdd(&bins[sample[i] >> COARSE_SHIFT], 1u);
   __syncthreads();
-  const uint32_t expected = wanted * uint64_t(SAMPLE) / scored;
+  const uint32_t expected = wanted * uint64_t(SAMPLE) / scored, margin = 4 * uint32_t(sqrtf(expected)) + 1;
   uint4 own = own_bins;
   own_bins = {};
-  find_bin(s, expected + 4 * uint32_t(sqrtf(expected)) + 1, own);
-  uint32_t bound = s.found.bin << COARSE_SHIFT;
+  find_bins<2>(s, {expected + margin, expected > margin ? expected - margin : 1}, own);
+  sm90::launch_next();  // not before: what the next launch asks for would come before what is missing here
+  uint32_t bound = s.found[0].bin << COARSE_SHIFT;
+  int shift = 0;  // bits of a key that a bin of the histogram does not tell apart
+  while (shift < COARSE_SHIFT && (s.found[1].bin + 1 << COARSE_SHIFT) - bound > uint32_t(BINS - 1) << shift) ++shift;
 
   uint4 earlier;  // keys of this thread's bins in the blocks before this one
-  for (bool is_coarse = false;;) {
-    const int shift = is_coarse ? COARSE_SHIFT : 0;
+  for (;;) {
     each(false, [&](int, const uint16_t* keys, int rest) {
       const uint16_t* own = keys + lane * EACH;
       const int pieces = min(max(rest - lane * EACH + SPREAD - 1, 0) / SPREAD, RUN / EACH);  // that there are: pages end where pieces do
@@ -183,17 +189,18 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
         own.x += theirs.x, own.y += theirs.y, own.z += theirs.z, own.w += theirs.w;
         if (b < rank) earlier.x += theirs.x, earlier.y += theirs.y, earlier.z += theirs.z, earlier.w += theirs.w;
       }
-    find_bin(s, wanted, own);
-    const Found found = s.found;
-    if (!is_coarse && found.above + found.inside >= wanted && found.bin < BINS - 1) break;
-    bound = is_coarse ? found.bin << COARSE_SHIFT : 0;
-    is_coarse = !is_coarse;
+    find_bins<1>(s, {wanted}, own);
+    const Found found = s.found[0];
+    const bool has_cut = found.above + found.inside >= wanted && (found.bin < BINS - 1 || shift == COARSE_SHIFT);
+    if (has_cut && shift == 0) break;
+    bound = has_cut ? bound + (found.bin << shift) : 0;
+    shift = has_cut ? 0 : COARSE_SHIFT;
     sm90::cluster_sync();  // the others have read
     own_bins = {};
     __syncthreads();
   }
   sm90::cluster_arrive();  // no block ends before all have read
-  const uint32_t cut = bound + s.found.bin, need = wanted - s.found.above;  // `need` keys equal to the cut, and all above it
+  const uint32_t cut = bound + s.found[0].bin, need = wanted - s.found[0].above;  // `need` keys equal to the cut, and all above it
 
   const auto mark = [&](const uint16_t* run, int rest) {
     const uint32_t above = reaching<EACH>(run, cut + 1), valid = lane * RUN < rest ? ~0u : 0u;
@@ -204,8 +211,8 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
 #pragma unroll
   for (int i = 0; i < OWN_BINS; ++i) {
     const uint32_t bin = BINS - (threadIdx.x + 1) * OWN_BINS + i;
-    if (bin > s.found.bin) count.earlier += word(earlier, i);
-    if (bin == s.found.bin) s.earlier_ties = word(earlier, i);
+    if (bin > s.found[0].bin) count.earlier += word(earlier, i);
+    if (bin == s.found[0].bin) s.earlier_ties = word(earlier, i);
   }
   each(false, [&](int, const uint16_t* keys, int rest) {
     const uint16_t* run = keys + lane * RUN;
