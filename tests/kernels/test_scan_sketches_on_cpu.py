@@ -144,8 +144,9 @@ def test_candidates_come_from_all_blocks_and_from_keys_that_none_holds(
     # no more keys above zero than about the candidates: the sample's bounds lie on both sides of it, far apart as keys
     above = [random.random(room) < share * candidates / room for share in (0.95, 1.2)]
     signs = [np.where(these, 0xC000, 0x3000) + random.normal(0, 300, room) for these in above]
-    keys = aligned(np.stack([crowded, crowded // 512 * 512, bunched, *signs]), np.uint16)
-    lens = [room - 1, room - 70, room, room, room - 1]
+    late = crowded + 3000 * (np.arange(room) > 0.95 * room)  # nearly all that is chosen lies together
+    keys = aligned(np.stack([crowded, crowded // 512 * 512, bunched, late, *signs]), np.uint16)
+    lens = [room - 1, room - 70, room, room, room, room - 1]
     got = torch.full((len(lens), candidates), -9, dtype=torch.int32)
     call(lister.list_rows, keys, np.asarray(lens, np.int32), got.numpy(), room, candidates, len(lens), blocks)
     _expect_by_definition(keys, lens, got)

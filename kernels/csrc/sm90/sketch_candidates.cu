@@ -36,14 +36,11 @@ struct Candidates {
   int candidates;
 };
 
-struct Marks {
-  uint32_t above, ties;  // of the cut
+struct Cut {  // what is above the cut and what is on it: marks of a lane's keys, or how many
+  uint32_t above, ties;
 };
 struct Found {
   uint32_t bin, above, inside;  // where the wanted key is, and keys in higher bins and in that one
-};
-struct Count {
-  uint32_t above, ties, earlier;  // the last: above the cut in the blocks before this one
 };
 
 struct Smem {
@@ -51,9 +48,8 @@ struct Smem {
   uint4 bins[BINS / OWN_BINS];
   uint64_t landed[WARPS][HELD];
   Found found[2];
-  uint32_t earlier_ties;
   uint32_t scan[WARPS];
-  Count warps[WARPS];
+  Cut warps[WARPS];
 };
 
 // Which of a lane's keys, in pieces APART from one another, reach a bound: a bit each, in their order.
@@ -112,10 +108,11 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
   const int scored = sketched_pages(length) * PAGE;
   const uint32_t wanted = in.candidates - (length - scored);
 
-  // A warp has a run of chunks; where it has room for all of them they come once, otherwise anew each time that all are looked at.
+  // A warp has a run of chunks. Runs go around the blocks, as much of what a row chooses lies together. Where a warp has room for all of
+  // its chunks they come once, otherwise anew each time that all are looked at.
   const uint16_t* scores = in.scores + row * in.room;
   const int chunks = (scored + blocks * WARPS * CHUNK - 1) / (blocks * WARPS * CHUNK);
-  const int from = min((rank * WARPS + warp) * chunks * CHUNK, scored), to = min(from + chunks * CHUNK, scored);
+  const int run = warp * blocks + rank, from = min(run * chunks * CHUNK, scored), to = min(from + chunks * CHUNK, scored);
   const bool held = chunks <= HELD;
   const uint32_t landed = sm90::smem_address(s.landed[warp]);
   const auto fetch = [&](int turn) {
@@ -168,7 +165,6 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
   int shift = 0;  // bits of a key that a bin of the histogram does not tell apart
   while (shift < COARSE_SHIFT && (s.found[1].bin + 1 << COARSE_SHIFT) - bound > uint32_t(BINS - 1) << shift) ++shift;
 
-  uint4 earlier;  // keys of this thread's bins in the blocks before this one
   for (;;) {
     each(false, [&](int, const uint16_t* keys, int rest) {
       const uint16_t* own = keys + lane * EACH;
@@ -181,13 +177,12 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
       return marks;
     });
     sm90::cluster_sync();
-    own = earlier = {};
+    own = {};
 #pragma unroll
     for (int b = 0; b < MOST_BLOCKS; ++b)
       if (b < blocks) {
         const uint4 theirs = sm90::shared_of<Smem>(b).bins[THREADS - 1 - threadIdx.x];
         own.x += theirs.x, own.y += theirs.y, own.z += theirs.z, own.w += theirs.w;
-        if (b < rank) earlier.x += theirs.x, earlier.y += theirs.y, earlier.z += theirs.z, earlier.w += theirs.w;
       }
     find_bins<1>(s, {wanted}, own);
     const Found found = s.found[0];
@@ -199,38 +194,36 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
     own_bins = {};
     __syncthreads();
   }
-  sm90::cluster_arrive();  // no block ends before all have read
   const uint32_t cut = bound + s.found[0].bin, need = wanted - s.found[0].above;  // `need` keys equal to the cut, and all above it
 
-  const auto mark = [&](const uint16_t* run, int rest) {
-    const uint32_t above = reaching<EACH>(run, cut + 1), valid = lane * RUN < rest ? ~0u : 0u;
-    return Marks{above & valid, reaching<EACH>(run, cut) & ~above & valid};
+  const auto mark = [&](const uint16_t* own, int rest) {
+    const uint32_t above = reaching<EACH>(own, cut + 1), valid = lane * RUN < rest ? ~0u : 0u;
+    return Cut{above & valid, reaching<EACH>(own, cut) & ~above & valid};
   };
-  const auto marks_in = [](const uint16_t* run) { return reinterpret_cast<Marks*>(const_cast<uint16_t*>(run)); };  // the place of keys that are done with
-  Count count{};
-#pragma unroll
-  for (int i = 0; i < OWN_BINS; ++i) {
-    const uint32_t bin = BINS - (threadIdx.x + 1) * OWN_BINS + i;
-    if (bin > s.found[0].bin) count.earlier += word(earlier, i);
-    if (bin == s.found[0].bin) s.earlier_ties = word(earlier, i);
-  }
+  // Marks take the place of keys that are done with.
+  const auto marks_in = [](const uint16_t* own) { return reinterpret_cast<Cut*>(const_cast<uint16_t*>(own)); };
+  Cut count{};
   each(false, [&](int, const uint16_t* keys, int rest) {
-    const uint16_t* run = keys + lane * RUN;
-    const Marks marks = mark(run, rest);
-    if (held) *marks_in(run) = marks;
+    const uint16_t* own = keys + lane * RUN;
+    const Cut marks = mark(own, rest);
+    if (held) *marks_in(own) = marks;
     count.above += __popc(marks.above), count.ties += __popc(marks.ties);
     return marks.above | marks.ties;
   });
-  count = {__reduce_add_sync(~0u, count.above), __reduce_add_sync(~0u, count.ties), __reduce_add_sync(~0u, count.earlier)};
+  count = {__reduce_add_sync(~0u, count.above), __reduce_add_sync(~0u, count.ties)};
   if (lane == 0) s.warps[warp] = count;
-  __syncthreads();
-  const Count theirs = lane < WARPS ? s.warps[lane] : Count{};
-  uint32_t above = __reduce_add_sync(~0u, (lane < warp ? theirs.above : 0u) + theirs.earlier);
-  uint32_t ties = __reduce_add_sync(~0u, lane < warp ? theirs.ties : 0u) + s.earlier_ties;
+  sm90::cluster_sync();
+  Cut before{};  // in the runs before this one
+  for (int i = lane; i < run; i += 32) {
+    const Cut theirs = sm90::shared_of<Smem>(i % blocks).warps[i / blocks];
+    before.above += theirs.above, before.ties += theirs.ties;
+  }
+  uint32_t above = __reduce_add_sync(~0u, before.above), ties = __reduce_add_sync(~0u, before.ties);
+  sm90::cluster_arrive();  // no block ends before all have read
 
   each(true, [&](int first, const uint16_t* keys, int rest) {
-    const uint16_t* run = keys + lane * RUN;
-    Marks marks = held ? *marks_in(run) : mark(run, rest);
+    const uint16_t* own = keys + lane * RUN;
+    Cut marks = held ? *marks_in(own) : mark(own, rest);
     const uint32_t counts = __popc(marks.above) | __popc(marks.ties) << 16, upto = warp_sum_up(counts, lane);
     const uint32_t tied = min(ties + (upto - counts >> 16), need);
     while (tied + __popc(marks.ties) > need) marks.ties ^= 1u << 31 - __clz(marks.ties);  // the earliest ones are in
