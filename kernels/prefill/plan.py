@@ -69,7 +69,6 @@ class Plan:
     sample_offset: int  # of the sampled keys
     scale_offset: int  # of their scales
     bulk_offset: int  # of entries or scores
-    bytes: int  # of scratch, lists included
 
     @property
     def runs(self) -> int:
@@ -84,6 +83,16 @@ def aligned(count: float, to: int = 256) -> int:
 def division_bytes(row_blocks: int, workers: int) -> int:
     """Of a Division, as items.cuh lays it out."""
     return aligned(4 * (1 + row_blocks + 1 + workers + workers + 1))
+
+
+def threshold_rank(k: int, stride: int) -> int:
+    """The r of a 1/stride sample above whose r-th score lie at least k keys: r - z√r = k / stride."""
+    return math.ceil(((SIGMAS + math.sqrt(SIGMAS**2 + 4 * k / stride)) / 2) ** 2)
+
+
+def most_hits(rank: int, stride: int) -> float:
+    """Keys above the `rank`-th score of such a sample, hardly ever more."""
+    return (rank + SIGMAS * math.sqrt(rank)) * stride
 
 
 @functools.lru_cache(maxsize=256)
@@ -102,9 +111,7 @@ def plan(
     4 · rows · keys / stride) bytes. Raises ValueError when one block of rows does not fit.
     """
     stride = sample_stride(keys, heads)
-    root = (SIGMAS + math.sqrt(SIGMAS**2 + 4 * k / stride)) / 2
-    rank = math.ceil(root**2)
-    hits = (rank + SIGMAS * math.sqrt(rank)) * stride  # hardly ever more
+    rank = threshold_rank(k, stride)
     sampled = aligned(keys / stride + 1, 4)  # a window's ends may each cut through the keys that one stands for
     sample_keys = math.ceil((keys if total is None else total) / stride)
     block, subs = block_rows(heads), buffers(heads, rank * stride / max(keys, 1))
@@ -123,8 +130,8 @@ def plan(
         scale = sample + aligned(HEAD_DIM * sample_keys)
         bulk = scale + aligned(4 * sample_keys)
         entries = aligned(workers * (capacity + BURST), SECTOR)
-        total = bulk + max(entry_bytes * entries, 4 * pass_rows * sampled)
-        if total <= budget:
+        needed = bulk + max(entry_bytes * entries, 4 * pass_rows * sampled)
+        if needed <= budget:
             left = (budget - bulk - entry_bytes * entries) // (entry_bytes * workers)
             spare = BURST + min(max(left, 0), SPARE) // SECTOR * SECTOR
             entries = aligned(workers * (capacity + spare), SECTOR)
@@ -136,13 +143,12 @@ def plan(
                 rank=rank,
                 spare=spare,
                 entries=entries,
-                room=aligned(hits),
+                room=aligned(most_hits(rank, stride)),
                 sampled=sampled,
                 division_offset=division,
                 counts_offset=counts,
                 sample_offset=sample,
                 scale_offset=scale,
                 bulk_offset=bulk,
-                bytes=bulk + max(entry_bytes * entries, 4 * pass_rows * sampled),
             )
-    raise ValueError(f"scratch budget: expected at least {total} bytes for k={k}, {keys} keys; got {budget}; raise it")
+    raise ValueError(f"scratch budget: expected at least {needed} bytes for k={k}, {keys} keys; got {budget}; raise it")

@@ -30,12 +30,13 @@ from sglang_misa.kernels.prefill.operands import Keys, Output, RoutedHeads, Rows
 from sglang_misa.kernels.prefill.plan import (
     SAMPLED_AT_MOST,
     SCRATCH_BYTES,
-    SIGMAS,
     THRESHOLD_BYTES,
     TILE,
     aligned,
     block_rows,
     division_bytes,
+    most_hits,
+    threshold_rank,
 )
 from sglang_misa.kernels.prefill.workspace import Call, multiprocessors
 from sglang_misa.kernels.structs import RerankedPlan, Sample
@@ -103,12 +104,12 @@ def plan(
     total = keys if total is None else total
     least, most = STRIDES
     wanted = min(max(keys // SAMPLE, least), most)
-    fits = [n for n in range(least, wanted + 1) if _most_hits(candidates, n) <= listable(2)]
+    fits = [n for n in range(least, wanted + 1) if most_hits(threshold_rank(candidates, n), n) <= listable(2)]
     # Half of the budget holds the sampled keys of all requests.
     held = math.ceil(total * SAMPLED_BYTES / (budget / 2))
     stride = max(max(fits, default=most), math.ceil(keys / SAMPLED_AT_MOST), held)
-    room = listable(2) if _most_hits(candidates, stride) <= listable(2) else listable(1)
-    rank = _rank(candidates, stride)
+    rank = threshold_rank(candidates, stride)
+    room = listable(2) if most_hits(rank, stride) <= listable(2) else listable(1)
     sampled = aligned(keys / stride + 1, 4)
     sample_keys = math.ceil(total / stride)
     # Marks of four rows lie as far apart as the longest window, which may begin and end within a tile, and behind the
@@ -148,17 +149,6 @@ def plan(
         ld=aligned(keys, 4),
         pitch=pitch,
     )
-
-
-def _rank(candidates: int, stride: int) -> int:
-    """The r of a 1/stride sample above whose r-th score lie at least C keys: r - z√r = C / stride."""
-    return math.ceil(((SIGMAS + math.sqrt(SIGMAS**2 + 4 * candidates / stride)) / 2) ** 2)
-
-
-def _most_hits(candidates: int, stride: int) -> float:
-    """Keys above that score, hardly ever more."""
-    rank = _rank(candidates, stride)
-    return (rank + SIGMAS * math.sqrt(rank)) * stride
 
 
 class RerankedCall(Call):
