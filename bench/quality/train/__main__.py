@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +30,9 @@ CHECKED, ASKED = 4, 64  # rows of a check, and their questions
 HELD_OUT = 1  # its seed, beside the training's
 CHARACTERS = 100_000_000
 ANSWER_WEIGHT = 0.5  # of the loss on asked values, beside the mean over all tokens
-PREDICTED = """predicted for --size large on one H200, not measured: 28 M parameters, a checkpoint of 58 MB; under 50
-GiB of memory; 0.15 s a step at 64 x 1024 tokens, 0.2 at 8 x 8192, 0.45 at 2 x 32768, 2.5 at 1 x 131072; about a
-minute for the tokens of the text. After --stop backbone, the same --out goes on from backbone.pt."""
+MEASURED = """--size large on one H200, shared with other work: 0.1 s a step at 64 x 1024 tokens, 0.15 at 8 x 8192, 0.4
+to 0.7 at 2 x 32768, 2.5 at 1 x 131072, and 16 s for the tokens of the text (bench/results/train-large.log). After
+--stop backbone, the same --out goes on from backbone.pt."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,8 @@ class Trainer:
                     x = layer(x, positions)
         return told
 
-    def _stages(self, name, stages, seconds, step) -> None:  # type: ignore[no-untyped-def]
+    def _stages(self, name: str, stages: Sequence[Stage], seconds: float, step: Callable[[Stage, float], str]) -> None:
+        """Train over `stages` for so many seconds; `step` takes a stage and a share of the learning rate, and tells."""
         begin, count, before, last = self.clock(), 0, 0.0, -REPORT
         for stage in stages:
             before += stage.share
@@ -290,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sglang_misa.bench.quality.train",
         description=__doc__,
-        epilog=PREDICTED,
+        epilog=MEASURED,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--size", choices=SIZES, default="small")
