@@ -52,9 +52,9 @@ class Scores:
     @classmethod
     def around(cls, value: Tensor, slack: Tensor) -> Scores:
         """NaN and -inf are the lowest number, as the kernels rank them."""
-        low, high = (torch.nan_to_num(x, nan=LOWEST, posinf=torch.inf, neginf=LOWEST) for x in (value, value))
         slack = torch.where(torch.isfinite(value), slack + torch.finfo(torch.float32).tiny, 0)
-        return cls(low - slack, high + slack)
+        value = torch.nan_to_num(value, nan=LOWEST, posinf=torch.inf, neginf=LOWEST)
+        return cls(value - slack, value + slack)
 
     def best(self, among: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Masks bool [L]: the keys that are surely, and those that may be, among the best `count` of `among` [L]."""
