@@ -30,7 +30,7 @@ def draw(plan: Plan, outcome: Outcome) -> dict[str, Figure]:
     contexts = sorted({context_of(c) for c in plan.cells})
     for metric in ("ttft", "tpot"):
         if len(contexts) > 1 and any(f"{metric}_p50" in a.figures for a in outcome.arms):
-            figures[f"{metric}_by_context"] = _bycontext_of(plan, outcome, metric, contexts)
+            figures[f"{metric}_by_context"] = _by_context(plan, outcome, metric, contexts)
     if len({level_of(c) for c in plan.cells}) > 1:
         figures["throughput_by_load"] = _by_load(plan, outcome, contexts)
     return figures
@@ -104,7 +104,7 @@ def _legend(axes: Axes, lines: int) -> None:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=2 if lines > 4 else 1)
 
 
-def _bycontext_of(plan: Plan, outcome: Outcome, metric: str, contexts: Sequence[int]) -> Figure:
+def _by_context(plan: Plan, outcome: Outcome, metric: str, contexts: Sequence[int]) -> Figure:
     """Median with the p50–p90 span of a latency, over the prompt's length."""
     figure, axes = _canvas(6.4, 4.0)
     lines = _series(plan, outcome, level_of, lambda c: float(contexts.index(context_of(c))), f"{metric}_p50")
