@@ -8,7 +8,7 @@ graph. Ranks of one tensor-parallel group must select alike, so they judge the s
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -155,11 +155,11 @@ class Ladders:
         if self.peers is not None:
             distributed.all_reduce(self._observed, group=self.peers)
             self._observed /= distributed.get_world_size(self.peers)
-        for phase, ladder in self._with_phase():
+        observed = dict(zip(PHASES, self._observed.tolist(), strict=True))
+        for ladder in (*self._prefill, self._step):
             for layer in ladder.layers:
-                for kept, (rows, recall) in zip(
-                    (ladder.served, ladder.probed), self._observed[phase, layer].tolist(), strict=True
-                ):
+                both = zip((ladder.served, ladder.probed), observed[ladder.phase][layer], strict=True)
+                for kept, (rows, recall) in both:
                     if rows > 0:
                         kept[layer] = kept.get(layer, Observed()).plus(rows, recall)
             if told := ladder.judge(self.floor):
@@ -167,9 +167,6 @@ class Ladders:
                 recorder.moved(ladder.phase, ladder.where, ladder.at, ladder.policy)
         self._observed.zero_()
         decode_gate.suspend(self._step.at > 0)
-
-    def _with_phase(self) -> Iterator[tuple[int, Ladder]]:
-        yield from ((PHASES.index(ladder.phase), ladder) for ladder in (*self._prefill, self._step))
 
 
 def rungs(policy: SelectionPolicy, floor: float, *, index_heads: int, topk: int) -> tuple[SelectionPolicy, ...]:
