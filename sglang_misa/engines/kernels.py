@@ -182,7 +182,7 @@ def warm_up(runtime: Runtime) -> None:
             engine.extend(*_made_up_extend(runtime, policy, table, rows, number % 2 == 0, device))
         if runtime.config.decoding.active:  # kept statistics: those of new pages have a program of their own
             keeping.extend(*_made_up_extend(runtime, policy, table, 64, True, device))
-    for policy in filter(_is_active, runtime.config.policies("decode")):
+    for policy in (policy for policy in runtime.config.policies("decode") if policy.active):
         engine.pages_written(0, torch.arange(pages * PAGE, device=device))
         engine.compared(0, table[0])
         # Each with its own launch sizes, and none that stock selects.
@@ -205,15 +205,11 @@ def warm_up(runtime: Runtime) -> None:
     torch.cuda.synchronize(device)
 
 
-def _is_active(policy: SelectionPolicy) -> bool:
-    return policy.active
-
-
 def _prefill_policies(runtime: Runtime) -> list[SelectionPolicy]:
     """What may select in prefill: policies, what comes after them on their ladders, and DSA for rows under a gate."""
     floor, model = runtime.config.audit.floor, {"index_heads": runtime.index_heads, "topk": runtime.topk}
     every = [rung for each in runtime.config.policies("prefill") for rung in ladder.rungs(each, floor, **model)]
-    active = list(dict.fromkeys(filter(_is_active, every)))
+    active = list(dict.fromkeys(policy for policy in every if policy.active))
     return [*active, EXACT] if active else []
 
 
