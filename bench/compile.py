@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from sglang_misa.config import Phase, SelectionPolicy
 from sglang_misa.kernels.build import build
-from sglang_misa.kernels.prefill import route, topk_blocks, topk_reranked, topk_routed
+from sglang_misa.kernels.prefill import topk_reranked, topk_routed
 
 Job = Callable[[], object]
 
@@ -21,11 +21,11 @@ def jobs(phase: Phase, policies: Iterable[SelectionPolicy], index_heads: Sequenc
         for heads in index_heads:
             columns = policy.columns or heads
             if policy.pooled:
-                found["route", heads] = functools.partial(route.module, heads)
+                found["route", heads] = functools.partial(build, "route", index_heads=heads)
                 if policy.router == "error":
                     found["choose", heads] = functools.partial(build, "choose_heads", index_heads=heads)
             if policy.blocks is not None:
-                found["blocks", heads] = functools.partial(topk_blocks.module, heads)
+                found["blocks", heads] = functools.partial(build, "topk_blocks", index_heads=heads)
             elif policy.candidates is not None:
                 shape = columns, heads, policy.residual
                 found["reranked", *shape] = functools.partial(topk_reranked.module, *shape)

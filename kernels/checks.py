@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_misa.kernels.layout import PAGE, ROUTERS
+from sglang_misa.kernels.layout import INDEX_HEADS, PAGE, ROUTERS
 
 
 def expect(
@@ -32,6 +32,12 @@ def expect(
             f"{name}: expected {' or '.join(map(str, dtypes))} of shape {shape}, {layout}, got {tensor.dtype} of shape "
             f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
         )
+
+
+def expect_index_heads(index_heads: int) -> None:
+    """Raise ValueError unless the kernels are built for models of so many index heads."""
+    if index_heads not in INDEX_HEADS:
+        raise ValueError(f"index_q: expected {' or '.join(map(str, INDEX_HEADS))} index heads, got {index_heads}")
 
 
 def expect_router(router: str, *, routed: bool, residual: bool) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sglang_misa.kernels.build import build, stream_of
-from sglang_misa.kernels.checks import expect
+from sglang_misa.kernels.checks import expect, expect_index_heads
 from sglang_misa.kernels.decode.operands import PagedRows, SketchPolicy
-from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE, ROUTED_PAGES, ROUTERS
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, ROUTED_PAGES, ROUTERS
 from sglang_misa.kernels.structs import PageRoute
 
 INT8_MAX = 127
@@ -60,12 +60,11 @@ def route_pages(rows: PagedRows, page_means: Tensor, policy: SketchPolicy, *, ou
     page_means: bf16 [P, 128], contiguous
     out:        of `heads` columns, and one more for a residual
 
-    Raises ValueError for H other than those of `INDEX_HEADS`, and for more columns than heads.
+    Raises ValueError for H other than those of `layout.INDEX_HEADS`, and for more columns than heads.
     """
     rows.check(page_means)
     count, index_heads = len(rows), rows.index_heads
-    if index_heads not in INDEX_HEADS:
-        raise ValueError(f"index_q: expected {' or '.join(map(str, INDEX_HEADS))} index heads, got {index_heads}")
+    expect_index_heads(index_heads)
     heads = index_heads if policy.heads is None else policy.heads
     columns = heads + policy.residual
     if columns > index_heads:

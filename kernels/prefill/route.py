@@ -24,15 +24,14 @@ holds up to 128 (query, head) columns against tiles of 64 pooled keys, and only 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from sglang_misa.kernels.build import build, stream_of
-from sglang_misa.kernels.checks import expect, expect_block_size, expect_heads, expect_router
-from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, ROUTERS, Router
+from sglang_misa.kernels.checks import expect, expect_block_size, expect_heads, expect_index_heads, expect_router
+from sglang_misa.kernels.layout import HEAD_DIM, ROUTERS, Router
 from sglang_misa.kernels.prefill.operands import Residual, RoutedHeads
 from sglang_misa.kernels.prefill.seen_blocks import OPERAND, seen_blocks
 from sglang_misa.kernels.prefill.tilt import tilt
@@ -128,11 +127,6 @@ def block_scores_fwd_kernel(
             tl.store(p_row_scores[None, :] + o_block[:, None], b_none, mask=m_score)
 
 
-def module(index_heads: int) -> Any:
-    """The compiled kernels for a model's H."""
-    return build("route", index_heads=index_heads)
-
-
 @dataclass(frozen=True)
 class Blocks:
     """Pooled keys of all requests, and what each row has of them: the blocks complete at its own length.
@@ -150,8 +144,7 @@ class Blocks:
     def check(self, index_q: torch.Tensor, head_gates: torch.Tensor, *, cuda: bool) -> None:
         """Raise ValueError unless the rows of index_q and head_gates have all this, on a GPU if `cuda`."""
         rows, index_heads = index_q.shape[:2]
-        if index_heads not in INDEX_HEADS:
-            raise ValueError(f"index_q: expected {' or '.join(map(str, INDEX_HEADS))} index heads, got {index_heads}")
+        expect_index_heads(index_heads)
         expect("index_q", index_q, (rows, index_heads, HEAD_DIM), torch.float8_e4m3fn, cuda=cuda)
         expect("head_gates", head_gates, (rows, index_heads), torch.float32, cuda=cuda)
         expect("block_means", self.block_means, (None, None, HEAD_DIM), torch.bfloat16, cuda=cuda)
@@ -207,7 +200,7 @@ def route(
         # all heads are chosen whatever their statistic, and by error elsewhere
         router=ROUTERS.index("weight" if heads == index_heads or router == "error" else router),
     )
-    module(index_heads).route(bytes(call), stream_of(device))
+    build("route", index_heads=index_heads).route(bytes(call), stream_of(device))
     if products is not None and others is not None:
         _choose_by_error(index_q, head_gates, blocks, products, head_ids, others)
     return RoutedHeads(head_ids, others)

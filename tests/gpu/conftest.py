@@ -12,8 +12,9 @@ import torch
 
 from sglang_misa.bench.compile import side_by_side
 from sglang_misa.bench.inputs import FP8, pack_pages
+from sglang_misa.kernels.build import build
 from sglang_misa.kernels.layout import HEAD_DIM, INDEX_HEADS, PAGE, PAGE_BYTES, ROUTED_HEADS
-from sglang_misa.kernels.prefill import route, topk_blocks, topk_reranked, topk_routed, workspace
+from sglang_misa.kernels.prefill import topk_reranked, topk_routed, workspace
 
 HERE = Path(__file__).parent
 
@@ -44,7 +45,8 @@ def compiled() -> None:
         jobs += [functools.partial(topk_routed.module, columns, residual) for columns in ROUTED_HEADS]
         reranked = ((4, 64), (8, 64), (16, 64), (32, 64), (8, 32))
         jobs += [functools.partial(topk_reranked.module, *shape, residual) for shape in reranked]
-    jobs += [functools.partial(kernel.module, heads) for kernel in (topk_blocks, route) for heads in INDEX_HEADS]
+    sources = ("topk_blocks", "route")
+    jobs += [functools.partial(build, source, index_heads=heads) for source in sources for heads in INDEX_HEADS]
     side_by_side(jobs)
 
 
