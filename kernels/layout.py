@@ -20,7 +20,7 @@ ROUTERS: tuple[Router, ...] = get_args(Router)
 ROUTED_HEADS = (4, 8, 16, 32, 64)  # h that the prefill scorer is built for
 MAX_CANDIDATES = 16384  # C: a row's re-ranking runs in one thread block's shared memory
 MAX_KEPT_PREFILL = 49152  # tokens of (blocks + 1) · block_size, and k / 2, that one row's top k holds in prefill
-MAX_KEPT_DECODE = 32768  # the same in decode, without k / 2
+MAX_KEPT_DECODE = 32768  # the same in decode, without k / 2: scores of a row that one thread block holds in registers
 
 
 def sketch_bytes(bits: int) -> int:

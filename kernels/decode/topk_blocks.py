@@ -17,8 +17,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from sglang_misa.kernels.checks import expect_blocks
 from sglang_misa.kernels.decode.keep_blocks import KeepTuning, KeptPages, keep_blocks, launch_options
 from sglang_misa.kernels.decode.operands import Chosen, PagedRows
-from sglang_misa.kernels.decode.topk_kept import MAX_ROW, topk_kept
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+from sglang_misa.kernels.decode.topk_kept import topk_kept
+from sglang_misa.kernels.layout import HEAD_DIM, MAX_KEPT_DECODE, PAGE
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def decode_topk(
     """
     room, block_size = scratch.logits.shape[1], scratch.kept.block_size
     expect_blocks(scratch.kept.blocks.shape[1] - 1, block_size, out.topk)
-    if room > MAX_ROW:
+    if room > MAX_KEPT_DECODE:
         raise ValueError(
-            f"blocks · block_size: expected at most {MAX_ROW - block_size} tokens, got {room - block_size}; change the "
-            "number of blocks"
+            f"blocks · block_size: expected at most {MAX_KEPT_DECODE - block_size} tokens, got {room - block_size}; "
+            "change the number of blocks"
         )
     keep_blocks(rows, page_means, out=scratch.kept, tuning=cut.keep or keep_tuning(len(rows)))
     score_kept(rows, topk=out.topk, scratch=scratch, tuning=cut.score or ScoreTuning())

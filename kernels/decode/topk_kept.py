@@ -8,10 +8,9 @@ from sglang_misa.kernels.build import build, stream_of
 from sglang_misa.kernels.checks import expect
 from sglang_misa.kernels.decode.keep_blocks import KeptPages
 from sglang_misa.kernels.decode.operands import Chosen
-from sglang_misa.kernels.layout import PAGE
+from sglang_misa.kernels.layout import MAX_KEPT_DECODE, PAGE
 from sglang_misa.kernels.structs import Kept, Listed, Scored
 
-MAX_ROW = 32768  # scores of a row: a thread block holds them in registers
 VECTOR = 4  # scores that are loaded at once
 LOWEST = torch.finfo(torch.float32).min
 
@@ -23,7 +22,7 @@ def topk_kept(logits: torch.Tensor, kept: KeptPages, out: Chosen) -> None:
     get all of them, their scores are not read. It reads lengths and pages before it waits for the launch in front of
     it, so nothing but the scoring may come between it and `keep_blocks`.
 
-    logits: fp32 [R, room], contiguous, room = (blocks + 1) · block_size <= MAX_ROW
+    logits: fp32 [R, room], contiguous, room = (blocks + 1) · block_size <= MAX_KEPT_DECODE
     kept:   the pages that the scores belong to
 
     Mirrors SGLang's `topk_transform_512_v2` with `out_raw_indices`.
@@ -48,7 +47,7 @@ def topk_listed(
     It reads lengths, the list and the page table before it waits for the launch in front of it, so nothing but the
     scoring may come between it and `list_candidates`.
 
-    logits:     fp32 [R, C], contiguous, C <= MAX_ROW and divisible by 4
+    logits:     fp32 [R, C], contiguous, C <= MAX_KEPT_DECODE and divisible by 4
     listed:     int32 [R, C], contiguous: positions in the row
     page_table: int32 [R, W], unit column stride; seq_lens: int32 [R]
     """
@@ -68,9 +67,10 @@ def _check_scores(logits: torch.Tensor, out: Chosen) -> tuple[int, int]:
     """Rows and scores of a row. Raises ValueError unless `logits` are scores, and `out` has room for their best."""
     expect("logits", logits, (len(logits), None), torch.float32)
     rows, room = logits.shape
-    if room > MAX_ROW or room % VECTOR:
+    if room > MAX_KEPT_DECODE or room % VECTOR:
         raise ValueError(
-            f"logits: expected at most {MAX_ROW} scores a row, a multiple of {VECTOR}, got {room}; keep or list fewer"
+            f"logits: expected at most {MAX_KEPT_DECODE} scores a row, a multiple of {VECTOR}, got {room}; keep or "
+            "list fewer"
         )
     out.check(rows, logits.device)
     return rows, room
