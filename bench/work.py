@@ -40,6 +40,11 @@ class Work:
     bf16: float = 0.0
     bytes: float = 0.0
 
+    @property
+    def fp8_time(self) -> float:
+        """FLOP of fp8 that take as long as all of it: those of bf16 take twice as long."""
+        return self.fp8 + 2 * self.bf16
+
     def floor_us(self, chip: Chip) -> float:
         """µs at the chip's rates, one after the other; nan for an unknown chip."""
         return (self.fp8 / chip.fp8 + self.bf16 / chip.bf16 + self.bytes / chip.memory) * 1e6

@@ -53,7 +53,7 @@ class Modelled:
         ours, stock = (count(each, phase, self.heads, lens) for each in (policy, STOCK))
         if phase == "decode":
             return ours.bytes / stock.bytes
-        return (ours.fp8 + 2 * ours.bf16) / stock.fp8
+        return ours.fp8_time / stock.fp8_time
 
 
 @dataclass(frozen=True)
