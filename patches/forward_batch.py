@@ -8,6 +8,7 @@ from typing import Any
 from sglang_misa import runtime
 from sglang_misa.decode_gate import Step
 from sglang_misa.metrics import recorder
+from sglang_misa.patches.pool import selector_of
 
 
 def init_new(original: Callable[..., Any], cls: type, batch: Any, model_runner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -17,8 +18,7 @@ def init_new(original: Callable[..., Any], cls: type, batch: Any, model_runner: 
     overlap scheduler) from the requests, where what the last step accepted is not counted yet. Steps that a policy
     should select in are told to the recorder, which counts their selections too.
     """
-    selector = getattr(model_runner.token_to_kv_pool, "misa_selector", None)
-    if selector is not None:  # a draft model may have a pool without index keys
+    if (selector := selector_of(model_runner)) is not None:
         selector.ladders.stepped()
     result = original(cls, batch, model_runner, *args, **kwargs)
     global _prompt_lens, _step

@@ -17,10 +17,10 @@ from torch import distributed, nn
 
 from sglang_misa import admission, canary, runtime, versions
 from sglang_misa.admission import AdmissionError
-from sglang_misa.agreement import Agreement
 from sglang_misa.config import ENV, PHASES, ConfigError, MisaConfig
 from sglang_misa.metrics import recorder
 from sglang_misa.patches import register
+from sglang_misa.patches.pool import selector_of
 from sglang_misa.policy_file import ModelIdentity
 
 logger = logging.getLogger(__name__)
@@ -54,14 +54,9 @@ def forward(original: Callable[..., Any], self: Any, forward_batch: Any, *args: 
     rows = (self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices, forward_batch.seq_lens)
     if (watching := canary.of_runner(self)) is not None:
         watching.step(*rows, requests)
-    if (agreement := _agreement(self)) is not None:
-        agreement.step(*rows, len(requests))
+    if (selector := selector_of(self)) is not None and selector.agreement is not None:
+        selector.agreement.step(*rows, len(requests))
     return result
-
-
-def _agreement(runner: Any) -> Agreement | None:
-    selector = getattr(runner.token_to_kv_pool, "misa_selector", None)
-    return None if selector is None else selector.agreement
 
 
 def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -71,9 +66,9 @@ def init_cuda_graphs(original: Callable[..., None], self: Any, *args: Any, **kwa
         _meet(distributed.distributed_c10d._get_default_store(), runtime.current(), MEETING)
     recorder.publish_page_stats()
     original(self, *args, **kwargs)
-    if (agreement := _agreement(self)) is not None:
-        agreement.forget()
-    selector = getattr(self.token_to_kv_pool, "misa_selector", None)
+    selector = selector_of(self)
+    if selector is not None and selector.agreement is not None:
+        selector.agreement.forget()
     if selector is not None and selector.engine.behind:
         AdmissionError.raise_if(
             ["expected captured decode steps to end with their page statistics, got none; report this model"]

@@ -22,6 +22,11 @@ def init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) ->
     recorder.page_stats_bytes += self.misa_selector.engine.stats.nbytes
 
 
+def selector_of(runner: Any) -> Selector | None:
+    """What selects for a ModelRunner's pool; None for a draft model whose pool has no index keys."""
+    return getattr(runner.token_to_kv_pool, "misa_selector", None)
+
+
 def compute_cell_size(original: Callable[..., int], self: Any, runner: Any, num_layers: int) -> int:
     """DefaultPoolConfigurator._compute_cell_size: bytes of a token over all layers, its share of statistics too."""
     page = statistics_bytes(runtime.current().config.sketch)
