@@ -50,7 +50,7 @@ class Candidate:
     @property
     def on_kernels(self) -> bool:
         """Whether GPU kernels select, which are written for fewer shapes than the PyTorch reference."""
-        return self.device == "cuda" and self.config.backend != "torch"
+        return self.config.on_kernels(self.device)
 
 
 class _Argument(NamedTuple):

@@ -163,6 +163,10 @@ class MisaConfig(BaseModel):
         """Bits of the page sketches that decode reads, in any layer."""
         return max((policy.sketch for policy in self.policies("decode") if policy.sketch), default=None)
 
+    def on_kernels(self, device: str) -> bool:
+        """Whether GPU kernels select on `device` ("cuda", "cpu", …), not the PyTorch reference."""
+        return device == "cuda" and self.backend != "torch"
+
     @property
     def active(self) -> bool:
         """Whether any phase differs from stock DSA."""

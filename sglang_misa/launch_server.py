@@ -230,7 +230,7 @@ def _environment_problems(environ: Mapping[str, str]) -> Iterator[str]:
 
 def _cache_problems(chosen: MisaConfig | None, theirs: argparse.Namespace) -> Iterator[str]:
     """What speaks against compiling our kernels, where there would be any."""
-    if chosen is not None and chosen.backend != "torch" and theirs.device in (None, "cuda"):
+    if chosen is not None and chosen.on_kernels(theirs.device or "cuda"):
         yield from preflight.cache_problems(os.environ)
 
 

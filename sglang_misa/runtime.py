@@ -38,7 +38,7 @@ class Runtime:
     @property
     def kernels(self) -> bool:
         """Whether the GPU kernels select, not the PyTorch reference."""
-        return self.device == "cuda" and self.config.backend != "torch"
+        return self.config.on_kernels(self.device)
 
 
 _runtime: Runtime | None = None

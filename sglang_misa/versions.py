@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import metadata
 
-# Under each version, the devices on which the whole of it has served. One source tree serves all: their hooks differ in
-# the signatures of patches/register.py, in two names of cpu/hooks.py and in one of patches/disaggregation.py.
+# Under each version, the devices on which the whole of it has served. One source tree serves all: where they differ, a
+# comment names the version.
 #
-# With 0.5.22 as the oldest, these go: the Triton and allocator twins of cpu/hooks.py and the pool getters of
-# cpu/platform.py (PlatformCapabilities), patches/cuda_graph.py and most of decode_gate.py (AttentionGraphVariants), the
-# question after data-parallel attention's copy in cpu/hooks.py, `_row` of patches/disaggregation.py, and every second
-# signature; with 0.5.23, patches/forward_batch.py too (ForwardBatch.max_seq_len_host).
+# With 0.5.22 as the oldest, whatever names an older version goes, and every second signature of patches/register.py;
+# and SGLang itself has what these do: the Triton and allocator twins of cpu/hooks.py and the pool getters of
+# cpu/platform.py (PlatformCapabilities), patches/cuda_graph.py and most of decode_gate.py (AttentionGraphVariants);
+# with 0.5.23, patches/forward_batch.py too (ForwardBatch.max_seq_len_host).
 VERIFIED: Mapping[str, frozenset[str]] = {
     "0.5.17": frozenset({"cpu", "gpu"}),
     "0.5.22": frozenset({"cpu"}),
