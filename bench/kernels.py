@@ -32,7 +32,7 @@ import torch
 from sglang_misa.bench import inputs, stock
 from sglang_misa.bench.commit import commit
 from sglang_misa.bench.timing import event_us, graph_us, host_us, kernel_us
-from sglang_misa.bench.work import CHIPS, UNKNOWN, Work, count
+from sglang_misa.bench.work import CHIPS, UNKNOWN, Work, work_of
 from sglang_misa.config import PHASES, PRESETS, Phase, SelectionPolicy
 from sglang_misa.policy import STOCK
 
@@ -177,11 +177,21 @@ def bench_decode(case: Case, stages: bool) -> Outcome:
 
 def measure(case: Case, stages: bool) -> dict[str, object]:
     """The row of a case; prints it with what the table does not hold."""
-    prefill, policy = case.phase == "prefill", case.policy
-    outcome = (bench_prefill if prefill else bench_decode)(case, stages)
+    outcome = (bench_prefill if case.phase == "prefill" else bench_decode)(case, stages)
     torch.cuda.empty_cache()
-    right = outcome.flaw is None
-    row: dict[str, object] = {
+    row = _row(case, outcome)
+    print("  ".join(_shown(case, outcome, row)), *([f"WRONG: {outcome.flaw}"] if outcome.flaw else []))
+    for whose, kernels in outcome.stages.items():
+        for kernel, us in kernels.items():
+            print(f"    {whose:<5} {us:9.1f} us  {kernel}")
+    sys.stdout.flush()
+    return row
+
+
+def _row(case: Case, outcome: Outcome) -> dict[str, object]:
+    """The row of the table."""
+    policy, right = case.policy, outcome.flaw is None
+    return {
         "gpu": torch.cuda.get_device_name(),
         "sglang": stock.version(),
         "phase": case.phase,
@@ -206,23 +216,22 @@ def measure(case: Case, stages: bool) -> dict[str, object]:
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-    shown = [f"{name}={row[name]}" for name in COLUMNS[2:-4] if row[name] != ""]
+
+
+def _shown(case: Case, outcome: Outcome, row: Mapping[str, object]) -> Iterator[str]:
+    """The row without what all have in common, then rates, the least time and the host's."""
+    yield from (f"{name}={row[name]}" for name in COLUMNS[2:-4] if row[name] != "")
+    prefill = case.phase == "prefill"
     lens = torch.full((case.rows,), case.length) - torch.arange(case.rows if prefill else 1) % (
         case.rows // case.requests
     )
-    work, dsa = (count(p, case.phase, case.index_heads, lens) for p in (policy, STOCK))
+    work, dsa = (work_of(p, case.phase, case.index_heads, lens) for p in (case.policy, STOCK))
     unit, rate = ("TFLOPS", Work.tflops) if prefill else ("GB/s", Work.gb_s)
-    shown.append(f"{unit}={rate(work, outcome.ours_us):.0f} (stock {rate(dsa, outcome.stock_us):.0f})")
+    yield f"{unit}={rate(work, outcome.ours_us):.0f} (stock {rate(dsa, outcome.stock_us):.0f})"
     floor_us = work.floor_us(CHIPS.get(str(row["gpu"]), UNKNOWN))
-    shown += [f"floor_us={floor_us:.1f}", f"of_floor={floor_us / outcome.ours_us:.0%}"]
+    yield from (f"floor_us={floor_us:.1f}", f"of_floor={floor_us / outcome.ours_us:.0%}")
     if outcome.host_us is not None:
-        shown.append("host_us={:.0f} (stock {:.0f})".format(*reversed(outcome.host_us)))
-    print("  ".join(shown), *([f"WRONG: {outcome.flaw}"] if outcome.flaw else []))
-    for whose, kernels in outcome.stages.items():
-        for kernel, us in kernels.items():
-            print(f"    {whose:<5} {us:9.1f} us  {kernel}")
-    sys.stdout.flush()
-    return row
+        yield "host_us={:.0f} (stock {:.0f})".format(*reversed(outcome.host_us))
 
 
 def driver() -> str:
@@ -277,9 +286,9 @@ def cases(words: Sequence[str] | None = None) -> tuple[list[Case], argparse.Name
             parser.error(problem)
     axes = itertools.product(options.index_heads, sources, lengths, rows, options.requests, wanted)
     found = [
-        Case(options.phase, preset, policy, heads, count_, length, source, requests)
-        for heads, source, length, count_, requests, (preset, policy) in axes
-        if options.phase == "decode" or (count_ % requests == 0 and count_ // requests <= length)
+        Case(options.phase, preset, policy, heads, count, length, source, requests)
+        for heads, source, length, count, requests, (preset, policy) in axes
+        if options.phase == "decode" or (count % requests == 0 and count // requests <= length)
     ]
     if not found:
         parser.error(f"--rows: expected at most as many as keys of a request, got {rows} and {lengths}; choose others")

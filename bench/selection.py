@@ -32,7 +32,7 @@ from torch import Tensor
 from sglang_misa import reference
 from sglang_misa.arguments import at_least, device, file_to_write, picture
 from sglang_misa.bench.inputs import pack_pages, trained_file
-from sglang_misa.bench.work import count
+from sglang_misa.bench.work import work_of
 from sglang_misa.config import Phase, Router, SelectionPolicy
 from sglang_misa.kernels.layout import PAGE, ROUTERS
 from sglang_misa.policy import STOCK
@@ -267,7 +267,7 @@ def policies() -> list[tuple[Phase, SelectionPolicy]]:
     return found
 
 
-def candidates(topk: int) -> list[int]:
+def candidate_counts(topk: int) -> list[int]:
     """How many tokens are scored again: CANDIDATES times the top k, as multiples of a page, which sketches want."""
     return [int(n * topk) // PAGE * PAGE for n in CANDIDATES]
 
@@ -284,7 +284,7 @@ def measure(layer: Layer, length: int, wanted: Sequence[tuple[Phase, SelectionPo
         sketched = dict(zip(sketches, others, strict=True))
         for phase, policy in wanted:
             kept = math.inf if policy.blocks is None else policy.blocks * policy.block_size
-            counts = [count for count in candidates(row.topk) if count < kept]
+            counts = [count for count in candidate_counts(row.topk) if count < kept]
             scores = row.scores(policy, sketched.get(policy.sketch) if policy.sketch else None)
             for n, share in zip((row.topk, *counts), row.kept(scores, (row.topk, *counts)), strict=True):
                 key = phase, policy if n == row.topk else policy.model_copy(update={"candidates": n})
@@ -300,7 +300,7 @@ def table(layers: Sequence[Shares], length: int, index_heads: int) -> list[dict[
     for phase, policy in layers[0]:
         parts = [layer[phase, policy] for layer in layers]
         every = torch.cat(parts)
-        ours, dsa = ([count(p, kind, index_heads, lens) for kind in ("prefill", "decode")] for p in (policy, STOCK))
+        ours, dsa = ([work_of(p, kind, index_heads, lens) for kind in ("prefill", "decode")] for p in (policy, STOCK))
         rows.append(
             {
                 "length": length,

@@ -56,7 +56,7 @@ class Work:
         return self.bytes / us * 1e-3
 
 
-def count(policy: SelectionPolicy, phase: Phase, heads: int, seq_lens: Tensor) -> Work:
+def work_of(policy: SelectionPolicy, phase: Phase, heads: int, seq_lens: Tensor) -> Work:
     """The work of one layer's call for rows that see `seq_lens` [T] int keys, with `heads` index heads.
 
     Prefill is arithmetic: kept tokens × scored columns and candidates × all heads in fp8, blocks × all heads in bf16.

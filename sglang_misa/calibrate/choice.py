@@ -42,11 +42,11 @@ class Point:
         return Recall(calibrated=round(self.recall, 4), held_out=held_out, cost=round(self.cost, 4))
 
 
-def candidates(costs: Costs, model: ModelIdentity) -> list[tuple[Phase, SelectionPolicy]]:
+def policies(costs: Costs, model: ModelIdentity) -> list[tuple[Phase, SelectionPolicy]]:
     """The policies of the study with a cost, and that the model can have; without candidates, which `measure` adds."""
     found = []
     for phase, policy in selection.policies():
-        counts = selection.candidates(model.index_topk)
+        counts = selection.candidate_counts(model.index_topk)
         variants = [policy, *(policy.model_copy(update={"candidates": n}) for n in counts)]
         if any(_possible(phase, each, model) and costs.of(phase, each) is not None for each in variants):
             found.append((phase, policy))
@@ -68,12 +68,12 @@ class Dumped:
 def points(
     dumps: Sequence[Dumped], model: ModelIdentity, costs: Costs, *, length: int, rows: int, device: str
 ) -> dict[Phase, list[Point]]:
-    """Every candidate in one layer, measured on its `dumps`. Raises ConfigError for too few rows.
+    """Every policy in one layer, measured on its `dumps`. Raises ConfigError for too few rows.
 
     Prefill is measured on the rows of prompts, decode on those of answers; where there are none, on the rows that see
     nearly a whole prompt, as a decode step does. Prompts are held out by turns; of a single one, rows are.
     """
-    wanted = candidates(costs, model)
+    wanted = policies(costs, model)
     answered = any(each.answer is not None for each in dumps)
     shares: dict[Phase, list[dict[SelectionPolicy, Tensor]]] = {phase: [] for phase in PHASES}
     for each in dumps:

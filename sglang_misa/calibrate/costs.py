@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from sglang_misa.bench.report import Record, newest, read
-from sglang_misa.bench.work import count
+from sglang_misa.bench.work import work_of
 from sglang_misa.config import ConfigError, Phase, SelectionPolicy
 from sglang_misa.policy import STOCK
 
@@ -50,7 +50,7 @@ class Modelled:
         if policy.exact:
             return None
         lens = torch.tensor([self.length])
-        ours, stock = (count(each, phase, self.heads, lens) for each in (policy, STOCK))
+        ours, stock = (work_of(each, phase, self.heads, lens) for each in (policy, STOCK))
         if phase == "decode":
             return ours.bytes / stock.bytes
         return ours.fp8_time / stock.fp8_time

@@ -8,7 +8,7 @@ import torch
 
 from sglang_misa.bench import inputs, kernels, watching
 from sglang_misa.bench.commit import commit
-from sglang_misa.bench.work import CHIPS, Work, count
+from sglang_misa.bench.work import CHIPS, Work, work_of
 from sglang_misa.config import PHASES, PRESETS, SelectionPolicy
 
 LENS = torch.tensor([1000, 3000], dtype=torch.int32)  # 3 + 11 blocks of 256, 7 + 23 of 128, 15 + 46 pages
@@ -28,7 +28,7 @@ HISA = SelectionPolicy(blocks=4, block_size=128)  # keeps 512 tokens of each
     ],
 )
 def test_prefill_is_counted_in_flop(policy: SelectionPolicy, fp8: int, bf16: int) -> None:
-    assert count(policy, "prefill", 64, LENS) == Work(fp8=fp8, bf16=bf16)
+    assert work_of(policy, "prefill", 64, LENS) == Work(fp8=fp8, bf16=bf16)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_prefill_is_counted_in_flop(policy: SelectionPolicy, fp8: int, bf16: int
     ],
 )
 def test_decode_is_counted_in_bytes(policy: SelectionPolicy, expected: int) -> None:
-    assert count(policy, "decode", 64, LENS) == count(policy, "decode", 32, LENS) == Work(bytes=expected)
+    assert work_of(policy, "decode", 64, LENS) == work_of(policy, "decode", 32, LENS) == Work(bytes=expected)
 
 
 def test_at_the_floor_the_rates_are_the_chips() -> None:

@@ -225,7 +225,7 @@ def test_a_measured_cost_is_that_of_the_table() -> None:
 
 def test_every_candidate_can_be_served() -> None:
     for costs in (Modelled(64, LENGTH), Measured.read(SHIPPED, 64, LENGTH, 64)):
-        for phase, policy in choice.candidates(costs, IDENTITY):
+        for phase, policy in choice.policies(costs, IDENTITY):
             candidates = 8192 if policy.sketch else None
             MisaConfig.from_mapping({phase: policy.model_copy(update={"candidates": candidates}).model_dump()}, "here")
 
