@@ -16,7 +16,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +326,20 @@ def summary(rows: Sequence[Record]) -> str:
     return "\n\n".join(tables)
 
 
+def kernel_sections(rows: Sequence[Record]) -> Iterator[str]:
+    """What the page beside the CSVs says of kernels: of each GPU its figures, then its tables by SGLang and phase."""
+    for gpu in sorted({row["gpu"] for row in rows}):
+        found = {row["phase"] for row in rows if row["gpu"] == gpu}
+        phases = [phase for phase in PHASES if phase in found]
+        yield f"## {gpu.removeprefix('NVIDIA ')}"
+        yield from (f"![{phase}](kernels-{phase}-{gpu.replace(' ', '-')}.png)" for phase in phases)
+        for sglang in sorted({row["sglang"] for row in rows if row["gpu"] == gpu}, key=_version, reverse=True):
+            for phase in phases:
+                if part := [row for row in rows if (*stand(row), row["phase"]) == (gpu, sglang, phase)]:
+                    yield environment(part)
+                    yield from map(str, kernel_tables(part))
+
+
 def main(words: Sequence[str] | None = None) -> int:
     from sglang_misa.bench import served  # by the extra `bench`, which those who read kernels.csv alone may lack
     from sglang_misa.bench.load.settings import LoadError
@@ -341,16 +355,6 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(
             f"--results: expected right rows in {options.results}/kernels.csv, got none; run bench.kernels --csv"
         )
-    sections = []
-    for gpu in sorted({row["gpu"] for row in rows}):
-        found = {row["phase"] for row in rows if row["gpu"] == gpu}
-        phases = [phase for phase in PHASES if phase in found]
-        sections += [f"## {gpu.removeprefix('NVIDIA ')}"]
-        sections += [f"![{phase}](kernels-{phase}-{gpu.replace(' ', '-')}.png)" for phase in phases]
-        for sglang in sorted({row["sglang"] for row in rows if row["gpu"] == gpu}, key=_version, reverse=True):
-            for phase in phases:
-                part = [row for row in rows if (*stand(row), row["phase"]) == (gpu, sglang, phase)]
-                sections += [environment(part), *map(str, kernel_tables(part))] if part else []
     try:
         through = [str(table) for table in served.tables(served.read(options.results / "one_rank.csv"))]
     except LoadError as error:
@@ -360,7 +364,7 @@ def main(words: Sequence[str] | None = None) -> int:
     needles = "\n\n".join(map(str, needle_tables(read_json(options.results / "needles.json"))))
     watching = "\n\n".join(map(str, watching_tables(read_json(options.results / "watching.json"))))
     for page, name, text in (
-        (options.results / "README.md", "results", "\n\n".join([*sections, *through])),
+        (options.results / "README.md", "results", "\n\n".join([*kernel_sections(rows), *through])),
         (options.docs / "measured.md", "measured", "\n\n".join([summary(rows), *through])),
         (options.docs / "quality.md", "quality", quality),
         (options.docs / "quality.md", "needles", needles),
