@@ -214,38 +214,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def plan_of(command: Run | Sweep | Ab | Max) -> Plan:
     """The plan that a command line asks for. Raises LoadError."""
-    two = isinstance(command, Ab) or (isinstance(command, Max) and command.against is not None)
+    arms = _arms(command)
     if isinstance(command, Max):
-        pair = [(command.server, command.expect), (command.against or "", command.against_expect)]
-        names = command.names if two else ("server",)
-        arms = tuple(Arm(name=n, server=s, expect=e) for n, (s, e) in zip(names, pair, strict=False))
-    elif isinstance(command, Ab):
-        servers, expects = (command.a, command.b), (command.a_expect, command.b_expect)
-        arms = tuple(Arm(name=n, server=s, expect=e) for n, s, e in zip(command.names, servers, expects, strict=True))
-    else:
-        arms = (Arm(name="server", server=command.server, expect=command.expect),)
-    if len({arm.name for arm in arms}) < len(arms):
-        raise LoadError(f"names: expected two different names, got {arms[0].name} twice; change one")
-    if isinstance(command, Max):
-        if command.search.over == "rate" and command.load.arrival == "closed":
-            raise LoadError("over: expected an open loop with --over rate, got --arrival closed; add --arrival poisson")
-        if command.search.over == "concurrency" and command.load.arrival != "closed":
-            raise LoadError("over: expected a closed loop, got an open one; add --over rate")
-        if command.slo is None:
-            raise LoadError("max: expected service limits, got none; give --slo FILE")
-        if command.until_ci is not None:
-            raise LoadError("until_ci: expected `run`, `sweep` or `ab`, got `max`; give --blocks")
-        if getattr(command.load, command.search.over) != getattr(Load(), command.search.over):
-            raise LoadError(f"{command.search.over}: expected --start, the load to begin with, got another; drop it")
-        if command.workload.trace is not None:
-            raise LoadError("max: expected a load that can grow, got --trace with its own times; drop it")
+        _check_search(command)
         grid = Grid(contexts=command.contexts)
     else:
         grid = Grid() if isinstance(command, Run) else command.grid
     return Plan(
         arms=arms,
         cells=grid.cells(command),
-        blocks=command.blocks if command.blocks is not None else 6 if two else 1,
+        blocks=command.blocks if command.blocks is not None else 6 if len(arms) == 2 else 1,
         mode=command.ab_mode if isinstance(command, Ab | Max) else "together",
         search=command.search if isinstance(command, Max) else None,
         protocol=command.protocol,
@@ -260,6 +238,38 @@ def plan_of(command: Run | Sweep | Ab | Max) -> Plan:
         max_blocks=command.max_blocks,
         confidence=command.confidence,
     )
+
+
+def _arms(command: Run | Sweep | Ab | Max) -> tuple[Arm, ...]:
+    if isinstance(command, Ab):
+        names, pair = command.names, ((command.a, command.a_expect), (command.b, command.b_expect))
+    elif isinstance(command, Max) and command.against is not None:
+        pair = (command.server, command.expect), (command.against, command.against_expect)
+        names = command.names
+    else:
+        return (Arm(name="server", server=command.server, expect=command.expect),)
+    if names[0] == names[1]:
+        raise LoadError(f"names: expected two different names, got {names[0]} twice; change one")
+    return tuple(
+        Arm(name=name, server=server, expect=expect) for name, (server, expect) in zip(names, pair, strict=True)
+    )
+
+
+def _check_search(command: Max) -> None:
+    """Raise LoadError for a load that cannot grow as the search would have it, or a search without limits."""
+    over, load = command.search.over, command.load
+    if over == "rate" and load.arrival == "closed":
+        raise LoadError("over: expected an open loop with --over rate, got --arrival closed; add --arrival poisson")
+    if over == "concurrency" and load.arrival != "closed":
+        raise LoadError("over: expected a closed loop, got an open one; add --over rate")
+    if command.slo is None:
+        raise LoadError("max: expected service limits, got none; give --slo FILE")
+    if command.until_ci is not None:
+        raise LoadError("until_ci: expected `run`, `sweep` or `ab`, got `max`; give --blocks")
+    if getattr(load, over) != getattr(Load(), over):
+        raise LoadError(f"{over}: expected --start, the load to begin with, got another; drop it")
+    if command.workload.trace is not None:
+        raise LoadError("max: expected a load that can grow, got --trace with its own times; drop it")
 
 
 def _measure(command: Run | Sweep | Ab | Max | Resume, arguments: list[str] | None, console: Console) -> int:
