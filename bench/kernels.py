@@ -30,13 +30,14 @@ from dataclasses import dataclass
 import torch
 
 from sglang_misa.bench import inputs, stock
+from sglang_misa.bench import layer as bench
 from sglang_misa.bench.commit import commit
+from sglang_misa.bench.compile import jobs, side_by_side
 from sglang_misa.bench.timing import event_us, graph_us, host_us, kernel_us
 from sglang_misa.bench.work import CHIPS, UNKNOWN, Work, work_of
 from sglang_misa.config import PHASES, PRESETS, Phase, SelectionPolicy
 from sglang_misa.policy import STOCK
 
-TOPK = 2048
 COLUMNS = (
     *("gpu", "sglang", "phase", "preset", "policy", "index_heads", "routed_heads", "residual", "candidates", "blocks"),
     *("sketch", "rows", "length", "inputs", "stock_us", "ours_us", "ratio", "recall", "correct", "commit"),
@@ -110,8 +111,6 @@ def policies(phase: Phase, presets: Sequence[str], sizes: Sizes) -> list[tuple[s
 
 def bench_prefill(case: Case, stages: bool) -> Outcome:
     """One extend call: the last `rows` rows of prompts of `length` tokens. Ours keeps what decode reads."""
-    from sglang_misa.bench import layer as bench
-
     shape = bench.Shape("prefill", case.index_heads, case.rows, case.length, case.inputs, case.requests)
     layer = bench.layer_of(shape)
     decoding = PRESETS[case.preset].policy("decode")
@@ -137,8 +136,6 @@ def bench_decode(case: Case, stages: bool) -> Outcome:
 
     Ours has its share of the step's one launch that brings the page statistics of all layers up to date.
     """
-    from sglang_misa.bench import layer as bench
-
     shape = bench.Shape("decode", case.index_heads, case.rows, case.length, case.inputs)
     # Enough inputs that neither reader finds its keys in L2: ours reads 8K of a row at least, stock all of it.
     copies = max(1, min(64, (200 << 20) // (case.rows * min(case.length, 8192) * 132)))
@@ -150,7 +147,7 @@ def bench_decode(case: Case, stages: bool) -> Outcome:
     verdict = None
     for i, layer in enumerate(layers):
         layer.keep_statistics(engine, i)
-        call = layer.decode_call(i, torch.full((case.rows, TOPK), -1, dtype=torch.int32, device="cuda"))
+        call = layer.decode_call(i, torch.full((case.rows, bench.TOPK), -1, dtype=torch.int32, device="cuda"))
         ours.append(functools.partial(engine.decode, call, case.policy))
         if i < 2 and (verdict is None or verdict.flaw is None):
             ours[-1]()
@@ -282,7 +279,7 @@ def cases(words: Sequence[str] | None = None) -> tuple[list[Case], argparse.Name
         active = ", ".join(name for name, preset in PRESETS.items() if preset.policy(options.phase).active)
         parser.error(f"--preset: expected one of {active} in {options.phase}, got {' '.join(options.preset)}")
     for _, policy in wanted:
-        for problem in policy.problems(options.phase, index_heads=min(options.index_heads), topk=TOPK):
+        for problem in policy.problems(options.phase, index_heads=min(options.index_heads), topk=bench.TOPK):
             parser.error(problem)
     axes = itertools.product(options.index_heads, sources, lengths, rows, options.requests, wanted)
     found = [
@@ -300,8 +297,6 @@ def _hostile() -> list[str]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    from sglang_misa.bench.compile import jobs, side_by_side
-
     found, options = cases(words)
     if not torch.cuda.is_available():
         print("expected a GPU, got none; run it where the server will run", file=sys.stderr)
