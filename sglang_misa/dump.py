@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,26 +34,6 @@ logger = logging.getLogger(__name__)
 GIB = 1 << 30
 HEADER = 8192  # bytes of a file's header, at most
 _NAME = re.compile(r"prompt-(\d+)-layer-\d+-rank-(\d+)\.safetensors")
-
-
-class Dumper(Protocol):
-    """What may write the index tensors of an extend call."""
-
-    def wants(self, layer: int, spans: Sequence[Span]) -> bool:
-        """Whether `take` would write anything of an extend call of `layer`."""
-
-    def take(self, call: ExtendCall) -> None:
-        """Write the prompts that end in `call`."""
-
-
-class NoDump:
-    """Writes nothing."""
-
-    def wants(self, layer: int, spans: Sequence[Span]) -> bool:
-        return False
-
-    def take(self, call: ExtendCall) -> None:
-        pass
 
 
 @dataclass
@@ -84,12 +63,14 @@ class FolderDump:
                 self._next = max(self._next, int(match[1]) + 1)
 
     def wants(self, layer: int, spans: Sequence[Span]) -> bool:
+        """Whether `take` would write anything of an extend call of `layer`."""
         return layer in self.layers and any(self._ends(span) for span in spans)
 
     def _ends(self, span: Span) -> bool:
         return span.ends and span.length > self.model.index_topk  # a row that sees no more has nothing to choose
 
     def take(self, call: ExtendCall) -> None:
+        """Write the prompts that end in `call`."""
         if not self.wants(call.layer, call.spans) or _capturing(call.index_q):
             return
         if call.layer == self.layers[0]:
@@ -168,11 +149,11 @@ def write_new(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> 
         part.unlink()
 
 
-def dumper(runtime: Runtime, index_k_pages: Sequence[Tensor]) -> Dumper:
-    """What dumps the layers of a pool; of ranks that select for the same requests the first one does."""
+def dump_for(runtime: Runtime, index_k_pages: Sequence[Tensor]) -> FolderDump | None:
+    """What dumps the layers of a pool, None where nothing does: of ranks that select for the same requests one does."""
     settings, held = runtime.config.dump, len(index_k_pages)
     if settings.path is None or runtime.model is None or not runtime.is_target(held) or not runtime.leads:
-        return NoDump()
+        return None
     chosen = range(held) if settings.layers is None else sorted(set(settings.layers))
     layers = tuple(layer for layer in chosen if len(index_k_pages[layer]))
     return FolderDump(settings.path, settings, runtime.model, runtime.rank, layers)

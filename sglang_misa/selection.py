@@ -13,7 +13,7 @@ from torch import Tensor
 from sglang_misa import audit, decode_gate
 from sglang_misa.agreement import agreement_for
 from sglang_misa.call import DecodeCall, ExtendCall, Run, Span
-from sglang_misa.dump import dumper
+from sglang_misa.dump import dump_for
 from sglang_misa.engines import engine_for
 from sglang_misa.ladder import Ladders
 from sglang_misa.metrics import recorder
@@ -51,7 +51,7 @@ class Selector:
         keeps = self.ladders.decodes and runtime.is_target(layers)  # no canary looks at a draft model's pool
         self.engine = engine_for(runtime, index_k_pages, keeps=keeps)
         self.auditor = audit.Auditor(config.audit, runtime.topk, self.engine, self.ladders)
-        self.dump = dumper(runtime, index_k_pages)
+        self.dump = dump_for(runtime, index_k_pages)
         self.agreement = agreement_for(runtime, self.engine)
 
     def policy(self, phase: Phase, layer: int) -> SelectionPolicy:
@@ -91,7 +91,8 @@ class Selector:
         for by, run in chosen:
             if by is policy:
                 self.auditor.look_at_extend(call, run)
-        self.dump.take(call)
+        if self.dump is not None:
+            self.dump.take(call)
 
     def left_to_stock(self, layer: int, spans: tuple[Span, ...], call: Callable[[], ExtendCall]) -> None:
         """Look at an extend call that stock DSA selected for; `call` makes it, if there is anything to see."""
@@ -100,7 +101,7 @@ class Selector:
             for by, run in runs(probe, spans):
                 if by is probe:
                     self.auditor.probe_extend(call(), probe, run)
-        if self.dump.wants(layer, spans):
+        if self.dump is not None and self.dump.wants(layer, spans):
             self.dump.take(call())
 
     def decode_left_to_stock(self, call: Callable[[], DecodeCall]) -> None:
