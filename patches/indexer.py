@@ -46,7 +46,7 @@ def get_topk_ragged(
         selector.left_to_stock(layer, requests, functools.partial(call, ids))
         return ids
     recorder.ran("prefill", selector.policy("prefill", layer).name)
-    ids = _no_tokens(self, q_fp8, behind=requests[-1].last_row) if topk_result is None else topk_result
+    ids = _room_for_ids(self, q_fp8, behind=requests[-1].last_row) if topk_result is None else topk_result
     selector.extend(call(ids))
     return ids
 
@@ -75,7 +75,7 @@ def get_topk_paged(
             selector.decode_left_to_stock(functools.partial(call, ids))
     else:
         _count_decode(policy.name, None, on_gpu=q_fp8.is_cuda)
-        ids = _no_tokens(self, q_fp8, behind=decode_rows(metadata))
+        ids = _room_for_ids(self, q_fp8, behind=decode_rows(metadata))
         selector.decode(call(ids))
     if selector.ladders.decodes and self.misa_last:
         selector.engine.end_step(metadata.get_page_table_64(), seq_lens)
@@ -122,7 +122,7 @@ def _pages_written(pool: Any, layer: int, slots: Tensor) -> None:
         pool.misa_selector.engine.pages_written(layer, slots.long())
 
 
-def _no_tokens(indexer: Any, q_fp8: Tensor, behind: int) -> Tensor:
+def _room_for_ids(indexer: Any, q_fp8: Tensor, behind: int) -> Tensor:
     """Room for the ids of every row: -1 in rows of padding, `behind` those whose ids a call writes, all of them."""
     ids = torch.empty(q_fp8.shape[0], indexer.index_topk, dtype=torch.int32, device=q_fp8.device)
     ids[behind:].fill_(-1)
