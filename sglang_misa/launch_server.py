@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         chosen = from_flags or MisaConfig.from_env()
         theirs = _peek(rest)
         ConfigError.raise_if(_key_problems(ours, rest))
-        keys = dict(_keys(ours))
+        keys = _keys(ours)
         port = [*_port_number_problems(theirs)]
         unreachable = [*port, *_host_problems(theirs, ours, keys)]
         if ours.check and ours.demo:
@@ -120,8 +120,8 @@ def _demo(
         raise ConfigError(["--model-path: expected none, as --demo brings its model; drop one of the two"])
     from sglang_misa import demo
 
-    files = {"--api-key": ours.api_key_file, "--admin-api-key": ours.admin_api_key_file}
-    words = [*rest, *(f"{flag}-file={files[flag]}" for flag in keys), *["--no-api-key"] * ours.no_api_key]
+    files = (f"{flag}-file={path}" for flag, path in _key_files(ours).items())
+    words = [*rest, *files, *["--no-api-key"] * ours.no_api_key]
     key = keys.get("--api-key", theirs.api_key)
     return demo.run(chosen, words, theirs.host, theirs.port or DEFAULT_PORT, key, ours.demo_report)
 
@@ -285,18 +285,23 @@ def _are_names(value: Any) -> bool:
 
 def _key_problems(ours: argparse.Namespace, rest: Sequence[str]) -> Iterator[str]:
     """Sentences for a key that is given twice, and for one beside the word that there is none."""
-    given = {word.partition("=")[0] for word in rest}
-    for flag, path in (("--api-key", ours.api_key_file), ("--admin-api-key", ours.admin_api_key_file)):
-        if path is not None and flag in given:
+    given, files = {word.partition("=")[0] for word in rest}, _key_files(ours)
+    for flag in files:
+        if flag in given:
             yield f"{flag}-file: expected no {flag} beside it, got both; drop one"
-    if ours.no_api_key and (ours.api_key_file is not None or "--api-key" in given):
+    if ours.no_api_key and "--api-key" in given | files.keys():
         yield "--no-api-key: expected no key beside it, got one; drop one of the two"
 
 
-def _keys(ours: argparse.Namespace) -> list[tuple[str, str]]:
-    """(SGLang's flag, key) for each key file."""
-    files = (("--api-key", ours.api_key_file), ("--admin-api-key", ours.admin_api_key_file))
-    return [(flag, key_mask.read(f"{flag}-file", path)) for flag, path in files if path is not None]
+def _key_files(ours: argparse.Namespace) -> dict[str, str]:
+    """The key files that are given, by SGLang's flag for what they hold."""
+    files = {"--api-key": ours.api_key_file, "--admin-api-key": ours.admin_api_key_file}
+    return {flag: path for flag, path in files.items() if path is not None}
+
+
+def _keys(ours: argparse.Namespace) -> dict[str, str]:
+    """The keys in them."""
+    return {flag: key_mask.read(f"{flag}-file", path) for flag, path in _key_files(ours).items()}
 
 
 def _serve(arguments: Sequence[str]) -> None:

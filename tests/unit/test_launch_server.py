@@ -229,10 +229,10 @@ def test_keys_come_from_files(tmp_path):
     file = tmp_path / "key"
     file.write_text("secret\n")
     ours, rest = launch_server._parser().parse_known_args(["--admin-api-key-file", str(file), "--tp", "8"])
-    assert launch_server._keys(ours) == [("--admin-api-key", "secret")]
+    assert launch_server._keys(ours) == {"--admin-api-key": "secret"}
     assert rest == ["--tp", "8"]
     file.write_text("\ufeffsecret")  # a byte-order mark is no part of the key
-    assert launch_server._keys(ours) == [("--admin-api-key", "secret")]
+    assert launch_server._keys(ours) == {"--admin-api-key": "secret"}
     file.write_text("two words")
     with pytest.raises(ConfigError, match="expected one key"):
         launch_server._keys(ours)
