@@ -122,7 +122,7 @@ class Auditor:
 
     def look_past_decode(self, call: DecodeCall) -> None:
         """The same for a call that stock DSA selects for, whose policy may select again."""
-        if self.settings.rows == 0 or self.settings.floor == 0:
+        if self.settings.rows == 0:
             return
         capture = decode_gate.capture()
         if capture is not None:
