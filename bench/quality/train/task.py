@@ -17,6 +17,7 @@ from sglang_misa.random_model import BOS, EOS, PAD
 
 PROSE = 400_000  # characters
 SAMPLE, LISTED = 1000, 2000  # texts that a tokenizer is trained on; the listed words as often, to be a token each
+LISTED_WORDS = tuple(f" {word}" for word in (*NAMES, *VALUES, "set", "get"))
 MIN_FILE, MAX_FILE = 1_500, 300_000  # bytes
 SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt", ".h", ".c", ".cpp"}
 
@@ -66,9 +67,8 @@ class Corpus:
 def small() -> Corpus:
     """The built-in prose, and the lists of words, each word one token."""
     text = prose(0, PROSE)
-    words = [f" {word}" for word in (*NAMES, *VALUES, "set", "get")]
     plain = sorted(set(re.findall(r" ?[A-Za-z]+|[^A-Za-z ]", text)))
-    tokenizer = _tokenizer([*dict.fromkeys([*words, *plain])])
+    tokenizer = _tokenizer([*dict.fromkeys([*LISTED_WORDS, *plain])])
     ids = np.array(tokenizer.encode(text).ids)
     names, values = (np.array([tokenizer.token_to_id(f"Ġ{w}") for w in part]) for part in (NAMES, VALUES))
     return Corpus(tokenizer, ids, names, values, words=1)
@@ -111,8 +111,7 @@ def large(folders: Sequence[Path], vocab: int, limit: int) -> Corpus:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab - 3, initial_alphabet=alphabet, show_progress=False)
-    listed = "".join(f" {word}" for word in (*NAMES, *VALUES, "set", "get"))
-    tokenizer.train_from_iterator([*texts[:: max(1, len(texts) // SAMPLE)], *[listed] * LISTED], trainer)
+    tokenizer.train_from_iterator([*texts[:: max(1, len(texts) // SAMPLE)], *["".join(LISTED_WORDS)] * LISTED], trainer)
     tokenizer = _finish(tokenizer)
     encoded = (tokenizer.encode_batch_fast(texts[start : start + SAMPLE]) for start in range(0, len(texts), SAMPLE))
     stream = np.concatenate([np.array(text.ids) for batch in encoded for text in batch])
