@@ -97,7 +97,7 @@ class Auditor:
 
     def _sampled(self, run: Run) -> Iterator[tuple[Span, range]]:
         """The rows of `run` to audit, those of one request after another."""
-        for span, rows in run.alone():
+        for span, rows in run.by_request():
             yield span, self.rows(rows.start, rows.stop)
 
     def extend_rows(self, call: ExtendCall, span: Span, rows: range) -> Tensor:

@@ -104,14 +104,14 @@ class Run:
         """Columns of its requests' keys among the gathered ones, and of those between them."""
         return slice(self.spans[0].first_key, self.spans[-1].first_key + self.spans[-1].length)
 
-    def alone(self) -> Iterator[tuple[Span, range]]:
+    def by_request(self) -> Iterator[tuple[Span, range]]:
         """Its rows, those of one request after another."""
         return zip(self.spans, self.ranges, strict=True)
 
     @functools.cached_property
     def longest(self) -> int:
         """Keys that a row sees, at most."""
-        return max(span.seen_by(rows[-1]) for span, rows in self.alone())
+        return max(span.seen_by(rows[-1]) for span, rows in self.by_request())
 
 
 @functools.lru_cache(maxsize=8)  # all layers of a step ask for the same

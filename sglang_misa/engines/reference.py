@@ -33,7 +33,7 @@ class ReferenceEngine:
             kept = span.cached_pages if self.keeps else 0
             self._update(call.layer, call.page_table[span.request, kept : span.length // PAGE])
         for policy, run in runs:
-            for span, rows in run.alone():
+            for span, rows in run.by_request():
                 self._select(call, policy, span, rows)
 
     def _select(self, call: ExtendCall, policy: SelectionPolicy, span: Span, chosen: range) -> None:

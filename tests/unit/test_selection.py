@@ -55,7 +55,7 @@ def test_every_row_is_in_one_run_of_the_policy_or_of_dsa(
     for by, run, rows in runs:
         assert all((seen[row] > min_len and not is_end[row]) == (by is policy) for row in rows)
         assert len({seen[row] > min_len for row in rows}) == 1, "short rows beside long ones"
-        assert rows == sorted(rows) == [row for _, one in run.alone() for row in one]
+        assert rows == sorted(rows) == [row for _, one in run.by_request() for row in one]
         assert [span.request for span in run.spans] == sorted({request[row] for row in rows})
         assert run.longest == max(seen[row] for row in rows)
         first, last = run.spans[0], run.spans[-1]
