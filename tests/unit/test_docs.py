@@ -58,6 +58,16 @@ def test_every_flag_and_preset_has_its_line() -> None:
     assert [name for name in PRESETS if f"`{name}`" not in readme] == []
 
 
+def test_the_first_screen_has_the_figures_of_the_measured_table() -> None:
+    lines = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text().splitlines()]
+    timed = [line for line in reversed(lines) if line[0] in ("prefill", "decode")]  # of several tables the first counts
+    measured = {tuple(line[:3]): [float(n) for n in line[3:5]] for line in timed}
+    for what, kind in (("8192 rows of prefill", ("prefill", "8192")), ("a decode step of 64", ("decode", "64"))):
+        (told,) = [[float(cell.split()[0]) for cell in line[1:]] for line in lines if what in line[0]]
+        (stock, fast), (_, faithful) = (measured[*kind, preset] for preset in ("fast", "faithful"))
+        assert told == [stock, fast, faithful]
+
+
 def test_every_preset_has_the_names_of_its_policies() -> None:
     text = (ROOT / "docs/configuration.md").read_text()
     lines = [
