@@ -13,6 +13,7 @@ ROUTED_PAGES = 256  # of a decode row over sketches, whose means its heads are r
 SKETCH_BITS = (1, 2)  # of each coordinate of a key's difference to its page's mean
 SKETCH_STEP = 0.9957  # σ between the four uniform levels that fit a Gaussian best
 
+SPREAD = 1 / 6  # of a head's mean product with blocks, which its products with keys are taken to deviate at least
 TILT = 1.755  # deviations above the mean at which a residual is made: there is the best tenth of a Gaussian
 INDEX_HEADS = (32, 64)  # H of GLM-5 and DeepSeek-V3.2
 Router = Literal["mean", "peak", "signed", "weight", "error"]  # in the order of heads.cuh's enumeration

@@ -100,12 +100,13 @@ def block_statistics(
 
     index_q [N, T, H, 128], head_gates [N, T, H], k_tilde [N, M, 128], complete [N, T]: blocks complete at the row's own
     length, of which every `stride`-th is looked at. E over those blocks: `mean` of |w·ReLU(q·k̃)| (arXiv
-    2605.07363, Eq. 7), `peak` its maximum, `signed` the mean of w·ReLU(q·k̃), `error` |w|·σ·√(φ(1 − φ)), what a residual
-    would get wrong; |w| for `weight`, without a block, for `error` without two. φ is ½ without a block. A head whose
-    products are not finite has φ = 0, so that it adds nothing to the residual, and no error.
+    2605.07363, Eq. 7), `peak` its maximum, `signed` the mean of w·ReLU(q·k̃), `error` |w|·σ'·√(φ'(1 − φ')), what a
+    residual would get wrong; |w| for `weight`, without a block, for `error` without two. φ is ½ without a block. A head
+    whose products are not finite has φ = 0, so that it adds nothing to the residual, and no error.
 
-    φ = Φ(μ/σ). By `error` μ is tilted, unless the view says otherwise, to μ + TILT · Cov(x, s) / σ_s with the scores s
-    by the residual of all heads: the mean product with the keys that score high, for which a residual matters.
+    φ = Φ(μ/σ), and for the error σ' = max(σ, SPREAD · |μ|) and φ' = Φ(μ/σ'). By `error` μ is tilted, unless the view
+    says otherwise, to μ + TILT · Cov(x, s) / σ_s with the scores s by the residual of all heads: the mean product with
+    the keys that score high, for which a residual matters.
     """
     n, rows, heads, _ = index_q.shape
     blocks = k_tilde.shape[1]
@@ -171,7 +172,8 @@ def residual_query(
 def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x fp32 [..., D] in whole units, 127 of which are the largest: numbers fp32 [..., D] and units [...].
 
-    What sketches are multiplied with. NaN counts as 0; a row that is not finite otherwise, or 0, has a unit of 0.
+    What sketches are multiplied with: x · (127 / largest), halves to the even number. NaN counts as 0; a row that is
+    not finite otherwise, or 0, has a unit of 0.
     """
     x = torch.where(x.isnan(), 0.0, x)
     most = x.abs().amax(-1)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sglang_misa.kernels.layout import TILT
+from sglang_misa.kernels.layout import SPREAD, TILT
 
 
 class Products(NamedTuple):
@@ -38,11 +38,13 @@ class Products(NamedTuple):
         return self._replace(mean=self.mean + torch.where(wanted, shift, 0.0))
 
     def linear_part(self) -> tuple[Tensor, Tensor]:
-        """φ = Φ(μ/σ) and σ·√(φ(1 − φ)), each [N, T, H]."""
-        z, spread = self.mean / self.deviation, self.deviation > 0
-        positive, negative = normal_share(z), normal_share(-z)
-        share = torch.where(spread, positive, (self.mean.sign() + 1) / 2)
-        return share, torch.where(spread, self.deviation * (positive * negative).sqrt(), 0.0)
+        """φ = Φ(μ/σ), and the error σ'·√(φ'(1 − φ')) with σ' = max(σ, SPREAD·|μ|) and φ' = Φ(μ/σ'), each [N, T, H]."""
+        known = normal_share(self.mean / self.deviation)
+        share = torch.where(self.deviation > 0, known, (self.mean.sign() + 1) / 2)
+        spread = torch.maximum(self.deviation, self.mean.abs() * SPREAD)
+        tail = normal_share(-(self.mean / spread).abs())
+        error = spread * (tail * (1 - tail)).sqrt()
+        return share, torch.where((spread > 0) & spread.isfinite(), error, 0.0)
 
 
 def normal_share(z: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sglang_misa.kernels.build import build, stream_of
 from sglang_misa.kernels.checks import expect, expect_index_heads
 from sglang_misa.kernels.decode.operands import PagedRows, SketchPolicy
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE, ROUTED_PAGES, ROUTERS
+from sglang_misa.kernels.layout import HEAD_DIM, PAGE, ROUTED_PAGES, ROUTERS, SPREAD
 from sglang_misa.kernels.structs import PageRoute
 
 INT8_MAX = 127
@@ -50,11 +50,12 @@ def route_pages(rows: PagedRows, page_means: Tensor, policy: SketchPolicy, *, ou
     """Fill `out` with the columns of every row of more tokens than the policy's candidates.
 
     `heads` None takes all of them. Fewer rank by |w| · mean ReLU(q·k̃) (`mean`), |w| · max ReLU(q·k̃) (`peak`),
-    w · mean ReLU(q·k̃) (`signed`), |w| (`weight`) or |w| · σ·√(φ(1 − φ)) (`error`), over the means k̃ of the row's
-    complete pages but the newest, or of ROUTED_PAGES of them, evenly spaced; ties fall to the lower head, NaN never
-    wins.
-    The residual is Σ w · φ · q of the heads that are not routed, φ = Φ(μ/σ), μ and σ of their products; a head whose
-    μ or σ is not finite has no error, and adds nothing, as one does whose w is not finite. NaN in a query counts as 0.
+    w · mean ReLU(q·k̃) (`signed`), |w| (`weight`) or |w| · σ'·√(φ'(1 − φ')) (`error`), over the means k̃ of the row's
+    complete pages but the newest, of more than ROUTED_PAGES pages only every so many-th; ties fall to the lower head,
+    NaN never wins.
+    The residual is Σ w · φ · q of the heads that are not routed, φ = Φ(μ/σ), μ and σ of their products; for the error
+    σ' = max(σ, SPREAD · |μ|) and φ' = Φ(μ/σ'). A head whose μ or σ is not finite has no error, and adds nothing, as
+    one does whose w is not finite. NaN in a query counts as 0.
     A row's columns depend on the row alone, bit by bit.
 
     page_means: bf16 [P, 128], contiguous
@@ -126,14 +127,20 @@ def _statistic(products: Tensor, gates: Tensor, error: Tensor, policy: SketchPol
 
 
 def _linear_part(products: Tensor) -> tuple[Tensor, Tensor]:
-    """φ = Φ(μ/σ) and σ·√(φ(1 − φ)) of each head, 0 where μ or σ is not finite."""
+    """φ = Φ(μ/σ) and the error of each head, 0 where μ or σ is not finite."""
     variance, mean = torch.var_mean(products, 1, correction=0)
-    z, spread = mean * variance.rsqrt(), variance > 0
-    positive, negative = (torch.special.erfc(z * sign * 0.5**0.5) / 2 for sign in (-1, 1))  # ndtr has no lower tail
-    share = torch.where(spread, positive, (mean.sign() + 1) / 2)
-    error = torch.where(spread, (variance * positive * negative).sqrt(), 0.0)
+    deviation = variance.sqrt()
+    share = torch.where(deviation > 0, _tail(-mean / deviation), (mean.sign() + 1) / 2)
+    spread = torch.maximum(deviation, mean.abs() * SPREAD)
+    tail = _tail((mean / spread).abs())
+    error = torch.where(spread > 0, spread * (tail * (1 - tail)).sqrt(), 0.0)
     finite = mean.isfinite() & variance.isfinite()
     return torch.where(finite, share, 0.0), torch.where(finite, error, 0.0)
+
+
+def _tail(z: Tensor) -> Tensor:
+    """1 − Φ(z), which `torch.special.ndtr` does not have far out."""
+    return torch.special.erfc(z * 0.5**0.5) / 2
 
 
 def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:

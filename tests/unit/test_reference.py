@@ -152,8 +152,8 @@ def test_the_error_router_picks_what_a_residual_would_get_wrong() -> None:
     q[..., 1:3, 3] = 5.0
     gates, complete = torch.ones(1, 1, HEADS), torch.full((1, 1), 40)
     found = reference.block_statistics(q, gates, k_tilde, complete, reference.View("error")).heads[0, 0]
-    assert found[3] > found[4] > 0
-    assert found[[0, 1, 2]].tolist() == [0.0] * 3
+    assert found[3] > found[4] > 100 * found[[1, 2]].max()
+    assert found[0] == 0  # of a query of zeros
     one = reference.block_statistics(q, gates * 3, k_tilde[:, :1], torch.ones(1, 1), reference.View("error")).heads
     assert one.tolist() == (gates * 3).tolist()  # a single block has no deviation
 
@@ -173,10 +173,25 @@ def test_errors_are_those_of_fp64_down_to_heads_of_a_settled_sign() -> None:
             every, _ = reference.residual_query(q, gates, torch.empty(1, 1, 0, dtype=torch.int64), share)
             scores = k_tilde[0].double() @ every[0, 0].double()
             mean += TILT * (x - mean[:, None]) @ (scores - scores.mean()) / 40 / scores.std(correction=0)
-        both = (torch.special.erfc(mean / deviation * sign * 0.5**0.5) / 2 for sign in (-1, 1))
-        wanted = gates[0, 0].double().abs() * deviation * (next(both) * next(both)).sqrt()
-        assert wanted.min() < 1e-6 * wanted.max()
-        torch.testing.assert_close(found.heads[0, 0].double(), wanted, rtol=1e-2, atol=1e-30)
+        spread = torch.maximum(deviation, mean.abs() / 6)
+        both = (torch.special.erfc(mean / spread * sign * 0.5**0.5) / 2 for sign in (-1, 1))
+        wanted = gates[0, 0].double().abs() * spread * (next(both) * next(both)).sqrt()
+        assert wanted.min() < 1e-4 * wanted.max()
+        torch.testing.assert_close(found.heads[0, 0].double(), wanted, rtol=1e-3, atol=0)
+
+
+@given(st.integers(0, 2**16), st.floats(20, 1000))
+def test_heads_of_a_settled_sign_do_not_tie(seed: int, loudness: float) -> None:
+    """Beyond 13 deviations of block means their tails are 0 in fp32, and the lowest heads would be routed."""
+    g = torch.Generator().manual_seed(seed)
+    direction = torch.nn.functional.normalize(torch.randn(128, generator=g), dim=0)
+    k_tilde = torch.randn(1, 40, 128, generator=g) + loudness * direction
+    q = torch.randn(1, 1, HEADS, 128, generator=g)
+    q += torch.sign(q @ direction)[..., None] * direction  # no head is near the middle
+    gates, complete = torch.rand(1, 1, HEADS, generator=g) + 0.5, torch.full((1, 1), 40)
+    found = reference.block_statistics(q, gates, k_tilde, complete, reference.View("error")).heads[0, 0]
+    assert (found > 0).all()
+    assert len(found.unique()) > HEADS - 2
 
 
 @given(st.integers(0, 2**16), st.integers(2, 60))

@@ -63,15 +63,21 @@ struct Normal {
   }
 };
 
+constexpr float SPREAD = 1.f / 6.f;  // as in layout.py
+
 // What a residual takes for a head's ReLU(x): `share` · x, with φ = Φ(μ/σ), the share of keys on which a head like this is positive; ½ where
-// nothing is known (a mean of 0 or of no products). "Is it positive" deviates from that by √(φ(1 - φ)), so `error`, that times σ, is lost.
+// nothing is known (a mean of 0 or of no products). "Is it positive" deviates from its share by √(φ(1 - φ)), so `error`, that times σ, is
+// lost. Keys spread about the mean of their block, which it does not show: so the error's σ is a part of μ at least, without which heads
+// beyond 13 σ would tie at 0.
 struct LinearPart {
   float share, error;
 };
 __device__ __forceinline__ LinearPart linear_part(const Normal& x) {
-  if (!(x.deviation > 0.f)) return {x.mean > 0.f ? 1.f : x.mean < 0.f ? 0.f : 0.5f, 0.f};
-  const float z = x.mean / x.deviation, share = normcdff(z);
-  return {share, x.deviation * sqrtf(share * normcdff(-z))};
+  const float share = x.deviation > 0.f ? normcdff(x.mean / x.deviation) : x.mean > 0.f ? 1.f : x.mean < 0.f ? 0.f : 0.5f;
+  const float spread = fmaxf(x.deviation, fabsf(x.mean) * SPREAD);
+  if (!(spread > 0.f && spread <= FLT_MAX)) return {share, 0.f};
+  const float tail = normcdff(-fabsf(x.mean / spread));
+  return {share, spread * sqrtf(tail * (1.f - tail))};
 }
 
 }  // namespace
