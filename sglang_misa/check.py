@@ -31,6 +31,7 @@ ALIASES = {
     "pp_size": ("--pp", "--pipeline-parallel-size"),
     "dcp_size": ("--dcp", "--decode-context-parallel-size"),
     "attn_cp_size": ("--attention-context-parallel-size",),
+    "enable_hierarchical_cache": ("--enable-hicache",),
 }
 
 

@@ -112,6 +112,11 @@ def test_every_reason_against_a_decode_server_is_told(checked, model):
     assert "--speculative-algorithm: expected None, got 'NEXTN'" in out
     assert all(f"{flag}: expected False, got True" in out for flag in (*flags.split(), later))
     assert checked("--misa-preset", "fast", "--misa-decode", "dsa", *command)[0] == 0
+    by_alias = ("--disaggregation-mode", "decode", "--enable-hicache")
+    assert (
+        "--enable-hierarchical-cache: expected False"
+        in checked("--misa-preset", "fast", "--model-path", model, *by_alias)[1]
+    )
 
 
 def test_what_a_launch_would_refuse_for_its_words_a_check_refuses(checked, model, tmp_path):
