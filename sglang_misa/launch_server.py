@@ -39,11 +39,12 @@ def main(argv: Sequence[str]) -> int:
         from_flags = flags.from_flags(ours)
         ConfigError.raise_if(_both_problems(from_flags))
         chosen = from_flags or MisaConfig.from_env()
+        ConfigError.raise_if(_unread_problems(rest))
         theirs = _peek(rest)
         ConfigError.raise_if(_key_problems(ours, rest))
         keys = _keys(ours)
         port = [*_port_number_problems(theirs)]
-        unreachable = [*port, *_host_problems(theirs, ours, keys)]
+        unreachable = [*port, *_host_problems(theirs.host, "--api-key" in keys or theirs.api_key or ours.no_api_key)]
         if ours.check and ours.demo:
             raise ConfigError(["--check: expected no --demo, which brings its model and flags, got both; drop one"])
         if ours.demo_report is not None and not ours.demo:
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         return REFUSED
     if from_flags is not None:
         os.environ[misa.ENV] = from_flags.to_json()
-    return supervisor.run(lambda: _serve(arguments), key_mask.given(arguments))
+    return supervisor.run(lambda: _serve(arguments, open_to_all=ours.no_api_key), key_mask.given(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,11 +127,22 @@ def _demo(
     return demo.run(chosen, words, theirs.host, theirs.port or DEFAULT_PORT, key, ours.demo_report)
 
 
-def _host_problems(theirs: argparse.Namespace, ours: argparse.Namespace, keys: Mapping[str, str]) -> Iterator[str]:
-    keyed = "--api-key" in keys or theirs.api_key or ours.no_api_key
-    if not keyed and not _is_loopback(theirs.host):
+def _unread_problems(words: Sequence[str]) -> Iterator[str]:
+    """Sentences for words that SGLang would read otherwise than they are read here."""
+    for name in dict.fromkeys(word.partition("=")[0] for word in words):
+        meant = [flag for flag in sorted(check.READ) if len(name) > 2 and flag.startswith(name)]
+        if meant and name not in check.READ:
+            whole = " or ".join(meant)
+            yield f"{name}: expected a whole flag, as it is read here too, got a part of {whole}; write it out"
+    if any(word.startswith("--config=") for word in words):
+        yield "--config: expected its file as the next word, as SGLang passes over --config=FILE; write --config FILE"
+
+
+def _host_problems(host: str, allowed: object) -> Iterator[str]:
+    """`allowed`: the key, or whatever else is true where other machines may reach the server."""
+    if not allowed and not _is_loopback(host):
         yield (
-            f"--host: expected a key, or a loopback address, got {theirs.host} without one; add --api-key-file, or "
+            f"--host: expected a key, or a loopback address, got {host} without one; add --api-key-file, or "
             "--no-api-key to serve everyone who reaches this port"
         )
 
@@ -304,15 +316,11 @@ def _keys(ours: argparse.Namespace) -> dict[str, str]:
     return {flag: key_mask.read(f"{flag}-file", path) for flag, path in _key_files(ours).items()}
 
 
-def _serve(arguments: Sequence[str]) -> None:
-    """SGLang's own launch, as `python -m sglang.launch_server` does it."""
+def _serve(arguments: Sequence[str], *, open_to_all: bool) -> None:
+    """SGLang's own launch, as `python -m sglang.launch_server` does it. Exits with REFUSED where it must not be."""
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    if os.environ.get(misa.ENV):
-        from sglang_misa.patches import register
-
-        ConfigError.raise_if(register.problems([register.LOAD_MODEL.target]))
     from sglang.launch_server import run_server
     from sglang.srt.entrypoints.http_server import app
     from sglang.srt.server_args import prepare_server_args
@@ -320,9 +328,23 @@ def _serve(arguments: Sequence[str]) -> None:
 
     app.add_middleware(key_mask.MaskArguments, keys=key_mask.given(arguments))
     try:
-        run_server(prepare_server_args(list(arguments)))
+        resolved = prepare_server_args(list(arguments))
+        ConfigError.raise_if(_resolved_problems(resolved, open_to_all))
+        run_server(resolved)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(REFUSED)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _resolved_problems(resolved: Any, open_to_all: bool) -> Iterator[str]:
+    """What only SGLang tells: `resolved`, its ServerArgs with what its own --config file says, and our hooks."""
+    yield from _host_problems(resolved.host, resolved.api_key or open_to_all)
+    if os.environ.get(misa.ENV):
+        from sglang_misa.patches import register
+
+        yield from register.problems([register.LOAD_MODEL.target])
 
 
 if __name__ == "__main__":  # SGLang's children import this module again

@@ -50,11 +50,17 @@ def refused(begin, model, weights, tmp_path_factory) -> dict[str, subprocess.Com
     second_plugin(folder / "plugin")
     nan_weights(model, weights, folder / "nan")
 
-    def launch(model: Path, **environ: str) -> Callable[[], subprocess.CompletedProcess[str]]:
-        words = f"--misa-preset misa-hier --misa-prefill-candidates 64 --device cpu --port {free_port()} --model-path"
-        return begin(*words.split(), model, **environ)
+    (folder / "open.yaml").write_text("host: 0.0.0.0")
 
-    launches = {"plugin": launch(model, PYTHONPATH=str(folder / "plugin")), "nan": launch(folder / "nan")}
+    def launch(model: Path, *more: str, **environ: str) -> Callable[[], subprocess.CompletedProcess[str]]:
+        words = f"--misa-preset misa-hier --misa-prefill-candidates 64 --device cpu --port {free_port()} --model-path"
+        return begin(*words.split(), model, *more, **environ)
+
+    launches = {
+        "plugin": launch(model, PYTHONPATH=str(folder / "plugin")),
+        "nan": launch(folder / "nan"),
+        "open": launch(model, "--config", str(folder / "open.yaml")),
+    }
     return {name: end() for name, end in launches.items()}
 
 
@@ -67,3 +73,9 @@ def test_a_second_plugin_on_the_same_hook(refused):
 def test_nan_weights_in_an_indexer(refused):
     assert refused["nan"].returncode != 0
     assert f"{BROKEN}: expected finite weights" in refused["nan"].stdout
+
+
+def test_an_open_host_in_sglangs_own_file(refused):
+    assert refused["open"].returncode == 2
+    assert "--host: expected a key, or a loopback address, got 0.0.0.0 without one" in refused["open"].stdout
+    assert "Traceback" not in refused["open"].stdout

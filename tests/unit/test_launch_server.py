@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -276,12 +277,26 @@ def test_other_machines_are_served_with_a_key(refused, words, host):
 
 
 def test_a_server_without_a_key_is_asked_for_by_name():
-    for words, problems in ((["--no-api-key"], 0), (["--api-key", "secret"], 0), ([], 1)):
-        ours, rest = launch_server._parser().parse_known_args([*words, "--host", "0.0.0.0"])
-        assert len([*launch_server._host_problems(launch_server._peek(rest), ours, {})]) == problems
+    assert not [*launch_server._host_problems("0.0.0.0", "secret")]
+    for allowed, problems in ((True, 0), (False, 1)):
+        resolved = SimpleNamespace(host="0.0.0.0", api_key=None)
+        assert len([*launch_server._resolved_problems(resolved, allowed)]) == problems
     assert launch_server._is_loopback("127.0.0.2")
     assert launch_server._is_loopback("::1")
     assert not launch_server._is_loopback("some.name")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--hos 0.0.0.0", "--hos: expected a whole flag, as it is read here too, got a part of --host"),
+        ("--api-ke=secret", "got a part of --api-key"),
+        ("--mod x", "got a part of --model or --model-path"),
+        ("--config=x.yaml", "write --config FILE"),
+    ],
+)
+def test_words_that_sglang_would_read_otherwise_are_refused(refused, words, said):
+    assert said in refused(*words.split())
 
 
 def test_a_host_that_is_none_of_this_machine(refused):
