@@ -24,6 +24,7 @@ from sglang_misa.bench.kernels import CACHED_ROWS
 from sglang_misa.bench.table import Table, environment
 from sglang_misa.config import PHASES, PRESETS, Phase
 from sglang_misa.decode_gate import Step
+from sglang_misa.outlet import kept_stdout
 
 Record = dict[str, str]
 K = 1024
@@ -340,6 +341,7 @@ def kernel_sections(rows: Sequence[Record]) -> Iterator[str]:
                     yield from map(str, kernel_tables(part))
 
 
+@kept_stdout()
 def main(words: Sequence[str] | None = None) -> int:
     from sglang_misa.bench import served  # by the extra `bench`, which those who read kernels.csv alone may lack
     from sglang_misa.bench.load.settings import LoadError

@@ -35,6 +35,7 @@ from sglang_misa.bench.inputs import pack_pages, trained_file
 from sglang_misa.bench.work import work_of
 from sglang_misa.config import Phase, Router, SelectionPolicy
 from sglang_misa.kernels.layout import PAGE, ROUTERS
+from sglang_misa.outlet import kept_stdout
 from sglang_misa.policy import STOCK
 from sglang_misa.policy_file import ModelIdentity
 from sglang_misa.validation import parsed, short, validated
@@ -354,6 +355,7 @@ def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
     pyplot.close(figure)
 
 
+@kept_stdout()
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sglang_misa.bench.selection",

@@ -22,6 +22,7 @@ from sglang_misa.admission import AdmissionError
 from sglang_misa.arguments import Parser
 from sglang_misa.config import ConfigError, MisaConfig
 from sglang_misa.cpu import ENV as CPU_ENV
+from sglang_misa.outlet import kept_stdout
 from sglang_misa.validation import parsed_object, read_text
 
 PLUGIN, CPU_PLATFORM = "misa", "misa_cpu"  # our entry points, by the names that SGLANG_PLUGINS and SGLANG_PLATFORM use
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@kept_stdout()
 def _check(chosen: MisaConfig | None, rest: Sequence[str], theirs: argparse.Namespace, problems: Sequence[str]) -> int:
     """Print what would run; returns REFUSED where something speaks against it, beside the `problems` found so far."""
     would_run, found = check.report(chosen, _model_config(theirs), theirs.device, rest)

@@ -16,6 +16,7 @@ from typing import Any
 from sglang_misa import __version__, key_mask
 from sglang_misa.config import PHASES
 from sglang_misa.http_request import ask
+from sglang_misa.outlet import kept_stdout
 from sglang_misa.refusal import Refusal
 from sglang_misa.text_tables import table
 
@@ -29,6 +30,7 @@ class StatusError(Refusal):
     opening = "sglang-misa cannot read the server's status"
 
 
+@kept_stdout()
 def main(argv: Sequence[str]) -> int:
     """Print the status of every replica of a server; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m sglang_misa.status", description=(__doc__ or "").splitlines()[0])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from pydantic import ConfigDict
 
@@ -14,6 +15,7 @@ from sglang_misa import __version__
 from sglang_misa.bench.load.environment import Environment
 from sglang_misa.bench.load.plan import Plan
 from sglang_misa.bench.load.verdict import Outcome
+from sglang_misa.outlet import kept_stdout
 
 SCHEMA = 2  # raised when a field changes its meaning or goes
 
@@ -35,6 +37,12 @@ def schema() -> str:
     return json.dumps(Results.model_json_schema(mode="serialization"), indent=1) + "\n"
 
 
-if __name__ == "__main__":
+@kept_stdout()
+def main() -> int:
     argparse.ArgumentParser(prog="python -m sglang_misa.bench.load.results", description=schema.__doc__).parse_args()
     print(schema(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import IO, Any, TextIO, cast
 
 import tyro
@@ -15,11 +12,13 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from sglang_misa.bench.load.settings import LoadError, problem_of
+from sglang_misa.outlet import Outlet, kept_stdout
 
 PLAIN_WIDTH = 140  # columns where there is no terminal
 OK, GATE_FAILED, USAGE, INVALID, INTERRUPTED = 0, 1, 2, 3, 130
 
 
+@kept_stdout()
 def run(
     command: Any, act: Callable[[Any, Console], int], module: str, arguments: list[str] | None, interrupted: str
 ) -> int:
@@ -40,37 +39,9 @@ def run(
         return INTERRUPTED
 
 
-class _Outlet:
-    """A stream that becomes /dev/null where its reader goes or its disk is full: a run of hours goes on."""
-
-    def __init__(self, stream: TextIO | None):
-        self._stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        if isinstance(self._stream, io.TextIOWrapper):
-            self._stream.reconfigure(errors="replace")  # not every terminal can write what a name may hold
-
-    def write(self, text: str) -> int:
-        with self._kept():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._kept():
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    @contextmanager
-    def _kept(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-
-
 def _console(stream: TextIO | None) -> Console:
     """A console on `stream`, None for one that is closed; what names, logs and servers say is no markup or emoji."""
-    outlet = _Outlet(stream)
+    outlet = Outlet(stream)
     width = None if outlet.isatty() else PLAIN_WIDTH
     return Console(file=cast(IO[str], outlet), width=width, markup=False, emoji=False)
 

@@ -30,6 +30,7 @@ from sglang_misa.calibrate.choice import Dumped, Point
 from sglang_misa.calibrate.costs import SHIPPED, Costs, Measured, Modelled, by_heads
 from sglang_misa.calibrate.picture import draw
 from sglang_misa.config import PHASES, PRESETS, ConfigError, Phase, SelectionPolicy
+from sglang_misa.outlet import kept_stdout
 from sglang_misa.policy import STOCK, rest_of_gate
 from sglang_misa.policy_file import LayerPolicy, ModelIdentity, PolicyFile
 from sglang_misa.refusal import Refusal
@@ -78,6 +79,7 @@ class Dumps:
         return cls(model, layers)
 
 
+@kept_stdout()
 def main(words: Sequence[str] | None = None) -> int:
     """Calibrate, write the policy file and tell; returns the exit status."""
     given = _parser().parse_args(words)
