@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from sglang_misa.bench.load.client import PATHS
@@ -38,7 +38,10 @@ def ask(control: Control, protocol: Protocol, question: Question, bound_s: float
     status, content = control.call("POST", PATHS[protocol.api], body=body, limit_s=bound_s)
     if status != 200:
         said = content[:300].decode("utf-8", "replace")
-        raise LoadError(f"{control.url}: expected an answer to {question.name}, got HTTP {status}: {said}; mend it")
+        raise LoadError(
+            f"{control.url}: expected an answer to {question.name}, got HTTP {status}: {said}; mend it: what was "
+            "answered is kept, the same command with --out goes on"
+        )
     try:
         return from_json(content)  # type: ignore[no-any-return]
     except ValueError:
@@ -83,8 +86,9 @@ def read(raw: dict[str, Any], protocol: Protocol, arm: str, question: Question, 
             prompt_tokens=tokens,
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise LoadError(
-            f"arm {arm}: expected an answer by --api {protocol.api}, got {str(raw)[:200]} ({error}); choose another"
+            f"arm {arm}: expected an answer by --api {protocol.api}, got {str(raw)[:200]} ({why}); choose another"
         ) from None
 
 

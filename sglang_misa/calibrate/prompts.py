@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sglang_misa import http_request, text_files
 from sglang_misa.config import ConfigError
+from sglang_misa.validation import short
 
 CHARACTERS = 3  # of a token of source text, roughly and rather too few: a prompt must fit the server's context
 TIMEOUT = 1800.0  # seconds for one prompt
@@ -60,14 +61,17 @@ def ask(url: str, number: int, prompt: str, new_tokens: int, key: str | None) ->
     body = {"text": prompt, "sampling_params": {"max_new_tokens": new_tokens, "temperature": 0}}
     try:
         said = json.loads(http_request.ask(f"{url.rstrip('/')}/generate", key, TIMEOUT, body))
-        return Answer(said["text"], said["meta_info"]["prompt_tokens"])
+        text, tokens = said["text"], said["meta_info"]["prompt_tokens"]
+        if not (isinstance(text, str) and isinstance(tokens, int) and tokens > 0):
+            raise TypeError(f"text {short(text)} after {short(tokens)} tokens")
+        return Answer(text, tokens)
     except urllib.error.HTTPError as error:
         told = http_request.said(error)
         way_out = WAYS_OUT.get(error.code, "check the address, and the server's log")
         raise ConfigError(
             [f"--server: expected an answer to prompt {number}, got {error.code}: {told}; {way_out}"]
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             [f"--server: expected SGLang's /generate at {url}, got another answer ({error!r}); check the address"]
         ) from None

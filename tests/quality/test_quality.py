@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from quality.scripted import LAYERS, TOPK, Script, serving
 
-from sglang_misa.bench.load.settings import LoadError
-from sglang_misa.bench.quality import questions
+from sglang_misa.bench.load.settings import LoadError, Protocol
+from sglang_misa.bench.quality import asking, questions
 from sglang_misa.bench.quality.cli import main
 
 NEEDLES = ["--lengths", "4k", "6k", "--depths", "3", "--repeats", "2", "--new-tokens", "12"]
@@ -257,3 +257,11 @@ def test_needles_lie_anywhere_in_a_block() -> None:
     assert [*nearest.values()] == sorted(nearest.values()), "depths of a short prompt are apart"
     assert len(places) == 8
     assert max(places.values()) < places.total() / 4
+
+
+def test_an_answer_of_another_kind_is_refused_in_one_sentence():
+    question = questions.Question(name="one", ids=(1,), new_tokens=1)
+    raw = {"text": "x", "output_ids": ["a"], "meta_info": {}}
+    with pytest.raises(LoadError, match="expected an answer by --api generate") as refused:
+        asking.read(raw, Protocol(), "stock", question, 0.0)
+    assert "pydantic" not in str(refused.value)

@@ -247,6 +247,23 @@ def test_the_advice_is_by_the_servers_status(code: int, way_out: str) -> None:
         prompts.ask(url, 0, "text", 8, None)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<html>",
+        "[1]",
+        '{"text": 5, "meta_info": {"prompt_tokens": 7}}',
+        '{"text": "", "meta_info": {"prompt_tokens": "x"}}',
+        '{"text": "", "meta_info": {"prompt_tokens": -7}}',
+        "[" * 100_000,
+    ],
+)
+def test_an_answer_of_another_kind_is_refused(answer: str) -> None:
+    said = f"HTTP/1.1 200 OK\r\nContent-Length: {len(answer)}\r\n\r\n{answer}".encode()
+    with dripping(said) as url, pytest.raises(ConfigError, match="expected SGLang's /generate"):
+        prompts.ask(url, 0, "text", 8, None)
+
+
 def test_prompts_are_texts_of_different_order_or_the_users(tmp_path: Path) -> None:
     texts = [*prompts.built_in(2, 5000)]
     assert [len(text) for text in texts] == [prompts.CHARACTERS * 5000] * 2
