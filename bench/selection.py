@@ -75,7 +75,7 @@ class Row:
         return (self.head_gates @ self.products).topk(min(self.topk, len(self.keys))).indices
 
     @cached_property
-    def _found(self) -> dict[tuple[int, int, Router, bool], reference.BlockStatistics]:
+    def _found(self) -> dict[tuple[int, int, int, Router, bool], reference.BlockStatistics]:
         return {}
 
     def known(self, policy: SelectionPolicy) -> int:
@@ -88,7 +88,8 @@ class Row:
         complete = self.known(policy) // policy.block_size
         counts = torch.tensor([[complete]], device=self.keys.device)
         view = reference.View.of(policy, counts)
-        key = complete, policy.block_size, view.router, view.tilted
+        stride = 1 if view.stride is None else int(view.stride)
+        key = complete, policy.block_size, stride, view.router, view.tilted
         if key not in self._found:
             k_tilde = reference.block_means(self.means[None], policy.block_size // PAGE)
             rows = self.index_q[None, None], self.head_gates[None, None]
