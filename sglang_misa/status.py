@@ -1,6 +1,7 @@
 """What a running server selects with: python -m sglang_misa.status URL [--json] [--key-file FILE].
 
-Exit status 0 where every replica selects by its policies, 1 where one does not, 2 where the server did not tell.
+Exit status 0 where every replica selects by its policies, 1 where one does not (also where layers, or all of decode,
+are back on stock DSA for low recall), 2 where the server did not tell.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sglang_misa.config import PHASES
 from sglang_misa.http_request import ask
 from sglang_misa.outlet import kept_stdout
 from sglang_misa.refusal import Refusal
-from sglang_misa.text_tables import table
+from sglang_misa.text_tables import ranges, table
 
 TIMEOUT = 30.0  # seconds: SGLang answers between two steps
 NOT_AS_ASKED, UNKNOWN = 1, 2  # exit statuses
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return UNKNOWN
     print(json.dumps(replicas, indent=1) if given.json else tables)
-    as_asked = all(status["enabled"] and not status["unrouted"] for status in replicas)
+    as_asked = all(status["enabled"] and not status["unrouted"] and not _given_back(status) for status in replicas)
     return 0 if as_asked else NOT_AS_ASKED
 
 
@@ -125,6 +126,8 @@ def _paragraphs(status: Mapping[str, Any]) -> Iterator[str]:
     ]
     if moved:
         yield table([("recall ladder", "layer", "selected by", "moves"), *moved])
+    for what in _given_back(status):
+        yield f"WARNING: {what} is back on stock DSA, as its recall is low; see Guard recall in docs/operations.md"
     if dump := status["dump"]:
         ended = "; nothing more is dumped after an error, see the server's log" if dump.get("stopped") else ""
         yield f"dumped: {dump.get('prompts', 0)} prompts, {dump.get('left_out', 0)} left out{ended}"
@@ -133,6 +136,13 @@ def _paragraphs(status: Mapping[str, Any]) -> Iterator[str]:
             f"WARNING: {phase} is not selected by {status['policy'][phase]}: SGLang does not ask the indexer; see the "
             "server's log"
         )
+
+
+def _given_back(status: Mapping[str, Any]) -> list[str]:
+    """What stock DSA selects for low recall: prefill by layer, decode as a whole, as it has that one rung below."""
+    layers, decode = status["dense_layers"], status["ladder"]["decode"]
+    prefill = [f"prefill (layers {ranges(layers)})"] if layers else []
+    return prefill + ["all of decode" for state in decode.values() if state["rung"]]
 
 
 def _phase(status: Mapping[str, Any], phase: str) -> tuple[object, ...]:

@@ -10,6 +10,7 @@ from dripping import dripping
 from sglang_misa import status
 from sglang_misa.config import PRESETS
 from sglang_misa.metrics import UNROUTED_STEPS, Recorder
+from sglang_misa.policy import STOCK
 
 KEY = "status-test-key"
 
@@ -92,6 +93,17 @@ def test_a_replica_that_is_off_or_does_not_select_is_told(serve, key_file, capsy
     off = json.dumps({"internal_states": [{}]}).encode()
     assert status.main([serve(off), "--key-file", key_file]) == status.NOT_AS_ASKED
     assert "sglang-misa is off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("phase", "where", "what"), [("prefill", "3", "prefill (layers 3) is back"), ("decode", "all", "all of decode is")]
+)
+def test_what_sank_to_stock_is_told_until_it_is_back(serve, key_file, capsys, phase, where, what):
+    one, own = recorder(), PRESETS["misa-hisa"].policy(phase)
+    for rung, policy, end in ((1, STOCK, status.NOT_AS_ASKED), (0, own, 0)):
+        one.moved(phase, where, rung, policy)
+        assert status.main([serve(info(recorder(), one)), "--key-file", key_file]) == end
+        assert (f"WARNING: {what}" in capsys.readouterr().out) == bool(end)
 
 
 @pytest.mark.parametrize("preset", ["hisa", "faithful"])
