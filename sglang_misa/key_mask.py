@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from sglang_misa.config import ConfigError
-from sglang_misa.validation import small_text
+from sglang_misa.validation import named_file, small_text
 
 FLAGS = ("--api-key", "--admin-api-key", "--ssl-keyfile-password")  # SGLang's flags whose values are secrets
 MASK = b"***"
@@ -37,7 +37,7 @@ def given(words: Sequence[str]) -> tuple[str, ...]:
 def read(flag: str, path: str) -> str:
     """The one key in the file at `path`. Raises ConfigError, which names `flag`."""
     try:
-        found = small_text(path).split()
+        found = small_text(named_file(flag, path)).split()
     except PermissionError:
         groups = ", ".join(map(str, sorted({os.getegid(), *os.getgroups()})))
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -70,10 +71,17 @@ def small_text(path: str | Path) -> str:
     return read.decode("utf-8-sig")
 
 
+def named_file(flag: str, word: str) -> Path:
+    """The file that `flag` names, ~ as the home of a user: a shell expands none after =. Raises ConfigError for ""."""
+    if not word:
+        raise ConfigError([f"{flag}: expected a file, got an empty name (an unset variable?); name one, or drop it"])
+    return Path(os.path.expanduser(word))
+
+
 def read_text(flag: str, path: str | Path) -> str:
     """The text of a JSON file that `flag` named. Raises ConfigError where it cannot be read."""
     try:
-        return small_text(path)
+        return small_text(named_file(flag, str(path)))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{flag}: expected a readable JSON file, got {path} ({error}); check it"]) from None
 

@@ -197,6 +197,19 @@ def test_a_file_in_another_encoding(refused, tmp_path):
     assert "expected one JSON object" in refused("--misa-config", str(file))
 
 
+FILES = ("--misa-policy", "--misa-config", "--api-key-file", "--admin-api-key-file")
+
+
+@pytest.mark.parametrize("flag", FILES)
+def test_an_empty_name_and_the_home_of_a_user(refused, tmp_path, monkeypatch, flag):
+    assert f"{flag}: expected a file, got an empty name (an unset variable?)" in refused(f"{flag}=")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").write_text("[1]\n2")
+    read = "key in ~/file, got 2 words" if flag.endswith("key-file") else "~/file: expected one JSON object"
+    assert read in refused(f"{flag}=~/file", "--model-path", "owner/model")
+    assert "got ~no-such-user/file" in refused(f"{flag}=~no-such-user/file", "--model-path", "owner/model")
+
+
 def test_a_port_in_use(refused):
     with socket.socket() as user:
         user.bind(("127.0.0.1", 0))
