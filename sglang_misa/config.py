@@ -235,7 +235,10 @@ class MisaConfig(BaseModel):
         """Parse one JSON object. A lone preset name is accepted too. Raises ConfigError."""
         if text.strip() in PRESETS:
             return PRESETS[text.strip()]
-        return cls.from_mapping(parsed(text, source, f"one JSON object or one of {', '.join(PRESETS)}"), source)
+        found = parsed(text, source, f"one JSON object or one of {', '.join(PRESETS)}")
+        if PolicyFile.is_meant(found):
+            raise ConfigError([f"{source}: expected a configuration, got a policy file; give it with --misa-policy"])
+        return cls.from_mapping(found, source)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> MisaConfig | None:

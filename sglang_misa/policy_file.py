@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sglang_misa.policy import PHASES, Phase, SelectionPolicy
-from sglang_misa.validation import parsed, read_text, validated
+from sglang_misa.validation import ConfigError, parsed, read_text, validated
 
 # What shapes the indexer and what it reads. Weights are not among it: a fine-tuned model has its base's fingerprint.
 _SHAPE = (
@@ -104,7 +104,15 @@ class PolicyFile(BaseModel):
     def read(cls, path: str) -> PolicyFile:
         """The file at `path`. Raises ConfigError where it is none."""
         source = f"--misa-policy {path}"
-        return validated(cls, parsed(read_text("--misa-policy", path), source), source)
+        found = parsed(read_text("--misa-policy", path), source)
+        if isinstance(found, dict) and "model" not in found and found.keys() & {*PHASES}:
+            raise ConfigError([f"{source}: expected a policy file, got a configuration; give it with --misa-config"])
+        return validated(cls, found, source)
+
+    @classmethod
+    def is_meant(cls, found: Any) -> bool:
+        """Whether `found` (parsed JSON) is such a file, whatever its mistakes, and no configuration."""
+        return isinstance(found, dict) and {"model", "layers"} <= found.keys()
 
     def policies(self, phase: Phase) -> tuple[SelectionPolicy, ...]:
         """The policy of each layer, in order."""

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_misa import launch_server, random_model
-from sglang_misa.config import ENV, ConfigError
+from sglang_misa.config import ENV, PRESETS, ConfigError
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64}
 
@@ -208,6 +208,21 @@ def test_an_empty_name_and_the_home_of_a_user(refused, tmp_path, monkeypatch, fl
     read = "key in ~/file, got 2 words" if flag.endswith("key-file") else "~/file: expected one JSON object"
     assert read in refused(f"{flag}=~/file", "--model-path", "owner/model")
     assert "got ~no-such-user/file" in refused(f"{flag}=~no-such-user/file", "--model-path", "owner/model")
+
+
+def test_a_file_under_the_flag_of_another_kind(refused, tmp_path, monkeypatch):
+    policy, config = tmp_path / "policy.json", tmp_path / "config.json"
+    policy.write_text('{"model": {}, "created_by": "a test", "target_recall": 0.9, "length": 8192, "layers": {}}')
+    config.write_text(PRESETS["misa"].to_json())
+    for flag, file, said in (
+        ("--misa-config", policy, "expected a configuration, got a policy file; give it with --misa-policy"),
+        ("--misa-policy", config, "expected a policy file, got a configuration; give it with --misa-config"),
+    ):
+        message = refused(flag, str(file))
+        assert f"{file}: {said}" in message
+        assert len(message.splitlines()) == 2
+    monkeypatch.setenv(ENV, policy.read_text())
+    assert f"{ENV}: expected a configuration, got a policy file" in refused("--model-path", "owner/model")
 
 
 def test_a_port_in_use(refused):
