@@ -18,6 +18,7 @@ from sglang_misa.arguments import Parser
 from sglang_misa.config import PHASES, ConfigError, MisaConfig, Phase, SelectionPolicy, preset_name
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, statistics_bytes
 from sglang_misa.text_tables import ranges, table
+from sglang_misa.validation import short
 
 # Taken for granted where no folder tells: DeepSeek-V3.2's.
 UNKNOWN_MODEL = {"index_n_heads": 64, "index_topk": 2048, "index_head_dim": HEAD_DIM, "architectures": ["unknown"]}
@@ -86,7 +87,7 @@ def _source(config: MisaConfig) -> str:
     if config.layers is None:
         return f"preset: {preset_name(config) or 'none by name'}"
     file = config.layers
-    return f"policy file by {file.created_by} for a recall of {file.target_recall:g} at {file.length} keys"
+    return f"policy file by {short(file.created_by)} for a recall of {file.target_recall:g} at {file.length} keys"
 
 
 def _unknown(found: admission.Candidate, model: Mapping[str, Any] | None, words: Sequence[str]) -> Iterator[str]:

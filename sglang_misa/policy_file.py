@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sglang_misa.policy import PHASES, Phase, SelectionPolicy
-from sglang_misa.validation import ConfigError, parsed, read_text, validated
+from sglang_misa.validation import ConfigError, parsed, plain, read_text, short, validated
 
 # What shapes the indexer and what it reads. Weights are not among it: a fine-tuned model has its base's fingerprint.
 _SHAPE = (
@@ -94,9 +94,9 @@ class PolicyFile(BaseModel):
         for kind, names in (("none for", wanted - layers.keys()), ("others,", layers.keys() - wanted)):
             if names:
                 listed = ", ".join(sorted(names, key=lambda name: (len(name), name)))
-                listed = listed.encode(errors="backslashreplace").decode()  # half a character of JSON's is none here
                 raise ValueError(
-                    f"expected policies for layers 0 to {model.layers - 1}, got {kind} {listed}; add or drop them"
+                    f"expected policies for layers 0 to {model.layers - 1}, got {kind} {plain(listed)}; add or drop "
+                    "them"
                 )
         return layers
 
@@ -142,5 +142,5 @@ class PolicyFile(BaseModel):
         ours, theirs = self.model.model_dump(), ModelIdentity.of(model).model_dump()
         different = [name for name in ours if ours[name] != theirs[name]]
         for name in [name for name in different if name != "config_sha256"] or different:
-            expected = f"--misa-policy: expected a file of a model with {name}={theirs[name]}"
-            yield f"{expected}, got {ours[name]}; {_CALIBRATE}"
+            expected = f"--misa-policy: expected a file of a model with {name}={short(theirs[name])}"
+            yield f"{expected}, got {short(ours[name])}; {_CALIBRATE}"

@@ -98,10 +98,15 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def plain(text: str) -> str:
+    """`text` of another's making for a terminal: what is not printable ASCII, half a character too, as an escape."""
+    return text.encode("unicode_escape").decode()
+
+
 def _sentence(error: Any, model: type[BaseModel], source: str, flags: Mapping[str, str]) -> str:
     """One pydantic error as: field, expected, got, and the closest known name where the name is the mistake."""
     path = ".".join(str(part) for part in error["loc"]) or "the object"
-    where, kind = flags.get(path, f"{source}: {path}"), error["type"]
+    where, kind = flags.get(path, f"{source}: {plain(path)}"), error["type"]
     if kind == "extra_forbidden":
         known = list(_model_at(model, error["loc"][:-1]).model_fields)
         return f"{where}: unknown name{suggest(str(error['loc'][-1]), known)}; known are {', '.join(known)}"

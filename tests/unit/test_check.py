@@ -52,6 +52,32 @@ def test_phases_gates_and_memory(checked, model):
         assert words in out
 
 
+FOUR = {str(layer): {} for layer in range(4)}
+BAD = "\x1b[2J\r\n\u202e"
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        (FOUR, "policy file by '\\x1b[2J"),
+        (FOUR, "with architecture='DeepseekV32ForCausalLM', got '\\x1b[2J"),
+        ({}, "got none for 0, 1, 2, 3; add or drop them"),
+        ({BAD: {}, **FOUR}, "got others, \\x1b[2J"),
+        ({"0": {"prefill": {BAD: 8}}}, "layers.0.prefill.\\x1b[2J"),
+        ({"0": {"prefill": {"router": BAD}}}, "got '\\x1b[2J"),
+    ],
+)
+def test_no_word_of_a_policy_file_steers_the_terminal(model, tmp_path, capsys, layers, said):
+    sizes = {"layers": 4, "index_heads": 64, "index_topk": 2048, "config_sha256": "0" * 64}
+    written = {"created_by": BAD, "target_recall": 0.9, "length": 8192, "layers": layers}
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps({"model": {"architecture": BAD, **sizes}, **written}))
+    assert launch_server.main(["--check", "--misa-policy", str(path), "--model-path", model]) != 0
+    told = "".join(capsys.readouterr())
+    assert said in told
+    assert [character for character in "\x1b\r\u202e" if character in told] == []
+
+
 def test_off_is_off(checked, model):
     assert checked("--model-path", model)[1].startswith("sglang-misa is off")
 
