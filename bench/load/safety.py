@@ -91,15 +91,17 @@ def _hide(match: re.Match[str]) -> str:
 
 
 def _read_key(kind: str, variable: str | None, path: str | None) -> str | None:
-    if variable and path:
+    if variable is not None and path is not None:
         raise LoadError(f"{kind} key: expected one source, got --{kind}-key-env and --{kind}-key-file; drop one")
-    if variable:
+    if "" in (variable, path):
+        raise LoadError(f"{kind} key: expected a name, got an empty one (an unset variable?); name one, or drop it")
+    if variable is not None:
         key = os.environ.get(variable, "").strip()
         if not key:
             raise LoadError(
                 f"{kind} key: expected a key in the environment variable {variable}, got nothing; export it"
             )
-    elif path:
+    elif path is not None:
         try:
             key = Path(path).read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:

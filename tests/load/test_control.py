@@ -108,6 +108,12 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_told(tmp_path, text):
     assert not text or text not in str(caught.value)
 
 
+@pytest.mark.parametrize("source", ["api_key_file", "api_key_env", "admin_key_file"])
+def test_an_empty_name_of_a_key_is_no_choice_of_none(source):
+    with pytest.raises(LoadError, match="expected a name, got an empty one"):
+        Keys.read(Access(**{source: ""}))
+
+
 HALF = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"
 
 
