@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 MAX_ANSWER = 64 * 1024 * 1024  # bytes that are read at most
+BUSY, TRIES = (429, 503), 5  # statuses of a server that has no room at the time, and requests until that is its answer
+PAUSE_S, MAX_PAUSE_S = 3.0, 60.0  # before the next, where the server names no seconds, and at most where it does
 SAID_BYTES, SAID_S = 300, 5.0  # that are read of an error's answer, and seconds that they may take
 
 Result = TypeVar("Result")
@@ -57,6 +60,31 @@ def ask(url: str, key: str | None, timeout: float, body: Any = None) -> bytes:
     is no http(s) address or answers without an end.
     """
     return within(timeout, lambda: _ask(url, key, timeout, body))
+
+
+def ask_patiently(url: str, key: str | None, timeout: float, body: Any = None) -> bytes:
+    """As `ask`, sent again while the server is busy; timeout in seconds, of each try."""
+    tried = 0
+    while True:
+        try:
+            return ask(url, key, timeout, body)
+        except urllib.error.HTTPError as error:
+            tried += 1
+            if not again(tried, error.code, error.headers.get("Retry-After")):
+                raise
+            error.close()
+
+
+def again(tried: int, status: int, retry_after: str | None) -> bool:
+    """Whether to send a request again whose `tried`-th answer had `status`; where so, after a pause.
+
+    retry_after: the answer's header of that name, of which seconds are read and a date is not.
+    """
+    if status not in BUSY or tried >= TRIES:
+        return False
+    named = (retry_after or "").strip()
+    time.sleep(min(float(named), MAX_PAUSE_S) if named.isdecimal() else PAUSE_S)
+    return True
 
 
 def said(error: urllib.error.HTTPError) -> str:

@@ -18,7 +18,7 @@ from pydantic_core import from_json
 from sglang_misa.bench.load.fields import NUMBER, FieldError, counts, mappings, text
 from sglang_misa.bench.load.safety import Keys, check_target
 from sglang_misa.bench.load.settings import Access, LoadError
-from sglang_misa.http_request import within
+from sglang_misa.http_request import again, within
 
 MAX_REASON = 200  # characters of what went wrong
 MAX_BODY = 64 * 1024 * 1024  # bytes of a control answer that are read at most
@@ -73,13 +73,31 @@ class Control:
 
         Raises requests.RequestException, or LoadError for a body over the bound.
         """
+        return self._within(limit_s, method, path, body, admin)[:2]
+
+    def call_patiently(self, method: str, path: str, *, body: Any, limit_s: float) -> tuple[int, bytes, float]:
+        """As `call`, sent again while the server is busy; limit_s: of each try. Also the seconds of the last one."""
+        tried = 0
+        while True:
+            begin = time.monotonic()
+            status, content, retry_after = self._within(limit_s, method, path, body)
+            seconds, tried = time.monotonic() - begin, tried + 1
+            if not again(tried, status, retry_after):
+                return status, content, seconds
+
+    def _within(
+        self, limit_s: float, method: str, path: str, body: Any, admin: bool = False
+    ) -> tuple[int, bytes, str | None]:
         headers = self._keys.headers(admin=admin)
         try:
             return within(limit_s, lambda: self._call(method, path, body, headers, limit_s))
         except TimeoutError as error:
             raise requests.Timeout(str(error)) from None
 
-    def _call(self, method: str, path: str, body: Any, headers: Mapping[str, str], read_s: float) -> tuple[int, bytes]:
+    def _call(
+        self, method: str, path: str, body: Any, headers: Mapping[str, str], read_s: float
+    ) -> tuple[int, bytes, str | None]:
+        """Status, body, and the header Retry-After."""
         with self._session.request(
             method,
             self.url + path,
@@ -94,7 +112,7 @@ class Control:
                 content += piece
                 if len(content) > MAX_BODY:
                     raise LoadError(f"{path}: expected at most {MAX_BODY} bytes, got more; is this a model server?")
-            return response.status_code, bytes(content)
+            return response.status_code, bytes(content), response.headers.get("Retry-After")
 
     def json(self, method: str, path: str, body: Any = None) -> Any:
         """Parsed answer, or None when the server has no such endpoint or does not answer with JSON."""

@@ -32,10 +32,15 @@ class Answer(BaseModel):
     prompt_tokens: int = 0
 
 
-def ask(control: Control, protocol: Protocol, question: Question, bound_s: float, **extra: Any) -> dict[str, Any]:
-    """The server's JSON answer to `question`, greedy. Raises LoadError, and requests.RequestException without one."""
+def ask(
+    control: Control, protocol: Protocol, question: Question, bound_s: float, **extra: Any
+) -> tuple[dict[str, Any], float]:
+    """The server's JSON answer to `question`, greedy, and its seconds; a busy server is asked again after a pause.
+
+    Raises LoadError, and requests.RequestException without an answer.
+    """
     body = _body(control, protocol, question) | extra
-    status, content = control.call("POST", PATHS[protocol.api], body=body, limit_s=bound_s)
+    status, content, seconds = control.call_patiently("POST", PATHS[protocol.api], body=body, limit_s=bound_s)
     if status != 200:
         said = content[:300].decode("utf-8", "replace")
         raise LoadError(
@@ -43,7 +48,7 @@ def ask(control: Control, protocol: Protocol, question: Question, bound_s: float
             "answered is kept, the same command with --out goes on"
         )
     try:
-        return from_json(content)  # type: ignore[no-any-return]
+        return from_json(content), seconds
     except ValueError:
         raise LoadError(f"{control.url}: expected a JSON answer, got {content[:60]!r}; check the address") from None
 

@@ -147,10 +147,8 @@ class Collector:
     def _raw(self, server: ArmServer, question: Question, attempts: int = ATTEMPTS) -> tuple[dict[str, Any], float]:
         """The server's own answer, and its seconds."""
         bound_s = self._plan.bounds.request(len(question.ids) + question.new_tokens)
-        begin = time.monotonic()
         try:
-            raw = ask(server.control, self._plan.protocol, question, bound_s, **self._extra)
-            return raw, time.monotonic() - begin
+            return ask(server.control, self._plan.protocol, question, bound_s, **self._extra)
         except requests.RequestException as error:
             if attempts == 1 or not isinstance(error, requests.ConnectionError):
                 raise LoadError(

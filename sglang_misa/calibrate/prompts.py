@@ -18,7 +18,11 @@ from sglang_misa.validation import short
 CHARACTERS = 3  # of a token of source text, roughly and rather too few: a prompt must fit the server's context
 TIMEOUT = 1800.0  # seconds for one prompt
 _SHORTEN = "shorten it, or lower --length"
-WAYS_OUT = {400: _SHORTEN, 401: "add --key-file with the server's key", 413: _SHORTEN}  # by HTTP status
+_LATER = f"it was asked {http_request.TRIES} times: repeat the command when it has room"
+WAYS_OUT = {  # by HTTP status
+    **{400: _SHORTEN, 401: "add --key-file with the server's key", 413: _SHORTEN},
+    **dict.fromkeys(http_request.BUSY, _LATER),
+}
 
 
 def built_in(count: int, tokens: int) -> Iterator[str]:
@@ -60,7 +64,7 @@ def ask(url: str, number: int, prompt: str, new_tokens: int, key: str | None) ->
     """The greedy answer to prompt `number`. Raises ConfigError without one."""
     body = {"text": prompt, "sampling_params": {"max_new_tokens": new_tokens, "temperature": 0}}
     try:
-        said = json.loads(http_request.ask(f"{url.rstrip('/')}/generate", key, TIMEOUT, body))
+        said = json.loads(http_request.ask_patiently(f"{url.rstrip('/')}/generate", key, TIMEOUT, body))
         text, tokens = said["text"], said["meta_info"]["prompt_tokens"]
         if not (isinstance(text, str) and isinstance(tokens, int) and tokens > 0):
             raise TypeError(f"text {short(text)} after {short(tokens)} tokens")

@@ -21,7 +21,8 @@ LAYERS, TOPK = 2, 8
 class Script:
     """How it answers. blind: depths (share of the prompt) at which it sees no fact; shift: added to selections.
 
-    hang_up: requests that it leaves without an answer; policy: what its status says that it runs.
+    hang_up: requests that it leaves without an answer; busy: statuses of its next answers, each with `Retry-After: 7`;
+    miscount: added to the prompt tokens that it tells; policy: what its status says that it runs.
     """
 
     blind: tuple[float, float] = (2.0, 2.0)
@@ -31,6 +32,8 @@ class Script:
     probability: float = 0.9
     recall: float | None = None
     hang_up: int = 0
+    busy: list[int] = field(default_factory=list)
+    miscount: int = 0
     policy: dict[str, str] = field(default_factory=dict)
     asked: list[Any] = field(default_factory=list)
 
@@ -58,6 +61,8 @@ def handler(script: Script) -> type[BaseHTTPRequestHandler]:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
+            if status != 200:
+                self.send_header("Retry-After", "7")
             self.end_headers()
             self.wfile.write(body)
 
@@ -79,13 +84,16 @@ def handler(script: Script) -> type[BaseHTTPRequestHandler]:
                 script.hang_up -= 1
                 self.close_connection = True
                 return
+            if script.busy:
+                self.send("no room", script.busy.pop(0))
+                return
             ids = body.get("input_ids", body.get("prompt"))
             new = body.get("max_tokens") or body["sampling_params"]["max_new_tokens"]
             text = (script.reply or answer(script, decode(ids)))[:new]
             if self.path == "/v1/completions":
-                self.send({"choices": [{"text": text}], "usage": {"prompt_tokens": len(ids)}})
+                self.send({"choices": [{"text": text}], "usage": {"prompt_tokens": len(ids) + script.miscount}})
                 return
-            meta: dict[str, Any] = {"prompt_tokens": len(ids), "completion_tokens": len(text)}
+            meta: dict[str, Any] = {"prompt_tokens": len(ids) + script.miscount, "completion_tokens": len(text)}
             if body.get("return_indexer_topk") and script.selections:
                 rows = np.arange(len(ids) + len(text) - 1)[:, None, None]
                 chosen = rows - np.arange(TOPK) + script.shift

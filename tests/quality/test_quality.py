@@ -5,11 +5,13 @@ import math
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from quality.scripted import LAYERS, TOPK, Script, serving
 
+from sglang_misa import http_request
 from sglang_misa.bench.load.settings import LoadError, Protocol
 from sglang_misa.bench.quality import asking, questions
 from sglang_misa.bench.quality.cli import main
@@ -80,6 +82,21 @@ def test_a_server_that_comes_back_is_asked_again(pair, tmp_path):
     first.hang_up = 1
     assert main(["needles", a, b, *NEEDLES, "--out", str(tmp_path)]) == 0
     assert len(first.asked) == 12 + 1
+
+
+def test_a_busy_server_is_asked_again_after_the_pause_it_names(pair, tmp_path, capsys, monkeypatch):
+    first, _, a, b = pair
+    words, paused = ["needles", a, b, *NEEDLES, "--out", str(tmp_path)], []
+    monkeypatch.setattr(http_request, "time", SimpleNamespace(sleep=paused.append))
+    first.busy = [429, 503, 500, *[503] * http_request.TRIES]  # for another reason it is not asked again
+    assert main(words) == 2
+    assert "got HTTP 500" in capsys.readouterr().err
+    assert paused == [7.0, 7.0]
+    assert main(words) == 2
+    assert "got HTTP 503" in capsys.readouterr().err
+    assert len(paused) == 2 + http_request.TRIES - 1
+    assert main(words) == 0
+    assert all(row["found"] == row["asked"] for row in read(tmp_path, "needles"))
 
 
 def test_three_arms_are_each_held_against_the_first(pair, tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,6 +246,17 @@ def test_the_advice_is_by_the_servers_status(code: int, way_out: str) -> None:
     said = f"HTTP/1.1 {code} No\r\nContent-Length: 2\r\n\r\nno".encode()
     with dripping(said) as url, pytest.raises(ConfigError, match=f"got {code}: \\S+; {way_out}"):
         prompts.ask(url, 0, "text", 8, None)
+
+
+def test_a_busy_server_is_asked_again_a_few_times(monkeypatch) -> None:
+    paused: list[float] = []
+    monkeypatch.setattr(http_request, "time", SimpleNamespace(sleep=paused.append))
+    for more, pause in (("", http_request.PAUSE_S), ("Retry-After: 9\r\n", 9), ("Retry-After: 9999\r\n", 60)):
+        said = f"HTTP/1.1 503 No\r\n{more}Content-Length: 2\r\n\r\nno".encode()
+        with dripping(said) as url, pytest.raises(ConfigError, match=r"got 503: no; it was asked 5 times: repeat"):
+            prompts.ask(url, 0, "text", 8, None)
+        assert paused == [pause] * (http_request.TRIES - 1)
+        paused.clear()
 
 
 @pytest.mark.parametrize(
