@@ -29,7 +29,7 @@ class Answer(BaseModel):
     ids: tuple[int, ...] = ()
     top: tuple[dict[str, float], ...] = ()
     seconds: float = 0.0
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # as the server counts them; 0 where it does not say
 
 
 def ask(
@@ -64,37 +64,46 @@ def _body(control: Control, protocol: Protocol, question: Question) -> dict[str,
 
 
 def read(raw: dict[str, Any], protocol: Protocol, arm: str, question: Question, seconds: float) -> Answer:
-    """What of an answer is kept. Raises LoadError for a body of another kind."""
+    """What of an answer is kept. Raises LoadError for a body of another kind, and for one to other ids than were sent.
+
+    Of a chat the server makes the ids, and how many it makes is not known here; nor is it where a server does not say.
+    """
     try:
         if protocol.api == "generate":
             meta = raw["meta_info"]
-            ids, tokens = tuple(raw.get("output_ids") or ()), meta.get("prompt_tokens") or 0
+            ids, tokens = tuple(raw.get("output_ids") or ()), meta.get("prompt_tokens")
             rows = meta.get("output_top_logprobs") or []
             top = tuple({str(token): value for value, token, *_ in row} for row in rows if row)
             text = raw["text"]
         else:
             choice = raw["choices"][0]
-            tokens, ids = (raw.get("usage") or {}).get("prompt_tokens", 0), ()
+            tokens, ids = (raw.get("usage") or {}).get("prompt_tokens"), ()
             text = choice["message"]["content"] if protocol.api == "chat" else choice["text"]
             told = choice.get("logprobs") or {}
             rows = told.get("top_logprobs") or [
                 {entry["token"]: entry["logprob"] for entry in one["top_logprobs"]} for one in told.get("content") or ()
             ]
             top = tuple(row for row in rows if row)
-        return Answer(
+        answer = Answer(
             arm=arm,
             question=question.digest(),
             text=text or "",
             ids=ids,
             top=top,
             seconds=seconds,
-            prompt_tokens=tokens,
+            prompt_tokens=0 if tokens is None else tokens,
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise LoadError(
             f"arm {arm}: expected an answer by --api {protocol.api}, got {str(raw)[:200]} ({why}); choose another"
         ) from None
+    if protocol.api != "chat" and tokens is not None and answer.prompt_tokens != len(question.ids):
+        raise LoadError(
+            f"arm {arm}: expected {len(question.ids)} prompt tokens of {question.name}, as sent, got "
+            f"{answer.prompt_tokens}; the server cuts prompts off, or is behind a proxy that changes them: mend that"
+        )
+    return answer
 
 
 def wants_logprobs(protocol: Protocol) -> dict[str, Any]:

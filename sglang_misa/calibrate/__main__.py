@@ -58,16 +58,9 @@ class Dumps:
         if twice := [str(path) for path, n in Counter(each.path.resolve() for each in dumped).items() if n > 1]:
             raise ConfigError([f"FILE: expected each file once, as some are held out, got {twice[0]} twice; drop it"])
         for each in sorted(dumped, key=lambda each: each.path):
-            path = each.path
-            try:
-                with safe_open(path, "pt") as file:
-                    facts = file.metadata() or {}
-                models.setdefault(ModelIdentity.model_validate_json(facts["model"]), path)
-                layers.setdefault(int(facts["layer"]), []).append(each)
-            except (OSError, KeyError, ValueError, ValidationError, SafetensorError) as error:
-                raise ConfigError(
-                    [f"FILE: expected what --misa-dump writes, got {path} ({error!r}); dump it again"]
-                ) from None
+            model, layer, _ = _header(each.path)
+            models.setdefault(model, each.path)
+            layers.setdefault(layer, []).append(each)
         if len(models) != 1:
             listed = ", ".join(map(str, models.values())) or "no file"
             raise ConfigError([f"FILE: expected dumps of one model, got {listed}; give those of one"])
@@ -77,6 +70,17 @@ class Dumps:
                 [f"FILE: expected layers 0 to {model.layers - 1} of this model, got {beyond[0]}; dump it again"]
             )
         return cls(model, layers)
+
+
+def _header(path: Path) -> tuple[ModelIdentity, int, int]:
+    """Model, layer and number of keys of a dump. Raises ConfigError for a file that is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+            keys = file.get_slice("index_k").get_shape()[0]
+        return ModelIdentity.model_validate_json(facts["model"]), int(facts["layer"]), keys
+    except (OSError, LookupError, ValueError, ValidationError, SafetensorError) as error:
+        raise ConfigError([f"FILE: expected what --misa-dump writes, got {path} ({error!r}); dump it again"]) from None
 
 
 @kept_stdout()
@@ -184,6 +188,14 @@ def _dumped(given: argparse.Namespace) -> list[Dumped]:
         found += [Dumped(path) for path in prompt - before]
         if found and first:
             _judged(given, found)  # by the model that the first dump tells, before more is sent
+        keys = {_header(path)[2] for path in prompt - before}  # of several prompts where others ask this server too
+        if keys and answer.tokens not in keys:
+            raise ConfigError(
+                [
+                    f"--server: expected prompt_tokens of prompt {number} to be the keys dumped of it, "
+                    f"{', '.join(map(str, sorted(keys)))}, got {answer.tokens}; ask the server itself, without a proxy"
+                ]
+            )
         prompts.ask(given.server, number, text + answer.text, 1, key)
         found += [Dumped(path, answer.tokens) for path in _in(given.dump) - prompt]
     answers = sum(each.answer is not None for each in found)

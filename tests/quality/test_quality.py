@@ -99,6 +99,25 @@ def test_a_busy_server_is_asked_again_after_the_pause_it_names(pair, tmp_path, c
     assert all(row["found"] == row["asked"] for row in read(tmp_path, "needles"))
 
 
+@pytest.mark.parametrize("api", ["generate", "completions"])
+@pytest.mark.parametrize("miscount", [-4089, 1])
+def test_an_answer_to_other_ids_than_were_sent_is_refused(pair, tmp_path, capsys, api, miscount):
+    _, second, a, b = pair
+    second.miscount = miscount
+    assert main(["needles", a, b, *NEEDLES, "--api", api, "--out", str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "arm other: expected 4096 prompt tokens of" in said
+    assert f"as sent, got {4096 + miscount}; the server cuts prompts off" in said
+
+
+def test_a_count_that_is_not_told_or_not_known_is_no_reason():
+    question = questions.Question(name="one", ids=(1, 2), new_tokens=1)
+    raw = {"text": "x", "output_ids": [1], "meta_info": {}}
+    assert asking.read(raw, Protocol(), "stock", question, 0.0).prompt_tokens == 0
+    chat = {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 9}}
+    assert asking.read(chat, Protocol(api="chat"), "stock", question, 0.0).prompt_tokens == 9
+
+
 def test_three_arms_are_each_held_against_the_first(pair, tmp_path):
     _, second, a, b = pair
     second.blind, second.recall = (0.0, 1.0), 0.5

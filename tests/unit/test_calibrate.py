@@ -129,6 +129,20 @@ def test_a_server_that_stops_dumping_before_the_answers_is_refused(tmp_path: Pat
     assert not (tmp_path / "out.json").exists()
 
 
+@pytest.mark.parametrize("tokens", [7, 4097])
+def test_a_count_that_is_not_the_dumps_is_refused(tokens: int, tmp_path: Path, capsys, monkeypatch) -> None:
+    x = vars(inputs.make("topics", 4, 4096, 64, device="cpu")) | {"positions": torch.arange(4092, 4096).int()}
+
+    def ask(url: str, number: int, *_: object) -> prompts.Answer:
+        dumped(tmp_path / "prompt.safetensors", x, 0)
+        return prompts.Answer("said", tokens)
+
+    monkeypatch.setattr(prompts, "ask", ask)
+    words = ("--server", "http://127.0.0.1:1", "--dump", tmp_path, "--count", 1, "--length", 4096, "--target", 0.9)
+    assert calibrated(*words, "--out", tmp_path / "out.json") == calibrate.REFUSED
+    assert f"prompt 0 to be the keys dumped of it, 4096, got {tokens}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("first", "asked"), [(0, [0]), (1, [0, 0, 1])], ids=["dumped", "too short to be dumped"])
 def test_a_length_is_judged_by_the_first_prompt_that_is_dumped(
     first: int, asked: list[int], tmp_path: Path, capsys, monkeypatch
