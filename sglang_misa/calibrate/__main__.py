@@ -37,7 +37,7 @@ from sglang_misa.refusal import Refusal
 from sglang_misa.text_tables import ranges, table
 from sglang_misa.validation import validated
 
-REFUSED = 2
+REFUSED, INTERRUPTED = 2, 130
 MODEL = "model"  # instead of a table of costs
 GATED: dict[Phase, SelectionPolicy] = {"prefill": PRESETS["fast"].prefill, "decode": PRESETS["faithful"].decode}
 Chosen = dict[int, dict[Phase, Point]]
@@ -85,32 +85,40 @@ def _header(path: Path) -> tuple[ModelIdentity, int, int]:
 
 @kept_stdout()
 def main(words: Sequence[str] | None = None) -> int:
-    """Calibrate, write the policy file and tell; returns the exit status."""
+    """Calibrate, write the policy file and tell; returns the exit status: 0, 2 refused, 130 interrupted."""
     given = _parser().parse_args(words)
     try:
-        if given.out.exists():
-            raise ConfigError([f"--out: expected a new file, got {given.out}; remove it, or name another"])
-        names = {name: f"--{name.replace('_', '-')}" for name in SelectionPolicy.model_fields}
-        for phase in PHASES:
-            validated(SelectionPolicy, _gates(phase, given), phase, names)
-        dumps, length, costs = _judged(given, _dumped(given))
-        found = {}
-        for layer, each in sorted(dumps.layers.items()):
-            settings = {"length": length, "rows": given.rows, "device": given.device}
-            found[layer] = choice.points(each, dumps.model, costs, **settings)
-            print(f"layer {layer}: {len(each)} files", file=sys.stderr, flush=True)
-        chosen = _chosen(found, given.target)
-        file = _policy_file(dumps.model, chosen, given, length)
-        ConfigError.raise_if(file.problems())
-        with given.out.open("x") as stream:
-            stream.write(file.model_dump_json(indent=1, exclude_defaults=True) + "\n")
+        _calibrate(given)
     except Refusal as error:
         print(error, file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:
+        left = "is written" if given.out.exists() else "was not written, and the same command begins anew"
+        print(f"interrupted: {given.out} {left}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _calibrate(given: argparse.Namespace) -> None:
+    if given.out.exists():
+        raise ConfigError([f"--out: expected a new file, got {given.out}; remove it, or name another"])
+    names = {name: f"--{name.replace('_', '-')}" for name in SelectionPolicy.model_fields}
+    for phase in PHASES:
+        validated(SelectionPolicy, _gates(phase, given), phase, names)
+    dumps, length, costs = _judged(given, _dumped(given))
+    found = {}
+    for layer, each in sorted(dumps.layers.items()):
+        settings = {"length": length, "rows": given.rows, "device": given.device}
+        found[layer] = choice.points(each, dumps.model, costs, **settings)
+        print(f"layer {layer}: {len(each)} files", file=sys.stderr, flush=True)
+    chosen = _chosen(found, given.target)
+    file = _policy_file(dumps.model, chosen, given, length)
+    ConfigError.raise_if(file.problems())
+    with given.out.open("x") as stream:
+        stream.write(file.model_dump_json(indent=1, exclude_defaults=True) + "\n")
     print("\n".join(_told(dumps.model, chosen, costs, given, length)))
     if given.plot is not None:
         draw(found, chosen, given.target, costs.source, given.plot)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

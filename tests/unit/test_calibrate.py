@@ -3,6 +3,10 @@
 import argparse
 import csv
 import json
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,6 +165,21 @@ def test_a_length_is_judged_by_the_first_prompt_that_is_dumped(
     assert calibrated(*words, "--out", tmp_path / "out.json") == calibrate.REFUSED
     assert "--length: expected all keys of" in capsys.readouterr().err
     assert sent == asked
+
+
+def test_an_interruption_is_one_line(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "sglang_misa.calibrate", "--dump", tmp_path, "--target", "0.9", "--count", "1"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        words += ["--server", url, "--out", tmp_path / "out.json"]
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+            peer, _ = server.accept()  # and nothing is answered
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=60)
+            peer.close()
+    assert process.returncode == calibrate.INTERRUPTED
+    assert told == f"interrupted: {tmp_path}/out.json was not written, and the same command begins anew\n"
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused(tmp_path: Path, capsys) -> None:
