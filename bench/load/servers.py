@@ -8,11 +8,13 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 from sglang_misa.bench.load.control import Control
 from sglang_misa.bench.load.plan import Arm, Plan
 from sglang_misa.bench.load.safety import HIDDEN, Keys
 from sglang_misa.bench.load.settings import LoadError
+from sglang_misa.bench.load.store import RESUME
 from sglang_misa.procs import POLL_S, ServerError, ServerProcess, free_port
 
 Progress = Callable[[str, float], None]  # (last log line or state, seconds waited)
@@ -20,7 +22,12 @@ BACK_S = 300.0  # seconds in which a server that we did not start must be back w
 
 
 class ArmServer:
-    """One arm's server, ready for requests once entered. Raises LoadError when it is not there or does not start."""
+    """One arm's server, ready for requests once entered. Raises LoadError when it is not there or does not start.
+
+    go_on: how its user goes on where it went away.
+    """
+
+    go_on: ClassVar[str] = RESUME
 
     def __init__(self, arm: Arm, plan: Plan, keys: Keys, logs: Path, progress: Progress):
         self._arm, self._plan, self._keys, self._progress = arm, plan, keys, progress
@@ -55,7 +62,7 @@ class ArmServer:
             if waited > min(BACK_S, self._plan.serving.start_timeout_s):
                 raise LoadError(
                     f"arm {self._arm.name}: expected {self.control.url} to come back, got {self.control.last_error}; "
-                    "what was measured is kept: start it and `resume`"
+                    f"what was measured is kept: start it and {self.go_on}"
                 )
             self._progress(f"{self.control.url} went away", waited)
             time.sleep(POLL_S)

@@ -20,6 +20,7 @@ from sglang_misa.bench.load.settings import LoadError, Protocol, problem_of
 from sglang_misa.validation import Model
 
 MAX_UNIT = 512 * 1024 * 1024  # bytes of a stored unit that are read at most
+RESUME = "`resume`"
 LOCK = ".lock"  # held by the run that writes
 BEGINNING = ("plan.json", "environment.json", LOCK)  # written before any server is asked
 DERIVED = ("ttft", "tpot", "e2e")
@@ -31,11 +32,11 @@ REQUEST_COLUMNS = (
 
 
 class Store:
-    """`plan.json`, `units/*.json`, and what is derived from them."""
+    """`plan.json`, `units/*.json`, and what is derived from them. go_on: how its user goes on with what is kept."""
 
-    def __init__(self, folder: Path, keys: Keys):
+    def __init__(self, folder: Path, keys: Keys, go_on: str = RESUME):
         self.folder = folder
-        self._keys = keys
+        self._keys, self._go_on = keys, go_on
         self._made = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -83,8 +84,8 @@ class Store:
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise LoadError(
-                f"{path}: expected room to write, got {error.strerror}; what was measured is kept: "
-                "make room and `resume`"
+                f"{path}: expected a file with room to write, got {error.strerror}; what was measured is kept: make "
+                f"room there and {self._go_on}"
             ) from None
         return path
 

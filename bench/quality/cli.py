@@ -28,7 +28,7 @@ from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.load.trace import LONGEST
 from sglang_misa.bench.quality import page, questions, sections
 from sglang_misa.bench.quality.asking import wants_logprobs
-from sglang_misa.bench.quality.collect import Collector
+from sglang_misa.bench.quality.collect import GO_ON, Collector
 from sglang_misa.bench.quality.page import Row, Section
 from sglang_misa.bench.quality.questions import TEMPLATES, Question, Tokenize
 from sglang_misa.bench.quality.words import NAMES
@@ -310,7 +310,7 @@ def _run(command: Command, arguments: Sequence[str], console: Console) -> int:
     keys = Keys.read(plan.access)
     environment = Environment.now(arguments, keys, module="sglang_misa.bench.quality")
     folder = command.out or Path(f"quality-{datetime.now():%Y%m%d-%H%M%S}")
-    with Store(folder, keys) as store:
+    with Store(folder, keys, GO_ON) as store:
         store.save_environment(environment)
         with Live(console, 0) as live:
             collector = Collector(

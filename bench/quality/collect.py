@@ -29,6 +29,7 @@ from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.quality.asking import Answer, ask, read, selected
 from sglang_misa.bench.quality.questions import Question, Tokenize
 
+GO_ON = "repeat the same command with --out"
 ATTEMPTS = 2  # at a question during which the server goes away
 
 Make = Callable[[Tokenize], Sequence[Question]]
@@ -153,7 +154,7 @@ class Collector:
             if attempts == 1 or not isinstance(error, requests.ConnectionError):
                 raise LoadError(
                     f"{server.control.url}: expected an answer in {bound_s:.0f} s, got {error}; what was answered is "
-                    "kept: repeat the command with --out"
+                    f"kept: {GO_ON}"
                 ) from None
         server.recover()
         return self._raw(server, question, attempts - 1)
@@ -164,6 +165,8 @@ class Collector:
 
 class _Checked(ArmServer):
     """An arm's server that runs the selection its arm claims."""
+
+    go_on = GO_ON
 
     def __init__(self, arm: Arm, plan: Plan, keys: Keys, store: Store, watcher: Watcher, owner: Collector):
         super().__init__(arm, plan, keys, store.folder, partial(watcher.waiting, f"arm {arm.name}"))

@@ -100,7 +100,7 @@ def test_a_disk_that_fills(mocks, tmp_path):
     ended = subprocess.run(["bash", "-c", f"ulimit -f 20; {words}"], capture_output=True, text=True, timeout=LIMIT_S)
     told = " ".join(ended.stderr.split())
     assert ended.returncode == USAGE, told
-    assert "expected room to write, got File too large" in told
+    assert "expected a file with room to write, got File too large" in told
     assert "Traceback" not in told
     before = [u["started"] for u in units(out)]
     assert len(before) == 2

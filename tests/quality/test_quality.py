@@ -12,6 +12,8 @@ import pytest
 from quality.scripted import LAYERS, TOPK, Script, serving
 
 from sglang_misa import http_request
+from sglang_misa.bench.load import servers
+from sglang_misa.bench.load.control import Control
 from sglang_misa.bench.load.settings import LoadError, Protocol
 from sglang_misa.bench.quality import asking, questions
 from sglang_misa.bench.quality.cli import main
@@ -116,6 +118,25 @@ def test_a_count_that_is_not_told_or_not_known_is_no_reason():
     assert asking.read(raw, Protocol(), "stock", question, 0.0).prompt_tokens == 0
     chat = {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 9}}
     assert asking.read(chat, Protocol(api="chat"), "stock", question, 0.0).prompt_tokens == 9
+
+
+def test_a_file_in_the_way_is_told_with_the_way_to_go_on(pair, tmp_path, capsys):
+    _, _, a, b = pair
+    (tmp_path / "report.html").mkdir()
+    assert main(["needles", a, b, *NEEDLES, "--out", str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "report.html: expected a file with room to write, got Is a directory" in said
+    assert said.endswith("make room there and repeat the same command with --out")
+
+
+def test_a_server_that_stays_away_is_told_with_the_way_to_go_on(pair, tmp_path, capsys, monkeypatch):
+    first, _, a, b = pair
+    first.hang_up = 1
+    monkeypatch.setattr(servers, "BACK_S", -1.0)
+    monkeypatch.setattr(Control, "healthy", lambda _: not first.asked)
+    assert main(["needles", a, b, *NEEDLES, "--out", str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("what was measured is kept: start it and repeat the same command with --out")
 
 
 def test_three_arms_are_each_held_against_the_first(pair, tmp_path):
