@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -173,11 +174,15 @@ def test_an_interruption_is_one_line(tmp_path: Path) -> None:
         server.settimeout(60)
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         words += ["--server", url, "--out", tmp_path / "out.json"]
-        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a script runs in the background ignores it
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
             peer, _ = server.accept()  # and nothing is answered
             process.send_signal(signal.SIGINT)
-            _, told = process.communicate(timeout=60)
-            peer.close()
+            try:
+                _, told = process.communicate(timeout=60)
+            finally:
+                process.kill()
+                peer.close()
     assert process.returncode == calibrate.INTERRUPTED
     assert told == f"interrupted: {tmp_path}/out.json was not written, and the same command begins anew\n"
 
