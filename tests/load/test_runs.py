@@ -34,10 +34,15 @@ def test_ab_finds_an_injected_delay_and_its_size(mocks, pictures, tmp_path, caps
     grid = ["--contexts", "1k", "2k", "--concurrencies", "1", "2", "--blocks", "5", "--requests", "2"]
     grid += ["--shared-prefix", "50"]
     gates = ["--fail-if", "ttft_p50 > 1.2", "tpot_p50 > 1.5", "error_rate > 0"]
-    code = main(["ab", *servers, *SMALL, *grid, *gates, "--out", str(tmp_path)])
+    for attempt in "abc":
+        folder = tmp_path / attempt
+        code = main(["ab", *servers, *SMALL, *grid, *gates, "--out", str(folder)])
+        waits = [float(row["ttft"]) for row in csv.DictReader((folder / "requests.csv").open())]
+        if max(waits) < 0.15:
+            break  # otherwise this machine stood still for a while
     assert code == GATE_FAILED
-    assert [u["arm"] for u in units(tmp_path)] == [*["stock", "slow", "slow", "stock"] * 2, "stock", "slow"] * 4
-    result = results(tmp_path)
+    assert [u["arm"] for u in units(folder)] == [*["stock", "slow", "slow", "stock"] * 2, "stock", "slow"] * 4
+    result = results(folder)
     for cell in result["ratios"]:
         by_metric = {r["metric"]: r for r in cell["ratios"]}
         ttft = by_metric["ttft_p50"]
@@ -49,12 +54,12 @@ def test_ab_finds_an_injected_delay_and_its_size(mocks, pictures, tmp_path, caps
     assert result["verdict"].startswith("slow is slower than stock, 0.")
     assert result["mean"]["low"] > 1
     assert result["tone"] == "bad"
-    page = (tmp_path / "report.html").read_text()
+    page = (folder / "report.html").read_text()
     assert result["verdict"].split(":")[0] in page
-    assert page.count("<svg") == len(list((tmp_path / "plots").glob("*.png"))) == 6
+    assert page.count("<svg") == len(list((folder / "plots").glob("*.png"))) == 6
     assert not re.search(r'(src|href)="http', page)
-    assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 40
-    assert len(list(csv.DictReader((tmp_path / "requests.csv").open()))) == 80
+    assert len(list(csv.DictReader((folder / "results.csv").open()))) == 40
+    assert len(waits) == 80
     assert result["verdict"][:40] in capsys.readouterr().out.replace("\n", " ")
 
 
