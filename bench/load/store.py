@@ -135,7 +135,7 @@ class Store:
     def units(self) -> list[Unit]:
         """Every stored unit, in the order of measurement. Raises LoadError."""
         paths = sorted((self.folder / "units").glob("*.json"))
-        found = [_read(path, Unit, "a unit", "remove it, and `resume`") for path in paths]
+        found = [_read(path, Unit, "a unit", f"remove it, and {self._go_on}") for path in paths]
         return sorted(found, key=lambda u: u.started)
 
     def _name(self, arm: Arm, cell: Cell, block: int, protocol: Protocol) -> str:

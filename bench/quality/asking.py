@@ -15,6 +15,7 @@ from sglang_misa.bench.load.control import Control
 from sglang_misa.bench.load.settings import LoadError, Protocol
 from sglang_misa.bench.quality.questions import Question
 
+GO_ON = "repeat the same command with --out"
 TOP = 20  # log-probabilities of a token
 
 
@@ -44,8 +45,8 @@ def ask(
     if status != 200:
         said = content[:300].decode("utf-8", "replace")
         raise LoadError(
-            f"{control.url}: expected an answer to {question.name}, got HTTP {status}: {said}; mend it: what was "
-            "answered is kept, the same command with --out goes on"
+            f"{control.url}: expected an answer to {question.name}, got HTTP {status}: {said}; mend it; what was "
+            f"answered is kept: {GO_ON}"
         )
     try:
         return from_json(content), seconds

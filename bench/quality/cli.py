@@ -27,8 +27,8 @@ from sglang_misa.bench.load.settings import MADE, Access, Bounds, Lengths, LoadE
 from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.load.trace import LONGEST
 from sglang_misa.bench.quality import page, questions, sections
-from sglang_misa.bench.quality.asking import wants_logprobs
-from sglang_misa.bench.quality.collect import GO_ON, Collector
+from sglang_misa.bench.quality.asking import GO_ON, wants_logprobs
+from sglang_misa.bench.quality.collect import Collector
 from sglang_misa.bench.quality.page import Row, Section
 from sglang_misa.bench.quality.questions import TEMPLATES, Question, Tokenize
 from sglang_misa.bench.quality.words import NAMES

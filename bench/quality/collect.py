@@ -26,10 +26,9 @@ from sglang_misa.bench.load.safety import Keys
 from sglang_misa.bench.load.servers import ArmServer
 from sglang_misa.bench.load.settings import LoadError
 from sglang_misa.bench.load.store import Store
-from sglang_misa.bench.quality.asking import Answer, ask, read, selected
+from sglang_misa.bench.quality.asking import GO_ON, Answer, ask, read, selected
 from sglang_misa.bench.quality.questions import Question, Tokenize
 
-GO_ON = "repeat the same command with --out"
 ATTEMPTS = 2  # at a question during which the server goes away
 
 Make = Callable[[Tokenize], Sequence[Question]]
