@@ -170,9 +170,13 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
       const uint16_t* own = keys + lane * EACH;
       const int pieces = min(max(rest - lane * EACH + SPREAD - 1, 0) / SPREAD, RUN / EACH);  // that there are: pages end where pieces do
       const uint32_t marks = reaching<SPREAD>(own, bound) & uint32_t((uint64_t(1) << pieces * EACH) - 1);
-      for (uint32_t left = marks; left; left &= left - 1) {
-        const int key = __ffs(left) - 1;
-        atomicAdd(&bins[min((own[key / EACH * SPREAD + key % EACH] - bound) >> shift, BINS - 1u)], 1u);
+      const auto bin_of = [&](int key) { return &bins[min((own[key / EACH * SPREAD + key % EACH] - bound) >> shift, BINS - 1u)]; };
+      for (uint32_t left = marks; left;) {  // the lowest and the highest at once, so that one's look-up hides the other's
+        const int low = __ffs(left) - 1, high = 31 - __clz(left);
+        uint32_t *const first = bin_of(low), *const second = bin_of(high);
+        atomicAdd(first, 1u);
+        if (high > low) atomicAdd(second, 1u);
+        left = left & left - 1 & ~(1u << high);
       }
       return marks;
     });
