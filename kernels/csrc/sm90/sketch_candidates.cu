@@ -181,13 +181,12 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
       return marks;
     });
     sm90::cluster_sync();
+    uint4 theirs[MOST_BLOCKS];  // asked for at once: each takes a while
+#pragma unroll
+    for (int b = 0; b < MOST_BLOCKS; ++b) theirs[b] = b < blocks ? sm90::shared_of<Smem>(b).bins[THREADS - 1 - threadIdx.x] : uint4{};
     own = {};
 #pragma unroll
-    for (int b = 0; b < MOST_BLOCKS; ++b)
-      if (b < blocks) {
-        const uint4 theirs = sm90::shared_of<Smem>(b).bins[THREADS - 1 - threadIdx.x];
-        own.x += theirs.x, own.y += theirs.y, own.z += theirs.z, own.w += theirs.w;
-      }
+    for (int b = 0; b < MOST_BLOCKS; ++b) own.x += theirs[b].x, own.y += theirs[b].y, own.z += theirs[b].z, own.w += theirs[b].w;
     find_bins<1>(s, {wanted}, own);
     const Found found = s.found[0];
     const bool has_cut = found.above + found.inside >= wanted && (found.bin < BINS - 1 || shift == COARSE_SHIFT);
@@ -217,9 +216,10 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
   count = {__reduce_add_sync(~0u, count.above), __reduce_add_sync(~0u, count.ties)};
   if (lane == 0) s.warps[warp] = count;
   sm90::cluster_sync();
-  Cut before{};  // in the runs before this one
-  for (int i = lane; i < run; i += 32) {
-    const Cut theirs = sm90::shared_of<Smem>(i % blocks).warps[i / blocks];
+  Cut before{};  // in the runs before this one, of which lane `i` adds up those of all blocks' warps i
+#pragma unroll
+  for (int b = 0; b < MOST_BLOCKS; ++b) {
+    const Cut theirs = lane * blocks + b < run && b < blocks ? sm90::shared_of<Smem>(b).warps[lane] : Cut{};
     before.above += theirs.above, before.ties += theirs.ties;
   }
   uint32_t above = __reduce_add_sync(~0u, before.above), ties = __reduce_add_sync(~0u, before.ties);
