@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
   count = {__reduce_add_sync(~0u, count.above), __reduce_add_sync(~0u, count.ties)};
   if (lane == 0) s.warps[warp] = count;
   sm90::cluster_sync();
-  Cut before{};  // in the runs before this one, of which lane `i` adds up those of all blocks' warps i
+  Cut before{};  // in the runs before this one: a lane adds up those that warp `lane` of each block has
 #pragma unroll
   for (int b = 0; b < MOST_BLOCKS; ++b) {
     const Cut theirs = lane * blocks + b < run && b < blocks ? sm90::shared_of<Smem>(b).warps[lane] : Cut{};
