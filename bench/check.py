@@ -159,7 +159,7 @@ def selection_flaw(policy: SelectionPolicy, row: Row, chosen: Tensor, topk: int)
         if problem is not None:
             return problem
         for heads in _routed(policy, statistics.heads.flatten()):
-            cheap = _cheap(policy, row, heads, statistics.positive)
+            cheap = _cheap(policy, row, heads, statistics.positive.flatten())
             if policy.candidates is None:
                 found = flaw(positions, allowed, allowed, cheap, topk)
             else:
@@ -186,23 +186,11 @@ def _tensors(row: Row) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _cheap(policy: SelectionPolicy, row: Row, heads: Tensor | None, positive: Tensor) -> Scores:
     """Bounds of the scores by `heads` [h] (None: all), the residual of the others, and the sketched keys if any."""
-    index_q, gates, index_k, k_scale = _tensors(row)
-    if policy.sketch is not None:
-        assert row.sketched is not None, "a policy with a sketch selects from sketched keys"
-        index_k, k_scale = row.sketched, torch.ones_like(k_scale)
-    residual = None
-    if heads is not None:
-        if policy.residual:
-            others = index_q[None, None], gates[None, None], heads[None, None], positive
-            query, scale = reference.residual_query(*others, int8=policy.sketch is not None)
-            residual = query.flatten(), scale.flatten()
-        index_q, gates = index_q.float()[heads], gates[heads]
-    if policy.sketch is not None:
-        index_q, units = reference.to_int8(index_q.float())
-        gates = gates * units
-    scores = row_scores(index_q, gates, index_k, k_scale, residual)
+    queries, gates, residual = reference.columns(policy, row.index_q, row.head_gates, heads, positive)
     if policy.sketch is None:
-        return scores
+        return row_scores(queries, gates, row.index_k, row.k_scale, residual)
+    assert row.sketched is not None, "a policy with a sketch selects from sketched keys"
+    scores = row_scores(queries, gates, row.sketched, torch.ones_like(row.k_scale), residual)
     # Always among the candidates: the page that is not complete and, as this step may have completed it, the newest
     # that is.
     position, complete = torch.arange(len(row), device=gates.device), len(row) // PAGE

@@ -101,23 +101,19 @@ class Row:
 
         sketched: the same row with the keys that its pages' sketches stand for.
         """
-        scanned = self if sketched is None else sketched
-        statistics = self.statistics(policy) if policy.pooled else None
-        ids = None
-        if policy.heads is not None and statistics is not None:
-            ids = reference.top_heads(statistics.heads, policy.heads)
-        routed = slice(None) if ids is None else ids[0, 0]
+        statistics = self.statistics(policy)
+        positive = statistics.positive[0, 0]
+        ids = None if policy.heads is None else reference.top_heads(statistics.heads[0, 0], policy.heads)
+        queries, gates, residual = reference.columns(policy, self.index_q, self.head_gates, ids, positive)
         if sketched is None:
-            scores = self.head_gates[routed] @ self.products[routed]
+            keys, products = self.keys, self.products if ids is None else self.products[ids]
         else:
-            columns, units = reference.to_int8(self.index_q[routed])
-            scores = (self.head_gates[routed] * units) @ (columns @ sketched.keys.T).relu_()
-        if policy.residual and statistics is not None:
-            assert ids is not None
-            rows = self.index_q[None, None], self.head_gates[None, None], ids, statistics.positive
-            query, scale = reference.residual_query(*rows, int8=sketched is not None)
-            scores = scores + scale[0, 0] * (scanned.keys @ query[0, 0])
-        if policy.blocks is not None and statistics is not None:
+            keys, products = sketched.keys, (queries @ sketched.keys.T).relu_()
+        scores = gates @ products
+        if residual is not None:
+            query, scale = residual
+            scores = scores + scale * (keys @ query)
+        if policy.blocks is not None:
             complete = torch.tensor([[self.known(policy) // policy.block_size]], device=scores.device)
             kept = reference.keep_blocks(statistics.blocks, complete, policy.blocks)[0, 0]
             tokens = kept.repeat_interleave(policy.block_size)

@@ -47,10 +47,13 @@ def block_means(means: Tensor, block_pages: int) -> Tensor:
     return means[:, : blocks * block_pages].float().reshape(n, blocks, block_pages, dim).mean(dim=2).bfloat16().float()
 
 
-def index_scores(index_q: Tensor, head_gates: Tensor, keys: Tensor) -> Tensor:
-    """DSA scores I[t, s] = Σ_j w[t, j] · ReLU(q[t, j] · k[s]).
+def index_scores(
+    index_q: Tensor, head_gates: Tensor, keys: Tensor, residual: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """DSA scores I[t, s] = Σ_j w[t, j] · ReLU(q[t, j] · k[s]), and scale[t] · q̄[t] · k[s] of a residual.
 
-    index_q [N, T, H, 128], head_gates [N, T, H], keys [N, L, 128] (any float dtype) → fp32 [N, T, L].
+    index_q [N, T, H, 128], head_gates [N, T, H], keys [N, L, 128] (any float dtype) → fp32 [N, T, L]. residual: q̄
+    [N, T, 128] and its scale [N, T].
     """
     n, rows, heads, _ = index_q.shape
     length = keys.shape[1]
@@ -62,6 +65,9 @@ def index_scores(index_q: Tensor, head_gates: Tensor, keys: Tensor) -> Tensor:
         dots = torch.matmul(q.flatten(1, 2), keys_t).unflatten(1, q.shape[1:3]).relu_()  # [N, step, H, L]
         gates = head_gates[:, start : start + step].float().unsqueeze(2)  # [N, step, 1, H]
         scores[:, start : start + step] = torch.matmul(gates, dots).squeeze(2)
+    if residual is not None:
+        query, scale = residual
+        scores += scale.unsqueeze(-1) * torch.matmul(query.float(), keys_t)
     return scores
 
 
@@ -154,13 +160,13 @@ def residual_query(
 ) -> tuple[Tensor, Tensor]:
     """The heads that are not routed as one linear query: q̄ = Σ_{j not routed} w[t, j] · φ[t, j] · q[t, j].
 
-    index_q [N, T, H, 128], head_gates [N, T, H], head_ids [N, T, h], positive φ [N, T, H]. Returns q̄ / scale, rounded
-    to fp8 e4m3, as fp32 [N, T, 128] and scale [N, T], amax |q̄| / 448; or both as `to_int8` has them, which is what
-    sketches are multiplied with. A head of no finite weight adds nothing.
+    index_q […, H, 128], head_gates […, H], head_ids […, h], positive φ […, H]. Returns q̄ / scale, rounded to fp8 e4m3,
+    as fp32 […, 128] and scale […], amax |q̄| / 448; or both as `to_int8` has them, which is what sketches are
+    multiplied with. A head of no finite weight adds nothing.
     """
     weight = head_gates.float() * positive
-    weight = torch.where(torch.isfinite(weight) & (positive > 0), weight, 0.0).scatter(2, head_ids, 0.0)
-    query = torch.matmul(weight.unsqueeze(2), torch.nan_to_num(index_q.float())).squeeze(2)
+    weight = torch.where(torch.isfinite(weight) & (positive > 0), weight, 0.0).scatter(-1, head_ids, 0.0)
+    query = torch.matmul(weight.unsqueeze(-2), torch.nan_to_num(index_q.float())).squeeze(-2)
     if int8:
         return to_int8(query)
     scale = query.abs().amax(-1) / FP8_MAX
@@ -241,7 +247,9 @@ def policy_scores(
     if policy.sketch is not None:
         assert sketched is not None, "a policy with a sketch selects from sketched keys"
         scanned = sketched
-    scores = _cheap_scores(policy, index_q, head_gates, scanned, statistics)
+    ids = None if policy.heads is None else top_heads(statistics.heads, policy.heads)
+    queries, gates, residual = columns(policy, index_q, head_gates, ids, statistics.positive)
+    scores = index_scores(queries, gates, scanned, residual)
 
     kept = visible
     if policy.blocks is not None and statistics.blocks.shape[-1] > 0:
@@ -260,29 +268,24 @@ def policy_scores(
     return finite(index_scores(index_q, head_gates, keys), kept)
 
 
-def _cheap_scores(
-    policy: SelectionPolicy, index_q: Tensor, head_gates: Tensor, keys: Tensor, statistics: BlockStatistics
-) -> Tensor:
-    """Scores fp32 [N, T, L] by the policy's columns: all heads, or those it routes and the residual of the others.
+def columns(
+    policy: SelectionPolicy, index_q: Tensor, head_gates: Tensor, head_ids: Tensor | None, positive: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """The columns that a policy scores keys by, as `index_scores` takes them: queries, gates and the residual, if any.
 
-    Over sketches a column is int8, and its unit part of the gate.
+    index_q […, H, 128], head_gates […, H], head_ids int64 […, h], the routed heads, or None: all, without a residual;
+    positive φ […, H]. Over sketches a column is int8, and its unit part of the gate.
     """
-    if policy.heads is None and policy.sketch is None:
-        return index_scores(index_q, head_gates, keys)
-    columns, gates = index_q.float(), head_gates.float()
-    if policy.heads is not None:
-        ids = top_heads(statistics.heads, policy.heads)
-        columns = columns.gather(2, ids.unsqueeze(-1).expand(*ids.shape, index_q.shape[-1]))
-        gates = gates.gather(2, ids)
+    queries, gates, residual = index_q.float(), head_gates.float(), None
+    if head_ids is not None:
+        queries = queries.gather(-2, head_ids.unsqueeze(-1).expand(*head_ids.shape, HEAD_DIM))
+        gates = gates.gather(-1, head_ids)
+        if policy.residual:
+            residual = residual_query(index_q, head_gates, head_ids, positive, int8=policy.sketch is not None)
     if policy.sketch is not None:
-        columns, units = to_int8(columns)
+        queries, units = to_int8(queries)
         gates = gates * units
-    scores = index_scores(columns, gates, keys)
-    if policy.residual:
-        int8 = policy.sketch is not None
-        query, scale = residual_query(index_q, head_gates, ids, statistics.positive, int8=int8)
-        scores += scale.unsqueeze(-1) * torch.matmul(query, keys.float().transpose(1, 2))
-    return scores
+    return queries, gates, residual
 
 
 def row_chunks(rows: int, length: int) -> Iterator[tuple[int, int]]:

@@ -144,10 +144,9 @@ def _all_scores(rows: Rows, keys: Keys) -> Tensor:
 def _routed_scores(rows: Rows, keys: Keys, heads: RoutedHeads) -> Tensor:
     ids, residual = heads.head_ids.long(), heads.residual
     routed = rows.index_q.float().gather(1, ids.unsqueeze(-1).expand(-1, -1, HEAD_DIM))
-    scores = reference.index_scores(routed[None], rows.head_gates.gather(1, ids)[None], keys.index_k[None])[0]
-    if residual is not None:
-        scores += residual.scale[:, None] * (residual.query.float() @ keys.index_k.float().T)
-    return scores * keys.k_scale
+    linear = None if residual is None else (residual.query[None], residual.scale[None])
+    scores = reference.index_scores(routed[None], rows.head_gates.gather(1, ids)[None], keys.index_k[None], linear)
+    return scores[0] * keys.k_scale
 
 
 def _choose(scores: Tensor, kept: Tensor, ks: Tensor, output: Output) -> None:
