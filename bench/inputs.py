@@ -39,12 +39,6 @@ def pack_pages(index_k: Tensor, k_scale: Tensor) -> Tensor:
     return torch.cat([codes.view(pages, -1), scales.view(pages, -1)], dim=1)
 
 
-def unpack_pages(pages: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys [64 n, 128] fp8 and scales [64 n] fp32 of index-K pages [n, 8448] uint8."""
-    codes, scales = pages.split([PAGE * HEAD_DIM, PAGE * 4], dim=1)
-    return codes.reshape(-1, HEAD_DIM).view(FP8), scales.contiguous().view(torch.float32).flatten()
-
-
 def make(name: str, rows: int, length: int, heads: int, *, seed: int = 0, device: str = "cuda") -> Inputs:
     """`rows` queries of `heads` index heads and `length` keys, by name. Raises ValueError for an unknown one."""
     kind, _, rest = name.partition(":")

@@ -88,7 +88,7 @@ class Layer:
     def gathered(self) -> tuple[Tensor, Tensor]:
         """The keys [S, 128] fp8 and scales [S] of all requests, one behind another."""
         pages = self.index_k_pages[self.page_table.flatten().long()]
-        index_k, k_scale = inputs.unpack_pages(pages)
+        index_k, k_scale = reference.unpack_pages(pages)
         requests, width = self.page_table.shape
         keys = index_k.view(torch.uint8).view(requests, width * PAGE, 128)[:, : self.shape.length]
         scales = k_scale.view(requests, width * PAGE)[:, : self.shape.length]
@@ -146,7 +146,7 @@ class Layer:
         """What row t sees, with the page means that the engine has of it and, with `bits`, its keys as sketched."""
         length = int(self.seq_lens[t])
         pages = self.page_table[self.row_batch[t].long(), : -(-length // PAGE)].long()
-        index_k, k_scale = inputs.unpack_pages(self.index_k_pages[pages])
+        index_k, k_scale = reference.unpack_pages(self.index_k_pages[pages])
         complete = pages[: length // PAGE]
         means = engine.stats.means[layer][complete]
         row = check.Row(self.index_q[t], self.head_gates[t], index_k[:length], k_scale[:length], means)

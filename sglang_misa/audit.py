@@ -16,7 +16,7 @@ from sglang_misa import decode_gate, reference
 from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, Span
 from sglang_misa.config import Audit, Phase, SelectionPolicy
 from sglang_misa.engines import Engine
-from sglang_misa.kernels.layout import HEAD_DIM, PAGE
+from sglang_misa.kernels.layout import PAGE
 from sglang_misa.ladder import Ladders
 from sglang_misa.metrics import recorder
 
@@ -102,9 +102,10 @@ class Auditor:
 
     def extend_rows(self, call: ExtendCall, span: Span, rows: range) -> Tensor:
         """Results fp64 [n, 3] of some rows of a call, all of one request."""
-        picked, keys = slice(rows.start, rows.stop, rows.step), call.keys(span)[: span.seen_by(rows[-1])]
+        picked = slice(rows.start, rows.stop, rows.step)
+        keys, k_scale = (part[: span.seen_by(rows[-1])] for part in call.keys(span))
         dense = reference.index_scores(call.index_q[None, picked], call.head_gates[None, picked], keys[None])
-        return kept(dense[0], call.seq_lens[picked], call.output.rows(picked))
+        return kept(dense[0] * k_scale, call.seq_lens[picked], call.output.rows(picked))
 
     def look_at_decode(self, call: DecodeCall) -> None:
         """Audit rows of a call that is due; while a CUDA graph is captured, leave a tap for its replays."""
@@ -200,9 +201,9 @@ class Auditor:
         dense = call.head_gates.new_zeros(len(lens), max(lens), dtype=torch.float32)
         for row in long:  # one after another: their keys in fp32 take most of the room
             pages = call.page_table[row, : -(-lens[row] // PAGE)].long()
-            keys = reference.dequantize_pages(call.index_k_pages[pages]).reshape(1, -1, HEAD_DIM)[:, : lens[row]]
+            keys, k_scale = (part[: lens[row]] for part in reference.unpack_pages(call.index_k_pages[pages]))
             queries = call.index_q[None, row, None], call.head_gates[None, row, None]
-            dense[row, : lens[row]] = reference.index_scores(*queries, keys).flatten()
+            dense[row, : lens[row]] = reference.index_scores(*queries, keys[None]).flatten() * k_scale
         results = kept(dense, call.seq_lens, call.output).tolist()
         return [results[row] for row in long]
 

@@ -141,10 +141,10 @@ class ExtendCall:
     request_lens: Tensor
     output: Output
 
-    def keys(self, span: Span) -> Tensor:
-        """Dequantised keys fp32 [L, 128] of one request."""
+    def keys(self, span: Span) -> tuple[Tensor, Tensor]:
+        """Keys fp8 [L, 128] and scales fp32 [L] of one request."""
         part = slice(span.first_key, span.first_key + span.length)
-        return self.index_k[part].float() * self.k_scale[part].unsqueeze(-1)
+        return self.index_k[part], self.k_scale[part]
 
     def alone(self, span: Span, row: int) -> ExtendCall:
         """The call of one row of `span` alone, which writes positions into an output of its own."""

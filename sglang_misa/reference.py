@@ -25,11 +25,16 @@ INT8_MAX = 127.0
 _CHUNK_ELEMENTS = 1 << 26  # fp32 [rows, heads, keys] held at once: 256 MiB
 
 
+def unpack_pages(pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys fp8 [64 n, 128] and scales fp32 [64 n] of index-K pages [n, 8448] uint8, as SGLang's pool lays them out."""
+    codes, scales = pages.split([PAGE * HEAD_DIM, PAGE * 4], dim=1)
+    return codes.reshape(-1, HEAD_DIM).view(torch.float8_e4m3fn), scales.contiguous().view(torch.float32).flatten()
+
+
 def dequantize_pages(pages: Tensor) -> Tensor:
-    """Keys [n, 64, 128] fp32 of index-K page rows [n, 8448] uint8 (SGLang's DSATokenToKVPool layout)."""
-    keys = pages[:, : PAGE * HEAD_DIM].reshape(-1, PAGE, HEAD_DIM).view(torch.float8_e4m3fn)
-    scales = pages[:, PAGE * HEAD_DIM :].contiguous().view(torch.float32)
-    return keys.float() * scales.unsqueeze(-1)
+    """Keys [n, 64, 128] fp32 of index-K pages [n, 8448] uint8."""
+    keys, scales = unpack_pages(pages)
+    return (keys.float() * scales.unsqueeze(-1)).unflatten(0, (-1, PAGE))
 
 
 def page_means(pages: Tensor) -> Tensor:
@@ -52,8 +57,8 @@ def index_scores(
 ) -> Tensor:
     """DSA scores I[t, s] = Σ_j w[t, j] · ReLU(q[t, j] · k[s]), and scale[t] · q̄[t] · k[s] of a residual.
 
-    index_q [N, T, H, 128], head_gates [N, T, H], keys [N, L, 128] (any float dtype) → fp32 [N, T, L]. residual: q̄
-    [N, T, 128] and its scale [N, T].
+    index_q [N, T, H, 128], head_gates [N, T, H], keys [N, L, 128] (any float dtype) → fp32 [N, T, L], for keys of a
+    k_scale to be multiplied with it. residual: q̄ [N, T, 128] and its scale [N, T].
     """
     n, rows, heads, _ = index_q.shape
     length = keys.shape[1]
@@ -221,21 +226,23 @@ def policy_scores(
     index_q: Tensor,
     head_gates: Tensor,
     keys: Tensor,
+    k_scale: Tensor,
     means: Tensor,
     row_lens: Tensor,
     sketched: Tensor | None = None,
 ) -> Tensor:
     """Scores fp32 [N, T, L] whose top k is the policy's selection; -inf where a token is out of it.
 
-    index_q [N, T, H, 128], head_gates [N, T, H], keys [N, L, 128], means [N, P, 128] of the complete pages, row_lens
-    [N, T]: keys row t sees; sketched [N, L, 128], for a policy with a sketch: the keys as their pages' sketches say. A
-    visible token whose score is NaN or -inf gets the lowest finite score, so that a row never has fewer than min(k,
-    row_len) tokens to choose from.
+    index_q [N, T, H, 128], head_gates [N, T, H], keys [N, L, 128] and their k_scale [N, L], means [N, P, 128] of the
+    complete pages, row_lens [N, T]: keys row t sees; sketched [N, L, 128], for a policy with a sketch: keys × scales as
+    their pages' sketches say. A visible token whose score is NaN or -inf gets the lowest finite score, so that a row
+    never has fewer than min(k, row_len) tokens to choose from.
     """
+    k_scale = k_scale.unsqueeze(1)
     position = torch.arange(keys.shape[1], device=keys.device)
     visible = position < row_lens.unsqueeze(-1)  # [N, T, L]
     if not policy.active or policy.exact:
-        return finite(index_scores(index_q, head_gates, keys), visible)
+        return finite(index_scores(index_q, head_gates, keys) * k_scale, visible)
 
     known = row_lens
     if policy.sketch is not None:  # a step may have completed the newest page, whose statistics come at its end
@@ -243,13 +250,13 @@ def policy_scores(
     complete = known // policy.block_size
     k_tilde = block_means(means, policy.block_size // PAGE)
     statistics = block_statistics(index_q, head_gates, k_tilde, complete, View.of(policy, complete))
-    scanned = keys
-    if policy.sketch is not None:
-        assert sketched is not None, "a policy with a sketch selects from sketched keys"
-        scanned = sketched
     ids = None if policy.heads is None else top_heads(statistics.heads, policy.heads)
     queries, gates, residual = columns(policy, index_q, head_gates, ids, statistics.positive)
-    scores = index_scores(queries, gates, scanned, residual)
+    if policy.sketch is None:
+        scores = index_scores(queries, gates, keys, residual) * k_scale
+    else:
+        assert sketched is not None, "a policy with a sketch selects from sketched keys"
+        scores = index_scores(queries, gates, sketched, residual)
 
     kept = visible
     if policy.blocks is not None and statistics.blocks.shape[-1] > 0:
@@ -259,13 +266,12 @@ def policy_scores(
     scores = finite(scores, kept)
     if policy.candidates is None:
         return scores
-
     if policy.sketch is not None:  # what has no sketch yet is always among the candidates
         scores = scores.masked_fill_(kept & (position >= known.unsqueeze(-1)), torch.inf)
     if policy.candidates < keys.shape[1]:
         best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., : policy.candidates]
         kept = kept & torch.zeros_like(kept).scatter_(-1, best, True)
-    return finite(index_scores(index_q, head_gates, keys), kept)
+    return finite(index_scores(index_q, head_gates, keys) * k_scale, kept)
 
 
 def columns(
@@ -330,17 +336,11 @@ def decode_scores(
         ids = page_table[row].long().masked_fill(page * PAGE >= length, 0)
         pages, means, sketched = index_k_pages[ids], page_means[ids], None
         if policy.sketch is not None:
-            codes, scales = quantize_pages(pages, means, policy.sketch)
-            sketched = sketched_keys(codes, scales, means, policy.sketch).reshape(1, -1, HEAD_DIM)
-        scores[row] = policy_scores(
-            policy,
-            index_q[row].unsqueeze(0).unsqueeze(0),
-            head_gates[row].view(1, 1, -1),
-            dequantize_pages(pages).reshape(1, -1, HEAD_DIM),
-            means.unsqueeze(0),
-            length.unsqueeze(0),
-            sketched,
-        ).flatten()
+            sketch = quantize_pages(pages, means, policy.sketch)
+            sketched = sketched_keys(*sketch, means, policy.sketch).reshape(1, -1, HEAD_DIM)
+        queries = index_q[None, row, None], head_gates[None, row, None]
+        keys, k_scale = (part[None] for part in unpack_pages(pages))
+        scores[row] = policy_scores(policy, *queries, keys, k_scale, means[None], length[None], sketched).flatten()
     return scores
 
 

@@ -350,12 +350,12 @@ class Walk:
             if chosen.sketch is not None:
                 sketch = reference.quantize_pages(stored, means, chosen.sketch)
                 sketched = reference.sketched_keys(*sketch, means, chosen.sketch).reshape(1, -1, 128)[:, :length]
-            keys = reference.dequantize_pages(stored).reshape(1, -1, 128)[:, :length]
+            keys = (part[None, :length] for part in reference.unpack_pages(stored))
             scores = reference.policy_scores(
                 chosen,
                 q[row][None, None],
                 gates[row].view(1, 1, -1),
-                keys,
+                *keys,
                 means[None, : length // PAGE],
                 torch.tensor([[length]]),
                 sketched,

@@ -38,7 +38,7 @@ class ReferenceEngine:
 
     def _select(self, call: ExtendCall, policy: SelectionPolicy, span: Span, chosen: range) -> None:
         """Select for some rows of a request."""
-        keys = call.keys(span).unsqueeze(0)
+        keys, k_scale = (part.unsqueeze(0) for part in call.keys(span))
         pages = call.page_table[span.request, : span.length // PAGE].long()
         for start, end in reference.row_chunks(len(chosen), span.length):
             rows = slice(chosen.start + start, chosen.start + end)
@@ -47,6 +47,7 @@ class ReferenceEngine:
                 call.index_q[rows].unsqueeze(0),
                 call.head_gates[rows].unsqueeze(0),
                 keys,
+                k_scale,
                 self.stats.means[call.layer][pages].unsqueeze(0),
                 call.seq_lens[rows].unsqueeze(0),
             )

@@ -25,9 +25,8 @@ def case(policy: SelectionPolicy, name: str = "random", length: int = LENGTH, he
     keys = x.index_k.float() * x.k_scale[:, None]
     means = keys[: length // PAGE * PAGE].unflatten(0, (-1, PAGE)).mean(1).bfloat16()
     row = check.Row(x.index_q[0], x.head_gates[0], x.index_k, x.k_scale, means)
-    scores = reference.policy_scores(
-        policy, row.index_q[None, None], row.head_gates[None, None], keys[None], means[None], torch.tensor([[length]])
-    )
+    tensors = row.index_q[None, None], row.head_gates[None, None], x.index_k[None], x.k_scale[None], means[None]
+    scores = reference.policy_scores(policy, *tensors, torch.tensor([[length]]))
     return row, scores.flatten()
 
 

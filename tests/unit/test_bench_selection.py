@@ -44,7 +44,8 @@ def test_a_share_is_that_of_the_references_selection(file: Path, policy: Selecti
         sketched = [row.keys[None] for row in layer.rows(LENGTH, layer.sketched(policy.sketch))]
     for row, keys, share in zip(layer.rows(LENGTH), sketched, shares, strict=True):
         lens = torch.tensor([[len(row.keys)]])
-        tensors = row.index_q[None, None], row.head_gates[None, None], row.keys[None], row.means[None]
+        scaled = row.keys[None], torch.ones(1, len(row.keys))
+        tensors = row.index_q[None, None], row.head_gates[None, None], *scaled, row.means[None]
         scores = reference.policy_scores(policy, *tensors, lens, keys).flatten()
         chosen = scores.topk(selection.TOPK).indices
         assert float(share) == pytest.approx(torch.isin(row.wanted, chosen).float().mean().item(), abs=1e-6)

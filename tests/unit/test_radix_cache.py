@@ -63,12 +63,12 @@ class Cache:
 
     def scores(self, tokens: list[int], slots: torch.Tensor) -> torch.Tensor:
         pages = slots[: len(tokens) : PAGE] // PAGE
-        keys = reference.dequantize_pages(self.buffer[pages]).reshape(1, -1, 128)[:, : len(tokens)]
+        keys = (part[None, : len(tokens)] for part in reference.unpack_pages(self.buffer[pages]))
         g = torch.Generator().manual_seed(0)
         q = torch.randn(1, 1, HEADS, 128, generator=g).to(torch.float8_e4m3fn)
         means = self.engine.stats.means[0][pages[: len(tokens) // PAGE]].unsqueeze(0)
         lens = torch.tensor([[len(tokens)]])
-        return reference.policy_scores(POLICY, q, torch.randn(1, 1, HEADS, generator=g), keys, means, lens)
+        return reference.policy_scores(POLICY, q, torch.randn(1, 1, HEADS, generator=g), *keys, means, lens)
 
 
 def prompt(seed: int, length: int, prefix: list[int] | None = None) -> list[int]:

@@ -1,10 +1,13 @@
 """The invariants of the selection (h = H, zeroed weights, short rows, C ≥ L, chunks, …) on the reference."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import extend, integers
 
-from sglang_misa import reference
+from sglang_misa import ops, reference
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels.layout import PAGE, PAGE_BYTES, ROUTERS, TILT, Router
 from sglang_misa.policy import STOCK
@@ -20,12 +23,13 @@ class Case:
         self.q = torch.randn(1, rows, HEADS, 128, generator=g).to(torch.float8_e4m3fn)
         self.gates = torch.randn(1, rows, HEADS, generator=g) * torch.rand(1, 1, HEADS, generator=g) ** 4
         self.keys = torch.randn(1, length, 128, generator=g).to(torch.float8_e4m3fn).float()
+        self.k_scale = torch.ones(1, length)
         self.means = self.keys[:, : length // PAGE * PAGE].unflatten(1, (-1, PAGE)).mean(2)
         self.row_lens = torch.arange(length - rows + 1, length + 1).unsqueeze(0)
 
     def scores(self, policy: SelectionPolicy, rows: slice = slice(None)) -> torch.Tensor:
         return reference.policy_scores(
-            policy, self.q[:, rows], self.gates[:, rows], self.keys, self.means, self.row_lens[:, rows]
+            policy, self.q[:, rows], self.gates[:, rows], self.keys, self.k_scale, self.means, self.row_lens[:, rows]
         )
 
 
@@ -230,6 +234,29 @@ def test_a_residual_beside_heads_routed_by_error_is_nearest_to_dsa() -> None:
         return float((case.scores(policy)[seen] - exact[seen]).square().mean())
 
     assert off("error") < min(off(router) for router in ROUTERS if router != "error")
+
+
+SCALES = torch.tensor([1.0, 0.5, 2.0, 0.0, -0.0, -1.0, -2.0, torch.inf, -torch.inf, torch.nan, 2.0**-140])
+
+
+@given(st.integers(0, 2**16), st.sampled_from([None, 8]), st.sampled_from([None, 128]))
+def test_a_scale_of_any_sign_and_size_multiplies_the_score_as_in_the_operations(
+    seed: int, heads: int | None, candidates: int | None
+) -> None:
+    """k_scale is outside of the ReLU: a key of negative scale scores where its products are positive."""
+    kinds = torch.randint(len(SCALES), (640,), generator=torch.Generator().manual_seed(seed))
+    x = extend(replace(integers(4, 640, HEADS, seed=seed, device="cpu"), k_scale=SCALES[kinds]), 8)
+    rows, keys, _ = x.operands
+    ids, output = reference.top_heads(x.head_gates.abs(), heads or HEADS).int(), ops.Output.empty(rows, TOPK)
+    if candidates is None:
+        found = ops.topk_routed(rows, keys, ops.RoutedHeads(ids), output, backend="reference")
+    else:
+        found = ops.topk_reranked(rows, keys, ops.RoutedHeads(ids), candidates, output, backend="reference")
+    policy = SelectionPolicy(heads=heads, router="weight", candidates=candidates, block_size=64, min_len=0)
+    means = (keys.index_k.float() * keys.k_scale[:, None]).view(1, 10, PAGE, 128).mean(2)
+    tensors = (part[None] for part in (rows.index_q, rows.head_gates, keys.index_k, keys.k_scale))
+    scores = reference.policy_scores(policy, *tensors, means, x.lens[None])
+    assert torch.equal(found.sort().values, reference.top_tokens(scores[0], TOPK).sort().values.int())
 
 
 def test_page_layout_round_trip() -> None:
