@@ -306,7 +306,9 @@ def _selects(row: Record) -> bool:
     """Whether a preset takes a call as wide as the row's."""
     rows, decode = int(row["rows"]), PRESETS[row["preset"]].decode
     return (
-        rows >= WIDE if row["phase"] == "prefill" else Step([int(row["length"])], width=rows).short_for(decode) is None
+        rows >= WIDE
+        if row["phase"] == "prefill"
+        else Step([int(row["length"])], width=rows).why_under_gate(decode) is None
     )
 
 

@@ -142,7 +142,7 @@ def _decodes_by_stock(comparison: Comparison) -> bool:
     """Whether the preset leaves steps of all clients to stock DSA: then both arms decode alike."""
     first, policy = comparison.ours[0], PRESETS[comparison.ours[0].arm].decode
     step = Step([round(_tokens(comparison))] * first.clients)
-    return not policy.active or step.short_for(policy) is not None
+    return not policy.active or step.why_under_gate(policy) is not None
 
 
 def _tokens(comparison: Comparison) -> float:

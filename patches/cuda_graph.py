@@ -35,7 +35,8 @@ def capture_one(
         original(self, shape_key, forward_fn, *args, **kwargs)
     _keep_taps(self, shape_key, capture)
     config = runtime.current().config
-    gated = decode_gate.Step([1]).short_for(config.decoding) is not None  # the least step; a shape has rows of padding
+    # The least step; a shape has rows of padding.
+    gated = decode_gate.Step([1]).why_under_gate(config.decoding) is not None
     if capture.asked and (gated or config.audit.floor > 0):
         with decode_gate.capturing(stock=True) as capture:
             original(self, stock_key(shape_key), forward_fn, *args, **kwargs)

@@ -51,7 +51,7 @@ def _tell(mode: Any, step: Step) -> None:
             recorder.stepped("prefill")
     elif mode.is_decode() or mode.is_target_verify():
         policy = armed.config.decoding
-        if policy.active and step.short_for(policy) is None:
+        if policy.active and step.why_under_gate(policy) is None:
             recorder.stepped("decode")
 
 

@@ -42,8 +42,8 @@ class Step:
         real = [length for length in self.lengths if length > 1]
         return self.width * len(real), self.width * sum(real)
 
-    def short_for(self, policy: SelectionPolicy) -> str | None:
-        """The reason for which it is under the gate of `policy`, or None."""
+    def why_under_gate(self, policy: SelectionPolicy) -> str | None:
+        """The reason for which the step is under the gate of `policy`, or None."""
         if self.rows < policy.min_rows:
             return "few-rows"
         if self.longest <= policy.min_len:
@@ -108,4 +108,4 @@ def why_stock(policy: SelectionPolicy, step: Step | None, *, always: str | None 
         return "captured" if _capture.stock else None
     if _suspended:
         return "recall-floor"
-    return None if step is None else step.short_for(policy)
+    return None if step is None else step.why_under_gate(policy)

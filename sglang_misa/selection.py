@@ -79,7 +79,7 @@ class Selector:
         if not policy.active:
             return "policy-is-dsa"
         longest = decode_gate.Step([self._row_len], width=rows)
-        return decode_gate.why_stock(policy, step, always=longest.short_for(policy))
+        return decode_gate.why_stock(policy, step, always=longest.why_under_gate(policy))
 
     def extend(self, call: ExtendCall) -> None:
         """Select for all rows of `call` into its output. For a call that `why_stock` has no reason against."""

@@ -28,10 +28,10 @@ def test_rows_and_tokens_beyond_the_gate_open_it(lengths: list[int], width: int,
         wanted = "under-min-len"
     elif policy.min_tokens and beyond < policy.min_tokens:
         wanted = "few-tokens"
-    assert Step(lengths, width).short_for(policy) == wanted
+    assert Step(lengths, width).why_under_gate(policy) == wanted
 
 
 @given(lengths, st.integers(1, 8), gates)
 def test_padding_adds_and_takes_no_tokens(lengths: list[int], padding: int, policy: SelectionPolicy) -> None:
     if policy.min_len and len(lengths) >= policy.min_rows:
-        assert Step([*lengths, *[1] * padding]).short_for(policy) == Step(lengths).short_for(policy)
+        assert Step([*lengths, *[1] * padding]).why_under_gate(policy) == Step(lengths).why_under_gate(policy)
