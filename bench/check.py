@@ -147,7 +147,7 @@ def selection_flaw(policy: SelectionPolicy, row: Row, chosen: Tensor, topk: int)
         blocks = torch.tensor([[complete]], device=chosen.device)
         k_tilde = reference.block_means(row.means[None], policy.block_size // PAGE)
         rows = row.index_q[None, None], row.head_gates[None, None]
-        view = reference.View.of(policy, blocks)
+        view = reference.RouterView.of(policy, blocks)
         statistics = reference.block_statistics(*rows, k_tilde, blocks, view)
         looked_at = statistics.blocks[..., : complete : 1 if view.stride is None else int(view.stride)]
         finite = statistics.heads.isfinite().all() and looked_at.isfinite().all()

@@ -87,7 +87,7 @@ class Row:
         """The router's view of the row, over blocks of the policy's size; computed once."""
         complete = self.known(policy) // policy.block_size
         counts = torch.tensor([[complete]], device=self.keys.device)
-        view = reference.View.of(policy, counts)
+        view = reference.RouterView.of(policy, counts)
         stride = 1 if view.stride is None else int(view.stride)
         key = complete, policy.block_size, stride, view.router, view.tilted
         if key not in self._found:

@@ -76,15 +76,15 @@ def index_scores(
     return scores
 
 
-class View(NamedTuple):
-    """How the blocks of a row are looked at."""
+class RouterView(NamedTuple):
+    """How a router looks at the blocks of a row."""
 
     router: Router
     stride: Tensor | None = None  # [N, T]: every so many of them; None: all
     tilted: bool = True  # whether errors are those of the keys that score high
 
     @classmethod
-    def of(cls, policy: SelectionPolicy, complete: Tensor) -> View:
+    def of(cls, policy: SelectionPolicy, complete: Tensor) -> RouterView:
         """As a policy does that finds `complete` [N, T] blocks.
 
         Over sketches, which blur scores more than a residual does, ROUTED_PAGES of them are enough, as far as no blocks
@@ -105,7 +105,7 @@ class BlockStatistics(NamedTuple):
 
 
 def block_statistics(
-    index_q: Tensor, head_gates: Tensor, k_tilde: Tensor, complete: Tensor, view: View
+    index_q: Tensor, head_gates: Tensor, k_tilde: Tensor, complete: Tensor, view: RouterView
 ) -> BlockStatistics:
     """Router statistic, positive shares and block scores, from one product with the block means.
 
@@ -249,7 +249,7 @@ def policy_scores(
         known = (row_lens // PAGE - 1).clamp_min(0) * PAGE
     complete = known // policy.block_size
     k_tilde = block_means(means, policy.block_size // PAGE)
-    statistics = block_statistics(index_q, head_gates, k_tilde, complete, View.of(policy, complete))
+    statistics = block_statistics(index_q, head_gates, k_tilde, complete, RouterView.of(policy, complete))
     ids = None if policy.heads is None else top_heads(statistics.heads, policy.heads)
     queries, gates, residual = columns(policy, index_q, head_gates, ids, statistics.positive)
     if policy.sketch is None:

@@ -69,7 +69,7 @@ def _statistics(index_q: Tensor, head_gates: Tensor, blocks: Blocks, router: Rou
         pooled = blocks.block_means[request][None].float()
         own = index_q.view(torch.uint8)[rows].view(index_q.dtype)  # fp8 has no index kernel on every device
         found = reference.block_statistics(
-            own[None], gates[:, rows], pooled, complete[rows][None], reference.View(router)
+            own[None], gates[:, rows], pooled, complete[rows][None], reference.RouterView(router)
         )
         for whole, part in zip(total, found, strict=True):
             whole[:, rows] = part

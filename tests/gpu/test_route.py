@@ -72,7 +72,7 @@ def assert_heads(call: Call, heads: int, block_size: int, router: Router) -> Non
                 gates[part][None],
                 pooled[request][None].float(),
                 complete[None],
-                reference.View(router),
+                reference.RouterView(router),
             ).heads
             wanted = reference.top_heads(statistic, heads)[0]
             ranked = torch.nan_to_num(statistic[0], nan=-INF, posinf=INF, neginf=reference.LOWEST)
@@ -230,7 +230,7 @@ def test_the_residual_is_the_references_but_for_a_rounding(calls: str, index_hea
         complete = (lens[rows] // BLOCK).clamp(max=pooled.shape[1])
         of_row = pooled[batch[rows].long()].float()
         one_row_each = index_q[rows][:, None], gates[rows][:, None]  # N = rows, T = 1
-        statistics = reference.block_statistics(*one_row_each, of_row, complete[:, None], reference.View(router))
+        statistics = reference.block_statistics(*one_row_each, of_row, complete[:, None], reference.RouterView(router))
         query, scale = reference.residual_query(*one_row_each, head_ids[rows][:, None].long(), statistics.positive)
         torch.testing.assert_close(residual.scale[rows], scale[:, 0], rtol=2**-7, atol=0)
         got = residual.query[rows].float() * residual.scale[rows, None]

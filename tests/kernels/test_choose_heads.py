@@ -114,10 +114,10 @@ def test_from_products_to_heads_and_residual_as_the_reference(choose: tuple[ctyp
     for t, (request, length) in enumerate(zip(batch.tolist(), lens.tolist(), strict=True)):
         keys = means[request][None].nan_to_num().float()
         row, complete = (q[t][None, None], gates[t][None, None]), torch.tensor([[length // SIZE]])
-        plain = reference.block_statistics(*row, keys, complete, reference.View("error", tilted=False))
+        plain = reference.block_statistics(*row, keys, complete, reference.RouterView("error", tilted=False))
         none = torch.empty(1, 1, 0, dtype=torch.int64)
         every.append(reference.residual_query(*row, none, plain.positive)[0][0, 0])
-        found = reference.block_statistics(*row, keys, complete, reference.View("error"))
+        found = reference.block_statistics(*row, keys, complete, reference.RouterView("error"))
         ids = reference.top_heads(found.heads, 3)
         query, scale = reference.residual_query(*row, ids, found.positive)
         wanted.append((ids[0, 0].tolist(), query[0, 0] * scale[0, 0]))

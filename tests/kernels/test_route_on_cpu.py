@@ -252,7 +252,7 @@ def test_the_reference_says_the_same(kernels):
         k_tilde = torch.from_numpy(np.nan_to_num(case.pooled[case.batch[row]])).float()
         complete = torch.tensor([[case.lens[row] // PAGE]]).clamp(max=WIDTH)
         one = (q[row][None, None], w[row][None, None])
-        statistics = reference.block_statistics(*one, k_tilde[None], complete, reference.View("peak"))
+        statistics = reference.block_statistics(*one, k_tilde[None], complete, reference.RouterView("peak"))
         ids = reference.top_heads(statistics.heads, heads)
         assert ids.flatten().tolist() == head_ids[row].tolist()
         wanted, step = reference.residual_query(*one, ids, statistics.positive)

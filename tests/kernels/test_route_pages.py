@@ -86,7 +86,7 @@ def check(batch: Sketched, policy: SketchPolicy, columns: Columns) -> None:
         pages = batch.page_table[row, : known : -(-known // ROUTED_PAGES)].long()
         q, gates = batch.index_q[None, row, None], batch.head_gates[None, row, None]
         complete = torch.tensor([[len(pages)]], device=q.device)
-        view = reference.View(policy.router, tilted=False)
+        view = reference.RouterView(policy.router, tilted=False)
         stats = reference.block_statistics(q, gates, batch.page_means[pages][None].float(), complete, view)
         ids = reference.top_heads(stats.heads, heads)
         numbers, unit = reference.to_int8(q[0, 0, ids[0, 0]].float())

@@ -67,7 +67,7 @@ def test_routed_heads_equal_all_heads_with_zeroed_gates_and_the_residual_is_one_
     heads = policy.heads or HEADS
     complete = case.row_lens // policy.block_size
     k_tilde = reference.block_means(case.means, policy.block_size // PAGE)
-    statistics = reference.block_statistics(case.q, case.gates, k_tilde, complete, reference.View(policy.router))
+    statistics = reference.block_statistics(case.q, case.gates, k_tilde, complete, reference.RouterView(policy.router))
     ids = reference.top_heads(statistics.heads, heads)
     zeroed = torch.zeros_like(case.gates).scatter(2, ids, case.gates.gather(2, ids))
     expected = reference.index_scores(case.q, zeroed, case.keys)
@@ -141,9 +141,9 @@ def test_router_picks_the_heads_that_answer_the_blocks() -> None:
     gates[..., 3], gates[..., 5] = -1.0, 2.0
     k_tilde, complete = torch.eye(128)[:1].unsqueeze(0), torch.ones(1, 1, dtype=torch.int32)
     for router, head in {"mean": 3, "weight": 5}.items():
-        statistics = reference.block_statistics(q, gates, k_tilde, complete, reference.View(router))
+        statistics = reference.block_statistics(q, gates, k_tilde, complete, reference.RouterView(router))
         assert reference.top_heads(statistics.heads, 1).item() == head
-    signed = reference.block_statistics(q, gates, k_tilde, complete, reference.View("signed"))
+    signed = reference.block_statistics(q, gates, k_tilde, complete, reference.RouterView("signed"))
     assert signed.heads[0, 0, 3] < 0  # the signed router would suppress the head that answers
 
 
@@ -155,10 +155,12 @@ def test_the_error_router_picks_what_a_residual_would_get_wrong() -> None:
     q[..., 1, 0], q[..., 2, 0], q[..., 3, 1], q[..., 4, 2] = 9.0, -9.0, 2.0, 1.0
     q[..., 1:3, 3] = 5.0
     gates, complete = torch.ones(1, 1, HEADS), torch.full((1, 1), 40)
-    found = reference.block_statistics(q, gates, k_tilde, complete, reference.View("error")).heads[0, 0]
+    found = reference.block_statistics(q, gates, k_tilde, complete, reference.RouterView("error")).heads[0, 0]
     assert found[3] > found[4] > 100 * found[[1, 2]].max()
     assert found[0] == 0  # of a query of zeros
-    one = reference.block_statistics(q, gates * 3, k_tilde[:, :1], torch.ones(1, 1), reference.View("error")).heads
+    one = reference.block_statistics(
+        q, gates * 3, k_tilde[:, :1], torch.ones(1, 1), reference.RouterView("error")
+    ).heads
     assert one.tolist() == (gates * 3).tolist()  # a single block has no deviation
 
 
@@ -168,11 +170,11 @@ def test_errors_are_those_of_fp64_down_to_heads_of_a_settled_sign() -> None:
     k_tilde = (torch.randn(1, 40, 128, generator=g) + 4 * torch.randn(128, generator=g)).bfloat16().float()
     complete = torch.full((1, 1), 40)
     for tilted in (False, True):
-        found = reference.block_statistics(q, gates, k_tilde, complete, reference.View("error", tilted=tilted))
+        found = reference.block_statistics(q, gates, k_tilde, complete, reference.RouterView("error", tilted=tilted))
         x = q[0, 0].double() @ k_tilde[0].double().T
         mean, deviation = x.mean(1), x.std(1, correction=0)
         if tilted:
-            plain = reference.View("error", tilted=False)
+            plain = reference.RouterView("error", tilted=False)
             share = reference.block_statistics(q, gates, k_tilde, complete, plain).positive
             every, _ = reference.residual_query(q, gates, torch.empty(1, 1, 0, dtype=torch.int64), share)
             scores = k_tilde[0].double() @ every[0, 0].double()
@@ -193,7 +195,7 @@ def test_heads_of_a_settled_sign_do_not_tie(seed: int, loudness: float) -> None:
     q = torch.randn(1, 1, HEADS, 128, generator=g)
     q += torch.sign(q @ direction)[..., None] * direction  # no head is near the middle
     gates, complete = torch.rand(1, 1, HEADS, generator=g) + 0.5, torch.full((1, 1), 40)
-    found = reference.block_statistics(q, gates, k_tilde, complete, reference.View("error")).heads[0, 0]
+    found = reference.block_statistics(q, gates, k_tilde, complete, reference.RouterView("error")).heads[0, 0]
     assert (found > 0).all()
     assert len(found.unique()) > HEADS - 2
 
@@ -205,7 +207,7 @@ def test_blocks_that_are_equal_tilt_no_head(seed: int, blocks: int) -> None:
     q, gates = torch.randn(1, 1, HEADS, 128, generator=g), torch.randn(1, 1, HEADS, generator=g)
     key = torch.randn(128, generator=g).bfloat16().float()
     complete = torch.full((1, 1), blocks)
-    found = reference.block_statistics(q, gates, key.expand(1, blocks, 128), complete, reference.View("error"))
+    found = reference.block_statistics(q, gates, key.expand(1, blocks, 128), complete, reference.RouterView("error"))
     assert torch.equal(found.positive[0, 0], (q[0, 0] @ key > 0).float())
 
 
@@ -213,7 +215,7 @@ def test_keys_whose_scores_have_no_deviation_in_fp32_are_routed_without_a_tilt()
     case = Case(2, 640, 1)
     k_tilde, complete = 1e18 * reference.block_means(case.means, 1), torch.full((1, 1), 10)
     found, plain = (
-        reference.block_statistics(case.q, case.gates, k_tilde, complete, reference.View("error", tilted=tilted))
+        reference.block_statistics(case.q, case.gates, k_tilde, complete, reference.RouterView("error", tilted=tilted))
         for tilted in (True, False)
     )
     assert torch.equal(found.heads, plain.heads)
@@ -277,7 +279,7 @@ def test_the_residual_is_the_expected_value_of_the_heads_left_out() -> None:
     k_tilde = torch.zeros(1, 2, 128)
     k_tilde[0, :, 0], k_tilde[0, :, 1] = 1.0, torch.tensor([1.0, -1.0])
     complete = torch.full((1, 1), 2)
-    statistics = reference.block_statistics(q, gates, k_tilde, complete, reference.View("weight"))
+    statistics = reference.block_statistics(q, gates, k_tilde, complete, reference.RouterView("weight"))
     assert statistics.positive[0, 0, 1:4].tolist() == [1.0, 0.0, 0.5]
     query, scale = reference.residual_query(q, gates, torch.tensor([[[0]]]), statistics.positive)
     torch.testing.assert_close((query * scale.unsqueeze(-1))[0, 0, :3], torch.tensor([2.0, 2.0, 0.0]))
@@ -291,7 +293,7 @@ def test_a_head_that_is_not_finite_adds_nothing_to_the_residual() -> None:
     complete = case.row_lens // 64
     k_tilde = reference.block_means(case.means, 1)
     for gates in (clean, broken):
-        statistics = reference.block_statistics(case.q, gates, k_tilde, complete, reference.View("peak"))
+        statistics = reference.block_statistics(case.q, gates, k_tilde, complete, reference.RouterView("peak"))
         query, scale = reference.residual_query(case.q, gates, ids, statistics.positive)
         assert torch.isfinite(query * scale.unsqueeze(-1)).all()
         if gates is clean:

@@ -201,7 +201,7 @@ def route_in_torch(index_q, head_gates, blocks, heads, router, residual):
     complete = (blocks.row_len // blocks.block_size)[:, None]
     pooled = blocks.block_means[blocks.row_batch].float()
     statistics = reference.block_statistics(
-        index_q[:, None], head_gates[:, None], pooled, complete, reference.View(router)
+        index_q[:, None], head_gates[:, None], pooled, complete, reference.RouterView(router)
     )
     return RoutedHeads(reference.top_heads(statistics.heads, heads)[:, 0].int())
 
