@@ -11,7 +11,7 @@ from sglang.srt.layers.attention.dsa import dsa_indexer
 from torch import Tensor
 
 from sglang_misa import decode_gate
-from sglang_misa.call import spans
+from sglang_misa.call import Span, spans
 from sglang_misa.metrics import recorder
 from sglang_misa.patches.forward_batch import prompt_lens, step
 from sglang_misa.patches.indexer_calls import decode_call, decode_rows, extend_call
@@ -34,14 +34,13 @@ def get_topk_ragged(
         return original(*stock)
     pool = dsa_indexer.get_token_to_kv_pool()
     selector, layer = pool.misa_selector, layer_id - pool.start_layer
-    lens = metadata.get_indexer_seq_len_cpu().tolist()
-    requests = spans(metadata.get_dsa_extend_len_cpu(), lens, prompt_lens())
+    requests = _requests(metadata)
     call = functools.partial(extend_call, pool, layer_id, requests, q_fp8, weights, metadata)
     reason = selector.why_stock(layer, requests)
     if reason is not None:
         recorder.declined("prefill", reason)
         recorder.ran("prefill", "dsa")
-        _pages_written(pool, layer, forward_batch.out_cache_loc)
+        _extended(pool, layer, requests, metadata)
         ids = original(*stock)
         selector.left_to_stock(layer, requests, functools.partial(call, ids))
         return ids
@@ -110,16 +109,22 @@ def forward_k_only(
     stock = (self, x, positions, forward_batch, layer_id, act_quant, metadata, return_indices)
     result = original(*stock, num_tokens=num_tokens, topk_result=topk_result)
     pool = dsa_indexer.get_token_to_kv_pool()
-    _pages_written(pool, layer_id - pool.start_layer, forward_batch.out_cache_loc[:num_tokens])
+    _extended(pool, layer_id - pool.start_layer, _requests(metadata), metadata)
     recorder.ran("prefill", "dsa")
     recorder.declined("prefill", "all-tokens-visible")
     return result
 
 
-def _pages_written(pool: Any, layer: int, slots: Tensor) -> None:
+def _requests(metadata: Any) -> tuple[Span, ...]:
+    """The spans of an extend call."""
+    return spans(metadata.get_dsa_extend_len_cpu(), metadata.get_indexer_seq_len_cpu().tolist(), prompt_lens())
+
+
+def _extended(pool: Any, layer: int, requests: tuple[Span, ...], metadata: Any) -> None:
     """Statistics of the pages that an extend call completed and selected nothing on: only decode will read them."""
-    if pool.misa_selector.ladders.decodes:
-        pool.misa_selector.engine.pages_written(layer, slots.long())
+    if requests and pool.misa_selector.ladders.decodes:
+        lens = metadata.get_indexer_seq_len().int()
+        pool.misa_selector.engine.extended(layer, requests, metadata.get_page_table_64(), lens)
 
 
 def _room_for_ids(indexer: Any, q_fp8: Tensor, behind: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sglang_misa.call import DecodeCall, ExtendCall, Run
+from sglang_misa.call import DecodeCall, ExtendCall, Run, Span
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.page_stats import PageStats
 from sglang_misa.runtime import Runtime
@@ -27,8 +27,14 @@ class Engine(Protocol):
     def decode(self, call: DecodeCall, policy: SelectionPolicy) -> None:
         """Select for every row into `call.ids`: its tokens, then -1. Capturable in a CUDA graph."""
 
+    def extended(self, layer: int, spans: tuple[Span, ...], page_table: Tensor, request_lens: Tensor) -> None:
+        """Update the pages of `layer` that an extend call completed, and that of the token before it.
+
+        As `extend` does; for a call that stock DSA selects for. Arguments as in `ExtendCall`.
+        """
+
     def pages_written(self, layer: int, slots: Tensor) -> None:
-        """Update the pages whose last token is among `slots` [n] int64, just written in `layer` by stock's path."""
+        """Update the pages whose last token is among `slots` [n] int64, just written in `layer` from elsewhere."""
 
     def compared(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         """The statistics of `pages` [n] integer, as stored and as computed anew from the pool's bytes, and a verdict.

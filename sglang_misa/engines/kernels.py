@@ -43,17 +43,21 @@ class KernelEngine:
         self._layers = page_means.Layers.of(index_k_pages, self.stats.means, self.stats.sketches)
 
     def extend(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> None:
-        if self.keeps or any(policy.pooled for policy, _ in runs):
-            page_means.update_page_means(
-                self.index_k_pages[call.layer],
-                self.stats.means[call.layer],
-                call.page_table,
-                call.request_lens,
-                self.stats.sketch(call.layer),
-                _kept(call.spans, call.page_table.device) if self.keeps else None,
-            )
+        if self.keeps:
+            self.extended(call.layer, call.spans, call.page_table, call.request_lens)
+        elif any(policy.pooled for policy, _ in runs):
+            self._update(call.layer, call.page_table, call.request_lens)
         for policy, run in runs:
             self._select(call, policy, run)
+
+    def extended(self, layer: int, spans: tuple[Span, ...], page_table: Tensor, request_lens: Tensor) -> None:
+        self._update(layer, page_table, request_lens, _kept(spans, page_table.device))
+
+    def _update(
+        self, layer: int, page_table: Tensor, request_lens: Tensor, kept: page_means.Kept | None = None
+    ) -> None:
+        stats = self.stats.means[layer], page_table, request_lens, self.stats.sketch(layer)
+        page_means.update_page_means(self.index_k_pages[layer], *stats, kept)
 
     def _select(self, call: ExtendCall, policy: SelectionPolicy, run: Run) -> None:
         windows, keys = _windows(run, call.ks, call.seq_lens, call.row_batch), run.keys
@@ -174,16 +178,16 @@ def warm_up(runtime: Runtime) -> None:
     device = torch.device(runtime.device, torch.cuda.current_device())
     pages = -(-2 * runtime.topk // PAGE)
     index_k_pages = torch.zeros(pages, PAGE_BYTES, dtype=torch.uint8, device=device)
-    engine, keeping = (KernelEngine(runtime, [index_k_pages], keeps=keeps) for keeps in (False, True))
+    engine = KernelEngine(runtime, [index_k_pages])
     table = torch.arange(pages, dtype=torch.int32, device=device).unsqueeze(0)
     for policy in _prefill_policies(runtime):
         # Few rows and many have launches of their own, and Triton builds apart for 1 and sizes that 16 does not divide.
         for number, rows in enumerate((64, 65, runtime.topk, runtime.topk - 1, 1)):
             engine.extend(*_made_up_extend(runtime, policy, table, rows, number % 2 == 0, device))
-        if runtime.config.decoding.active:  # kept statistics: those of new pages have a program of their own
-            keeping.extend(*_made_up_extend(runtime, policy, table, 64, True, device))
     for policy in (policy for policy in runtime.config.policies("decode") if policy.active):
         engine.pages_written(0, torch.arange(pages * PAGE, device=device))
+        one = Span(0, 0, 1, 0, pages * PAGE)  # statistics of new pages alone have a program of their own
+        engine.extended(0, (one,), table, torch.tensor([one.length], dtype=torch.int32, device=device))
         engine.compared(0, table[0])
         # Each with its own launch sizes, and none that stock selects.
         for rows in dict.fromkeys(max(rows, policy.min_rows) for rows in (1, 4, 32, 64)):

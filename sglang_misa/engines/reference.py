@@ -29,12 +29,18 @@ class ReferenceEngine:
         self.behind = False
 
     def extend(self, call: ExtendCall, runs: Sequence[tuple[SelectionPolicy, Run]]) -> None:
-        for span in call.spans:
-            kept = span.cached_pages if self.keeps else 0
-            self._update(call.layer, call.page_table[span.request, kept : span.length // PAGE])
+        if self.keeps:
+            self.extended(call.layer, call.spans, call.page_table, call.request_lens)
+        else:
+            for span in call.spans:
+                self._update(call.layer, call.page_table[span.request, : span.length // PAGE])
         for policy, run in runs:
             for span, rows in run.by_request():
                 self._select(call, policy, span, rows)
+
+    def extended(self, layer: int, spans: tuple[Span, ...], page_table: Tensor, request_lens: Tensor) -> None:
+        for span in spans:
+            self._update(layer, page_table[span.request, span.cached_pages : span.length // PAGE])
 
     def _select(self, call: ExtendCall, policy: SelectionPolicy, span: Span, chosen: range) -> None:
         """Select for some rows of a request."""

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+import torch
 from pool_walks import Request, Walk
 from torch import Tensor
 
@@ -32,6 +33,28 @@ def test_statistics_and_selections_are_those_of_the_bytes(seed: int, hooks) -> N
 @pytest.mark.parametrize("seed", SEEDS[:4])
 def test_statistics_by_kernels_are_those_of_the_bytes(seed: int, hooks) -> None:
     Walk(seed, hooks, on_kernels=True).run(EVENTS // 2)
+
+
+@pytest.mark.parametrize("on_kernels", [False, True])
+@pytest.mark.parametrize("seed", SEEDS[:4])
+def test_calls_behind_a_token_that_no_step_has_seen(seed: int, on_kernels: bool, hooks) -> None:
+    """A session that drafts goes on so: a page that this token completed is the next call's, whoever selects in it."""
+    walk = Walk(seed, hooks, on_kernels=on_kernels)
+    walk.topk = (walk.topk, 2 * PAGE)[seed % 2]  # of which all tokens are visible to the call
+    root = walk.radix.root_node
+    walk.radix.inc_lock_ref(root)
+    request = Request([1] * (PAGE - 1), root, torch.empty(0, dtype=torch.int64), 0)
+    walk.live.append(request)
+    for _ in range(2):
+        while not request.decodes:
+            walk.prefill()
+        assert walk.grow(request, 1)
+        walk.store(request, 1)
+        request.prompt = [*request.tokens, 1, 2, 3]
+        while not request.decodes:
+            walk.prefill()
+        walk.check()
+        request.prompt = [*request.tokens, *[1] * (2 * PAGE - 1 - len(request.tokens))]
 
 
 class Told(Walk):

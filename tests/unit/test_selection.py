@@ -17,7 +17,7 @@ from sglang_misa.engines.reference import ReferenceEngine
 from sglang_misa.kernels.layout import PAGE
 from sglang_misa.kernels.prefill.operands import RoutedHeads
 from sglang_misa.ladder import WINDOW
-from sglang_misa.policy import EXACT
+from sglang_misa.policy import EXACT, STOCK
 from sglang_misa.selection import Selector
 
 requests_ = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=5)
@@ -283,7 +283,10 @@ def test_statistics_that_nothing_reads_are_not_computed(by, keeps, wanted, monke
     assert len(computed) == wanted
 
 
-def test_a_warm_up_computes_statistics_of_all_pages_and_of_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("prefill", "wanted"), [(POLICIES[0], {True, False}), (STOCK, {True})])
+def test_a_warm_up_computes_statistics_of_all_pages_and_of_new_ones(
+    prefill: SelectionPolicy, wanted: set[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Triton builds them apart, and users of a server are never to wait for a compiler."""
     computed: set[bool] = set()
 
@@ -298,8 +301,8 @@ def test_a_warm_up_computes_statistics_of_all_pages_and_of_new_ones(monkeypatch:
     monkeypatch.setattr(kernels.recorder, "slow_rows", kernels.recorder.slow_rows)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    kernels.warm_up(reference_runtime(MisaConfig(prefill=POLICIES[0], decode=DECODE), TOPK))
-    assert computed == {True, False}
+    kernels.warm_up(reference_runtime(MisaConfig(prefill=prefill, decode=DECODE), TOPK))
+    assert computed == wanted
 
 
 DECODE = SelectionPolicy(heads=4, blocks=3, block_size=64, min_len=0)
