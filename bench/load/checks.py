@@ -6,8 +6,7 @@ import resource
 import ssl
 import sys
 
-from sglang_misa.bench.load import dataset, selection, trace
-from sglang_misa.bench.load.gates import Gate
+from sglang_misa.bench.load import dataset, gates, selection, trace
 from sglang_misa.bench.load.plan import Cell, Plan
 from sglang_misa.bench.load.prepare import check_size
 from sglang_misa.bench.load.prompts import check_text
@@ -26,8 +25,7 @@ OTHER_FILES = 64  # open ones of a process that are no connections of clients
 def check_plan(plan: Plan) -> None:
     """Raise LoadError for what would be noticed only after hours of measuring."""
     check_compared(plan.primary)
-    for gate in plan.fail_if:
-        Gate(gate)
+    gates.check(plan.fail_if, ratios=len(plan.arms) == 2 and plan.search is None)
     labels = [cell.label for cell in plan.cells]
     if len({cell.digest() for cell in plan.cells}) < len(labels):  # its blocks would count twice
         raise LoadError(f"cells: expected each context and load once, got {', '.join(labels)}; drop one")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sglang_misa.bench.load import gates
 from sglang_misa.bench.load.figures import under
-from sglang_misa.bench.load.gates import Gate
 from sglang_misa.bench.load.plan import Arm, Plan
 from sglang_misa.bench.load.records import Unit, check_compared
 from sglang_misa.bench.load.safety import Keys
@@ -23,8 +23,7 @@ def comparison(
     What only one of the two has measured, and measured validly, is left out; a note says how much that is.
     """
     check_compared(primary)
-    for gate in fail_if:
-        Gate(gate)
+    gates.check(fail_if, ratios=True)
     if (out / "plan.json").exists():
         raise LoadError(f"out: expected a folder without a run, got {out}, whose report it would replace; name another")
     plans = [Store.plan_in(folder) for folder in folders]

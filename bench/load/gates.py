@@ -64,6 +64,19 @@ class Gate:
         return GateResult(gate=self.text, label=label, value=value, failed=failed)
 
 
+def check(texts: Sequence[str], *, ratios: bool) -> None:
+    """Raise LoadError for what is no gate, or asks for the interval of a figure that has none: nothing would tell.
+
+    ratios: whether two arms are compared.
+    """
+    for gate in map(Gate, texts):
+        if gate.bound and not (ratios and gate.compared):
+            raise LoadError(
+                f"fail_if: expected .{gate.bound} of a ratio of two servers, got it of {gate.metric}, which has none "
+                f"here; write {gate.metric}"
+            )
+
+
 def gates_of(texts: Sequence[str], *, default: bool = True) -> list[Gate]:
     """The gates that the user gave, and the default one on errors unless he gave one. Raises LoadError."""
     gates = [Gate(text) for text in texts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
+from sglang_misa.bench.load.gates import Gate
 from sglang_misa.bench.load.plan import Plan
 from sglang_misa.bench.load.plots import context_of, level_of
 from sglang_misa.bench.load.records import LATENCIES, RATES, Ratio, title
@@ -119,7 +120,6 @@ def cell_tables(outcome: Outcome) -> str:
 
 
 def gates(outcome: Outcome) -> str:
-    units = {True: "×", False: ""}
     rows = [
         [
             "failed" if g.failed else "passed",
@@ -127,7 +127,7 @@ def gates(outcome: Outcome) -> str:
             g.label,
             "not measured"
             if g.value is None
-            else f"{g.value:.4g}{units[len(outcome.ratios) > 0 and 'error' not in g.gate]}",
+            else f"{g.value:.4g}{'×' if outcome.ratios and Gate(g.gate).compared else ''}",
         ]
         for g in sorted(outcome.gates, key=lambda g: not g.failed)
     ]

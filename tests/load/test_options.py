@@ -22,6 +22,7 @@ from sglang_misa.config import PRESETS
     [
         ["--fail-if", "ttft_p50 > 1.0.2"],
         ["--fail-if", "speed > 1"],
+        ["--fail-if", "ttft_p50.high > 1"],
         ["--blocks", "0"],
         ["--confidence", "95"],
         ["--requests", "0"],
@@ -66,6 +67,8 @@ def test_options_are_judged_before_the_first_request(mocks, tmp_path, capsys, wo
         ["--names", "a", "a"],
         ["--b", "python -m server"],
         ["--b", "python -m 'server --port 3"],
+        ["--fail-if", "error_rate.high > 0.5"],
+        ["--fail-if", "ttft_max.low > 5"],
         ["--b-expect", "faithfull"],
         ["--ab-mode", "alternate", "--b-expect", "misa-hierr"],
     ],

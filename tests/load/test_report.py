@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def run(mocks: tuple[MockProcess, MockProcess], tmp_path_factory: pytest.TempPat
     (folder / "slo.toml").write_text("ttft = 0.5")
     arms = ["--a", mocks[0].url, "--b", mocks[1].url, "--names", "stock", "misa with <b>marks</b>"]
     grid = ["--contexts", "1k", "2k", "--concurrencies", "1", "2", "--blocks", "2", "--slo", str(folder / "slo.toml")]
-    more = ["--fail-if", "ttft_p50 > 0.1", "--warmup", "0", "--sample-s", "0.1"]
+    more = ["--fail-if", "ttft_p50 > 0.1", "ttft_max > 60", "--warmup", "0", "--sample-s", "0.1"]
     assert main(["ab", *arms, *grid, *SMALL, *more, "--out", str(folder)]) == GATE_FAILED
     return folder
 
@@ -101,6 +102,12 @@ def test_the_report_says_what_a_reader_asks_for(run):
     assert not any(f'{attribute}="http' in page for attribute in ("src", "href"))
     shown = {p.stem for p in (run / "plots").iterdir()}
     assert {"ratios", "distributions", "timeline", "ttft_by_context"} <= shown
+
+
+def test_only_a_gate_on_a_ratio_tells_a_ratio(run):
+    rows = re.findall(r"<td[^>]*>fails if (\w+) .*?<td[^>]*>([^<]*)</td></tr>", (run / "report.html").read_text())
+    told = {(name, value.endswith("×")) for name, value in rows}
+    assert told == {("ttft_p50", True), ("ttft_max", False), ("error_rate", False)}
 
 
 def test_results_follow_the_published_schema(run):
