@@ -82,9 +82,9 @@ def main_table(plan: Plan, outcome: Outcome) -> str:
         arms = [a for name in outcome.names for a in outcome.arms if a.cell == cell.digest() and a.arm == name]
         if not arms:
             continue
-        requests = round(min(a.figures["requests"] for a in arms))
+        answered = round(min(a.figures["requests"] - a.figures["errors"] for a in arms))
         latency = plan.primary.split("_")[0] if plan.primary not in RATES else "ttft"
-        wanted = [plan.primary, tail_of(latency, requests), "tpot_p50", "output_throughput"]
+        wanted = [plan.primary, tail_of(latency, answered), "tpot_p50", "output_throughput"]
         for metric in dict.fromkeys(wanted):
             if not any(metric in a.figures for a in arms):
                 continue
