@@ -12,7 +12,7 @@ from sglang_misa.bench.load import selection
 from sglang_misa.bench.load.control import Control
 from sglang_misa.bench.load.drive import Ledger
 from sglang_misa.bench.load.environment import facts
-from sglang_misa.bench.load.figures import error_classes, summarize
+from sglang_misa.bench.load.figures import error_classes, server_figures, summarize
 from sglang_misa.bench.load.plan import Arm, Cell, Slo
 from sglang_misa.bench.load.records import NO_SUCCESS, Record, Unit
 from sglang_misa.bench.load.safety import Keys
@@ -84,7 +84,7 @@ class Assembler:
         counted = not good or any(r.output_tokens is not None for r in good)
         streamed = sum(count for at, count in ledger.tokens if start <= at <= end) if counted else None
         metrics = _changes(measured.before.metrics, measured.after.metrics)
-        figures = summarize(records, (start, end), streamed, self.slo) | _server_figures(metrics)
+        figures = summarize(records, (start, end), streamed, self.slo) | server_figures(metrics)
         answered = sum(r.output_tokens or 0 for r in good)
         if measured.gpu.get("gpu_energy_j") and answered:
             figures["tokens_per_joule"] = answered / measured.gpu["gpu_energy_j"]
@@ -206,23 +206,3 @@ def _timeline(measured: Measured) -> dict[str, tuple[tuple[float, float], ...]]:
 def _changes(before: Metrics, after: Metrics) -> Metrics:
     """Counters that grew."""
     return {name: after[name] - before.get(name, 0.0) for name in after if after[name] - before.get(name, 0.0) > 0}
-
-
-def _server_figures(metrics: Metrics) -> dict[str, float]:
-    """The queue's and the prefill's part of the latency, and the hit rate, by the server's own counters."""
-
-    def total(name: str, **labels: str) -> float:
-        wanted = [f'{k}="{v}"' for k, v in labels.items()]
-        return sum(v for k, v in metrics.items() if k.split("{")[0] == name and all(w in k for w in wanted))
-
-    figures = {}
-    if queued := total("sglang:queue_time_seconds_count"):
-        figures["server_queue_s_mean"] = total("sglang:queue_time_seconds_sum") / queued
-    stage = "sglang:per_stage_req_latency_seconds"
-    if count := total(f"{stage}_count", stage="prefill_forward"):
-        figures["server_prefill_s_mean"] = total(f"{stage}_sum", stage="prefill_forward") / count
-    if prompt := total("sglang:prompt_tokens_total"):
-        figures["server_cached_share"] = total("sglang:cached_tokens_total") / prompt
-    if retracted := total("sglang:num_retracted_requests_total"):
-        figures["server_retractions"] = retracted
-    return figures

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -123,6 +123,26 @@ def _cache(good: Sequence[Record]) -> dict[str, float]:
         figures["cached_share"] = sum(r.cached_tokens or 0 for r in cached) / max(1, prompt)
         figures["cached_wanted_share"] = sum(r.cached_wanted for r in cached) / max(1, prompt)
         figures["cached_error_max"] = max(abs((r.cached_tokens or 0) - r.cached_wanted) for r in cached)
+    return figures
+
+
+def server_figures(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The queue's and the prefill's part of the latency, hit rate and retractions, by the growth of counters."""
+
+    def total(name: str, **labels: str) -> float:
+        wanted = [f'{k}="{v}"' for k, v in labels.items()]
+        return sum(v for k, v in metrics.items() if k.split("{")[0] == name and all(w in k for w in wanted))
+
+    figures = {}
+    if queued := total("sglang:queue_time_seconds_count"):
+        figures["server_queue_s_mean"] = total("sglang:queue_time_seconds_sum") / queued
+    stage = "sglang:per_stage_req_latency_seconds"
+    if count := total(f"{stage}_count", stage="prefill_forward"):
+        figures["server_prefill_s_mean"] = total(f"{stage}_sum", stage="prefill_forward") / count
+    if prompt := total("sglang:prompt_tokens_total"):
+        figures["server_cached_share"] = total("sglang:cached_tokens_total") / prompt
+    if retracted := total("sglang:num_retracted_requests_total"):
+        figures["server_retractions"] = retracted
     return figures
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from sglang_misa.bench.load import gates
-from sglang_misa.bench.load.figures import figure, summarize
+from sglang_misa.bench.load.figures import figure, server_figures, summarize
 from sglang_misa.bench.load.gates import GateResult
 from sglang_misa.bench.load.plan import Plan, Slo
 from sglang_misa.bench.load.records import (
@@ -161,6 +161,8 @@ def pooled(units: Sequence[Unit], slo: Slo | None) -> dict[str, float]:
         figures.pop(rate, None)
         if all(rate in u.figures for u in units):
             figures[rate] = sum(u.figures[rate] * u.figures["window_s"] for u in units) / seconds
+    grown = {n: sum(u.metrics.get(n, 0.0) for u in units) for n in {n for u in units for n in u.metrics}}
+    figures |= server_figures(grown)
     joules = sum(u.gpu.get("gpu_energy_j", math.nan) for u in units)
     if joules > 0:
         figures["tokens_per_joule"] = sum(r.output_tokens or 0 for u in units for r in u.records if r.good) / joules

@@ -12,7 +12,7 @@ from load.helpers import record, unit
 
 from sglang_misa.bench.load.checks import check_plan
 from sglang_misa.bench.load.environment import Environment, facts
-from sglang_misa.bench.load.figures import error_classes, summarize, under
+from sglang_misa.bench.load.figures import error_classes, server_figures, summarize, under
 from sglang_misa.bench.load.gates import Gate, gates_of
 from sglang_misa.bench.load.plan import Arm, Cell, Plan, Slo
 from sglang_misa.bench.load.prompts import RandomIds, TextIds, prose
@@ -24,7 +24,8 @@ from sglang_misa.bench.load.simulate import Scene, shares
 from sglang_misa.bench.load.sse import SseParser
 from sglang_misa.bench.load.stats import block_ratio, geometric_mean, holm, percentile, wilson
 from sglang_misa.bench.load.store import Store
-from sglang_misa.bench.load.verdict import compare, pool
+from sglang_misa.bench.load.tables import main_table
+from sglang_misa.bench.load.verdict import compare, judge, pool
 from sglang_misa.bench.load.workload import KEEP_STREAM, WARMUP_STREAM, Builder, Needle, found
 
 
@@ -211,6 +212,33 @@ def test_a_tail_needs_a_hundred_answers(answered, failed, shown):
     assert "ttft_p90" in figures
     asked = pool(halves, plan.model_copy(update={"primary": "ttft_p99"})).figures
     assert "ttft_p99" in asked
+
+
+def test_counters_of_blocks_are_added_up():
+    """A block with ten requests and a cold one of one: neither the larger share nor the mean of the two."""
+    plan = Plan(arms=(Arm(name="a", server="http://127.0.0.1:1"),), cells=())
+    grew = [
+        {"queue_time_seconds_count": 10.0, "queue_time_seconds_sum": 1.0, "prompt_tokens_total": 900.0},
+        {"queue_time_seconds_count": 1.0, "queue_time_seconds_sum": 2.1, "prompt_tokens_total": 100.0},
+    ]
+    grew[1] |= {"cached_tokens_total": 50.0, "num_retracted_requests_total": 6.0}
+    measured = [{f'sglang:{name}{{tp_rank="0"}}': value for name, value in each.items()} for each in grew]
+    plain = unit("a", 0, [record(0, 0.1)], 0.0)
+    told = [{"metrics": m, "figures": plain.figures | server_figures(m)} for m in measured]
+    figures = pool([plain.model_copy(update=told[i]) for i in (0, 1, 0)], plan).figures
+    assert figures["server_queue_s_mean"] == pytest.approx(4.1 / 21)
+    assert figures["server_cached_share"] == pytest.approx(50 / 1900)
+    assert figures["server_retractions"] == 6
+
+
+@pytest.mark.parametrize(("failed", "tail"), [(0, "TTFT p99"), (5, "TTFT p90")])
+def test_the_main_table_has_the_tail_that_the_answers_can_show(failed, tail):
+    cell = Cell.of(Workload(), Load())
+    plan = Plan(arms=(Arm(name="a", server="http://127.0.0.1:1"),), cells=(cell,))
+    records = [record(i, 0.1, error="stall" if i < failed else None) for i in range(100)]
+    block = unit("a", 0, records, 0.0).model_copy(update={"cell": cell.digest()})
+    shown = main_table(plan, judge(plan, [block]))
+    assert {name for name in ("TTFT p90", "TTFT p99") if name in shown} == {tail}
 
 
 def test_throughput_of_a_ratio_is_that_of_the_figures():
