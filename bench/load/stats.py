@@ -49,6 +49,29 @@ def geometric_mean(values: Sequence[float], confidence: float) -> Estimate:
     return _exp(_mean(np.log(np.asarray(values, np.float64)), confidence))
 
 
+def percentile_interval(
+    blocks: Sequence[tuple[ArrayLike, ArrayLike]], q: float, confidence: float
+) -> tuple[float, float] | None:
+    """Interval of the q-th percentile of all blocks together, each given by its values and their weights.
+
+    A block's own p99 is lower than that of all, as it has fewer values: over blocks varies the share of the values that
+    are at most the percentile. Student's interval of that share, no narrower than that of independent values, says
+    between which percentiles the true one lies. None where one of them would be beyond all values, as that of p100 is.
+    """
+    values, weights = (np.concatenate([np.asarray(block[i], np.float64) for block in blocks]) for i in (0, 1))
+    cut, total, part = percentile(values, q, weights), weights.sum(), q / 100
+    if len(blocks) < 2 or not total or not 0 < q < 100:
+        return None
+    sizes = np.array([np.sum(w) for _, w in blocks], np.float64)
+    under = np.array([np.sum(np.asarray(w)[np.asarray(v) <= cut]) for v, w in blocks], np.float64)
+    shares = (under - sizes * under.sum() / total) * len(blocks) / total
+    error = max(float(shares.std(ddof=1)) / math.sqrt(len(blocks)), math.sqrt(part * (1 - part) / total))
+    _, low, high, _ = _student(part, error, len(blocks) - 1, confidence)
+    if low is None or high is None or low < 0 or high > 1:
+        return None
+    return percentile(values, 100 * low, weights), percentile(values, 100 * high, weights)
+
+
 def block_ratio(a: Sequence[float], b: Sequence[float], b_first: Sequence[bool], confidence: float) -> Estimate:
     """B over A from one positive figure a block and arm; `b_first` says in which blocks B was measured before A.
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from sglang_misa.bench.load import gates
-from sglang_misa.bench.load.figures import figure, server_figures, summarize
+from sglang_misa.bench.load.figures import figure, latencies, server_figures, summarize
 from sglang_misa.bench.load.gates import GateResult
 from sglang_misa.bench.load.plan import Plan, Slo
 from sglang_misa.bench.load.records import (
@@ -22,7 +22,7 @@ from sglang_misa.bench.load.records import (
     title,
 )
 from sglang_misa.bench.load.search import Capacity, CapacityRatio
-from sglang_misa.bench.load.stats import Estimate, block_ratio, geometric_mean, holm
+from sglang_misa.bench.load.stats import Estimate, block_ratio, geometric_mean, holm, percentile_interval
 
 COMPARED = ("ttft_p50", "ttft_p90", "ttft_p99", "tpot_p50", "tpot_p90", "itl_p50", "itl_p99", "e2e_p50", "e2e_p99")
 MIN_BLOCKS = 5  # under which no verdict is given: a t-interval of fewer is too wide to say anything, or too lucky
@@ -41,7 +41,7 @@ class ArmCell(BaseModel):
     cell: str
     label: str
     figures: dict[str, float]
-    intervals: dict[str, tuple[float, float]]  # of the geometric mean over blocks, for figures that every block has
+    intervals: dict[str, tuple[float, float]]  # of the figures that can tell one
     errors: dict[str, int]
     reasons: dict[str, str]  # class of error → what the first request of that class was told
     problems: tuple[str, ...]
@@ -128,13 +128,11 @@ def pool(units: Sequence[Unit], plan: Plan) -> ArmCell:
     if answered < ENOUGH_FOR_P99:
         kept = {*units[0].client, plan.primary, *gates.compared(gates.gates_of(plan.fail_if))}
         figures = {name: value for name, value in figures.items() if not name.endswith("_p99") or name in kept}
-    intervals = {}
-    for name in (*COMPARED, *RATES):
-        seen = [u.figures.get(name, 0.0) for u in units]
-        if name in figures and len(seen) > 1 and min(seen) > 0:
-            _, low, high, _ = geometric_mean(seen, plan.confidence)
-            if low is not None and high is not None:
-                intervals[name] = (low, high)
+    intervals = {
+        name: found
+        for name in (*COMPARED, *RATES, plan.primary)
+        if name in figures and (found := interval(units, name, plan.confidence)) is not None
+    }
     errors: dict[str, int] = {}
     for unit in units:
         for kind, count in unit.errors.items():
@@ -172,6 +170,18 @@ def pooled(units: Sequence[Unit], slo: Slo | None) -> dict[str, float]:
     return figures
 
 
+def interval(units: Sequence[Unit], metric: str, confidence: float) -> tuple[float, float] | None:
+    """Of one arm's figure over its blocks; None where they, or the requests of a tail, are too few to tell."""
+    latency, _, statistic = metric.partition("_")
+    if metric not in RATES and statistic not in ("mean", "p50"):
+        return percentile_interval([latencies(u.records, latency) for u in units], float(statistic[1:]), confidence)
+    seen = [u.figures.get(metric, 0.0) for u in units]
+    if min(seen) <= 0:
+        return None
+    _, low, high, _ = geometric_mean(seen, confidence)
+    return None if low is None or high is None else (low, high)
+
+
 def compare(a: Sequence[Unit], b: Sequence[Unit], metrics: Sequence[str], confidence: float) -> tuple[Ratio, ...]:
     """Ratios B/A. Latencies are compared over requests that both arms answered: the same prompts in each block."""
     pairs = [_paired(x, y) for x, y in zip(a, b, strict=True)]
@@ -204,8 +214,8 @@ def half_width(plan: Plan, units: Sequence[Unit]) -> float | None:
         ratio = next(iter(compare(sides[0], sides[1], [plan.primary], plan.confidence)), None)
         low, high = (None, None) if ratio is None else (ratio.low, ratio.high)
     else:
-        _, low, high, _ = geometric_mean([u.figures.get(plan.primary, math.nan) for u in sides[0]], plan.confidence)
-    return None if low is None or high is None else math.log(high / low) / 2
+        low, high = interval(sides[0], plan.primary, plan.confidence) or (None, None)
+    return math.log(high / low) / 2 if low and high else None
 
 
 def _ratio(metric: str, a: float, b: float, estimate: Estimate, pairs: int, blocks: int) -> Ratio:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from load.helpers import record, unit
+from scipy.special import ndtri
 
 from sglang_misa.bench.load.checks import check_plan
 from sglang_misa.bench.load.environment import Environment, facts
@@ -22,7 +23,7 @@ from sglang_misa.bench.load.schedule import arrivals, client_starts
 from sglang_misa.bench.load.settings import Lengths, Load, LoadError, Workload
 from sglang_misa.bench.load.simulate import Scene, shares
 from sglang_misa.bench.load.sse import SseParser
-from sglang_misa.bench.load.stats import block_ratio, geometric_mean, holm, percentile, wilson
+from sglang_misa.bench.load.stats import block_ratio, geometric_mean, holm, percentile, percentile_interval, wilson
 from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.load.tables import main_table
 from sglang_misa.bench.load.verdict import compare, judge, pool
@@ -283,6 +284,43 @@ def test_intervals_are_students():
     assert np.log([estimate.low, estimate.high]) == pytest.approx(tuple(truth.confidence_interval(0.9)))
     one = geometric_mean([2.0, 2.0, 2.0], 0.95)
     assert one == (pytest.approx(2.0), pytest.approx(2.0), pytest.approx(2.0), 0.0)
+
+
+def test_the_interval_of_a_tail_is_that_of_the_tail_shown():
+    """A block of 16 has no p99 of its own: its largest value is lower than that of 160."""
+    plan = Plan(arms=(Arm(name="a", server="http://127.0.0.1:1"),), cells=())
+    rng = np.random.default_rng(0)
+    blocks = [[record(i, t) for i, t in enumerate(rng.lognormal(0, 0.1, 16).tolist())] for _ in range(10)]
+    arm = pool([unit("a", i, each, float(i)) for i, each in enumerate(blocks)], plan)
+    assert {"ttft_p50", "ttft_p90", "ttft_p99"} <= arm.figures.keys()
+    assert "ttft_p99" not in arm.intervals
+    for name in ("ttft_p50", "ttft_p90"):
+        low, high = arm.intervals[name]
+        assert low < arm.figures[name] < high
+
+
+@pytest.mark.parametrize(("blocks", "size", "q"), [(10, 16, 90), (20, 16, 90), (20, 100, 99)])
+@pytest.mark.parametrize("unlike", [0.0, 0.05])
+def test_intervals_of_percentiles_hold_the_truth(blocks, size, q, unlike):
+    """Nominal 95 %, of requests that vary by 10 % in blocks that vary by `unlike`."""
+    rng = np.random.default_rng(1)
+    truth = np.exp(np.hypot(0.1, unlike) * ndtri(q / 100))
+    held = []
+    for _ in range(100):
+        values = np.exp(rng.normal(0, unlike, (blocks, 1)) + rng.normal(0, 0.1, (blocks, size)))
+        if (found := percentile_interval([(row, np.ones(size)) for row in values], q, 0.95)) is not None:
+            held.append(found[0] <= truth <= found[1])
+    assert len(held) > 75
+    assert np.mean(held) > 0.86
+
+
+def test_what_percentile_has_an_interval():
+    block = (np.arange(1.0, 101.0), np.ones(100))
+    assert percentile_interval([block], 50, 0.95) is None
+    assert percentile_interval([([], []), ([], [])], 50, 0.95) is None
+    assert percentile_interval([block, block, block], 100, 0.95) is None
+    assert percentile_interval([block, block, block, block], 99, 0.95) is None  # of 400 values, 1 lies beyond
+    assert percentile_interval([block] * 9, 50, 0.95) == (47, 54)  # binomial: 50 ± 2.3 · 1.67
 
 
 @pytest.mark.parametrize(
