@@ -180,6 +180,14 @@ class Assembler:
         if still > STILL * self.bounds.max_lag_s:
             yield f"the client stood still for up to {still:.1f} s: what came in that time looks late by as much"
         load = self.cell.load
+        steady = measured.ledger.steady
+        early = sum(r.dispatched < steady for r in records)
+        if early > len(records) / 2:
+            yield (
+                f"{early} of {len(records)} requests were sent before all {load.concurrency} clients had started, "
+                f"after {steady:.1f} s: latencies are mostly of a lower load, rates of what came later; "
+                "lower --ramp-s, or raise --requests or --duration-s"
+            )
         if load.arrival == "closed" and load.concurrency > 1 and len(records) < FEW_WAVES * load.concurrency:
             yield (
                 f"{len(records)} requests for {load.concurrency} clients: under {FEW_WAVES} for each, the start and "

@@ -80,15 +80,18 @@ class Preparation:
         self._cell, self._encoder, self._route, self._flush = cell, encoder, route, flush
 
     def warm_up(self, source: Source, block: int, notice: Notice) -> float:
-        """Send unmeasured requests of `block`; returns the mean seconds of one.
+        """Send unmeasured requests of `block`, the last one alone; returns its seconds.
 
+        Those before it may wait for kernels that are compiled for them: their time is not that of a request.
         Raises LoadError when one fails, and ServerGoneError.
         """
         builder, load = builder_of(self._cell.workload, source), self._cell.load
-        if not load.warmups:
-            return 0.0
-        records = self._unmeasured(builder.conversations(block, load.warmups, WARMUP_STREAM), "warm-up", notice)
-        return float(np.mean([r.e2e for r in records]))
+        conversations = builder.conversations(block, load.warmups, WARMUP_STREAM)
+        records: list[Record] = []
+        for part in (conversations[:-1], conversations[-1:]):
+            if part:
+                records = self._unmeasured(part, "warm-up", notice)
+        return float(np.mean([r.e2e for r in records])) if records else 0.0
 
     def block(self, source: Source, block: int, notice: Notice) -> Prepared:
         """Empty the cache, prime what is shared, and make the requests of `block`. Raises as `warm_up` does."""

@@ -26,7 +26,7 @@ class Runner:
     def __init__(self, arm: Arm, cell: Cell, control: Control, plan: Plan, keys: Keys):
         self._arm, self._cell, self._control, self._plan, self._keys = arm, cell, control, plan, keys
         self._encoder = Encoder(control, plan.protocol, cell.workload)
-        self._request_s: float | None = None  # seconds of one warm-up request
+        self._request_s: float | None = None  # seconds of one request of a warm server
 
     def measure(self, source: Source, block: int, notice: Notice) -> Unit:
         """One block, after a warm-up the first time. Raises LoadError, and ServerGoneError."""

@@ -253,6 +253,24 @@ def test_a_server_that_goes_away_in_the_warm_up_is_waited_for():
         preparation.warm_up(source_of(cell.workload, 64, encoder.control.tokenize), 0, lambda *_: None)
 
 
+def test_a_cold_server_does_not_spread_the_clients(mock):
+    """They start spread over the time of one request, and not over that of the kernels compiled for the first ones."""
+    server = mock(ttft=0.02, block_first=1.0)
+    cell = Cell.of(Workload(text="ids", input_len="64", output_len="2"), Load(concurrency=4))
+    encoder = Encoder(Control(server.url, Access(), Keys()), Protocol(), cell.workload)
+    preparation = Preparation(cell, encoder, drive.Route(server.url, "generate", Bounds(), {}, None, 1), "never")
+    assert preparation.warm_up(source_of(cell.workload, 64, encoder.control.tokenize), 0, lambda *_: None) < 0.2
+    assert len(server.sent()) == 4
+
+
+@pytest.mark.parametrize(("ramp_s", "told"), [("2", True), ("0.02", False)])
+def test_a_load_that_is_over_before_its_last_client_starts_is_told(mock, tmp_path, ramp_s, told):
+    words = [*SMALL, "--concurrency", "4", "--requests", "24", "--ramp-s", ramp_s]
+    assert main(["run", mock().url, *words, "--out", str(tmp_path)]) == OK
+    (unit,) = units(tmp_path)
+    assert any("before all 4 clients had started, after 1.5 s" in note for note in unit["notes"]) == told
+
+
 def test_a_server_that_stays_away_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(servers, "BACK_S", 1.0)
     server = MockProcess("--ttft", "0.1")
