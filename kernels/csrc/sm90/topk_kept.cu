@@ -12,7 +12,7 @@
 namespace misa {
 namespace {
 
-constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 2048, CANDIDATES = 1024, PAGE = 64, MAX_GROUPS = 8;
+constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 2048, CANDIDATES = 256, PAGE = 64, MAX_GROUPS = 8;
 static_assert(BINS == 2 * THREADS, "a thread scans two bins");
 
 // Tokens of whole pages in the order of the row, `block` tokens of which are neighbours in it.
@@ -79,22 +79,20 @@ struct Smem {
   uint64_t candidates[CANDIDATES];
   uint32_t counts[MAX_GROUPS][WARPS];
   uint32_t scan[WARPS];
-  float least[WARPS], most[WARPS];
+  uint32_t least[WARPS], most[WARPS];
   unsigned long long lowest, highest, cut;
   uint32_t listed, bin, above, inside;
 };
 
-// Larger score, larger order; among equal scores the older token has the larger one. All orders of a row differ.
-__device__ __forceinline__ uint64_t order_of(float score, int token) {
+// Larger score, larger key; and the score of a key.
+__device__ __forceinline__ uint32_t key_of(float score) {
   const uint32_t bits = __float_as_uint(score + 0.f);
-  const uint32_t key = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return uint64_t(key) << 16 | uint32_t(0xFFFF - token);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
+__device__ __forceinline__ float score_of(uint32_t key) { return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key); }
 
-__device__ __forceinline__ float score_of(uint64_t order) {
-  const uint32_t key = uint32_t(order >> 16);
-  return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key);
-}
+// The same with the token: among equal scores the older one has the larger order. All orders of a row differ.
+__device__ __forceinline__ uint64_t order_of(float score, int token) { return uint64_t(key_of(score)) << 16 | uint32_t(0xFFFF - token); }
 
 __device__ __forceinline__ int token_of(uint64_t order) { return 0xFFFF - int(order & 0xFFFF); }
 
@@ -155,19 +153,10 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Rows<Tokens> row
         if (token + e < n) least = fminf(least, score), most = fmaxf(most, score);
       }
     }
-#pragma unroll
-    for (int d = 16; d; d /= 2) {
-      least = fminf(least, __shfl_xor_sync(~0u, least, d));
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
-    }
-    if (lane == 0) s.least[warp] = least, s.most[warp] = most;
+    const uint32_t lowest = __reduce_min_sync(~0u, key_of(least)), highest = __reduce_max_sync(~0u, key_of(most));
+    if (lane == 0) s.least[warp] = lowest, s.most[warp] = highest;
     __syncthreads();
-    least = s.least[lane], most = s.most[lane];
-#pragma unroll
-    for (int d = 16; d; d /= 2) {
-      least = fminf(least, __shfl_xor_sync(~0u, least, d));
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
-    }
+    least = score_of(__reduce_min_sync(~0u, s.least[lane])), most = score_of(__reduce_max_sync(~0u, s.most[lane]));
 
     // Rounding keeps the order of bins; a span that is zero or overflows puts everything into few bins, which is allowed.
     const float scale = float(BINS - 1) / (most - least);
@@ -227,7 +216,7 @@ __global__ void __launch_bounds__(THREADS, 1) topk_kernel(const Rows<Tokens> row
       if (larger == rank - 1) s.cut = own;
     }
     __syncthreads();
-    least_chosen = score_of(s.cut), last_tie = token_of(s.cut);
+    least_chosen = score_of(uint32_t(s.cut >> 16)), last_tie = token_of(s.cut);
   }
 
   // Places: tokens in order, four a thread and group; the counts of four groups fit one word, 8 bits each.
