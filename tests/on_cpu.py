@@ -52,17 +52,17 @@ def call(function: Any, *arguments: Any) -> None:
     assert function(*converted), "some threads of a block could not go on, or a copy was not aligned"
 
 
-def aligned(values: Any, dtype: Any) -> np.ndarray:
-    """A copy at an address that 16 divides, with 16 bytes behind it and no border of 4 GiB inside (see scratch_of)."""
+def aligned(values: Any, dtype: Any, line: int = 16) -> np.ndarray:
+    """A copy at an address that `line` divides, 16 bytes behind it and no border of 4 GiB inside (see scratch_of)."""
     values = np.asarray(values, dtype)
     crossing = []
     while True:
-        room = np.zeros(values.nbytes + 48, np.uint8)
+        room = np.zeros(values.nbytes + 16 + 2 * line, np.uint8)
         first = room.ctypes.data
         if first >> 32 == (first + len(room)) >> 32:
             break
         crossing.append(room)  # held, or the next one would be the same
-    start = -first % 16
+    start = -first % line
     held = room[start : start + values.nbytes].view(dtype).reshape(values.shape)
     held[...] = values
     return held

@@ -78,7 +78,7 @@ def list_candidates(scores: torch.Tensor, seq_lens: torch.Tensor, *, positions: 
     Tokens without a sketch are always among them. Of equal keys the earlier tokens are in, so the list depends on the
     keys alone.
 
-    scores:    uint16 [R, room], as `scan_sketches` left them
+    scores:    uint16 [R, room], as `scan_sketches` left them; undefined afterwards, so that they need not reach memory
     seq_lens:  int32 [R]
     positions: int32 [R, C], C >= 128; unwritten past a row's length
     """

@@ -30,7 +30,7 @@ class SketchScratch:
     """Everything a step writes besides its result, and its policy. All layers share one object.
 
     columns:   see `Columns`
-    keys:      uint16 [R, W · 64]  scores of the sketched tokens, as `score_keys`
+    keys:      uint16 [R, W · 64]  scores of the sketched tokens, as `score_keys`, until they are listed
     positions: int32 [R, C]  candidates, ascending
     logits:    fp32 [R, C]  their scores with all heads
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sglang_misa import reference
 from sglang_misa.kernels.decode.operands import Chosen, PageSketch, SketchPolicy
-from sglang_misa.kernels.decode.scan_sketches import score_keys
+from sglang_misa.kernels.decode.scan_sketches import scan_sketches, score_keys
 from sglang_misa.kernels.decode.topk_sketched import SketchScratch, sketch_topk
 from sglang_misa.kernels.layout import HEAD_DIM as DIM
 from sglang_misa.kernels.layout import PAGE
@@ -95,6 +95,7 @@ class SketchWalker(Walker):
         self.truth = self.sketches.clone()  # as the reference has it, brought up to date on its own
         self.layers = Layers.of([i.index_k_pages], [i.page_means], [self.sketches])
         self.made = self.call()
+        self.scanned = torch.empty_like(self.made.scratch.keys)
 
     def sketched(self, pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes fp32 [n, 64, 128], scales fp32 [n, 64] and sketches of pages [n], by the reference."""
@@ -111,6 +112,9 @@ class SketchWalker(Walker):
 
     def select(self) -> None:
         self.made.run()
+        rows, stats = self.inputs.operands, PageSketch(self.inputs.page_means, self.sketches)
+        made = self.made.scratch  # whose score keys are undefined by now
+        scan_sketches(made.columns, rows, stats, made.policy, scores=self.scanned)
         self.cheap = self.cheap_scores()  # with the statistics that the step has read
         update_last_page_means(self.layers, self.inputs.page_table, self.inputs.seq_lens)
         pages = self.written
@@ -140,7 +144,7 @@ class SketchWalker(Walker):
         position = torch.arange(self.TOKENS, device=DEVICE)
         scored = (length // PAGE - 1).clamp(min=0) * PAGE
         by_sketch = (position < scored) & (length > self.CANDIDATES)
-        keys = scratch.keys[:, : self.TOKENS].int()
+        keys = self.scanned[:, : self.TOKENS].int()
         score, slack = self.cheap
         low, high = score_keys(score - slack), score_keys(score + slack)
         listed = marked(scratch.positions, torch.arange(self.CANDIDATES, device=DEVICE) < length, self.TOKENS)

@@ -21,6 +21,7 @@ LIBRARIES = [
     *(("sketch_scan", {"sketch_bits": bits, "columns": columns}) for bits, columns, _ in SCANS),
     ("sketch_candidates", {}),
 ]
+LINE = 128  # bytes that the listing gives up at once
 Library = Callable[..., ctypes.CDLL]
 
 
@@ -119,10 +120,10 @@ def test_candidates_are_the_best_keys_and_the_newest_tokens(lister: ctypes.CDLL,
     ]
     lens = [0, 256, 257, 319, 320, 60 * PAGE - 1]
     for case in cases:
-        keys = aligned(np.tile(case, (len(lens), 1)), np.uint16)
+        keys = np.tile(case, (len(lens), 1)).astype(np.uint16)
         seq_lens = np.asarray(lens, np.int32)
         got = aligned(np.full((len(lens), candidates), -9), np.int32)
-        call(lister.list_rows, keys, seq_lens, got, room, candidates, len(lens), blocks)
+        call(lister.list_rows, aligned(keys, np.uint16, LINE), seq_lens, got, room, candidates, len(lens), blocks)
         expected = torch.full((len(lens), candidates), -9, dtype=torch.int32)
         list_candidates(torch.from_numpy(keys), torch.from_numpy(seq_lens), positions=expected)
         assert np.array_equal(got, expected.numpy())
@@ -145,10 +146,11 @@ def test_candidates_come_from_all_blocks_and_from_keys_that_none_holds(
     above = [random.random(room) < share * candidates / room for share in (0.95, 1.2)]
     signs = [np.where(these, 0xC000, 0x3000) + random.normal(0, 300, room) for these in above]
     late = crowded + 3000 * (np.arange(room) > 0.95 * room)  # nearly all that is chosen lies together
-    keys = aligned(np.stack([crowded, crowded // 512 * 512, bunched, late, *signs]), np.uint16)
+    keys = np.stack([crowded, crowded // 512 * 512, bunched, late, *signs]).astype(np.uint16)
     lens = [room - 1, room - 70, room, room, room, room - 1]
     got = torch.full((len(lens), candidates), -9, dtype=torch.int32)
-    call(lister.list_rows, keys, np.asarray(lens, np.int32), got.numpy(), room, candidates, len(lens), blocks)
+    given, lengths = aligned(keys, np.uint16, LINE), np.asarray(lens, np.int32)
+    call(lister.list_rows, given, lengths, got.numpy(), room, candidates, len(lens), blocks)
     _expect_by_definition(keys, lens, got)
 
 

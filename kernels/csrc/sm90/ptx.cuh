@@ -148,6 +148,18 @@ __device__ __forceinline__ void copy_run(uint32_t smem, const void* global, uint
                : "memory");
 }
 
+// The same of what is read once: L2 gives it up before all else.
+__device__ __forceinline__ void copy_run_once(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(smem),
+               "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
+               : "memory");
+}
+
+// Gives up a line of 128 bytes, which nobody reads before it is written anew: L2 need not write it to memory.
+__device__ __forceinline__ void discard(const void* line) { asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory"); }
+
 // Orders this thread's ordinary shared-memory stores before later reads by the tensor cores.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -29,7 +29,7 @@ constexpr int COARSE_SHIFT = 5, BINS = 2048, OWN_BINS = BINS / THREADS;  // the 
 static_assert(OWN_BINS == 4 && BINS << COARSE_SHIFT == 1 << 16 && SAMPLE % THREADS == 0 && SAMPLE == 1 << 10);
 
 struct Candidates {
-  const uint16_t* scores;  // [R, room]
+  const uint16_t* scores;  // [R, room], undefined once they are listed
   const int32_t* lens;     // [R]
   int32_t* positions;      // [R, candidates] ascending; unwritten past the row's length
   int64_t room;
@@ -130,6 +130,7 @@ __global__ void __launch_bounds__(THREADS, 1) candidates_kernel(const Candidates
       sm90::barrier_wait(landed + turn % HELD * 8, turn / HELD % 2);
       const int first = from + chunk * CHUNK;
       const uint32_t marks = use(first, s.keys[warp][turn % HELD], to - first);
+      if (is_last && lane < CHUNK / PAGE && lane * PAGE < to - first) sm90::discard(scores + first + lane * PAGE);
       if (!held && (!is_last || chunk + HELD < chunks)) {
         __any_sync(~0u, marks);  // waits for all lanes' loads; a copy would not
         fetch(turn + HELD);

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(WARPS * 32, RESIDENT) scan_kernel(const Scan i
   const int id = lane < count ? __ldg(in.pages + row * in.pitch + first + lane) : 0;
   const auto fetch = [&](int stage) {  // this lane's page
     sm90::barrier_arrive_expect(landed + stage * 8, SKETCH_BYTES);
-    sm90::copy_run(sm90::smem_address(landing + stage * SKETCH_BYTES), in.sketches + int64_t(id) * SKETCH_BYTES, SKETCH_BYTES, landed + stage * 8);
+    sm90::copy_run_once(sm90::smem_address(landing + stage * SKETCH_BYTES), in.sketches + int64_t(id) * SKETCH_BYTES, SKETCH_BYTES, landed + stage * 8);
   };
   if (lane < STAGES) sm90::barrier_init(landed + lane * 8, 1);
   sm90::barrier_init_fence();

@@ -38,6 +38,11 @@ inline void copy_run(uint32_t to, const void* global, uint32_t bytes, uint32_t b
   b.bytes -= bytes;
   b.settle();
 }
+inline void copy_run_once(uint32_t to, const void* global, uint32_t bytes, uint32_t barrier) { copy_run(to, global, bytes, barrier); }
+inline void discard(const void* line) {
+  misused |= reinterpret_cast<uintptr_t>(line) % 128;
+  std::memset(const_cast<void*>(line), 0xA5, 128);
+}
 inline int thread() { return threadIdx.x; }
 template <int THREADS>
 void barrier_of() { simt::barrier(0).wait(THREADS); }
