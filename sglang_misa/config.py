@@ -232,9 +232,10 @@ class MisaConfig(BaseModel):
 
     @classmethod
     def from_json(cls, text: str, source: str) -> MisaConfig:
-        """Parse one JSON object. A lone preset name is accepted too. Raises ConfigError."""
-        if text.strip() in PRESETS:
-            return PRESETS[text.strip()]
+        """Parse one JSON object. The name of a preset is accepted too, as a word or a JSON string. Raises ConfigError."""
+        word = text.strip().strip('"')
+        if word in PRESETS:
+            return PRESETS[word]
         found = parsed(text, source, f"one JSON object or one of {', '.join(PRESETS)}")
         if PolicyFile.is_meant(found):
             raise ConfigError([f"{source}: expected a configuration, got a policy file; give it with --misa-policy"])

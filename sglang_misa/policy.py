@@ -207,7 +207,7 @@ class SelectionPolicy(BaseModel):
             if others:
                 yield f"{phase}.exact: expected all heads, tokens and keys, got {', '.join(others)}; drop either"
             if phase == "decode":
-                yield "decode.exact: expected prefill, where there is a score matrix to save; drop it"
+                yield "decode.exact: expected off, as there is no score matrix to save, got on; drop it"
         if self.residual and self.heads is None:
             yield (
                 f"{phase}.residual: expected routed heads with it, as all heads leave none over, got heads=all; set "

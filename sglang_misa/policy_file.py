@@ -20,6 +20,7 @@ _SHAPE = (
 )
 _SIZES = {"layers": "num_hidden_layers", "index_heads": "index_n_heads", "index_topk": "index_topk"}
 MAX_LAYERS = 4096  # of a model; a wrong number would be counted through
+_TEXT = "."  # a pattern: a character or more, and no half of one, which could not travel as UTF-8
 _CALIBRATE = "calibrate on this model (python -m sglang_misa.calibrate), or drop --misa-policy"
 
 
@@ -28,7 +29,7 @@ class ModelIdentity(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
-    architecture: str
+    architecture: str = Field(pattern=_TEXT)
     layers: int = Field(ge=1, le=MAX_LAYERS)
     index_heads: int = Field(ge=1)
     index_topk: int = Field(ge=1)
@@ -57,7 +58,7 @@ class Recall(BaseModel):
 
     calibrated: float = Field(ge=0, le=1)
     held_out: float | None = Field(None, ge=0, le=1)
-    cost: float = Field(ge=0, description="of the layer's indexer, over stock's")
+    cost: float = Field(ge=0, allow_inf_nan=False, description="of the layer's indexer, over stock's")
 
 
 class LayerPolicy(BaseModel):
@@ -79,7 +80,7 @@ class PolicyFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     model: ModelIdentity
-    created_by: str
+    created_by: str = Field(pattern=_TEXT)
     target_recall: float = Field(ge=0, le=1)
     length: int = Field(ge=1, description="keys that a row saw, at most, where recall was measured")
     layers: Mapping[str, LayerPolicy]

@@ -108,7 +108,8 @@ def test_every_field_has_a_flag(wanted):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_stand_in_the_variable_and_in_the_flag(name):
-    assert MisaConfig.from_env({config.ENV: name}) == PRESETS[name]
+    for text in (name, f" {name}\n", json.dumps(name)):
+        assert MisaConfig.from_env({config.ENV: text}) == PRESETS[name]
     assert from_flags("--misa-preset", name) == PRESETS[name]
 
 
@@ -181,7 +182,7 @@ MISTAKES = {
         {"prefill": {"exact": True, "heads": 8}},
         "prefill.exact: expected all heads, tokens and keys",
     ),
-    "exact in decode": ({"decode": {"exact": True}}, "decode.exact: expected prefill"),
+    "exact in decode": ({"decode": {"exact": True}}, "decode.exact: expected off, as there is no score matrix to save, got"),
     "more candidates than kept": (
         {"prefill": {"blocks": 32, "block_size": 128, "candidates": 8192}},
         "expected at most blocks × block_size = 4096 tokens, got 8192; raise --misa-prefill-blocks",
@@ -244,6 +245,15 @@ WRONG_FILES = {
         "decode.min_tokens: expected one value in every layer, as the gate of tokens is the step's, too, got 0, 4096",
     ),
     "half a character": (policy_file(LAYERS | {"\ud800": {}}), "got others, \\ud800"),
+    "half a character in a text": (policy_file(created_by="\ud800"), "created_by: expected a valid string"),
+    "half a character in the model": (
+        policy_file(model=IDENTITY | {"architecture": "\ud800"}),
+        "model.architecture: expected a valid string",
+    ),
+    "a cost without an end": (
+        policy_file(LAYERS | {"1": {"recall": {"prefill": {"calibrated": 1, "cost": float("inf")}}}}),
+        "layers.1.recall.prefill.cost: expected a finite number, got inf",
+    ),
     "sketches that differ": (
         policy_file({str(n): {"decode": {"sketch": max(n, 1), "candidates": 8192}} for n in range(3)}),
         "decode.sketch: expected one value in every layer",
