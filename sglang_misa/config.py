@@ -232,7 +232,7 @@ class MisaConfig(BaseModel):
 
     @classmethod
     def from_json(cls, text: str, source: str) -> MisaConfig:
-        """Parse one JSON object. The name of a preset is accepted too, as a word or a JSON string. Raises ConfigError."""
+        """Parse one JSON object. A preset's name is accepted too, as a word or a JSON string. Raises ConfigError."""
         word = text.strip().strip('"')
         if word in PRESETS:
             return PRESETS[word]

@@ -22,7 +22,7 @@ from sglang_misa.admission import AdmissionError
 from sglang_misa.arguments import Parser
 from sglang_misa.config import ConfigError, MisaConfig
 from sglang_misa.cpu import ENV as CPU_ENV
-from sglang_misa.outlet import kept_stdout
+from sglang_misa.outlet import Outlet, kept_stdout
 from sglang_misa.validation import parsed_object, read_text
 
 PLUGIN, CPU_PLATFORM = "misa", "misa_cpu"  # our entry points, by the names that SGLANG_PLUGINS and SGLANG_PLATFORM use
@@ -55,17 +55,18 @@ def main(argv: Sequence[str]) -> int:
         ConfigError.raise_if([*unreachable, *([] if port else _port_problems(theirs))])
         if ours.demo:
             return _demo(chosen, rest, theirs, ours, keys)
-        ConfigError.raise_if(_launch_problems(chosen, rest, theirs))
-        arguments = [*rest, *(f"{flag}={key}" for flag, key in keys.items())]
-        if theirs.device == "cpu" and os.environ.get("SGLANG_PLATFORM", "") in ("", CPU_PLATFORM):
-            ConfigError.raise_if(_cpu_problems())
-            os.environ.update({CPU_ENV: "1", "SGLANG_PLATFORM": CPU_PLATFORM})
+        with supervisor.stoppable():
+            ConfigError.raise_if(_launch_problems(chosen, rest, theirs))
+            if theirs.device == "cpu" and os.environ.get("SGLANG_PLATFORM", "") in ("", CPU_PLATFORM):
+                ConfigError.raise_if(_cpu_problems())
+                os.environ.update({CPU_ENV: "1", "SGLANG_PLATFORM": CPU_PLATFORM})
+            if from_flags is not None:
+                os.environ[misa.ENV] = from_flags.to_json()
+            arguments = [*rest, *(f"{flag}={key}" for flag, key in keys.items())]
+            return supervisor.run(lambda: _serve(arguments, open_to_all=ours.no_api_key), key_mask.given(arguments))
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(error, file=Outlet(sys.stderr))
         return REFUSED
-    if from_flags is not None:
-        os.environ[misa.ENV] = from_flags.to_json()
-    return supervisor.run(lambda: _serve(arguments, open_to_all=ours.no_api_key), key_mask.given(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -182,7 +182,10 @@ MISTAKES = {
         {"prefill": {"exact": True, "heads": 8}},
         "prefill.exact: expected all heads, tokens and keys",
     ),
-    "exact in decode": ({"decode": {"exact": True}}, "decode.exact: expected off, as there is no score matrix to save, got"),
+    "exact in decode": (
+        {"decode": {"exact": True}},
+        "decode.exact: expected off, as there is no score matrix to save, got",
+    ),
     "more candidates than kept": (
         {"prefill": {"blocks": 32, "block_size": 128, "candidates": 8192}},
         "expected at most blocks × block_size = 4096 tokens, got 8192; raise --misa-prefill-blocks",

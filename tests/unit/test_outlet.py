@@ -33,9 +33,16 @@ def test_the_status_is_the_programs_own(tmp_path, words, status):
     assert (ended.returncode, ended.stderr) == (status, "")
 
 
-def test_a_full_disk_is_told():
+@pytest.mark.parametrize("words", ["sglang_misa.bench.load.results", f"{CHECK} owner/model"])
+def test_a_full_disk_is_told(words):
     with open("/dev/full", "w") as disk:
-        command = [sys.executable, "-m", "sglang_misa.bench.load.results"]
+        command = [sys.executable, "-W", "ignore", "-m", *words.split()]
         ended = subprocess.run(command, stdout=disk, stderr=subprocess.PIPE, text=True)
-    assert ended.returncode == 1
-    assert "No space left" in ended.stderr
+    told = "standard output: expected to write to it, got [Errno 28] No space left on device; make room, or redirect it"
+    assert (ended.returncode, ended.stderr) == (2, f"{told}\n")
+
+
+def test_a_refusal_that_nobody_reads_is_one():
+    with open("/dev/full", "w") as disk:
+        ended = subprocess.run([sys.executable, "-m", *CHECK.split(), "."], stderr=disk)
+    assert ended.returncode == 2

@@ -27,14 +27,14 @@ def start():
     """Starts a supervised `serve` with this body, which says so when it is up; killed in the end."""
     processes = []
 
-    def run(body, ignored=()):
+    def run(body, ignored=(), closed=()):
         code = PREAMBLE.format(body=body.strip().replace("\n", "\n    "))
         process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: [signal.signal(signum, signal.SIG_IGN) for signum in ignored],
+            preexec_fn=lambda: [signal.signal(signum, signal.SIG_IGN) for signum in ignored] + [*map(os.close, closed)],
         )
         processes.append(process)
         return process
@@ -141,3 +141,38 @@ def test_a_reader_that_leaves_does_not_end_the_server(start):
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(10) == 7
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_stream_that_is_closed_ends_no_server(start, closed, tmp_path):
+    files = "subprocess.run(['sh', '-c', 'echo more; echo more >&2'], check=True)"
+    body = f"print('up')\nprint('up', file=sys.stderr)\n{files}\nopen({str(tmp_path / 'served')!r}, 'w').close()"
+    process = start(f"{body}\nsys.exit(7)", closed=closed)
+    told = process.communicate(timeout=10)
+    assert (process.returncode, (tmp_path / "served").exists()) == (7, True)
+    assert told == tuple("" if number in closed else "up\nmore\n" for number in (1, 2))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_before_there_is_a_server_is_clean(signum):
+    code = (
+        "import time; from sglang_misa import supervisor\n"
+        "with supervisor.stoppable(): print('up', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.send_signal(signum)
+        assert process.communicate(timeout=10) == (b"", b"")
+    assert process.returncode == 0
+
+
+def test_a_signal_after_the_servers_end_reaches_nobody():
+    """The number of a process that has ended may be another's."""
+    code = (
+        "import os, signal; from sglang_misa import supervisor\n"
+        "status = supervisor.run(lambda: os._exit(0), [])\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "print(status)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("0\n", "")
