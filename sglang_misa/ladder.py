@@ -51,6 +51,7 @@ class Ladder:
     at: int = 0
     served: dict[int, Observed] = field(default_factory=dict)  # by layer: of the rung in use
     probed: dict[int, Observed] = field(default_factory=dict)  # of the rung before it
+    low: frozenset[int] = frozenset()  # layers under the floor there, of which full windows must tell otherwise
 
     @property
     def policy(self) -> SelectionPolicy:
@@ -73,6 +74,7 @@ class Ladder:
         if not low or self.at + 1 == len(self.rungs):
             return None
         self._move(+1)
+        self.low = frozenset(low)
         seen = full[low[0]]
         return (
             f"layer {low[0]}: mean recall {seen.mean:.3f} of {self.phase} over {seen.rows:.0f} audited rows is under "
@@ -80,7 +82,9 @@ class Ladder:
         )
 
     def _rise(self, floor: float) -> str | None:
-        if self.at == 0 or not self.probed or any(seen.rows < CALM * WINDOW for seen in self.probed.values()):
+        """Rows of other layers count too, however few: not every step audits every layer."""
+        probed = {layer for layer, seen in self.probed.items() if seen.rows >= CALM * WINDOW}
+        if self.at == 0 or not self.low <= probed:
             return None
         lowest = min(seen.mean for seen in self.probed.values())
         self.probed.clear()

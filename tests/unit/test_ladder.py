@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, strategies
 from recorders import fresh_recorder
 from torch import distributed
 
@@ -101,6 +102,68 @@ def test_decode_sinks_as_a_step_by_its_worst_layer_and_waits_for_all_to_come_bac
     see(one, "decode", 0, 1.0, CALM * WINDOW, probed=True)
     assert decode_gate.why_stock(HISA, LONG) is None
     assert recorder.status()["ladder"]["decode"] == {"all": {"rung": 0, "policy": HISA.label, "moves": 2}}
+
+
+def sunk(*layers: int) -> Ladders:
+    """Ladders whose decode these layers brought down."""
+    one = ladders()
+    for layer in layers:
+        one.observe("decode", layer, [FLOOR - 0.01] * WINDOW, probed=False)
+    one.meet()
+    return one
+
+
+def is_sunk() -> bool:
+    return decode_gate.why_stock(HISA, LONG) == "recall-floor"
+
+
+def test_layers_that_never_sank_bring_nothing_back() -> None:
+    """One look at many rows fills a layer's windows before another layer has its turn."""
+    one = sunk(1, 2)
+    see(one, "decode", 0, 1.0, 4 * CALM * WINDOW, probed=True)
+    see(one, "decode", 1, 1.0, 4 * CALM * WINDOW, probed=True)
+    assert is_sunk()
+    see(one, "decode", 2, 1.0, CALM * WINDOW, probed=True)
+    assert not is_sunk()
+
+
+def test_a_layer_that_is_not_looked_at_again_holds_nothing_back() -> None:
+    """Steps without a graph audit every layer, replays few of them."""
+    one = sunk(2)
+    see(one, "decode", 0, 1.0, 1, probed=True)
+    see(one, "decode", 2, 1.0, CALM * WINDOW, probed=True)
+    assert not is_sunk()
+    one = sunk(2)
+    see(one, "decode", 0, FLOOR, 1, probed=True)
+    see(one, "decode", 2, 1.0, CALM * WINDOW, probed=True)
+    assert is_sunk(), "what it kept counts all the same"
+
+
+SEEN = strategies.tuples(strategies.integers(0, 2), strategies.integers(0, 2 * WINDOW), strategies.booleans())
+
+
+@given(strategies.lists(SEEN, max_size=40), strategies.sampled_from(["prefill", "decode"]))
+def test_only_recalls_under_the_floor_sink_a_layer_and_only_ones_well_over_it_lift_it(
+    seen: list[Any], phase: Any
+) -> None:
+    """Whatever layers are looked at, in whatever order and numbers; and what sank comes back."""
+    one = ladders()
+    for layer, rows, probed in seen:
+        see(one, phase, layer, FLOOR + MARGIN / 2, rows, probed=probed)
+        assert all(rung.at == 0 for rung in (*one._prefill, one._step))
+    for layer in range(3):
+        for _ in range(2):
+            see(one, phase, layer, FLOOR - 0.01)
+    low = [rung.at for rung in (*one._prefill, one._step)]
+    assert low == ([2, 2, 2, 0] if phase == "prefill" else [0, 0, 0, 1])
+    for layer, rows, _ in seen:
+        see(one, phase, layer, FLOOR, rows, probed=True)
+        assert [rung.at for rung in (*one._prefill, one._step)] == low
+    for _ in range(8):
+        for layer in range(3):
+            see(one, phase, layer, 1.0, WINDOW, probed=True)
+    assert all(rung.at == 0 for rung in (*one._prefill, one._step))
+    decode_gate.suspend(False)
 
 
 def test_the_ranks_meet_once_in_every_steps() -> None:
