@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device cpu serves on a machine without a GPU, for demos and tests.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=versions.here())
     flags.add_cli_flags(parser)
     keys = parser.add_argument_group("keys")
     keys.add_argument(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import metadata
 
+from sglang_misa import __version__
+
 # Under each version, the devices on which the whole of it has served. One source tree serves all: where they differ, a
 # comment names the version.
 #
@@ -23,6 +25,14 @@ SUPPORTED = tuple(VERIFIED)
 def installed() -> str:
     """The version of the installed SGLang. Raises PackageNotFoundError without one."""
     return metadata.version("sglang")
+
+
+def here() -> str:
+    """This package's version and SGLang's, in words."""
+    try:
+        return f"sglang-misa {__version__} with SGLang {installed()}"
+    except metadata.PackageNotFoundError:
+        return f"sglang-misa {__version__} without SGLang"
 
 
 def places(version: str) -> str:

@@ -5,11 +5,12 @@ import os
 import socket
 import subprocess
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
 
-from sglang_misa import launch_server, random_model
+from sglang_misa import __version__, launch_server, random_model, versions
 from sglang_misa.config import ENV, PRESETS, ConfigError
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64}
@@ -68,6 +69,16 @@ def test_help_in_a_terminal_of_ascii_alone():
     environ = os.environ | {"PYTHONIOENCODING": "ascii"}
     run = subprocess.run(command, capture_output=True, text=True, env=environ, check=True)
     assert "--demo-report" in run.stdout
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_the_versions(monkeypatch, capsys, found):
+    if not found:
+        monkeypatch.setattr(versions, "installed", lambda: metadata.version("no-such-package"))
+    with pytest.raises(SystemExit) as ended:
+        launch_server.main(["--version"])
+    sglang = f"with SGLang {versions.installed()}" if found else "without SGLang"
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"sglang-misa {__version__} {sglang}\n")
 
 
 def test_a_misspelt_flag(refused):
