@@ -109,7 +109,7 @@ def _check(chosen: MisaConfig | None, rest: Sequence[str], theirs: argparse.Name
     would_run, found = check.report(chosen, _model_config(theirs), theirs.device, rest)
     print(would_run)
     problems = [*problems, *_word_problems(theirs, weights=False), *found]
-    problems += [*_environment_problems(os.environ), *_cache_problems(chosen, theirs)]
+    problems += [*_environment_problems(os.environ), *_kernel_problems(chosen, theirs)]
     print("\n" + str(AdmissionError(problems)) if problems else "\nNo reason against this launch was found.")
     return REFUSED if problems else 0
 
@@ -208,9 +208,9 @@ def _launch_problems(chosen: MisaConfig | None, rest: Sequence[str], theirs: arg
     if chosen is None:
         return
     yield from _environment_problems(os.environ)
-    yield from _cache_problems(chosen, theirs)
+    yield from _kernel_problems(chosen, theirs)
     yield from dump_folder.holders(chosen.dump)
-    if theirs.device is None and not any(Path(device).exists() for device in GPU_DEVICES):
+    if theirs.device is None and not _has_gpu():
         yield "--device: expected a GPU, or cpu for demos and tests without one, got neither; add --device cpu"
     if model is None:
         allowed = chosen.allow_unverified
@@ -244,10 +244,16 @@ def _environment_problems(environ: Mapping[str, str]) -> Iterator[str]:
         )
 
 
-def _cache_problems(chosen: MisaConfig | None, theirs: argparse.Namespace) -> Iterator[str]:
-    """What speaks against compiling our kernels, where there would be any."""
+def _kernel_problems(chosen: MisaConfig | None, theirs: argparse.Namespace) -> Iterator[str]:
+    """What speaks against compiling our kernels, where there would be any; the compilers of a machine with a GPU."""
     if chosen is not None and chosen.on_kernels(theirs.device or "cuda"):
         yield from preflight.cache_problems(os.environ)
+        if _has_gpu():
+            yield from preflight.compiler_problems(os.environ)
+
+
+def _has_gpu() -> bool:
+    return any(Path(device).exists() for device in GPU_DEVICES)
 
 
 def _cpu_problems() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Checks of the file system before a server starts: can the model be read, can the code in the caches be trusted."""
+"""Checks before a server starts: can the model be read, can kernels be compiled, can the code in caches be trusted."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 # Compiled code is kept and loaded here: (variable, its default), of tvm-ffi for CUDA kernels and of Triton.
 CACHES = (("TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi"), ("TRITON_CACHE_DIR", "~/.triton/cache"))
+CUDA = "/usr/local/cuda"  # where a toolkit is taken for granted that no variable and no path names
 WEIGHTS, INDEX = ("*.safetensors", "*.bin", "*.pt", "*.gguf"), "model.safetensors.index.json"
 NEEDED = 1 << 30  # bytes of a cache: all kernels of one version take less than half
 
@@ -72,6 +73,21 @@ def _cut_off(file: Path) -> str | None:
             return None
     except (SafetensorError, OSError) as error:
         return f"--model-path: expected a whole safetensors file, got {file} ({error}); download it again"
+
+
+def compiler_problems(environ: Mapping[str, str]) -> Iterator[str]:
+    """Reasons why tvm-ffi could not compile kernels here; it looks for its tools in the same places."""
+    path = environ.get("PATH", os.defpath)
+    for tool in ("ninja", (environ.get("CXX") or "c++").split()[0]):
+        if shutil.which(tool, path=path) is None:
+            yield (
+                f"PATH: expected {tool} on it, which compiles kernels, got {path}; install it, or put the folder of "
+                "the environment's programs on the path, as activating it does"
+            )
+    nvcc = shutil.which("nvcc", path=path)
+    home = Path(environ.get("CUDA_HOME") or environ.get("CUDA_PATH") or (nvcc and Path(nvcc).parents[1]) or CUDA)
+    if not os.access(home / "bin/nvcc", os.X_OK):
+        yield f"CUDA_HOME: expected a CUDA toolkit with nvcc, which compiles kernels, got {home}; install or name one"
 
 
 def cache_problems(environ: Mapping[str, str], needed: int = NEEDED) -> Iterator[str]:

@@ -70,6 +70,46 @@ def test_a_disk_that_is_full(caches):
     assert "MiB free for compiled kernels" in problems[0]
 
 
+@pytest.fixture
+def tools(tmp_path):
+    """A PATH of one folder with every tool."""
+    folder = tmp_path / "toolkit/bin"
+    folder.mkdir(parents=True)
+    for name in ("ninja", "c++", "nvcc"):
+        (folder / name).touch(mode=0o755)
+    return {"PATH": str(folder)}
+
+
+@pytest.mark.parametrize("tool", ["ninja", "c++", "nvcc"])
+def test_a_tool_that_compiling_lacks(tools, tmp_path, monkeypatch, tool):
+    monkeypatch.setattr(preflight, "CUDA", str(tmp_path / "nowhere"))
+    assert list(preflight.compiler_problems(tools)) == []
+    (tmp_path / "toolkit/bin" / tool).unlink()
+    (problem,) = preflight.compiler_problems(tools)
+    assert problem.startswith("CUDA_HOME: expected a CUDA toolkit" if tool == "nvcc" else f"PATH: expected {tool} on")
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+def test_the_toolkit_that_a_variable_names_is_the_one(tools, tmp_path, variable):
+    assert list(preflight.compiler_problems(tools | {variable: str(tmp_path / "toolkit")})) == []
+    (problem,) = preflight.compiler_problems(tools | {variable: str(tmp_path)})
+    assert f"got {tmp_path};" in problem
+    assert list(preflight.compiler_problems(tools | {"CXX": "ninja -O2"})) == []
+
+
+def test_compilers_are_looked_for_where_there_is_a_gpu(model, caches, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    for variable, folder in caches.items():
+        monkeypatch.setenv(variable, folder)
+    for device, told in ((tmp_path, True), (tmp_path / "none", False)):
+        monkeypatch.setattr(launch_server, "GPU_DEVICES", (str(device),))
+        launch_server.main(["--check", "--misa-preset", "fast", "--model-path", "owner/model"])
+        assert ("CUDA_HOME: expected" in capsys.readouterr().out) == told
+        wanted = ["--misa-preset", "dsa", "--pp", "2", "--model-path", "owner/model"]
+        assert launch_server.main([*wanted, "--port", str(free_port())]) == launch_server.REFUSED
+        assert ("CUDA_HOME: expected" in capsys.readouterr().err) == told
+
+
 def test_a_readable_model_is_fine(model, tmp_path):
     assert list(preflight.model_problems(model)) == []
     assert list(preflight.model_problems(tmp_path / "owner/model")) == []
