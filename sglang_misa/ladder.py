@@ -116,6 +116,9 @@ class Ladders:
         first = next((policy for policy in self._decode if policy.active), STOCK)
         guarded = self.floor > 0 and first.active
         self._step = Ladder("decode", range(len(layers)), (first, STOCK) if guarded else (first,))
+        for ladder in (*self._prefill, self._step):
+            if len(ladder.rungs) > 1:
+                recorder.guarded(ladder.phase, ladder.where, ladder.rungs)
         self._observed = torch.zeros(len(PHASES), len(layers), 2, 2, dtype=torch.float64)
         self._steps = 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,6 +159,13 @@ class Recorder:
         self._recall.setdefault((phase, layer), _LayerRecall()).add(recall, iou, score_mass)
         if self._exporter:
             self._exporter.recall.labels(*self._exporter.place, phase, str(layer)).observe(recall)
+
+    def guarded(self, phase: Phase, layer: str, rungs: Sequence[SelectionPolicy]) -> None:
+        """A ladder of `phase` with these rungs stands on the first: of one layer, or of "all" in decode."""
+        if self._exporter:
+            self._exporter.rung.labels(*self._exporter.place, phase, layer).set(0)
+            for policy in rungs:
+                self._exporter.moves.labels(*self._exporter.place, phase, layer, policy.name)
 
     def moved(self, phase: Phase, layer: str, rung: int, policy: SelectionPolicy) -> None:
         """A ladder of `phase` came to `rung`, where `policy` selects: of one layer, or of "all" in decode."""

@@ -60,6 +60,18 @@ def test_a_layer_sinks_rung_by_rung_and_comes_back_the_same_way(recorder: Record
     assert recorder.status()["dense_layers"] == []
 
 
+def test_what_can_move_is_told_before_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Recorder, "guarded", lambda _, *ladder: told.append(ladder))
+    ladders(layers=2)
+    assert told == [
+        *(("prefill", layer, (MISA, FAITHFUL, STOCK)) for layer in "01"),
+        ("decode", "all", (HISA, STOCK)),
+    ]
+    ladders(audit=Audit(rows=4))
+    assert len(told) == 3, "without a floor nothing can"
+
+
 def test_a_layer_falls_by_a_window_of_rows_not_by_one() -> None:
     one = ladders()
     see(one, "prefill", 0, 0.0, rows=1)

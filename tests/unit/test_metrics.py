@@ -132,6 +132,7 @@ for _ in range(3):
 recorder.declined("prefill", "under-min-len")
 recorder.replayed("dsa")
 recorder.audited("prefill", 0, 0.97, 0.9, 1.0)
+recorder.guarded("prefill", "0", [SelectionPolicy(heads=8), SelectionPolicy()])
 recorder.moved("prefill", "0", 2, SelectionPolicy())
 for phase in ("prefill", "decode") * 9:
     recorder.stepped(phase)
@@ -172,6 +173,7 @@ def test_prometheus_gets_what_was_counted_since_export(tmp_path, dp_rank):
     assert samples["sglang_misa:dense_layers",] == 1
     assert samples["sglang_misa:rung", "0", "prefill"] == 2
     assert samples["sglang_misa:ladder_moves_total", "0", "prefill", "dsa"] == 1
+    assert samples["sglang_misa:ladder_moves_total", "0", "prefill", "misa"] == 0  # increase() sees the first move
     assert samples["sglang_misa:recall_sampled_count", "0", "prefill"] == 1
     assert samples["sglang_misa:recall_sampled_bucket", "0", "0.95", "prefill"] == 0
     assert samples["sglang_misa:recall_sampled_bucket", "0", "0.97", "prefill"] == 1
