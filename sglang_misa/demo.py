@@ -85,12 +85,12 @@ def _run(
     report: Path | None,
 ) -> int:
     name = preset_name(config) or config.name("prefill")
-    served = config.model_copy(update={"audit": AUDIT, **{phase: scaled(config.policy(phase)) for phase in PHASES}})
+    asked = served(config)
     logs = Path(tempfile.mkdtemp(prefix="sglang-misa-demo-"))
     console.print(f"The servers' logs: {logs}", soft_wrap=True)
     ours, stock = Client(_url(host, port), key), Client(_url(HOST, free_port()), key)
     words = [*arguments, "--host", host, "--port", str(port), "--served-model-name", _name()]
-    with _server(words, served.to_json(), logs / "server.log") as server:
+    with _server(words, asked.to_json(), logs / "server.log") as server:
         with ExitStack() as stack:
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
             bar = Bar(stack.enter_context(Progress(*columns, console=console)))
@@ -102,8 +102,8 @@ def _run(
             bar.begin("Asking both")
             found = _measured((stock, ours), ("stock", name), key, bar, report)
         status = ours.misa()
-        problems = list(_problems(served, status))
-        _print(console, served, found, status)
+        problems = list(_problems(asked, status))
+        _print(console, asked, found, status)
         for problem in problems:
             console.print(problem, style="red")
         if problems:
@@ -111,6 +111,12 @@ def _run(
         if os.environ.get("ONCE") != "1":
             _serve(console, server, ours)
     return 0
+
+
+def served(config: MisaConfig) -> MisaConfig:
+    """What the demo's server selects with: `config` for its model, audited as asked for, or as the tables need it."""
+    audit = config.audit if config.audit.rows else AUDIT
+    return config.model_copy(update={"audit": audit, **{phase: scaled(config.policy(phase)) for phase in PHASES}})
 
 
 def scaled(policy: SelectionPolicy) -> SelectionPolicy:

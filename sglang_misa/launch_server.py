@@ -7,6 +7,7 @@ failures are SGLang's or the plugin's: any other status but 0 says that the serv
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import ipaddress
 import os
@@ -23,12 +24,13 @@ from sglang_misa.arguments import Parser
 from sglang_misa.config import ConfigError, MisaConfig
 from sglang_misa.cpu import ENV as CPU_ENV
 from sglang_misa.outlet import Outlet, kept_stdout
-from sglang_misa.validation import parsed_object, read_text
+from sglang_misa.validation import named_file, parsed_object, read_text
 
 PLUGIN, CPU_PLATFORM = "misa", "misa_cpu"  # our entry points, by the names that SGLANG_PLUGINS and SGLANG_PLATFORM use
 DEFAULT_PORT = 30000  # SGLang's
 REFUSED = 2
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/dri", "/dev/davinci_manager")  # of any vendor
+NO_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # of this machine
 SIZES = ("index_topk", "index_n_heads", "index_head_dim", "num_hidden_layers")
 
 
@@ -97,9 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="ask a small trained model on the CPU for hidden facts, under stock DSA and a preset; then serve it",
     )
-    demo.add_argument(
-        "--demo-report", metavar="DIR", type=Path, help="write a page with pictures and JSON to this folder"
-    )
+    demo.add_argument("--demo-report", metavar="DIR", help="write a page with pictures and JSON to this folder")
     return parser
 
 
@@ -123,12 +123,15 @@ def _demo(
 ) -> int:
     if theirs.model_path is not None:
         raise ConfigError(["--model-path: expected none, as --demo brings its model; drop one of the two"])
+    if theirs.device not in (None, "cpu"):
+        raise ConfigError([f"--device: expected cpu or none, as --demo serves there, got {theirs.device}; drop it"])
+    report = None if ours.demo_report is None else named_file("--demo-report", ours.demo_report)
     from sglang_misa import demo
 
     files = (f"{flag}-file={path}" for flag, path in _key_files(ours).items())
     words = [*rest, *files, *["--no-api-key"] * ours.no_api_key]
     key = keys.get("--api-key", theirs.api_key)
-    return demo.run(chosen, words, theirs.host, theirs.port or DEFAULT_PORT, key, ours.demo_report)
+    return demo.run(chosen, words, theirs.host, theirs.port or DEFAULT_PORT, key, report)
 
 
 def _unread_problems(words: Sequence[str]) -> Iterator[str]:
@@ -182,13 +185,14 @@ def _port_problems(theirs: argparse.Namespace) -> Iterator[str]:
         return  # SGLang's own YAML file may name another
     port = DEFAULT_PORT if theirs.port is None else theirs.port
     family = socket.AF_INET6 if ":" in theirs.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((theirs.host, port))
-        except socket.gaierror as error:
+    except (OSError, UnicodeError) as error:  # the latter for what can be no name
+        if isinstance(error, (socket.gaierror, UnicodeError)) or error.errno in NO_ADDRESS:
             yield f"--host: expected an address or a name of this machine, got {theirs.host} ({error}); correct it"
-        except OSError as error:
+        else:
             yield f"--port: expected a free one on {theirs.host}, got {port} ({error}); choose another or free it"
 
 

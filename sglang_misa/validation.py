@@ -72,9 +72,9 @@ def small_text(path: str | Path) -> str:
 
 
 def named_file(flag: str, word: str) -> Path:
-    """The file that `flag` names, ~ as the home of a user: a shell expands none after =. Raises ConfigError for ""."""
+    """What `flag` names, ~ as the home of a user: a shell expands none after =. Raises ConfigError for ""."""
     if not word:
-        raise ConfigError([f"{flag}: expected a file, got an empty name (an unset variable?); name one, or drop it"])
+        raise ConfigError([f"{flag}: expected a path, got an empty name (an unset variable?); name one, or drop it"])
     return Path(os.path.expanduser(word))
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sglang_misa import demo, launch_server
-from sglang_misa.config import PHASES, PRESETS
+from sglang_misa.config import PHASES, PRESETS, Audit, MisaConfig
 from sglang_misa.procs import free_port
 
 SIZES = json.loads((demo.MODEL / "config.json").read_text())
@@ -33,7 +33,9 @@ def test_a_scaled_preset_keeps_as_much_of_the_top_k():
     ("words", "expected"),
     [
         (["--demo-report", "{file}/report"], "--demo-report: expected a folder that can be made"),
+        (["--demo-report="], "--demo-report: expected a path, got an empty name"),
         (["--misa-preset", "dsa"], "expected a preset to compare with stock DSA"),
+        (["--device", "cuda"], "--device: expected cpu or none, as --demo serves there, got cuda"),
     ],
 )
 def test_a_demo_that_would_show_nothing_is_refused(capsys, tmp_path, words, expected):
@@ -41,6 +43,12 @@ def test_a_demo_that_would_show_nothing_is_refused(capsys, tmp_path, words, expe
     words = [word.format(file=tmp_path / "file") for word in words]
     assert launch_server.main(["--demo", "--port", str(free_port()), *words]) == launch_server.REFUSED
     assert expected in capsys.readouterr().err
+
+
+def test_an_audit_that_is_asked_for_is_the_one():
+    mine = Audit(rows=2, every=3, floor=0.5)
+    assert demo.served(MisaConfig(audit=mine)).audit == mine
+    assert demo.served(MisaConfig()).audit == demo.AUDIT
 
 
 def test_the_address_of_every_host():

@@ -213,7 +213,7 @@ FILES = ("--misa-policy", "--misa-config", "--api-key-file", "--admin-api-key-fi
 
 @pytest.mark.parametrize("flag", FILES)
 def test_an_empty_name_and_the_home_of_a_user(refused, tmp_path, monkeypatch, flag):
-    assert f"{flag}: expected a file, got an empty name (an unset variable?)" in refused(f"{flag}=")
+    assert f"{flag}: expected a path, got an empty name (an unset variable?)" in refused(f"{flag}=")
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "file").write_text("[1]\n2")
     read = "key in ~/file, got 2 words" if flag.endswith("key-file") else "~/file: expected one JSON object"
@@ -338,8 +338,11 @@ def test_words_that_sglang_would_read_otherwise_are_refused(refused, words, said
     assert said in refused(*words.split())
 
 
-def test_a_host_that_is_none_of_this_machine(refused):
-    assert "--host: expected an address or a name" in refused("--host", "no.such.host.invalid")
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1", "2001:db8::1", "two..dots", "n" * 300])
+def test_a_host_that_is_none_of_this_machine(refused, host):
+    message = refused("--no-api-key", "--host", host)
+    assert f"--host: expected an address or a name of this machine, got {host} (" in message
+    assert "--port" not in message
 
 
 def test_a_refusal_leaves_the_environment_alone(refused):
