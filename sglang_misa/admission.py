@@ -231,7 +231,7 @@ def _page_size(candidate: Candidate) -> Iterator[str]:
 def _device(candidate: Candidate) -> Iterator[str]:
     if candidate.device not in ("cuda", "cpu"):
         yield (
-            f"device: expected an NVIDIA GPU, or the CPU with the platform of this package, got {candidate.device}, "
+            f"--device: expected cuda, or cpu with the platform of this package, got {candidate.device!r}, "
             "which scores through other code; serve without --misa-* flags"
         )
     elif candidate.device == "cpu" and candidate.config.backend == "kernels":

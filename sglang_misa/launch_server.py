@@ -147,7 +147,9 @@ def _unread_problems(words: Sequence[str]) -> Iterator[str]:
 
 def _host_problems(host: str, allowed: object) -> Iterator[str]:
     """`allowed`: the key, or whatever else is true where other machines may reach the server."""
-    if not allowed and not _is_loopback(host):
+    if not host:
+        yield "--host: expected an address, got an empty one (an unset variable?); name one, or drop it"
+    elif not allowed and not _is_loopback(host):
         yield (
             f"--host: expected a key, or a loopback address, got {host} without one; add --api-key-file, or "
             "--no-api-key to serve everyone who reaches this port"
@@ -228,11 +230,11 @@ def _word_problems(theirs: argparse.Namespace, *, weights: bool) -> Iterator[str
     """Files that SGLang's flags name and that are not there; the model's `weights` too where they are needed now."""
     if theirs.model_path is None and theirs.config is None:
         yield "--model-path: expected a folder or a Hugging Face name, got none; add it"
-    if theirs.config is not None and not Path(theirs.config).is_file():
+    if theirs.config is not None and not os.path.isfile(theirs.config):
         yield f"--config: expected SGLang's YAML file, got {theirs.config}; correct the path"
     if theirs.model_path is not None and theirs.load_format is None:
         folder = Path(os.path.expanduser(theirs.model_path))
-        yield from preflight.weight_problems(folder, needed=weights and folder.is_dir())
+        yield from preflight.weight_problems(folder, needed=weights and os.path.isdir(folder))
 
 
 def _environment_problems(environ: Mapping[str, str]) -> Iterator[str]:
@@ -274,14 +276,15 @@ def _model_config(theirs: argparse.Namespace) -> Mapping[str, Any] | None:
     """config.json of a local model folder with SGLang's overrides; None where another kind of path could be a model."""
     if theirs.model_path is None:
         return None
-    folder = Path(os.path.expanduser(theirs.model_path))
+    override = parsed_object(theirs.json_model_override_args, "--json-model-override-args")
+    folder = named_file("--model-path", theirs.model_path)
     ConfigError.raise_if(preflight.model_problems(folder))
     file = folder / "config.json"
     name = theirs.model_path.count("/") == 1 and not theirs.model_path.startswith((".", "/", "~"))
-    one = folder.suffix == ".gguf" and folder.is_file()
-    if one or "://" in theirs.model_path or (name and not folder.exists()):
+    one = folder.suffix == ".gguf" and os.path.isfile(folder)
+    if one or "://" in theirs.model_path or (name and not os.path.exists(folder)):
         return None  # one file, an object store, a Hugging Face name
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ConfigError(
             [
                 f"--model-path: expected a folder with config.json or a Hugging Face name (owner/model), got "
@@ -289,7 +292,6 @@ def _model_config(theirs: argparse.Namespace) -> Mapping[str, Any] | None:
             ]
         )
     model = parsed_object(read_text("--model-path", file), str(file))
-    override = parsed_object(theirs.json_model_override_args, "--json-model-override-args")
     text = model.get("text_config")
     found = {**model, **(text if isinstance(text, dict) else {}), **override}
     ConfigError.raise_if(

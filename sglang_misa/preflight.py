@@ -24,6 +24,8 @@ def model_problems(folder: Path) -> Iterator[str]:
         files = [folder, *folder.glob("config.json"), *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
     except PermissionError:  # of a folder above it
         files = [folder]
+    except OSError:  # what can be no name
+        files = []
     unreadable = [file for file in files if not os.access(file, os.R_OK | (os.X_OK if file == folder else 0))]
     if unreadable:
         dangling = [file for file in unreadable if os.path.islink(file)]
@@ -51,7 +53,8 @@ def weight_problems(folder: Path, *, needed: bool) -> Iterator[str]:
     if importlib.util.find_spec("safetensors") is not None:
         yield from filter(None, map(_cut_off, sorted(folder.glob("*.safetensors"))))
     try:
-        listed = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        listed = {os.fspath(name) for name in weight_map.values()}
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -110,9 +110,9 @@ REFUSED = {
     "pooled keys": (candidate(model(index_kpool=4)), "index_kpool=4"),
     "pooled keys in words": (candidate(model(index_kpool="two")), "index_kpool=two"),
     "page size": (candidate(arguments=arguments(page_size=1)), "--page-size: expected 64, got 1"),
-    "AMD": (candidate(device="hip", capability=None), "got hip"),
-    "NPU": (candidate(device="npu", capability=None), "got npu"),
-    "XPU": (candidate(device="xpu", capability=None), "got xpu"),
+    "AMD": (candidate(device="hip", capability=None), "got 'hip'"),
+    "NPU": (candidate(device="npu", capability=None), "got 'npu'"),
+    "XPU": (candidate(device="xpu", capability=None), "got 'xpu'"),
     "kernels without a GPU": (
         candidate(config=policy(prefill={"heads": 8}, backend="kernels"), device="cpu", capability=None),
         "--misa-backend: expected auto or torch",

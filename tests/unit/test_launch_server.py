@@ -115,7 +115,7 @@ def test_the_variable_is_checked_like_flags(refused, folder, monkeypatch):
 
 
 def test_a_missing_folder_and_one_without_a_model(refused, tmp_path):
-    for nowhere in ("/no/such/folder", "~no-such-user/a/model"):
+    for nowhere in ("/no/such/folder", "~no-such-user/a/model", "n" * 5000):
         assert f"got {nowhere}" in refused("--model-path", nowhere)
     assert "expected a folder with config.json" in refused("--model-path", str(tmp_path))
 
@@ -152,8 +152,9 @@ def test_a_model_without_weights(refused, folder, tmp_path):
     assert f"expected weights (*.safetensors, *.bin, *.pt, *.gguf) in {model}, got none" in refused(*wanted, model)
     assert "expected a folder with config.json" in refused(*wanted, str(tmp_path / "config.json"))
     (tmp_path / "model.safetensors").touch()
-    (tmp_path / "model.safetensors.index.json").write_text("[]")
-    assert "expected an index of weights" in refused(*wanted, model)
+    for index in ("[]", '{"weight_map": {"a": 1, "b": "c.safetensors"}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        assert "expected an index of weights" in refused(*wanted, model)
 
 
 def test_a_key_given_twice_or_beside_none(refused, tmp_path):
@@ -198,6 +199,30 @@ def test_no_gpu_and_no_word_for_the_cpu(refused, monkeypatch):
 def test_the_variable_beside_flags(refused, monkeypatch):
     monkeypatch.setenv(ENV, "hisa")
     assert f"{ENV}: expected none beside --misa-* flags, got 'hisa'" in refused("--misa-audit-rows", "4")
+
+
+def test_an_empty_word_is_told(refused):
+    assert "--model-path: expected a path, got an empty name (an unset variable?)" in refused("--model-path=")
+    assert "--host: expected an address, got an empty one" in refused("--host=", "--api-key", "secret")
+
+
+def test_the_override_of_a_model_by_name_is_read_too(refused):
+    message = refused("--model-path", "owner/model", "--json-model-override-args", "{")
+    assert "--json-model-override-args: expected one JSON object, got '{'" in message
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user that may not read a folder")
+def test_a_config_of_sglang_in_a_folder_of_another_user(tmp_path):
+    """Which Python tells by an error where the folder may not even be searched."""
+    tmp_path.chmod(0o700)
+    code = (
+        "import os, sys; from sglang_misa import launch_server\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        f"sys.exit(launch_server.main(['--config', '{tmp_path}/sglang.yaml']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == launch_server.REFUSED
+    assert f"--config: expected SGLang's YAML file, got {tmp_path}/sglang.yaml" in run.stderr
 
 
 def test_a_file_in_another_encoding(refused, tmp_path):
