@@ -30,6 +30,7 @@ __all__ = [  # the names of its parts too
 ]
 
 ENV = "SGLANG_MISA_CONFIG"
+MOST_BYTES = (1 << 17) - len(f"{ENV}=") - 1  # of it: what Linux hands on to a process in one variable
 
 Backend = Literal["auto", "kernels", "torch"]
 VerifyStats = Literal["off", "log", "raise"]
@@ -202,6 +203,11 @@ class MisaConfig(BaseModel):
             yield from self.layers.problems()
             if self.prefill.active or self.decode.active:
                 yield "layers: expected no policy of a phase beside the policies of layers, got both; drop one"
+        if (size := len(self.to_json().encode())) > MOST_BYTES:
+            yield (
+                f"{ENV}: expected at most {MOST_BYTES} bytes of settings, which go to SGLang's processes in it, got "
+                f"{size}; shorten the policy file, which can do without recall and long texts"
+            )
         yield from self._without_effect()
         if self.verify_stats != "off" and not any(policy.active for policy in self.policies("decode")):
             yield (
@@ -221,7 +227,8 @@ class MisaConfig(BaseModel):
                     yield f"{part}.{name}: expected {switch} with it, got {value} without; add {switch}, or drop it"
 
     def to_json(self) -> str:
-        return self.model_dump_json()
+        """What `from_json` reads, as short as can be."""
+        return self.model_dump_json(exclude_defaults=True)
 
     @classmethod
     def from_mapping(cls, data: Any, source: str, flags: Mapping[str, str] | None = None) -> MisaConfig:

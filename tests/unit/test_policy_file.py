@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 
 import pytest
 
@@ -69,6 +70,10 @@ WRONG_FILES = {
         policy_file(LAYERS | {"1": {"recall": {"prefill": {"calibrated": 1, "cost": float("inf")}}}}),
         "layers.1.recall.prefill.cost: expected a finite number, got inf",
     ),
+    "more than a process can be given": (
+        policy_file(created_by="long " * 40_000),
+        "SGLANG_MISA_CONFIG: expected at most 131052 bytes of settings",
+    ),
     "sketches that differ": (
         policy_file({str(n): {"decode": {"sketch": max(n, 1), "candidates": 8192}} for n in range(3)}),
         "decode.sketch: expected one value in every layer",
@@ -100,3 +105,22 @@ def test_a_policy_file_travels_and_gives_each_layer_its_own(tmp_path):
             from_flags("--misa-policy", str(path), *beside)
     with pytest.raises(ConfigError, match="beside the policies of layers"):
         MisaConfig.from_mapping({"layers": policy_file(), "prefill": {"heads": 8}}, "here")
+
+
+def test_a_file_of_every_layer_of_a_large_model_reaches_a_process(tmp_path):
+    """With every policy apart and measured, as calibrate writes it."""
+    recall = {"calibrated": 1 / 3, "held_out": 1 / 7, "cost": 1 / 9}
+    policy = {"heads": 3, "router": "error", "residual": True, "block_size": 512}
+    layers = {
+        str(layer): {
+            "prefill": policy | {"candidates": 4096 + layer},
+            "decode": policy | {"sketch": 2, "candidates": 4096 + layer},
+            "recall": {"prefill": recall, "decode": recall},
+        }
+        for layer in range(256)
+    }
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(policy_file(layers, model=IDENTITY | {"layers": len(layers)})))
+    text = from_flags("--misa-policy", str(path)).to_json()
+    assert MisaConfig.from_json(text, "here") == from_flags("--misa-policy", str(path))
+    subprocess.run(["true"], env={config.ENV: text}, check=True)
