@@ -160,8 +160,10 @@ def _report_problems(report: Path | None) -> Iterator[str]:
     try:
         if report is not None:
             report.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=report):
+                pass
     except OSError as error:
-        yield f"--demo-report: expected a folder that can be made, got {report} ({error.strerror}); choose another"
+        yield f"--demo-report: expected a folder to write to, got {report} ({error.strerror}); choose another"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ def test_a_scaled_preset_keeps_as_much_of_the_top_k():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--demo-report", "{file}/report"], "--demo-report: expected a folder that can be made"),
+        (["--demo-report", "{file}/report"], "--demo-report: expected a folder to write to"),
+        (["--demo-report", "/proc/self"], "--demo-report: expected a folder to write to, got /proc/self"),
         (["--demo-report="], "--demo-report: expected a path, got an empty name"),
         (["--misa-preset", "dsa"], "expected a preset to compare with stock DSA"),
         (["--device", "cuda"], "--device: expected cpu or none, as --demo serves there, got cuda"),
