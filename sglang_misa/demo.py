@@ -44,7 +44,8 @@ AUDIT = Audit(rows=4, every=1)
 START_LIMIT, GONE_LIMIT = 600.0, 10.0  # seconds for a server to start, and to come back
 ANSWER_S = 60.0  # seconds for an answer
 NAME = "misa-demo"  # and the demo's process: under it the server is known to be ours
-QUESTIONS = {"lengths": ("1k",), "depths": 5, "repeats": 1, "template": "pairs", "new_tokens": 4}
+LENGTH = 1024  # tokens of a prompt
+QUESTIONS = {"lengths": (str(LENGTH),), "depths": 5, "repeats": 1, "template": "pairs", "new_tokens": 4}
 FLAGS = f"--device cpu --model-path {MODEL} --sleep-on-idle --skip-server-warmup"
 SHOWN = {
     "needles": "Needles found of asked",
@@ -261,6 +262,11 @@ def _print(console: Console, config: MisaConfig, found: Sequence[Section], statu
         console.print(table)
     selected = ", ".join(f"{config.policy(phase).label} in {phase}" for phase in PHASES)
     console.print(f"Selected by {selected}, in contexts over {TOPK} tokens; SGLang {status['sglang']}.")
+    if whole := " and ".join(phase for phase in PHASES if (config.policy(phase).candidates or 0) >= LENGTH):
+        console.print(
+            f"In {whole}, all {LENGTH} tokens of a prompt are candidates, of which all heads choose: a recall of 1 "
+            "there says nothing of longer prompts."
+        )
     console.print(
         f"{found[0].verdict}\nThe model has two layers and was trained for minutes. This shows that the parts work on "
         "learned keys. It does not show what DeepSeek-V3.2 would lose: docs/quality.md says how to measure your model. "

@@ -1,10 +1,13 @@
 """What the demo asks of its servers: presets for its model, its model itself, or a sentence."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from sglang_misa import demo, launch_server
+from sglang_misa.bench.quality.page import Section
 from sglang_misa.config import PHASES, PRESETS, Audit, MisaConfig
 from sglang_misa.procs import free_port
 
@@ -44,6 +47,14 @@ def test_a_demo_that_would_show_nothing_is_refused(capsys, tmp_path, words, expe
     words = [word.format(file=tmp_path / "file") for word in words]
     assert launch_server.main(["--demo", "--port", str(free_port()), *words]) == launch_server.REFUSED
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("preset", "phases"), [("fast", "In decode,"), ("faithful", "In decode,"), ("misa", None)])
+def test_a_recall_that_says_nothing_is_told(preset, phases):
+    console = Console(record=True, width=1000, file=io.StringIO())
+    demo._print(console, demo.served(PRESETS[preset]), [Section("needles", "found", ())], {"sglang": "1"})
+    told = [line for line in console.export_text().splitlines() if "tokens of a prompt are candidates" in line]
+    assert [line.startswith(phases) for line in told] == [True] * (phases is not None)
 
 
 def test_an_audit_that_is_asked_for_is_the_one():
