@@ -97,20 +97,19 @@ def cache_problems(environ: Mapping[str, str], needed: int = NEEDED) -> Iterator
     """Reasons not to compile kernels into, and load them from, the caches that `environ` names."""
     for variable, default in CACHES:
         folder = Path(os.path.expanduser(environ.get(variable) or default))
-        there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
-        mode = there.stat()
-        # What we make ourselves is private. A fresh volume's root may be open to all, and not ours to close.
-        if there == folder and mode.st_mode & stat.S_IWOTH and not mode.st_mode & stat.S_ISVTX:
-            yield (
-                f"{variable}: expected a folder that others cannot write, as code is loaded from it, got {there} with "
-                f"mode {stat.S_IMODE(mode.st_mode):o}; chmod o-w it, or set {variable}"
-            )
+        there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
         try:
             with tempfile.TemporaryFile(dir=there):
-                pass
+                mode = there.stat().st_mode
         except OSError as error:
             yield f"{variable}: expected a folder to write compiled kernels to, got {there} ({error}); set {variable}"
             continue
+        # What we make ourselves is private. A fresh volume's root may be open to all, and not ours to close.
+        if there == folder and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            yield (
+                f"{variable}: expected a folder that others cannot write, as code is loaded from it, got {there} with "
+                f"mode {stat.S_IMODE(mode):o}; chmod o-w it, or set {variable}"
+            )
         if (free := shutil.disk_usage(there).free) < needed:
             yield (
                 f"{variable}: expected {needed >> 20} MiB free for compiled kernels, got {free >> 20} in {there}; make "

@@ -64,6 +64,12 @@ def test_a_folder_that_cannot_be_written():
     assert "expected a folder to write compiled kernels to, got /proc" in problems[0]
 
 
+def test_a_link_that_leads_nowhere_is_no_folder(caches, tmp_path):
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    (problem,) = preflight.cache_problems(caches | {"TVM_FFI_CACHE_DIR": str(tmp_path / "lost/cache")})
+    assert problem.startswith(f"TVM_FFI_CACHE_DIR: expected a folder to write compiled kernels to, got {tmp_path}/lost")
+
+
 def test_a_disk_that_is_full(caches):
     problems = list(preflight.cache_problems(caches, needed=1 << 60))
     assert len(problems) == len(preflight.CACHES)
