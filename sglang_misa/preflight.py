@@ -110,6 +110,8 @@ def cache_problems(environ: Mapping[str, str], needed: int = NEEDED) -> Iterator
                 f"{variable}: expected a folder that others cannot write, as code is loaded from it, got {there} with "
                 f"mode {stat.S_IMODE(mode):o}; chmod o-w it, or set {variable}"
             )
+        if os.statvfs(there).f_flag & os.ST_NOEXEC:
+            yield f"{variable}: expected a folder whose code may run, got {there}, mounted noexec; set {variable}"
         if (free := shutil.disk_usage(there).free) < needed:
             yield (
                 f"{variable}: expected {needed >> 20} MiB free for compiled kernels, got {free >> 20} in {there}; make "

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,6 +69,14 @@ def test_a_link_that_leads_nowhere_is_no_folder(caches, tmp_path):
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
     (problem,) = preflight.cache_problems(caches | {"TVM_FFI_CACHE_DIR": str(tmp_path / "lost/cache")})
     assert problem.startswith(f"TVM_FFI_CACHE_DIR: expected a folder to write compiled kernels to, got {tmp_path}/lost")
+
+
+def test_a_file_system_that_runs_no_code_keeps_no_kernels(caches, monkeypatch):
+    disk = SimpleNamespace(f_flag=os.ST_NOEXEC, f_frsize=1, f_blocks=1 << 40, f_bfree=1 << 40, f_bavail=1 << 40)
+    monkeypatch.setattr(os, "statvfs", lambda folder: disk)
+    problems = list(preflight.cache_problems(caches))
+    assert [problem.partition(":")[0] for problem in problems] == [variable for variable, _ in preflight.CACHES]
+    assert all("mounted noexec" in problem for problem in problems)
 
 
 def test_a_disk_that_is_full(caches):
