@@ -5,13 +5,13 @@ SGLang prints its arguments at launch and repeats them in /server_info, where an
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from sglang_misa.arguments import Parser
 from sglang_misa.config import ConfigError
 from sglang_misa.validation import named_file, small_text
 
@@ -26,8 +26,8 @@ App = Callable[[Message, Callable[[], Awaitable[Message]], Send], Awaitable[None
 
 
 def given(words: Sequence[str]) -> tuple[str, ...]:
-    """The secrets among SGLang's command line `words`, each once."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    """The secrets among SGLang's command line `words`, each once. Raises ConfigError for a flag without one."""
+    parser = Parser(add_help=False, allow_abbrev=False)
     for flag in FLAGS:
         parser.add_argument(flag)
     found = vars(parser.parse_known_args(words)[0]).values()

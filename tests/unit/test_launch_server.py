@@ -204,6 +204,8 @@ def test_the_variable_beside_flags(refused, monkeypatch):
 def test_an_empty_word_is_told(refused):
     assert "--model-path: expected a path, got an empty name (an unset variable?)" in refused("--model-path=")
     assert "--host: expected an address, got an empty one" in refused("--host=", "--api-key", "secret")
+    message = refused("--config", __file__, "--admin-api-key", "--enable-metrics")
+    assert message.splitlines()[1:] == ["  - --admin-api-key: expected one argument; see --help"]
 
 
 def test_the_override_of_a_model_by_name_is_read_too(refused):
