@@ -10,12 +10,13 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 
 from sglang_misa import flags
-from sglang_misa.config import PRESETS
+from sglang_misa.config import PRESETS, MisaConfig
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("docs", "bench", "kernels", "examples", ".github")
@@ -56,6 +57,24 @@ def test_every_flag_and_preset_has_its_line() -> None:
     assert stale == []
     readme = (ROOT / "README.md").read_text()
     assert [name for name in PRESETS if f"`{name}`" not in readme] == []
+
+
+def test_every_flag_has_its_field_its_words_and_its_default() -> None:
+    lines = (ROOT / "docs/configuration.md").read_text().splitlines()
+    told = {}
+    for cells in (re.split(r"(?<!\\)\|", line) for line in lines if line.startswith("| `--misa-")):
+        flag_words, json_words = (re.findall(r"`([^`]+)`", cell) for cell in cells[1:3])
+        told |= {name: (path, *map(str.strip, cells[3:5])) for name, path in zip(flag_words, json_words, strict=True)}
+    switch = {True: "on", False: "off"}
+    for flag in flags.every():
+        default: Any = functools.reduce(lambda model, name: getattr(model, name), flag.path, MisaConfig())
+        if default is None:
+            default = flag.none_word or "no dump"
+        elif not isinstance(default, str):
+            default = switch[default] if isinstance(default, bool) else f"{default:g}"
+        path, words, said = told[flag.name]
+        assert (path, said) == (".".join(flag.path), default)
+        assert flag.choices is None or tuple(re.findall(r"`(\w+)`", words)) == flag.choices
 
 
 def test_the_first_screen_has_the_figures_of_the_measured_table() -> None:
