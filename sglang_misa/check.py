@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ READ = {
     *("--config", "--model-path", "--model", "--load-format", "--json-model-override-args", "--device"),
     *("--host", "--port", "--api-key", "--admin-api-key"),
 }
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 ALIASES = {
     "tp_size": ("--tp", "--tensor-parallel-size"),
     "pp_size": ("--pp", "--pipeline-parallel-size"),
@@ -99,7 +101,8 @@ def _unknown(found: admission.Candidate, model: Mapping[str, Any] | None, words:
         yield f"SGLang's version, as none is installed: assumed to be {found.sglang}, of {versions.known()}"
     if found.device == "cuda" and _capability() is None:
         yield "the GPU, as this machine has none: assumed to be a Hopper"
-    flags = (word.partition("=")[0] for word in _parser().parse_known_args(words)[1] if word.startswith("--"))
+    unknown = _parser(abbreviations=False).parse_known_args(words)[1]
+    flags = (word.partition("=")[0] for word in unknown if word.startswith("--"))
     if others := [flag for flag in dict.fromkeys(flags) if flag not in READ]:
         yield f"whether SGLang knows {', '.join(others)}, and accepts their values"
     yield "what SGLang derives from its flags, its --config file, the weights, and hooks of other plugins"
@@ -136,22 +139,35 @@ def _is_one_rank(words: Sequence[str]) -> bool:
     return given.tp_size == 1 and not any(word.partition("=")[0] == "--config" for word in others)
 
 
-def _parser() -> argparse.ArgumentParser:
-    """Reads the flags that admission judges."""
-    parser = Parser(add_help=False, allow_abbrev=False)
+def token_count(word: str) -> int:
+    """A whole number as SGLang reads it: 131072, 131.072k or 128Ki. Raises ValueError."""
+    word = word.strip()
+    digits = word.rstrip("".join(UNITS))
+    if word[len(digits) :] not in UNITS:
+        raise ValueError(f"expected a whole number, or one with a unit such as 128k, got {word!r}; correct it")
+    return int(Fraction(digits) * UNITS[word[len(digits) :]])
+
+
+def _parser(*, abbreviations: bool = True) -> argparse.ArgumentParser:
+    """Reads the flags that admission judges, with `abbreviations` also shortened ones, which SGLang completes.
+
+    One that fits several flags of SGLang's is an error there. Without its own list of flags that stays unknown here.
+    """
+    parser = Parser(add_help=False, allow_abbrev=abbreviations)
     for rule in admission.ARGUMENTS + admission.DECODE_ARGUMENTS + admission.TRANSFER_ARGUMENTS:
         if rule.name == "speculative_algorithm":
             continue  # below: SGLang takes it in any case
         names = (rule.flag, *ALIASES.get(rule.name, ()))
         default = rule.allowed[0]
         if False in rule.allowed:
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, default=default)
+            action = argparse.BooleanOptionalAction if None in rule.allowed else "store_true"
+            parser.add_argument(*names, action=action, default=default)
         else:
             number = any(isinstance(value, int) for value in rule.allowed)
             parser.add_argument(*names, type=int if number else str, default=default)
     parser.add_argument("--tp-size", *ALIASES["tp_size"], type=int, default=1)
     parser.add_argument("--page-size", type=int, default=PAGE)
-    parser.add_argument("--context-length", type=int)
+    parser.add_argument("--context-length", type=token_count)
     parser.add_argument("--speculative-algorithm", type=str.upper)
     parser.add_argument("--speculative-num-draft-tokens", type=int)
     parser.add_argument("--cuda-graph-backend-decode", default="full")

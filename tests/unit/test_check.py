@@ -1,12 +1,14 @@
 """`--check`: says what would run and refuses what a launch would refuse, from flags and config.json."""
 
+import argparse
 import json
 import subprocess
 import sys
 
 import pytest
+from sglang.srt.server_args import ServerArgs
 
-from sglang_misa import launch_server, random_model
+from sglang_misa import check, launch_server, random_model
 from sglang_misa.config import ENV, PRESETS
 
 FAITHFUL = PRESETS["faithful"]
@@ -93,8 +95,9 @@ def test_off_is_off(checked, model):
         ("--misa-preset fast --misa-verify-ranks 9", "verify_ranks=9 (one rank)"),
         ("--misa-preset fast --misa-verify-ranks 9 --tp 2", None),
         ("--misa-preset faithful --misa-decode dsa --context-length 16385", None),
+        ("--misa-preset faithful --misa-decode dsa --context-length 17k", None),
         (
-            "--misa-preset faithful --misa-decode dsa --context-length 16384",
+            "--misa-preset faithful --misa-decode dsa --context-le 16Ki",
             "prefill.min_len=16384 (no request of 16384 tokens passes it)",
         ),
         ("--misa-preset fast --misa-verify-ranks 9 --config {yaml}", None),  # it may name more ranks
@@ -186,6 +189,35 @@ def test_flags_that_only_sglang_can_judge_are_listed(checked, model):
     words = ("--misa-preset", "misa", "--misa-allow-unverified", "--model-path", model, "--port", "1", "--tp", "2")
     assert "whether SGLang knows" not in checked(*words)[1]
     assert "whether SGLang knows --max-runing-requests, and" in checked(*words, "--max-runing-requests", "4")[1]
+
+
+def test_a_flag_cut_short_is_judged_as_sglang_completes_it(checked, model):
+    wanted = ("--misa-preset", "misa", "--misa-allow-unverified", "--model-path", model)
+    for words, why in (
+        (("--attention-b", "fa3"), "--attention-backend: expected None or 'dsa'"),
+        (("--enable-mixed",), "--enable-mixed-chunk: expected False, got True"),
+        (("--pipeline=2",), "--pp-size: expected 1, got 2"),
+    ):
+        status, out = checked(*wanted, *words)
+        assert status == launch_server.REFUSED
+        assert why in out
+        assert f"whether SGLang knows {words[0].partition('=')[0]}, and" in out  # another of its flags may begin so
+    assert launch_server.main(["--check", *wanted, "--attention", "fa3"]) == launch_server.REFUSED
+
+
+def test_no_flag_of_sglang_is_part_of_one_that_is_judged():
+    """argparse takes a whole flag before a part of one: here both are known only where this holds."""
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    judged = {flag for action in check._parser()._actions for flag in action.option_strings}
+    sglangs = {flag for action in parser._actions for flag in action.option_strings}
+    assert [flag for flag in sglangs - judged if any(one.startswith(flag) for one in judged)] == []
+    lengths = next(action.type for action in parser._actions if action.dest == "context_length")
+    for word in ("4096", " 128k", "25.6k", "1.5M", "128Ki", "2Mi"):
+        assert check.token_count(word) == lengths(word)
+    for word in ("x", "", "4K", "1kk"):
+        with pytest.raises(ValueError, match=r"expected|Invalid"):
+            check.token_count(word)
 
 
 def test_a_model_elsewhere_is_said_to_be_unknown(checked):
