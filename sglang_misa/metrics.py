@@ -168,7 +168,13 @@ class Recorder:
                 self._exporter.moves.labels(*self._exporter.place, phase, layer, policy.name)
 
     def moved(self, phase: Phase, layer: str, rung: int, policy: SelectionPolicy) -> None:
-        """A ladder of `phase` came to `rung`, where `policy` selects: of one layer, or of "all" in decode."""
+        """A ladder of `phase` came to `rung`, where `policy` selects: of one layer, or of "all" in decode.
+
+        Recall in the status begins anew there: a mean over several policies would tell of none of them.
+        """
+        moved = [key for key in self._recall if key[0] == phase and layer in ("all", str(key[1]))]
+        for key in moved:
+            del self._recall[key]
         self._rungs[phase, layer] = rung, policy
         self._moves[phase, layer] += 1
         if self._exporter:
@@ -280,7 +286,7 @@ class _Exporter:
         self.mismatches = count("page_stats_mismatches", "Pages whose stored statistics were not those computed anew.")
         self.recall = Histogram(
             "sglang_misa:recall_sampled",
-            "Recall of audited rows.",
+            "Recall of audited rows, by whatever rung of the ladder selected them.",
             (*PLACE, "phase", "layer"),
             buckets=RECALL_BUCKETS,
         )

@@ -43,6 +43,23 @@ def test_recall_is_the_mean_and_p10_bounds_a_tenth_of_the_rows(audited):
     assert layer["p10"] <= tenth < layer["p10"] + 0.0011
 
 
+def test_recall_is_that_of_the_rung_in_use():
+    recorder = Recorder()
+    for phase in ("prefill", "decode"):
+        for layer in (3, 4):
+            recorder.audited(phase, layer, 0.5, 0.5, 0.5)
+    recorder.moved("prefill", "3", 1, PRESETS["faithful"].prefill)
+    recorder.audited("prefill", 3, 1.0, 1.0, 1.0)
+    told = recorder.status()["recall"]
+    assert (told["prefill"]["3"]["recall"], told["prefill"]["3"]["rows"]) == (1.0, 1)
+    assert told["prefill"]["4"]["recall"] == 0.5
+    assert set(told["decode"]) == {"3", "4"}
+    recorder.moved("decode", "all", 1, SelectionPolicy())
+    told = recorder.status()["recall"]
+    assert told["decode"] == {}
+    assert set(told["prefill"]) == {"3", "4"}
+
+
 def test_status_tells_off_from_on():
     recorder = Recorder()
     assert recorder.status()["enabled"] is False
