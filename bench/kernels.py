@@ -18,7 +18,6 @@ time that these take at the chip's data-sheet rate. --stages adds the µs of eve
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import functools
 import itertools
@@ -33,6 +32,7 @@ from sglang_misa.bench import inputs, stock
 from sglang_misa.bench import layer as bench
 from sglang_misa.bench.commit import commit
 from sglang_misa.bench.compile import jobs, side_by_side
+from sglang_misa.bench.table import append
 from sglang_misa.bench.timing import event_us, graph_us, host_us, kernel_us
 from sglang_misa.bench.work import CHIPS, UNKNOWN, Work, work_of
 from sglang_misa.config import PHASES, PRESETS, Phase, SelectionPolicy
@@ -240,17 +240,6 @@ def driver() -> str:
     return next((word for word in text.split() if word.count(".") == 2 and word[0].isdigit()), "")
 
 
-def append(path: pathlib.Path, row: dict[str, object]) -> None:
-    """Add a row to a CSV, under COLUMNS where it is new."""
-    fresh = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def cases(words: Sequence[str] | None = None) -> tuple[list[Case], argparse.Namespace]:
     """What a command line asks for. Leaves with a message where that is nothing, or impossible."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -306,7 +295,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for case in found:
         row = measure(case, options.stages)
         if options.csv is not None:
-            append(options.csv, row)  # at once: should a later case fail, this one is kept
+            append(options.csv, COLUMNS, [row])  # at once: should a later case fail, this one is kept
         correct = correct and bool(row["correct"])
     return 0 if correct else 1
 

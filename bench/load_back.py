@@ -11,7 +11,6 @@ of its statistics alone by that of stock's load-back; `added` is what the whole 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from sglang_misa import versions
 from sglang_misa.arguments import at_least, device, file_to_write
 from sglang_misa.bench.host_cache import HostCache
 from sglang_misa.bench.layer import LAYERS, TOPK
+from sglang_misa.bench.table import append
 from sglang_misa.bench.timing import event_us
 from sglang_misa.config import PRESETS
 from sglang_misa.engines import Engine
@@ -202,16 +202,10 @@ def main(argv: Sequence[str]) -> int:
         found = rows(arguments)
     except ValueError as error:  # SGLang's word on a host pool that does not fit, or on a layout
         parser.error(f"expected a host pool that SGLang can make, got: {error} Lower --layers, or change --layout")
-    names = [field.name for field in fields(Timing)]
     for row in found:
         print(*(f"{name}={value}" for name, value in asdict(row).items()))
     if arguments.csv is not None:
-        fresh = not arguments.csv.exists()
-        with arguments.csv.open("a", newline="") as file:
-            table = csv.DictWriter(file, names, lineterminator="\n")
-            if fresh:
-                table.writeheader()
-            table.writerows(map(asdict, found))
+        append(arguments.csv, [field.name for field in fields(Timing)], map(asdict, found))
     return 0
 
 

@@ -30,7 +30,7 @@ from sglang_misa.bench.load.settings import LoadError
 from sglang_misa.bench.load.stats import Estimate, block_ratio, geometric_mean
 from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.load.workload import LEAD
-from sglang_misa.bench.table import Table, environment
+from sglang_misa.bench.table import Table, append, environment
 from sglang_misa.config import PRESETS
 from sglang_misa.decode_gate import Step
 
@@ -296,16 +296,11 @@ def _typed(row: dict[str, str]) -> Row:
     return Row(**(row | numbers))  # type: ignore[arg-type]
 
 
-def append(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a CSV. Raises LoadError where it holds one of their runs, or other columns."""
+def add(path: Path, rows: Sequence[Row]) -> None:
+    """Append rows to a CSV. Raises LoadError where it holds one of their runs, or other columns."""
     if again := {row.run for row in read(path)} & {row.run for row in rows}:
         raise LoadError(f"{path}: expected runs that it does not hold, got {', '.join(sorted(again))} again; leave out")
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        if fresh:
-            table.writerow(COLUMNS)
-        table.writerows(map(astuple, rows))
+    append(path, COLUMNS, map(asdict, rows))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -326,7 +321,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise LoadError("expected each run once, got one twice; leave out a folder")
         rows = [row for part in parts for row in part]
         if options.csv is not None:
-            append(options.csv, rows)
+            add(options.csv, rows)
     except LoadError as error:
         parser.error(str(error))
     table = csv.writer(sys.stdout, lineterminator="\n")

@@ -1,9 +1,11 @@
-"""A table in Markdown, and the line that says what its rows were measured on."""
+"""Tables: rows added to a CSV, and those of a page in Markdown with the line that says what they were measured on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -29,3 +31,14 @@ def environment(rows: Sequence[Mapping[str, Any]]) -> str:
         values = sorted({row.get(column) or "" for row in rows} - {""})
         parts += [f"{name} {', '.join(values)}"] if values else []
     return f"{rows[0]['gpu']}; {'; '.join(parts)}."
+
+
+def append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Add `rows` to a CSV, under the names of its `columns` where it is new, in a folder that need not be there."""
+    fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        if fresh:
+            table.writeheader()
+        table.writerows(rows)

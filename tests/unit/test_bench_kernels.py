@@ -8,6 +8,7 @@ import torch
 
 from sglang_misa.bench import inputs, kernels, watching
 from sglang_misa.bench.commit import commit
+from sglang_misa.bench.table import append
 from sglang_misa.bench.work import CHIPS, Work, work_of
 from sglang_misa.config import PHASES, PRESETS, SelectionPolicy
 
@@ -123,5 +124,5 @@ def test_the_commit_is_that_of_the_checkout_or_none() -> None:
 def test_a_new_file_starts_with_the_columns(tmp_path: Path) -> None:
     path = tmp_path / "out" / "kernels.csv"
     for _ in range(2):
-        kernels.append(path, dict.fromkeys(kernels.COLUMNS, 1))
-    assert path.read_text().splitlines() == [",".join(kernels.COLUMNS), *[",".join("1" * len(kernels.COLUMNS))] * 2]
+        append(path, ["policy", "rows"], [{"rows": 8, "policy": "misa"}])
+    assert path.read_bytes() == b"policy,rows\nmisa,8\nmisa,8\n"
