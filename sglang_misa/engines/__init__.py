@@ -34,7 +34,10 @@ class Engine(Protocol):
         """
 
     def pages_written(self, layer: int, slots: Tensor) -> None:
-        """Update the pages whose last token is among `slots` [n] int64, just written in `layer` from elsewhere."""
+        """Update the pages whose last token is among `slots` [n] int64, just written in `layer` from elsewhere.
+
+        A negative slot is padding.
+        """
 
     def compared(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         """The statistics of `pages` [n] integer, as stored and as computed anew from the pool's bytes, and a verdict.

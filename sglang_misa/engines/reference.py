@@ -74,7 +74,7 @@ class ReferenceEngine:
         _write(call.output, scores)
 
     def pages_written(self, layer: int, slots: Tensor) -> None:
-        self._update(layer, slots[slots % PAGE == PAGE - 1] // PAGE)
+        self._update(layer, slots[(slots >= 0) & (slots % PAGE == PAGE - 1)] // PAGE)
 
     def compared(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         at = pages.clamp_min(0)

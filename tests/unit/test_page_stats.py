@@ -25,3 +25,11 @@ def test_verify_rows_of_one_request_share_its_newest_page() -> None:
     engine = reference_engine([buffer])
     engine.end_step(torch.tensor([[1, 2]] * 3), torch.tensor([63, 64, 65], dtype=torch.int32))
     assert torch.equal(engine.stats.means[0][1], reference.page_means(buffer[1:2])[0].bfloat16())
+
+
+def test_a_padded_slot_is_of_no_page() -> None:
+    """-1 is the last place of a page, as it divides, of the last page of the pool."""
+    engine = reference_engine([torch.ones(4, 8448, dtype=torch.uint8)])
+    engine.stats.means[0].fill_(7.0)
+    engine.pages_written(0, torch.tensor([2 * PAGE - 1, 2 * PAGE, -1]))
+    assert [bool((page == 7.0).all()) for page in engine.stats.means[0]] == [True, False, True, True]
