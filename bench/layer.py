@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sglang_misa import reference
+from sglang_misa import reference_pages
 from sglang_misa.bench import check, inputs, stock
 from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, spans
 from sglang_misa.config import MisaConfig, Phase, SelectionPolicy
@@ -88,7 +88,7 @@ class Layer:
     def gathered(self) -> tuple[Tensor, Tensor]:
         """The keys [S, 128] fp8 and scales [S] of all requests, one behind another."""
         pages = self.index_k_pages[self.page_table.flatten().long()]
-        index_k, k_scale = reference.unpack_pages(pages)
+        index_k, k_scale = reference_pages.unpack_pages(pages)
         requests, width = self.page_table.shape
         keys = index_k.view(torch.uint8).view(requests, width * PAGE, 128)[:, : self.shape.length]
         scales = k_scale.view(requests, width * PAGE)[:, : self.shape.length]
@@ -146,7 +146,7 @@ class Layer:
         """What row t sees, with the page means that the engine has of it and, with `bits`, its keys as sketched."""
         length = int(self.seq_lens[t])
         pages = self.page_table[self.row_batch[t].long(), : -(-length // PAGE)].long()
-        index_k, k_scale = reference.unpack_pages(self.index_k_pages[pages])
+        index_k, k_scale = reference_pages.unpack_pages(self.index_k_pages[pages])
         complete = pages[: length // PAGE]
         means = engine.stats.means[layer][complete]
         row = check.Row(self.index_q[t], self.head_gates[t], index_k[:length], k_scale[:length], means)
@@ -155,8 +155,8 @@ class Layer:
     def _sketched(self, row: check.Row, complete: Tensor, bits: int) -> Tensor:
         """A row's keys as sketches of its `complete` pages say; the others as they are."""
         keys = row.index_k.float() * row.k_scale[:, None]
-        codes, scales = reference.quantize_pages(self.index_k_pages[complete], row.means, bits)
-        keys[: len(complete) * PAGE] = reference.sketched_keys(codes, scales, row.means, bits).flatten(0, 1)
+        codes, scales = reference_pages.quantize_pages(self.index_k_pages[complete], row.means, bits)
+        keys[: len(complete) * PAGE] = reference_pages.sketched_keys(codes, scales, row.means, bits).flatten(0, 1)
         return keys
 
     def positions(self, t: int, slots: Tensor) -> Tensor:

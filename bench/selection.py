@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sglang_misa import reference
+from sglang_misa import reference, reference_pages
 from sglang_misa.arguments import at_least, device, file_to_write, picture
 from sglang_misa.bench.inputs import pack_pages, trained_file
 from sglang_misa.bench.work import work_of
@@ -179,13 +179,13 @@ class Layer:
 
     @cached_property
     def means(self) -> Tensor:
-        return reference.page_means(self.pages).bfloat16()
+        return reference_pages.page_means(self.pages).bfloat16()
 
     def sketched(self, bits: int) -> Tensor:
         """Keys fp32 [L, 128] as sketches of `bits` bits say; those past the last complete page as they are."""
-        codes, scales = reference.quantize_pages(self.pages, self.means, bits)
+        codes, scales = reference_pages.quantize_pages(self.pages, self.means, bits)
         keys = self.keys.clone()
-        keys[: len(self.pages) * PAGE] = reference.sketched_keys(codes, scales, self.means, bits).flatten(0, 1)
+        keys[: len(self.pages) * PAGE] = reference_pages.sketched_keys(codes, scales, self.means, bits).flatten(0, 1)
         return keys
 
     def starts(self, length: int) -> Tensor:

@@ -3,7 +3,7 @@
 A page of SGLang's index-K pool is one uint8 row of 8448 bytes: 64 keys × 128 bytes of fp8 e4m3, then 64 fp32 scales.
 Its mean is that of the dequantised keys (fp8 × scale), summed in fp32 and kept as bf16. Every entry point below runs
 the same program on a page, so a mean has the same bits whether a page was filled by prefill, by decode or healed later.
-The sketch, where one is kept, is `reference.quantize_pages` of the page and its stored mean, bit by bit.
+The sketch, where one is kept, is `reference_pages.quantize_pages` of the page and its stored mean, bit by bit.
 
 All of them fit in a CUDA graph: grids come from shapes, lengths are read on the device, and page-table entries beyond
 a row's complete pages are never read.

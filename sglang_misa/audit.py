@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sglang_misa import decode_gate, reference
+from sglang_misa import decode_gate, reference, reference_pages
 from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, Span
 from sglang_misa.config import Audit, Phase, SelectionPolicy
 from sglang_misa.engines import Engine
@@ -201,7 +201,7 @@ class Auditor:
         dense = call.head_gates.new_zeros(len(lens), max(lens), dtype=torch.float32)
         for row in long:  # one after another: their keys in fp32 take most of the room
             pages = call.page_table[row, : -(-lens[row] // PAGE)].long()
-            keys, k_scale = (part[: lens[row]] for part in reference.unpack_pages(call.index_k_pages[pages]))
+            keys, k_scale = (part[: lens[row]] for part in reference_pages.unpack_pages(call.index_k_pages[pages]))
             queries = call.index_q[None, row, None], call.head_gates[None, row, None]
             dense[row, : lens[row]] = reference.index_scores(*queries, keys[None]).flatten() * k_scale
         results = kept(dense, call.seq_lens, call.output).tolist()

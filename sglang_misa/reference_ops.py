@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sglang_misa import reference
+from sglang_misa import reference, reference_pages
 from sglang_misa.config import Router, SelectionPolicy
 from sglang_misa.kernels.checks import expect, expect_block_size, expect_blocks, expect_heads, expect_router
 from sglang_misa.kernels.decode.operands import PagedRows
@@ -32,12 +32,13 @@ def page_statistics(
     for request, length in enumerate(seq_lens.tolist()):
         ids = page_table[request, : length // PAGE].long()
         pages = index_k_pages[ids]
-        means[ids] = reference.page_means(pages).bfloat16()
+        means[ids] = reference_pages.page_means(pages).bfloat16()
         pooled = reference.block_means(means[ids].unsqueeze(0), block_size // PAGE)[0]
         blocks[request, : len(pooled)] = pooled.bfloat16()
         if sketches is not None:
             bits = sketch_bits(int(sketches.shape[1]))
-            sketches[ids] = reference.pack_sketches(*reference.quantize_pages(pages, means[ids], bits), bits)
+            codes, scales = reference_pages.quantize_pages(pages, means[ids], bits)
+            sketches[ids] = reference_pages.pack_sketches(codes, scales, bits)
     return blocks
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from pools import reference_runtime
 
-from sglang_misa import reference
+from sglang_misa import reference_pages
 from sglang_misa.call import DecodeCall, ExtendCall, Output, spans
 from sglang_misa.config import MisaConfig
 from sglang_misa.kernels.layout import PAGE
@@ -32,7 +32,7 @@ class Batch:
 
     def keys(self, request: int) -> torch.Tensor:
         pages = self.table[request, : -(-self.lens[request] // PAGE)].long()
-        return reference.dequantize_pages(self.index_k_pages[pages]).reshape(-1, 128)[: self.lens[request]]
+        return reference_pages.dequantize_pages(self.index_k_pages[pages]).reshape(-1, 128)[: self.lens[request]]
 
     def queries(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         q = torch.randn(rows, 32, 128, generator=self.g).to(torch.float8_e4m3fn)

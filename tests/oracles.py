@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sglang_misa import reference
+from sglang_misa import reference_pages
 from sglang_misa.bench.check import PRECISION, Scores, flaw, row_scores
 from sglang_misa.bench.inputs import FP8, Inputs
 from sglang_misa.kernels.decode.keep_blocks import KeptPages
@@ -270,7 +270,7 @@ class Paged:
 
     def keys(self, row: int) -> tuple[Tensor, Tensor]:
         """A row's keys fp8 [len, 128] and scales fp32 [len], in logical order."""
-        index_k, k_scale = reference.unpack_pages(self.index_k_pages[self.pages(row)])
+        index_k, k_scale = reference_pages.unpack_pages(self.index_k_pages[self.pages(row)])
         return index_k[: int(self.seq_lens[row])], k_scale[: int(self.seq_lens[row])]
 
     def scores(self, row: int, precision: float = PRECISION) -> Scores:

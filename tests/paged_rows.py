@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from oracles import FP32, STALE, Paged
 
-from sglang_misa import reference
+from sglang_misa import reference_pages
 from sglang_misa.bench.check import PRECISION as TENSOR_CORES
 from sglang_misa.bench.inputs import pack_pages
 from sglang_misa.kernels.layout import HEAD_DIM as DIM
@@ -35,7 +35,7 @@ def make(
         own = ids[start : start + count]
         table[row, :count] = own.int()
         full = own[: length // PAGE]
-        index_k, k_scale = reference.unpack_pages(pool[full])
+        index_k, k_scale = reference_pages.unpack_pages(pool[full])
         means[full] = (index_k.float() * k_scale[:, None]).view(-1, PAGE, DIM).mean(1).bfloat16()
         means[full[-1:]] = float("nan")
         start += count

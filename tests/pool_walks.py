@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sglang_misa import decode_gate, reference, runtime
+from sglang_misa import decode_gate, reference, reference_pages, runtime
 from sglang_misa.bench.host_cache import make_pool
 from sglang_misa.canary import Canary
 from sglang_misa.config import ConfigError, MisaConfig, SelectionPolicy
@@ -345,12 +345,12 @@ class Walk:
         for row in {0, len(lens) - 1, *self.checked.sample(range(len(lens)), min(4, len(lens)))}:
             length, chosen = lens[row], policies[row]
             stored = self.pool.index_k_with_scale_buffer[layer][self.pages(requests[row], length)]
-            means = reference.page_means(stored).bfloat16()
+            means = reference_pages.page_means(stored).bfloat16()
             sketched = None
             if chosen.sketch is not None:
-                sketch = reference.quantize_pages(stored, means, chosen.sketch)
-                sketched = reference.sketched_keys(*sketch, means, chosen.sketch).reshape(1, -1, 128)[:, :length]
-            keys = (part[None, :length] for part in reference.unpack_pages(stored))
+                sketch = reference_pages.quantize_pages(stored, means, chosen.sketch)
+                sketched = reference_pages.sketched_keys(*sketch, means, chosen.sketch).reshape(1, -1, 128)[:, :length]
+            keys = (part[None, :length] for part in reference_pages.unpack_pages(stored))
             scores = reference.policy_scores(
                 chosen,
                 q[row][None, None],
@@ -374,11 +374,11 @@ class Walk:
             assert not wrong.any(), (layer, ids[wrong.bool()], seen)
             means, *sketches = self.engine.stats.of(layer, ids)
             close = {"rtol": 2**-7, "atol": 1e-6}  # Triton's interpreter rounds down
-            torch.testing.assert_close(means.float(), reference.page_means(stored), **close)
+            torch.testing.assert_close(means.float(), reference_pages.page_means(stored), **close)
             for sketch in sketches:
                 bits = self.config.sketch
                 assert torch.equal(
-                    sketch, reference.pack_sketches(*reference.quantize_pages(stored, means, bits), bits)
+                    sketch, reference_pages.pack_sketches(*reference_pages.quantize_pages(stored, means, bits), bits)
                 )
         if some := [request for request in self.live if request.tokens]:
             table = torch.zeros(len(some), PAGES * PAGE, dtype=torch.int32)

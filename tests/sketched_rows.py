@@ -11,7 +11,7 @@ from oracles import Paged
 from paged_rows import make
 from torch import Tensor
 
-from sglang_misa import reference
+from sglang_misa import reference_pages
 from sglang_misa.kernels.decode.scan_sketches import unpack
 from sglang_misa.kernels.decode.topk_sketched import PageSketch
 from sglang_misa.kernels.layout import PAGE, sketch_bytes
@@ -34,8 +34,8 @@ def sketched(lens: tuple[int, ...], bits: int, device: str, *, heads: int = 32, 
     for row, length in enumerate(lens):
         pages = batch.page_table[row, : max(length // PAGE - 1, 0)].long()
         if len(pages):
-            found = reference.quantize_pages(batch.index_k_pages[pages], batch.page_means[pages], bits)
-            sketches[pages] = reference.pack_sketches(*found, bits)
+            found = reference_pages.quantize_pages(batch.index_k_pages[pages], batch.page_means[pages], bits)
+            sketches[pages] = reference_pages.pack_sketches(*found, bits)
     parts = (getattr(batch, field.name) for field in dataclasses.fields(batch))
     return Sketched(*(part.to(device) for part in parts), sketches.to(device))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sglang_misa import reference
+from sglang_misa import reference, reference_pages
 from sglang_misa.call import DecodeCall, ExtendCall, Output, Run, Span
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels.layout import PAGE
@@ -78,7 +78,7 @@ class ReferenceEngine:
 
     def compared(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         at = pages.clamp_min(0)
-        expected = reference.page_means(self.index_k_pages[layer][at]).bfloat16()
+        expected = reference_pages.page_means(self.index_k_pages[layer][at]).bfloat16()
         seen = torch.stack((self.stats.means[layer][at], expected)).view(torch.int32)
         return seen, (seen[0] != seen[1]).any(1).int().masked_fill(pages < 0, -1)
 
@@ -91,7 +91,7 @@ class ReferenceEngine:
     def _update(self, layer: int, pages: Tensor) -> None:
         """Recompute the statistics of `pages` [n] (any integer dtype)."""
         for part in pages.long().split(_PAGES_AT_ONCE):
-            self.stats.means[layer][part] = reference.page_means(self.index_k_pages[layer][part]).bfloat16()
+            self.stats.means[layer][part] = reference_pages.page_means(self.index_k_pages[layer][part]).bfloat16()
 
     def _update_newest(self, layer: int, page_table: Tensor, seq_lens: Tensor) -> None:
         """The same for the page that each row's newest token completed, without a look at the host.

@@ -6,7 +6,7 @@ import torch
 from oracles import ints
 from torch import Tensor
 
-from sglang_misa import reference
+from sglang_misa import reference_pages
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE
 from sglang_misa.kernels.page_means import (
     Layers,
@@ -27,7 +27,7 @@ def test_the_whole_prefix_the_newest_pages_and_written_slots_give_the_same_bits(
     means = torch.full((len(pool), HEAD_DIM), 7.0, dtype=torch.bfloat16, device=DEVICE)
     update_page_means(pool, means, table, ints([LENGTH], DEVICE))
     pooled = block_means(means, table, ints([LENGTH], DEVICE), BLOCK)
-    index_k, k_scale = reference.unpack_pages(pool[table[0].long()])
+    index_k, k_scale = reference_pages.unpack_pages(pool[table[0].long()])
     expected = (index_k.float() * k_scale[:, None]).view(PAGES, PAGE, HEAD_DIM).mean(1)
     torch.testing.assert_close(means[table[0]].float(), expected, rtol=2**-8, atol=1e-6)
     free = torch.ones(len(pool), dtype=torch.bool, device=DEVICE)

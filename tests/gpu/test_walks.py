@@ -10,7 +10,7 @@ from gpu.decoding import BLOCK_SIZE, BLOCKS, DEVICE, TABLE_WIDTH, TOPK, Call
 from gpu.walks import CHOICES, Walk, Walker, beaten, marked
 from torch import Tensor
 
-from sglang_misa import reference
+from sglang_misa import reference_pages
 from sglang_misa.kernels.decode.operands import Chosen, PageSketch, SketchPolicy
 from sglang_misa.kernels.decode.scan_sketches import scan_sketches, score_keys
 from sglang_misa.kernels.decode.topk_sketched import SketchScratch, sketch_topk
@@ -100,8 +100,8 @@ class SketchWalker(Walker):
     def sketched(self, pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes fp32 [n, 64, 128], scales fp32 [n, 64] and sketches of pages [n], by the reference."""
         i = self.inputs
-        codes, scales = reference.quantize_pages(i.index_k_pages[pages], i.page_means[pages], self.bits)
-        return codes.float(), scales.float(), reference.pack_sketches(codes, scales, self.bits)
+        codes, scales = reference_pages.quantize_pages(i.index_k_pages[pages], i.page_means[pages], self.bits)
+        return codes.float(), scales.float(), reference_pages.pack_sketches(codes, scales, self.bits)
 
     def call(self) -> SketchCall:
         rows, heads = self.inputs.head_gates.shape

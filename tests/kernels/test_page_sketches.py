@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sglang_misa import reference
+from sglang_misa import reference_pages
 from sglang_misa.kernels.decode.scan_sketches import unpack
 from sglang_misa.kernels.layout import HEAD_DIM, PAGE, SKETCH_BITS, sketch_bytes
 from sglang_misa.kernels.page_means import Kept, Layers, update_last_page_means, update_page_means, update_slots
@@ -60,7 +60,7 @@ class TestQuantiser:
                     assert (means[page] == 7).all(), (name, page)
                     assert (sketches[page] == 0xA5).all(), (name, page)
                     continue
-                codes, scales = reference.quantize_pages(pages[page, None], means[page, None], bits)
+                codes, scales = reference_pages.quantize_pages(pages[page, None], means[page, None], bits)
                 own = unpack(sketches[page, None].cpu(), bits)
                 assert torch.equal(own[0], codes.cpu()), (name, page)
                 assert torch.equal(own[1].view(torch.int16), scales.cpu().view(torch.int16)), (name, page)
@@ -84,13 +84,13 @@ class TestQuantiser:
     @pytest.mark.parametrize("bits", SKETCH_BITS)
     def test_a_broken_key_stays_in_its_page(self, bits: int) -> None:
         pages = hostile_pages()
-        means = reference.page_means(pages).bfloat16()
-        codes, scales = reference.quantize_pages(pages, means, bits)
+        means = reference_pages.page_means(pages).bfloat16()
+        codes, scales = reference_pages.quantize_pages(pages, means, bits)
         assert torch.isfinite(scales.float()).all()
         for page in (1, 2):
             assert not codes[page].any()
             assert not scales[page].any()
-        keys = reference.sketched_keys(codes, scales, means, bits)
+        keys = reference_pages.sketched_keys(codes, scales, means, bits)
         assert torch.isfinite(keys[[0, 3, 4, 6, 7]]).all()
         assert torch.equal(keys[4, 0], means[4].float())  # equal keys have no residual but the mean's rounding
 
@@ -98,9 +98,9 @@ class TestQuantiser:
     def test_sketches_keep_inner_products_and_lose_what_levels_must(self, bits: int, error: float) -> None:
         """⟨r, r̂⟩ = ‖r‖² within bf16; of a Gaussian the rest is π/2 - 1 with one bit, 0.1188 / 0.8812 with two."""
         pages = index_k_pages(16)
-        means = reference.page_means(pages).bfloat16()
-        keys = reference.sketched_keys(*reference.quantize_pages(pages, means, bits), means, bits)
-        truth, sketch = (x - means.float().unsqueeze(1) for x in (reference.dequantize_pages(pages), keys))
+        means = reference_pages.page_means(pages).bfloat16()
+        keys = reference_pages.sketched_keys(*reference_pages.quantize_pages(pages, means, bits), means, bits)
+        truth, sketch = (x - means.float().unsqueeze(1) for x in (reference_pages.dequantize_pages(pages), keys))
         energy = truth.square().sum(-1)
         torch.testing.assert_close((truth * sketch).sum(-1), energy, rtol=2**-8, atol=0)
         assert ((truth - sketch).square().sum(-1) / energy).mean() < error

@@ -3,7 +3,7 @@
 import torch
 from pools import reference_engine
 
-from sglang_misa import reference
+from sglang_misa import reference_pages
 from sglang_misa.kernels.layout import PAGE, statistics_bytes
 from sglang_misa.page_stats import PageStats
 
@@ -24,7 +24,7 @@ def test_verify_rows_of_one_request_share_its_newest_page() -> None:
     buffer[1:, 8192:] = torch.ones(2, 64).view(torch.uint8)
     engine = reference_engine([buffer])
     engine.end_step(torch.tensor([[1, 2]] * 3), torch.tensor([63, 64, 65], dtype=torch.int32))
-    assert torch.equal(engine.stats.means[0][1], reference.page_means(buffer[1:2])[0].bfloat16())
+    assert torch.equal(engine.stats.means[0][1], reference_pages.page_means(buffer[1:2])[0].bfloat16())
 
 
 def test_a_padded_slot_is_of_no_page() -> None:

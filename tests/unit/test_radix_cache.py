@@ -4,7 +4,7 @@ import pytest
 import torch
 from pools import reference_engine
 
-from sglang_misa import reference
+from sglang_misa import reference, reference_pages
 from sglang_misa.bench.host_cache import make_pool
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels.layout import PAGE
@@ -63,7 +63,7 @@ class Cache:
 
     def scores(self, tokens: list[int], slots: torch.Tensor) -> torch.Tensor:
         pages = slots[: len(tokens) : PAGE] // PAGE
-        keys = (part[None, : len(tokens)] for part in reference.unpack_pages(self.buffer[pages]))
+        keys = (part[None, : len(tokens)] for part in reference_pages.unpack_pages(self.buffer[pages]))
         g = torch.Generator().manual_seed(0)
         q = torch.randn(1, 1, HEADS, 128, generator=g).to(torch.float8_e4m3fn)
         means = self.engine.stats.means[0][pages[: len(tokens) // PAGE]].unsqueeze(0)

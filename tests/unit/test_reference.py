@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import extend, integers
 
-from sglang_misa import ops, reference
+from sglang_misa import ops, reference, reference_pages
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.kernels.layout import PAGE, PAGE_BYTES, ROUTERS, TILT, Router
 from sglang_misa.policy import STOCK
@@ -266,8 +266,8 @@ def test_page_layout_round_trip() -> None:
     scales = torch.rand(3, PAGE) + 0.1
     pages = torch.cat([keys.view(torch.uint8).flatten(1), scales.view(torch.uint8).flatten(1)], dim=1)
     assert pages.shape[1] == PAGE_BYTES
-    torch.testing.assert_close(reference.dequantize_pages(pages), keys.float() * scales.unsqueeze(-1))
-    torch.testing.assert_close(reference.page_means(pages), (keys.float() * scales.unsqueeze(-1)).mean(1))
+    torch.testing.assert_close(reference_pages.dequantize_pages(pages), keys.float() * scales.unsqueeze(-1))
+    torch.testing.assert_close(reference_pages.page_means(pages), (keys.float() * scales.unsqueeze(-1)).mean(1))
 
 
 def test_the_residual_is_the_expected_value_of_the_heads_left_out() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import reference_runtime
 
-from sglang_misa import decode_gate, reference, selection
+from sglang_misa import decode_gate, reference, reference_pages, selection
 from sglang_misa.call import Run, spans
 from sglang_misa.config import Audit, MisaConfig, SelectionPolicy
 from sglang_misa.engines import kernels
@@ -90,7 +90,7 @@ def test_a_call_computes_the_statistics_that_nothing_has_kept(decode: SelectionP
     pages = [batch.table[row, : length // PAGE].long() for row, length in enumerate(batch.lens)]
     old = torch.cat([own[:count] for own, count in zip(pages, kept, strict=True)])
     new = torch.cat([own[count:] for own, count in zip(pages, kept, strict=True)])
-    right = reference.page_means(batch.index_k_pages).bfloat16()
+    right = reference_pages.page_means(batch.index_k_pages).bfloat16()
     assert torch.equal(means[new], right[new])
     assert (means[old] == 7).all() if decode.active else torch.equal(means[old], right[old])
 
@@ -231,7 +231,7 @@ def reranked_in_torch(rows, keys, heads, candidates, output, *, longest):
 def page_means_in_torch(index_k_pages, means, page_table, seq_lens, sketches, kept):
     """What `update_page_means` promises of pages none of which are kept."""
     assert kept is None
-    means.copy_(reference.page_means(index_k_pages).bfloat16())
+    means.copy_(reference_pages.page_means(index_k_pages).bfloat16())
 
 
 def block_means_in_torch(means, page_table, seq_lens, block_size):
