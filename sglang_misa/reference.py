@@ -109,8 +109,7 @@ def block_statistics(
     weight = gates.abs()
     if blocks == 0:
         return BlockStatistics(weight, torch.full_like(gates, 0.5), gates.new_empty(n, rows, 0))
-    statistic, positive = torch.empty_like(gates), torch.empty_like(gates)
-    block_scores = gates.new_empty(n, rows, blocks)
+    found = BlockStatistics(torch.empty_like(gates), torch.empty_like(gates), gates.new_empty(n, rows, blocks))
     index = torch.arange(blocks, device=k_tilde.device)
     visible = index < complete.unsqueeze(-1)  # [N, T, M]
     if view.stride is not None:
@@ -118,30 +117,42 @@ def block_statistics(
     step = max(1, _CHUNK_ELEMENTS // max(1, n * heads * blocks))
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        q, w, seen = index_q[:, part].float(), gates[:, part], visible[:, part].unsqueeze(2)
-        dots = torch.matmul(q.flatten(1, 2), k_tilde.float().transpose(1, 2)).unflatten(1, q.shape[1:3])
-        products = Products.of(dots.masked_fill(~seen, 0.0), seen)
-        if view.router == "error" and view.tilted:
-            every = residual_query(q, w, torch.empty_like(w[..., :0], dtype=torch.int64), products.linear_part()[0])[0]
-            products = products.tilted(torch.matmul(every, k_tilde.float().transpose(1, 2)).unsqueeze(2))
-        positive[:, part], error = products.linear_part()
-        activity = dots.relu()
-        block_scores[:, part] = torch.matmul(w.unsqueeze(2), activity).squeeze(2)
-        activity = activity.masked_fill_(~seen, 0.0)
-        mean = activity.sum(-1) / seen.sum(-1).clamp_min(1)
-        statistic[:, part] = {
-            "mean": w.abs() * mean,
-            "peak": w.abs() * activity.amax(-1),
-            "signed": w * mean,
-            "weight": w.abs(),
-            "error": w.abs() * torch.where(seen.sum(-1) > 1, error, 1.0),
-        }[view.router]
+        seen = visible[:, part].unsqueeze(2)
+        of_part = _statistics_of_seen(index_q[:, part].float(), gates[:, part], k_tilde.float(), seen, view)
+        for whole, own in zip(found, of_part, strict=True):
+            whole[:, part] = own
     some = complete.unsqueeze(-1) > 0
     return BlockStatistics(
-        torch.where(some, statistic, weight),
-        positive.masked_fill_(~some, 0.5),
-        block_scores.masked_fill_(~visible, -torch.inf),
+        torch.where(some, found.heads, weight),
+        found.positive.masked_fill_(~some, 0.5),
+        found.blocks.masked_fill_(~visible, -torch.inf),
     )
+
+
+def _statistics_of_seen(q: Tensor, w: Tensor, k_tilde: Tensor, seen: Tensor, view: RouterView) -> BlockStatistics:
+    """`block_statistics` of rows that look at a block or more: seen [N, T, 1, M]; all others fp32, as there.
+
+    Scores are those of all blocks, seen or not.
+    """
+    k_tilde_t = k_tilde.transpose(1, 2)
+    dots = torch.matmul(q.flatten(1, 2), k_tilde_t).unflatten(1, q.shape[1:3])  # [N, T, H, M]
+    products = Products.of(dots.masked_fill(~seen, 0.0), seen)
+    if view.router == "error" and view.tilted:
+        every = residual_query(q, w, torch.empty_like(w[..., :0], dtype=torch.int64), products.linear_part()[0])[0]
+        products = products.tilted(torch.matmul(every, k_tilde_t).unsqueeze(2))
+    positive, error = products.linear_part()
+    activity = dots.relu()
+    block_scores = torch.matmul(w.unsqueeze(2), activity).squeeze(2)
+    activity = activity.masked_fill_(~seen, 0.0)
+    mean = activity.sum(-1) / seen.sum(-1).clamp_min(1)
+    heads = {
+        "mean": w.abs() * mean,
+        "peak": w.abs() * activity.amax(-1),
+        "signed": w * mean,
+        "weight": w.abs(),
+        "error": w.abs() * torch.where(seen.sum(-1) > 1, error, 1.0),
+    }[view.router]
+    return BlockStatistics(heads, positive, block_scores)
 
 
 def residual_query(
