@@ -85,6 +85,18 @@ class Plan:
     pitch: int  # products of 64 keys from the marks of four rows to the next ones'
 
 
+def sample_stride(keys: int, total: int, candidates: int, budget: int) -> int:
+    """One key in so many is sampled: so many that two blocks a multiprocessor can list what passes, where any do.
+
+    And so few that `threshold` holds a row's scores, and half of the budget the sampled keys of all requests.
+    """
+    least, most = STRIDES
+    wanted = min(max(keys // SAMPLE, least), most)
+    fits = [n for n in range(least, wanted + 1) if most_hits(threshold_rank(candidates, n), n) <= listable(2)]
+    held = math.ceil(total * SAMPLED_BYTES / (budget / 2))
+    return max(max(fits, default=most), math.ceil(keys / SAMPLED_AT_MOST), held)
+
+
 @functools.lru_cache(maxsize=256)
 def plan(
     rows: int,
@@ -95,19 +107,13 @@ def plan(
     budget: int = SCRATCH_BYTES,
     total: int | None = None,
 ) -> Plan:
-    """Choose the sample so that two blocks a multiprocessor can list what passes; rows see at most `keys` of `total`.
+    """Choose the sample, and as few passes as `budget` bytes of scratch allow; rows see at most `keys` of `total` keys.
 
     Scratch of a pass = rows · max(keys / 8, 4 · keys / stride) + 20 · rows bytes, total / 2 bytes where requests share
-    the call, and the sampled keys, in as few passes as `budget` allows.
-    Raises ValueError when one block of rows does not fit.
+    the call, and the sampled keys. Raises ValueError when one block of rows does not fit.
     """
     total = keys if total is None else total
-    least, most = STRIDES
-    wanted = min(max(keys // SAMPLE, least), most)
-    fits = [n for n in range(least, wanted + 1) if most_hits(threshold_rank(candidates, n), n) <= listable(2)]
-    # Half of the budget holds the sampled keys of all requests.
-    held = math.ceil(total * SAMPLED_BYTES / (budget / 2))
-    stride = max(max(fits, default=most), math.ceil(keys / SAMPLED_AT_MOST), held)
+    stride = sample_stride(keys, total, candidates, budget)
     rank = threshold_rank(candidates, stride)
     room = listable(2) if most_hits(rank, stride) <= listable(2) else listable(1)
     sampled = aligned(keys / stride + 1, 4)
