@@ -1,12 +1,11 @@
 """Ranks that compare what they selected: digests know sets apart, and two gloo processes find the one that parted."""
 
-import datetime
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gloo_ranks import told_by_ranks
 from pools import reference_engine
 from torch import Tensor, distributed
 
@@ -14,7 +13,7 @@ from sglang_misa.agreement import ROWS, Agreement, RanksDisagree, digest
 from sglang_misa.kernels.layout import PAGE, PAGE_BYTES
 from sglang_misa.metrics import recorder
 
-RANKS, LAYERS, PAGES, K = 2, 3, 8, 16
+LAYERS, PAGES, K = 3, 8, 16
 SETS = torch.stack([torch.randperm(500, generator=torch.Generator().manual_seed(row))[:K] for row in range(6)])
 
 
@@ -62,12 +61,8 @@ def test_no_row_of_a_large_call_is_passed_over_for_good(row: int) -> None:
     assert [bool(differ) for differ in mine._selected != theirs._selected] == [False, True, False]
 
 
-def one_rank(rank: int, store: str, results: Any) -> None:
+def one_rank(rank: int, peers: distributed.ProcessGroup) -> tuple[dict[str, Any], int]:
     """Meets after every second step; says after which step it stopped, and with which words. Rank 1 parts there."""
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timeout)
-    peers = distributed.new_group(range(RANKS), backend="gloo")
     bytes_ = torch.Generator().manual_seed(0)
     pool = [torch.randint(0, 120, (PAGES + 1, PAGE_BYTES), dtype=torch.uint8, generator=bytes_) for _ in range(LAYERS)]
     engine = reference_engine(pool)
@@ -92,21 +87,11 @@ def one_rank(rank: int, store: str, results: Any) -> None:
             except RanksDisagree as error:
                 told[what] = (number, str(error))
                 break
-    results.put((rank, told, recorder.ranks_compared))
-    distributed.destroy_process_group()
+    return told, recorder.ranks_compared
 
 
 def test_all_ranks_say_which_layers_parted(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [context.Process(target=one_rank, args=(rank, str(tmp_path / "store"), results)) for rank in range(RANKS)]
-    for rank in ranks:
-        rank.start()
-    found = [results.get(timeout=120) for _ in ranks]
-    for rank in ranks:
-        rank.join(60)
-        assert rank.exitcode == 0
-    for _, told, compared in found:
+    for told, compared in told_by_ranks(one_rank, tmp_path):
         assert {what: step for what, (step, _) in told.items()} == {"tokens": 3, "means": 3}
         assert "got other tokens in layers [1];" in told["tokens"][1]
         assert "got other page statistics in layers [2];" in told["means"][1]

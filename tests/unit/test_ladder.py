@@ -1,12 +1,11 @@
 """When a layer leaves its policy and comes back, and that ranks with different audits decide alike."""
 
-import datetime
-import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gloo_ranks import told_by_ranks
 from hypothesis import given, strategies
 from recorders import fresh_recorder
 from torch import distributed
@@ -222,15 +221,12 @@ def test_faithful_is_left_out_where_the_model_cannot_have_it() -> None:
     assert rungs(few, FLOOR, index_heads=2, topk=2048) == (few, STOCK)
 
 
-RANKS, MEETINGS = 2, 12
+MEETINGS = 12
 
 
-def one_rank(rank: int, store: str, results: Any) -> None:
+def one_rank(rank: int, peers: distributed.ProcessGroup) -> list[list[int]]:
     """Audits of layer 0 differ by rank and cross the floor only in the mean; layer 1 is judged by one rank alone."""
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60)
-    )
-    one = ladders(peers=distributed.new_group(range(RANKS), backend="gloo"), layers=2)
+    one = ladders(peers=peers, layers=2)
     told = []
     for meeting in range(MEETINGS):
         recall = (0.95, 0.83)[rank] if meeting < 6 else 1.0  # 0.89 in the mean
@@ -240,20 +236,11 @@ def one_rank(rank: int, store: str, results: Any) -> None:
             one.observe("decode", 0, [0.2] * WINDOW, probed=False)
         one.meet()
         told.append([ladder_.at for ladder_ in (*one._prefill, one._step)])
-    results.put((rank, told))
-    distributed.destroy_process_group()
+    return told
 
 
 def test_ranks_whose_audits_differ_decide_alike(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [context.Process(target=one_rank, args=(rank, str(tmp_path / "store"), results)) for rank in range(RANKS)]
-    for rank in ranks:
-        rank.start()
-    told = dict(results.get(timeout=120) for _ in ranks)
-    for rank in ranks:
-        rank.join(60)
-        assert rank.exitcode == 0
+    told = told_by_ranks(one_rank, tmp_path)
     assert told[0] == told[1]
     assert [rungs_[0] for rungs_ in told[0]] == [1, 2, 2, 2, 2, 2, 2, 1, 1, 0, 0, 0]
     assert told[0][-1][1:] == [2, 1], "the rank that saw nothing low sank too"
