@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_misa.kernels.layout import PAGE
+from sglang_misa.patches.pool import last_slots
 
 
 def pop_transferred(original: Callable[..., list[Any]], self: Any, rids_to_check: list[str] | None = None) -> list[Any]:
@@ -19,7 +19,7 @@ def pop_transferred(original: Callable[..., list[Any]], self: Any, rids_to_check
     requests = original(self, rids_to_check)
     table = self.scheduler.req_to_token_pool.req_to_token
     if requests:  # the newest token was sampled by the prefill server, and is not stored
-        slots = torch.cat([_last_slots(table[_row(request)], request.seqlen - 1) for request in requests])
+        slots = torch.cat([last_slots(table[_row(request), : request.seqlen - 1]) for request in requests])
         _pages_written(self.scheduler.token_to_kv_pool_allocator.get_kvcache(), slots)
     return requests
 
@@ -30,22 +30,17 @@ def _row(request: Any) -> int:
     return row
 
 
-def _last_slots(slots: Tensor, stored: int) -> Tensor:
-    """Of a request's `slots`, the last one of each page that its stored tokens fill."""
-    return slots[PAGE - 1 : stored : PAGE]
-
-
 def load_cpu_copy(
     original: Callable[..., None], self: Any, kv_cache_cpu_dict: Any, indices: Tensor, *args: Any, **kwargs: Any
 ) -> None:
     """DSATokenToKVPool.load_cpu_copy: a retracted request's pages, back from the host at other places."""
     original(self, kv_cache_cpu_dict, indices, *args, **kwargs)
-    _pages_written(self, _last_slots(indices, len(indices)))
+    _pages_written(self, last_slots(indices))
 
 
-def _pages_written(pool: Any, last_slots: Tensor) -> None:
+def _pages_written(pool: Any, last: Tensor) -> None:
     selector = pool.misa_selector
     if selector.ladders.decodes:
         for layer, pages in enumerate(pool.index_k_with_scale_buffer):
             if len(pages):
-                selector.engine.pages_written(layer, last_slots.long().contiguous())
+                selector.engine.pages_written(layer, last)

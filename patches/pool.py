@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sglang_misa import runtime
@@ -53,15 +52,12 @@ def load_to_device_per_layer(
     layer = 0 if is_draft else layer_id
     pages = device_pool.index_k_with_scale_buffer[layer]
     if len(pages) and device_pool.misa_selector.ladders.decodes:
-        device_pool.misa_selector.engine.pages_written(layer, _last_slots(device_indices, pages.device))
+        last = last_slots(device_indices)
+        if pages.is_cuda and not last.is_cuda:  # SGLang's direct copies have their slots on the host, its kernels not
+            last = last.pin_memory().to(pages.device, non_blocking=True)
+        device_pool.misa_selector.engine.pages_written(layer, last)
 
 
-def _last_slots(slots: Tensor, device: torch.device) -> Tensor:
-    """The last one of each page of `slots` [n], int64 on the pool's `device`; the host waits for nothing.
-
-    SGLang's direct copies have their slots on the host, its kernels on the device.
-    """
-    last = slots[PAGE - 1 :: PAGE].to(torch.int64).contiguous()
-    if device.type != "cuda" or last.is_cuda:
-        return last
-    return last.pin_memory().to(device, non_blocking=True)
+def last_slots(slots: Tensor) -> Tensor:
+    """The last one of each page that a request's `slots` [n] fill, int64."""
+    return slots[PAGE - 1 :: PAGE].long().contiguous()
