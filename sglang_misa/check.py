@@ -27,6 +27,7 @@ UNKNOWN_MODEL = {"index_n_heads": 64, "index_topk": 2048, "index_head_dim": HEAD
 READ = {
     *("--config", "--model-path", "--model", "--load-format", "--json-model-override-args", "--device"),
     *("--host", "--port", "--api-key", "--admin-api-key"),
+    *("--ssl-keyfile-password", "--ssl-keyfile"),  # a secret to mask, and the flag that its name begins with
 }
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 ALIASES = {

@@ -355,6 +355,7 @@ def test_a_server_without_a_key_is_asked_for_by_name():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("--ssl-keyfile-pass secret", "got a part of --ssl-keyfile-password; write it out"),
         ("--hos 0.0.0.0", "--hos: expected a whole flag, as it is read here too, got a part of --host"),
         ("--api-ke=secret", "got a part of --api-key"),
         ("--mod x", "got a part of --model or --model-path"),
