@@ -50,14 +50,19 @@ def test_a_slot_of_another_request_is_found() -> None:
     assert "row 0" in bench.judge(POLICIES["misa"], layer, engine, 0, slots).flaw
 
 
-def test_a_decode_step_selects_what_its_check_expects() -> None:
-    policy = POLICIES["hisa"]
+def decode(policy: SelectionPolicy):
     shape = bench.Shape("decode", 32, 2, K + 900, "topics", device="cpu")
     layer = bench.Layer.make(shape)
     engine = bench.engine_of(policy, shape, [layer.index_k_pages])
-    engine.pages_written(0, torch.arange(63, len(layer.index_k_pages) * 64, 64))
+    layer.keep_statistics(engine)
     call = layer.decode_call(0, torch.full((2, K), -1, dtype=torch.int32))
     engine.decode(call, policy)
+    return layer, engine, call
+
+
+def test_a_decode_step_selects_what_its_check_expects() -> None:
+    policy = POLICIES["hisa"]
+    layer, engine, call = decode(policy)
     assert bench.judge(policy, layer, engine, 0, call.ids).flaw is None
     call.ids[0, 0] = call.ids[0, 1]
     assert "row 0" in bench.judge(policy, layer, engine, 0, call.ids).flaw
@@ -68,12 +73,7 @@ def test_a_decode_step_selects_what_its_check_expects() -> None:
 def test_a_decode_step_over_sketches_selects_what_its_check_expects(bits: int, heads: int | None) -> None:
     routed = {} if heads is None else {"heads": heads, "router": "peak", "residual": True}
     policy = SelectionPolicy(sketch=bits, candidates=K + 256, block_size=64, **routed)
-    shape = bench.Shape("decode", 32, 2, K + 900, "topics", device="cpu")
-    layer = bench.Layer.make(shape)
-    engine = bench.engine_of(policy, shape, [layer.index_k_pages])
-    engine.pages_written(0, torch.arange(63, len(layer.index_k_pages) * 64, 64))
-    call = layer.decode_call(0, torch.full((2, K), -1, dtype=torch.int32))
-    engine.decode(call, policy)
+    layer, engine, call = decode(policy)
     verdict = bench.judge(policy, layer, engine, 0, call.ids)
     assert verdict.flaw is None
     assert verdict.recall > 0.9
