@@ -13,6 +13,7 @@ from torch import Tensor
 from sglang_misa import audit, decode_gate
 from sglang_misa.agreement import agreement_for
 from sglang_misa.call import DecodeCall, ExtendCall, Run, Span
+from sglang_misa.config import Audit
 from sglang_misa.dump import dump_for
 from sglang_misa.engines import engine_for
 from sglang_misa.ladder import Ladders
@@ -40,17 +41,19 @@ class Selector:
     def __init__(self, runtime: Runtime, index_k_pages: Sequence[Tensor]):
         """`index_k_pages`: the pool's index-K, uint8 [num_pages, 8448] a layer (0 rows without an indexer)."""
         config, layers = runtime.config, len(index_k_pages)
+        is_target = runtime.is_target(layers)
         self._row_len = runtime.row_len
         self.ladders = Ladders(
             config,
-            [layer if runtime.is_target(layers) else None for layer in range(layers)],
+            [layer if is_target else None for layer in range(layers)],
             index_heads=runtime.index_heads,
             topk=runtime.topk,
             peers=runtime.peers,
         )
-        keeps = self.ladders.decodes and runtime.is_target(layers)  # no canary looks at a draft model's pool
-        self.engine = engine_for(runtime, index_k_pages, keeps=keeps)
-        self.auditor = audit.Auditor(config.audit, runtime.topk, self.engine, self.ladders)
+        # Neither canary nor audit look at a draft model's pool, whose layers would count as the target's.
+        self.engine = engine_for(runtime, index_k_pages, keeps=self.ladders.decodes and is_target)
+        audited = config.audit if is_target else Audit()
+        self.auditor = audit.Auditor(audited, runtime.topk, self.engine, self.ladders)
         self.dump = dump_for(runtime, index_k_pages)
         self.agreement = agreement_for(runtime, self.engine)
 

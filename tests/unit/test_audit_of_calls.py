@@ -7,13 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from batches import TOPK, Batch, selector, sets
+from pools import reference_runtime
 from recorders import fresh_recorder
 
 from sglang_misa import audit, decode_gate
 from sglang_misa.audit import Taps
-from sglang_misa.config import Audit, SelectionPolicy
+from sglang_misa.config import Audit, MisaConfig, SelectionPolicy
 from sglang_misa.decode_gate import Capture
 from sglang_misa.metrics import Recorder
+from sglang_misa.policy_file import ModelIdentity
+from sglang_misa.selection import Selector
 
 PREFILL = SelectionPolicy(heads=4, block_size=64, min_len=120)
 DECODE = SelectionPolicy(heads=4, blocks=3, block_size=64, min_len=0)
@@ -38,6 +41,20 @@ def test_the_audit_of_both_phases_is_the_recall_of_what_was_written(recorder: Re
         expected = [len(mine & best) / TOPK for mine, best in pairs]
         assert recorder.status()["recall"][phase]["0"]["rows"] == 2
         assert recorder.status()["recall"][phase]["0"]["recall"] == pytest.approx(sum(expected) / 2)
+
+
+@pytest.mark.parametrize(("layers", "audited"), [(1, {"prefill", "decode"}), (2, set())])
+def test_a_draft_models_pool_is_not_audited_as_the_targets_layers(
+    layers: int, audited: set[str], recorder: Recorder
+) -> None:
+    """A pool with fewer layers than the model is a draft's, and its layer 0 another than the target's."""
+    target = ModelIdentity(architecture="X", layers=layers, index_heads=32, index_topk=TOPK, config_sha256="0" * 64)
+    config = MisaConfig(prefill=PREFILL, decode=DECODE, audit=Audit(rows=2, every=1))
+    batch = Batch(7, [500, 430], width=9)
+    one = Selector(replace(reference_runtime(config, TOPK), model=target), [batch.index_k_pages])
+    one.extend(batch.extend([1, 1], batch.queries(2)))
+    one.decode(batch.decode(batch.queries(2)))
+    assert {phase for phase, seen in recorder.status()["recall"].items() if seen} == audited
 
 
 def test_rows_that_see_no_more_than_k_are_not_audited_in_decode(recorder: Recorder) -> None:
