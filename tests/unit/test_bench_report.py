@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_misa.bench import report, selection
+from sglang_misa.bench import report, selection_table
 from sglang_misa.bench.kernels import COLUMNS
 from sglang_misa.bench.watching import Look
 
@@ -83,7 +83,12 @@ def test_tables_stand_between_their_markers_and_nowhere_else(folder: Path) -> No
 
 
 def test_quality_shows_the_front_and_the_presets(folder: Path) -> None:
-    base = dict.fromkeys(selection.FIELDS, "") | {"length": 131072, "phase": "prefill", "residual": 0, "columns": 8}
+    base = dict.fromkeys(selection_table.FIELDS, "") | {
+        "length": 131072,
+        "phase": "prefill",
+        "residual": 0,
+        "columns": 8,
+    }
     paper = base | {"heads": 8, "router": "mean", "block_size": 256, "recall": 0.873, "flop": 0.2, "front": 0}
     other = base | {"heads": 8, "router": "signed", "block_size": 64, "recall": 0.8, "flop": 0.2, "front": 0}
     best = base | {
@@ -96,7 +101,7 @@ def test_quality_shows_the_front_and_the_presets(folder: Path) -> None:
         "front": 1,
     }
     with (folder / "results/selection.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, selection.FIELDS)
+        writer = csv.DictWriter(file, selection_table.FIELDS)
         writer.writeheader()
         writer.writerows([paper, other, best])
     (folder / "docs").mkdir()

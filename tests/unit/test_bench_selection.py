@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from sglang_misa import reference
-from sglang_misa.bench import inputs, selection
+from sglang_misa.bench import inputs, selection, selection_table
 from sglang_misa.config import SelectionPolicy
 from sglang_misa.policy_file import ModelIdentity
 
@@ -65,7 +65,7 @@ def test_a_row_sees_its_newest_keys_from_a_multiple_of_1024(file: Path) -> None:
 
 def test_the_front_is_what_nothing_beats(file: Path) -> None:
     wanted = [("prefill", SelectionPolicy(heads=h, router="peak", block_size=64)) for h in (4, 8, 16)]
-    rows = selection.table([selection.measure(selection.Layer.load(file, ROWS), LENGTH, wanted)], LENGTH, 32)
+    rows = selection_table.table([selection.measure(selection.Layer.load(file, ROWS), LENGTH, wanted)], LENGTH, 32)
     for row in rows:
         better = [r for r in rows if r["flop"] <= row["flop"] and r["recall"] >= row["recall"] and r is not row]
         strictly = [r for r in better if (r["flop"], r["recall"]) != (row["flop"], row["recall"])]
@@ -88,7 +88,7 @@ def test_the_command_writes_a_table_and_a_picture(file: Path, tmp_path: Path, mo
     words = [str(file), "--length", "4096", "--rows", "2", "--csv", tmp_path / "t.csv", "--plot", tmp_path / "t.png"]
     assert selection.main([str(word) for word in words]) == 0
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
-    assert tuple(rows[0]) == selection.FIELDS
+    assert tuple(rows[0]) == selection_table.FIELDS
     assert {row["phase"] for row in rows} == {"prefill", "decode"}
     assert all(0 < float(row["recall"]) <= 1 and float(row["p10"]) <= float(row["recall"]) + 0.05 for row in rows)
     assert (tmp_path / "t.png").stat().st_size > 1000
