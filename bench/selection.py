@@ -120,11 +120,20 @@ class Row:
         return scores
 
     def kept(self, scores: Tensor, counts: Sequence[int]) -> list[float]:
-        """The share of DSA's set that lies among the best `n` of `scores`, for each of `counts`."""
-        wanted = scores[self.wanted].sort().values
-        beaten = torch.searchsorted(wanted, scores).bincount(minlength=len(wanted) + 1)  # by each score, how many
-        rank = beaten.flip(0).cumsum(0).flip(0)[1:]  # scores above each of them
-        return [float(((rank < n) & (wanted > -torch.inf)).float().mean()) for n in counts]
+        """The share of DSA's set that lies among the best `n` of `scores`, for each of `counts`.
+
+        Of equal scores at the n-th place any may be taken, and the mean over all choices counts: where the ReLU of each
+        routed head is zero, thousands of tokens are level.
+        """
+        best = scores.topk(min(max(counts), len(scores))).values
+        wanted = scores[self.wanted]
+        shares = []
+        for n in counts:
+            least = best[min(n, len(best)) - 1]
+            level = scores == least
+            taken = torch.where(least > -torch.inf, (n - (scores > least).sum()) / level.sum(), 0.0).clamp(max=1)
+            shares.append(float(((wanted > least) + (wanted == least) * taken).mean()))
+        return shares
 
 
 @dataclass(frozen=True)

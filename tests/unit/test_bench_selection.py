@@ -183,3 +183,15 @@ def test_files_of_two_models_are_refused(
     with pytest.raises(SystemExit, match="2"):
         selection.main([str(file), str(tmp_path / "x.safetensors"), "--length", "4096"])
     assert "expected 32 index heads, got 64; name one model's files" in capsys.readouterr().err
+
+
+def test_equal_scores_are_no_merit() -> None:
+    keys = torch.zeros(8, 128)
+    keys[:, 0] = torch.arange(8)
+    row = selection.Row(torch.eye(1, 128), torch.ones(1), keys, keys[:0], topk=4)
+    assert row.wanted.sort().values.tolist() == [4, 5, 6, 7]
+    level = torch.tensor([2.0, 0, 0, 0, 0, 0, 1, 0])
+    assert row.kept(torch.zeros(8), (4, 6, 8, 9)) == pytest.approx([0.5, 0.75, 1, 1])
+    assert row.kept(level, (1, 2, 4)) == pytest.approx([0, 1 / 4, (1 + 3 * 2 / 6) / 4])
+    pruned = torch.tensor([1.0, 2, -torch.inf, -torch.inf, -torch.inf, -torch.inf, 3, torch.inf])
+    assert row.kept(pruned, (1, 2, 6)) == pytest.approx([1 / 4, 2 / 4, 2 / 4])
