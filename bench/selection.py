@@ -8,7 +8,8 @@ of them: its window starts at a multiple of 1024, so that pages and blocks are t
 keys less. Without --length it is the longest file's keys, up to 131072. Every policy is scored in fp32 by `reference`.
 
 recall: mean share of DSA's top k (2048, or what a dump's model has) that the policy selects (with candidates: that lie
-among them, as all heads score those again); p10: the tenth percentile of the rows. columns: scored columns a key; flop
+among them, as all heads score those again); p10: the tenth percentile of the rows; worst_layer: the lowest
+mean of a layer, over all its files. columns: scored columns a key; flop
 and bytes: of prefill's arithmetic and of decode's reads, over stock's. A policy is on a phase's front when no other
 keeps as much for less.
 """
@@ -32,7 +33,7 @@ from torch import Tensor
 from sglang_misa import reference, reference_pages
 from sglang_misa.arguments import at_least, device, file_to_write, picture
 from sglang_misa.bench.inputs import pack_pages, trained_file
-from sglang_misa.bench.selection_table import FIELDS, Shares, plot, table
+from sglang_misa.bench.selection_table import FIELDS, Shares, plot, table, together
 from sglang_misa.config import Phase, Router, SelectionPolicy
 from sglang_misa.kernels.layout import PAGE, ROUTERS
 from sglang_misa.outlet import kept_stdout
@@ -147,6 +148,7 @@ class Layer:
     pages: Tensor  # [L // 64, 8448] uint8
     positions: Tensor
     model: ModelIdentity | None  # whose tensors these are, where the file tells
+    name: str  # the layer's number, where the file tells it
 
     @classmethod
     def load(cls, path: Path, rows: int, device: str = "cpu") -> Layer:
@@ -171,11 +173,17 @@ class Layer:
             positions[picked],
         )
         index_q, gates, keys, pages, positions = (part.to(device) for part in parts)
-        return cls(path, index_q, gates, keys, pages, positions, model=model_of(path))
+        return cls(path, index_q, gates, keys, pages, positions, *told_by(path))
 
     @property
     def index_heads(self) -> int:
         return int(self.head_gates.shape[1])
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What all files of one model have in common, as far as this one tells it."""
+        told = {} if self.model is None else {"as config_sha256": self.model.config_sha256}
+        return {"index heads": self.index_heads, "keys to select": self.topk, **told}
 
     @property
     def topk(self) -> int:
@@ -218,13 +226,18 @@ class Layer:
             yield Row(q, gates, keys[start : position + 1], pages.float(), self.topk)
 
 
-def model_of(path: Path) -> ModelIdentity | None:
-    """The model that a file of index tensors says it is of. Raises ValueError where it says it wrongly."""
+def told_by(path: Path) -> tuple[ModelIdentity | None, str]:
+    """Model and layer that a file of index tensors says it is of; of a file that tells no layer, its own path.
+
+    Raises ValueError where it tells its model wrongly.
+    """
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        told = (file.metadata() or {}).get("model")
-    return None if told is None else validated(ModelIdentity, parsed(told, f"{path}: model"), f"{path}: model")
+        facts = file.metadata() or {}
+    told = facts.get("model")
+    model = None if told is None else validated(ModelIdentity, parsed(told, f"{path}: model"), f"{path}: model")
+    return model, facts.get("layer", str(path))
 
 
 def judged(paths: Iterable[Path], rows: int, lengths: Sequence[int], *, bound: bool = False) -> list[int]:
@@ -233,14 +246,12 @@ def judged(paths: Iterable[Path], rows: int, lengths: Sequence[int], *, bound: b
     bound: take what the longest file holds for a length beyond it. Raises ValueError, before anything is computed, for
     a file that does not fit, files of two models, a length that no file holds, and one that leaves nothing to select.
     """
-    longest, index_heads = 0, None
+    longest, known = 0, dict[str, object]()
     for path in paths:
         layer = Layer.load(path, rows)
-        index_heads = index_heads or layer.index_heads
-        if layer.index_heads != index_heads:
-            raise ValueError(
-                f"{path}: expected {index_heads} index heads, got {layer.index_heads}; name one model's files"
-            )
+        for name, value in layer.facts.items():
+            if known.setdefault(name, value) != value:
+                raise ValueError(f"{path}: expected {known[name]} {name}, got {value}; name one model's files")
         longest = max(longest, len(layer.keys))
         for length in lengths or [LENGTH]:
             layer.check(length)
@@ -312,12 +323,12 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     rows: list[dict[str, object]] = []
     for length in lengths:
-        shares = []
+        shares: dict[str, list[Shares]] = {}
         for path in options.files:
             layer = Layer.load(path, options.rows, options.device)
-            shares.append(measure(layer, length, policies()))
+            shares.setdefault(layer.name, []).append(measure(layer, length, policies()))
             print(f"{path}: {len(layer.positions)} rows of up to {length} keys", file=sys.stderr, flush=True)
-        rows += table(shares, length, layer.index_heads)
+        rows += table([together(files) for files in shares.values()], length, layer.index_heads)
     print("  ".join(FIELDS))
     for row in rows:
         print("  ".join(str(row[name]).ljust(len(name)) for name in FIELDS))

@@ -20,6 +20,11 @@ FIELDS = (
 Shares = dict[tuple[Phase, SelectionPolicy], Tensor]  # [rows] of what a policy keeps
 
 
+def together(files: Sequence[Shares]) -> Shares:
+    """What one layer's files hold of it, as if they were one."""
+    return {key: torch.cat([shares[key] for shares in files]) for key in files[0]}
+
+
 def table(layers: Sequence[Shares], length: int, index_heads: int) -> list[dict[str, object]]:
     """One row a policy, over all rows of all layers, best first; `front` marks the Pareto front of its phase."""
     lens = torch.tensor([length])

@@ -119,11 +119,12 @@ def test_a_file_that_does_not_fit_is_refused(said: str, tmp_path: Path, capsys: 
     assert said in capsys.readouterr().err
 
 
-def of_a_small_model(path: Path, positions: list[int], keys: int = 764) -> Path:
+def of_a_small_model(path: Path, positions: list[int], keys: int = 764, layer: int = 0, **changes: object) -> Path:
     """A dump of a model that selects 256 of a prompt's tokens."""
-    identity = ModelIdentity(architecture="A", layers=1, index_heads=32, index_topk=256, config_sha256="0" * 64)
+    sizes = {"architecture": "A", "layers": 2, "index_heads": 32, "index_topk": 256, "config_sha256": "0" * 64}
+    identity = ModelIdentity(**sizes | changes)
     x = vars(inputs.make("topics", len(positions), keys, 32, device="cpu")) | {"positions": torch.tensor(positions)}
-    save_file(x, path, {"model": identity.model_dump_json()})
+    save_file(x, path, {"model": identity.model_dump_json(), "layer": str(layer)})
     return path
 
 
@@ -183,6 +184,26 @@ def test_files_of_two_models_are_refused(
     with pytest.raises(SystemExit, match="2"):
         selection.main([str(file), str(tmp_path / "x.safetensors"), "--length", "4096"])
     assert "expected 32 index heads, got 64; name one model's files" in capsys.readouterr().err
+    ours = of_a_small_model(tmp_path / "ours", [300, 763])
+    for said, other in (
+        ("256 keys to select, got 128", of_a_small_model(tmp_path / "narrow", [300, 763], index_topk=128)),
+        ("000 as config_sha256, got 111", of_a_small_model(tmp_path / "other", [300, 763], config_sha256="1" * 64)),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            selection.main([str(ours), str(other)])
+        assert said in capsys.readouterr().err
+
+
+def test_the_worst_layer_is_a_layer_not_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two layers and two prompts the worst layer keeps 0.5; one prompt of it keeps 0.25."""
+    policy, out = ("prefill", SelectionPolicy(heads=8)), tmp_path / "t.csv"
+    kept = {"00": 0.9, "10": 0.7, "01": 0.25, "11": 0.75}
+    files = [of_a_small_model(tmp_path / name, [300, 763], layer=int(name[1])) for name in kept]
+    monkeypatch.setattr(selection, "policies", lambda: [policy])
+    monkeypatch.setattr(selection, "measure", lambda layer, *_: {policy: torch.tensor([kept[layer.path.name]])})
+    assert selection.main([*map(str, files), "--csv", str(out)]) == 0
+    (row,) = csv.DictReader(out.open())
+    assert (row["recall"], row["worst_layer"]) == ("0.65", "0.5")
 
 
 def test_equal_scores_are_no_merit() -> None:
