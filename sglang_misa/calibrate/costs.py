@@ -17,7 +17,7 @@ import torch
 
 from sglang_misa.bench.report import Record, newest, read
 from sglang_misa.bench.work import work_of
-from sglang_misa.config import ConfigError, Phase, SelectionPolicy
+from sglang_misa.config import PHASES, ConfigError, Phase, SelectionPolicy
 from sglang_misa.policy import STOCK
 
 SHIPPED = Path(str(resources.files("sglang_misa"))) / "bench" / "results" / "kernels.csv"
@@ -58,16 +58,18 @@ class Modelled:
 
 @dataclass(frozen=True)
 class Measured:
-    """The slowest measured ratio of each shape at the length nearest to the one asked for."""
+    """The slowest measured ratio of each shape, of all shapes of a phase at one length: the nearest to `length`.
+
+    What was measured at other lengths alone has no cost: against stock's, a selection gets cheaper with every token.
+    """
 
     rows: Sequence[Record]
-    heads: int
     length: int
     decode_rows: int
 
     @classmethod
     def read(cls, path: Path, heads: int, length: int, decode_rows: int) -> Measured:
-        """A table of `bench.kernels`. Raises ConfigError where it has nothing of `heads` index heads."""
+        """A table of `bench.kernels`. Raises ConfigError where it lacks `heads` index heads, or `decode_rows`."""
         rows = by_heads(path).get(heads)
         if not rows:
             raise ConfigError(
@@ -76,27 +78,38 @@ class Measured:
                     "python -m sglang_misa.bench.kernels, or ask for --costs model"
                 ]
             )
-        return cls(rows, heads, length, decode_rows)
+        batches = sorted({int(row["rows"]) for row in rows if row["phase"] == "decode"})
+        if batches and decode_rows not in batches:
+            raise ConfigError(
+                [
+                    f"--batch: expected requests of a decode step that {path} has, {', '.join(map(str, batches))}, got "
+                    f"{decode_rows}; choose one, measure it with python -m sglang_misa.bench.kernels, or ask for "
+                    "--costs model"
+                ]
+            )
+        return cls(rows, length, decode_rows)
 
     @property
     def source(self) -> str:
         gpus = ", ".join(sorted({row["gpu"] for row in self.rows}))
-        lengths = ", ".join(f"{n}" for n in sorted({int(row["length"]) for row in self.rows}))
-        return f"measured on {gpus} at {lengths} keys; the nearest counts"
+        told = [f"{phase} {f'at {self._at(phase)} keys' if self._of(phase) else 'not'}" for phase in PHASES]
+        return f"measured on {gpus}, {', '.join(told)}"
 
     def of(self, phase: Phase, policy: SelectionPolicy) -> float | None:
         if not policy.active:
             return 1.0
+        rows = (row for row in self._of(phase) if int(row["length"]) == self._at(phase))
+        return max((1 / float(row["ratio"]) for row in rows if _shape(row) == _shape_of(policy)), default=None)
+
+    def _of(self, phase: Phase) -> list[Record]:
+        """The rows of a phase: whole chunks, or decode steps of as many requests."""
         batch = PREFILL_ROWS if phase == "prefill" else self.decode_rows
-        same = [
-            row
-            for row in self.rows
-            if row["phase"] == phase and int(row["rows"]) == batch and _shape(row) == _shape_of(policy)
-        ]
-        if not same:
-            return None
-        nearest = min((int(row["length"]) for row in same), key=lambda n: abs(math.log(n / self.length)))
-        return max(1 / float(row["ratio"]) for row in same if int(row["length"]) == nearest)
+        return [row for row in self.rows if row["phase"] == phase and int(row["rows"]) == batch]
+
+    def _at(self, phase: Phase) -> int:
+        """The length nearest to the one asked for at which a phase was measured, of two the shorter."""
+        lengths = {int(row["length"]) for row in self._of(phase)}
+        return min(lengths, key=lambda n: (abs(math.log(n / self.length)), n))
 
 
 def by_heads(path: Path) -> dict[int, list[Record]]:

@@ -262,6 +262,19 @@ def test_a_measured_cost_is_that_of_the_table() -> None:
     )
 
 
+def test_costs_of_a_phase_are_of_one_length() -> None:
+    """Shipped: HISA in decode and eight heads in prefill were not measured where the sketches and three heads were."""
+    cases = {8192: (8192, 32768), 65536: (32768, 65536), 131072: (131072, 131072), 1 << 20: (131072, 262144)}
+    for length, told in cases.items():
+        costs = Measured.read(SHIPPED, 64, length, 64)
+        assert costs.source == f"measured on NVIDIA H200, prefill at {told[0]} keys, decode at {told[1]} keys"
+        assert (costs.of("decode", PRESETS["hisa"].decode) is None) == (told[1] != 131072)
+        assert (costs.of("prefill", PRESETS["misa-hier"].prefill) is None) == (told[0] == 8192)
+        assert costs.of("decode", PRESETS["faithful"].decode) < 1
+    with pytest.raises(ConfigError, match=r"--batch: expected requests of a decode step that .*, 1, 4, .*, got 17"):
+        Measured.read(SHIPPED, 64, LENGTH, 17)
+
+
 def test_every_candidate_can_be_served() -> None:
     for costs in (Modelled(64, LENGTH), Measured.read(SHIPPED, 64, LENGTH, 64)):
         for phase, policy in choice.policies(costs, IDENTITY):
