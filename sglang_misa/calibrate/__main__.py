@@ -31,7 +31,7 @@ from sglang_misa.calibrate.costs import SHIPPED, Costs, Measured, Modelled, by_h
 from sglang_misa.calibrate.picture import draw
 from sglang_misa.config import PHASES, PRESETS, ConfigError, Phase, SelectionPolicy
 from sglang_misa.outlet import kept_stdout
-from sglang_misa.policy import STOCK, rest_of_gate
+from sglang_misa.policy import EXACT, STOCK, rest_of_gate
 from sglang_misa.policy_file import LayerPolicy, ModelIdentity, PolicyFile
 from sglang_misa.refusal import Refusal
 from sglang_misa.text_tables import ranges, table
@@ -274,13 +274,24 @@ def _gates(phase: Phase, given: argparse.Namespace) -> dict[str, int]:
 
 
 def _told(model: ModelIdentity, chosen: Chosen, costs: Costs, given: argparse.Namespace, length: int) -> Iterator[str]:
+    points = [(layer, phase, point) for layer, each in chosen.items() for phase, point in each.items()]
     rows = [
-        (layer, phase, point.policy.label, f"{point.cost:.3f}", f"{point.recall:.4f}", f"{point.told().held_out:.4f}")
-        for layer, points in chosen.items()
-        for phase, point in points.items()
+        (
+            *(layer, phase, point.policy.label, f"{point.cost:.3f}", f"{point.recall:.4f}"),
+            f"{point.told().held_out:.4f}",
+            "" if point.policy in (STOCK, EXACT) else f"{len(point.calibrated)} + {len(point.held_out)}",
+        )
+        for layer, phase, point in points
     ]
-    yield table([("layer", "phase", "policy", "cost", "recall", "held out"), *rows])
+    yield table([("layer", "phase", "policy", "cost", "recall", "held out", "rows"), *rows])
     yield f"\nCost over stock's: {costs.source}. Target {given.target:g} at {length} keys: {given.out}"
+    for kind in PHASES:
+        missed = [layer for layer, phase, point in points if phase == kind and point.told().held_out < given.target]
+        if missed:
+            yield (
+                f"Held out, {kind} keeps less than the target in layers {ranges(missed)}: more prompts or rows choose "
+                "more surely"
+            )
     without = [layer for layer in range(model.layers) if layer not in chosen]
     if without:
         yield f"Stock DSA, as there is no dump of them: layers {ranges(without)}"

@@ -34,8 +34,7 @@ class Point:
     @property
     def bound(self) -> float:
         """Its recall less one standard error: of many policies the luckiest must not win."""
-        rows = len(self.calibrated)
-        return self.recall - (float(self.calibrated.std()) / rows**0.5 if rows > 1 else 0.0)
+        return self.recall - float(self.calibrated.std()) / len(self.calibrated) ** 0.5
 
     def told(self) -> Recall:
         held_out = round(float(self.held_out.mean()), 4)
@@ -87,28 +86,30 @@ def points(
             shares[phase].append({policy: kept[chosen] for (of, policy), kept in measured.items() if of == phase})
     found: dict[Phase, list[Point]] = {phase: [] for phase in PHASES}
     for phase in dict.fromkeys(phase for phase, _ in wanted):
-        if sum(len(next(iter(each.values()), ())) for each in shares[phase]) < 2:
+        halves = {policy: _halves([each[policy] for each in shares[phase]]) for policy in next(iter(shares[phase]), {})}
+        chosen_by, held_out = map(len, next(iter(halves.values()), ((), ())))
+        if chosen_by < 2 or not held_out:  # of one row no error is known
             raise ConfigError(
                 [
-                    f"{dumps[0].path}: expected two rows or more of {phase}, to hold one out, got fewer; "
-                    "dump more rows, or longer prompts"
+                    f"{dumps[0].path}: expected two rows or more of {phase} to choose by and others to hold out, got "
+                    f"{chosen_by} and {held_out}; dump more rows, or longer prompts"
                 ]
             )
         found[phase] = [
-            Point(policy, cost, *_halves([each[policy] for each in shares[phase]]))
-            for policy in shares[phase][0]
+            Point(policy, cost, *rows)
+            for policy, rows in halves.items()
             if (cost := costs.of(phase, policy)) is not None and _possible(phase, policy, model)
         ]
     for phase in PHASES:
         for policy in (STOCK, EXACT) if phase == "prefill" else (STOCK,):
             cost = costs.of(phase, policy)
             if cost is not None:
-                found[phase].append(Point(policy, cost, torch.ones(1), torch.ones(1)))
+                found[phase].append(Point(policy, cost, torch.ones(2), torch.ones(2)))
     return found
 
 
 def _halves(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    prompts = [rows for rows in prompts if len(rows)]
+    prompts = [rows for rows in prompts if len(rows)] or [torch.empty(0)]
     if len(prompts) == 1:
         return prompts[0][::2], prompts[0][1::2]
     return torch.cat([*prompts[::2]]), torch.cat([*prompts[1::2]])

@@ -203,6 +203,7 @@ def test_a_policy_tells_the_length_that_prompts_hold(tmp_path: Path, monkeypatch
 
 
 def test_prompts_without_a_row_of_a_phase_are_no_half() -> None:
+    assert [len(half) for half in choice._halves([torch.empty(0)])] == [0, 0]
     few = choice._halves([torch.empty(0), torch.tensor([0.5, 0.75, 0.5]), torch.empty(0)])
     assert [half.tolist() for half in few] == [[0.5, 0.5], [0.75]]
 
@@ -214,31 +215,50 @@ def point(cost: float, *recalls: float, **policy: Any) -> choice.Point:
 def test_the_cheapest_that_surely_keeps_it_is_chosen() -> None:
     sure, better = point(0.2, 0.95, 0.95, 0.95), point(0.2, 0.96, 0.96, 0.96)
     lucky = point(0.1, 0.82, 1.0, 1.0)  # 0.94 in the mean, and 0.06 of error
-    assert choice.choose([point(1.0, 1.0), sure, better, lucky], 0.93) is better
-    assert choice.choose([point(1.0, 1.0), sure, better, lucky], 0.97).cost == 1.0
+    assert choice.choose([point(1.0, 1.0, 1.0), sure, better, lucky], 0.93) is better
+    assert choice.choose([point(1.0, 1.0, 1.0), sure, better, lucky], 0.97).cost == 1.0
 
 
 def test_decode_is_measured_where_a_row_sees_nearly_the_whole_prompt(tmp_path: Path, monkeypatch) -> None:
     few = [(phase, policy) for phase, policy in selection.policies() if policy.heads == 7 and policy.block_size == 64]
     monkeypatch.setattr(selection, "policies", lambda: few)
-    positions = torch.tensor([2100, 2500, 3000, 3071, 3072, 4095]).int()
+    positions = torch.tensor([2100, 2500, 3000, 3071, 3072, 3500, 4095]).int()
     x = vars(inputs.make("topics", len(positions), 4096, 64, device="cpu")) | {"positions": positions}
     path = dumped(tmp_path / "a.safetensors", x, 0)
     settings = {"length": 4096, "rows": len(positions), "device": "cpu"}
     found = choice.points([choice.Dumped(path)], IDENTITY, Modelled(64, 4096), **settings)
     rows = {phase: len(points[0].calibrated) + len(points[0].held_out) for phase, points in found.items()}
-    assert rows == {"prefill": 6, "decode": 3}
+    assert rows == {"prefill": 7, "decode": 4}
 
     dumps = [choice.Dumped(path), choice.Dumped(path, answer=3072)]
     found = choice.points(dumps, IDENTITY, Modelled(64, 4096), **settings)
     rows = {phase: len(points[0].calibrated) + len(points[0].held_out) for phase, points in found.items()}
-    assert rows == {"prefill": 6, "decode": 2}, "the rows of answers alone"
+    assert rows == {"prefill": 7, "decode": 3}, "the rows of answers alone"
+
+
+@pytest.mark.parametrize(("rows", "told"), [(2, "choose by and others to hold out, got 1 and 1"), (3, "")])
+def test_no_policy_is_chosen_by_a_single_row(rows: int, told: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    few: list[Any] = [("prefill", SelectionPolicy(heads=8, router="peak"))]
+    monkeypatch.setattr(selection, "policies", lambda: few)
+    monkeypatch.setattr(
+        selection, "measure", lambda layer, _, wanted: {each: torch.tensor([1.0, 0.3, 1.0])[:rows] for each in wanted}
+    )
+    positions = torch.arange(4096 - rows, 4096).int()
+    x = vars(inputs.make("topics", rows, 4096, 64, device="cpu")) | {"positions": positions}
+    path, out = dumped(tmp_path / "a.safetensors", x, 0), tmp_path / "out.json"
+    status = calibrated(path, "--target", 0.9, "--rows", rows, "--costs", "model", "--out", out)
+    said = capsys.readouterr()
+    assert status == (calibrate.REFUSED if told else 0)
+    assert told in said.err
+    if not told:
+        assert "0.3000    2 + 1" in said.out
+        assert "Held out, prefill keeps less than the target in layers 0:" in said.out
 
 
 def test_all_layers_sketch_alike() -> None:
     one, two = point(0.1, 0.96, 0.96, sketch=1, candidates=8192), point(0.2, 0.99, 0.99, sketch=2, candidates=8192)
     weak = point(0.1, 0.9, 0.9, sketch=1, candidates=8192)
-    dsa = point(1.0, 1.0)
+    dsa = point(1.0, 1.0, 1.0)
     found = {0: {"prefill": [dsa], "decode": [one, two, dsa]}, 1: {"prefill": [dsa], "decode": [weak, two, dsa]}}
     chosen = calibrate._chosen(found, 0.95)
     assert [each["decode"] for each in chosen.values()] == [two, two]
