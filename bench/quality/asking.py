@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from pydantic_core import from_json
 
 from sglang_misa.bench.load.client import PATHS
@@ -28,7 +28,7 @@ class Answer(BaseModel):
     question: str  # its digest
     text: str
     ids: tuple[int, ...] = ()
-    top: tuple[dict[str, float], ...] = ()
+    top: tuple[dict[str, FiniteFloat], ...] = ()
     seconds: float = 0.0
     prompt_tokens: int = 0  # as the server counts them; 0 where it does not say
 
@@ -74,7 +74,7 @@ def read(raw: dict[str, Any], protocol: Protocol, arm: str, question: Question, 
             meta = raw["meta_info"]
             ids, tokens = tuple(raw.get("output_ids") or ()), meta.get("prompt_tokens")
             rows = meta.get("output_top_logprobs") or []
-            top = tuple({str(token): value for value, token, *_ in row} for row in rows if row)
+            top = tuple({str(token): value for value, token, *_ in row or ()} for row in rows)
             text = raw["text"]
         else:
             choice = raw["choices"][0]
@@ -84,7 +84,7 @@ def read(raw: dict[str, Any], protocol: Protocol, arm: str, question: Question, 
             rows = told.get("top_logprobs") or [
                 {entry["token"]: entry["logprob"] for entry in one["top_logprobs"]} for one in told.get("content") or ()
             ]
-            top = tuple(row for row in rows if row)
+            top = tuple(row or {} for row in rows)
         answer = Answer(
             arm=arm,
             question=question.digest(),

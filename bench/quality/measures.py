@@ -14,28 +14,33 @@ from sglang_misa.bench.quality.asking import Answer
 
 
 class Agreement(NamedTuple):
-    """Two answers. equal: share of the shorter one's tokens before the first difference, whose place is `differs`.
+    """Two answers: how many `units` the longer one has, the share of them before the first difference, and its place.
 
-    kl: mean KL(first ‖ second) in nats over the tokens up to there, over the top log-probabilities that both servers
-    tell and one rest; None where a server tells none.
+    unit: tokens, or characters where a server tells no token ids. kl: mean KL(first ‖ second) in nats over the tokens
+    up to there, over the top log-probabilities that both servers tell and one rest; None where they tell none. paired:
+    how many tokens that were.
     """
 
     equal: float
     differs: int | None
+    units: int
+    unit: str
     kl: float | None
+    paired: int
 
 
 def agreement(first: Answer, second: Answer) -> Agreement:
-    """How far two greedy answers to one prompt agree; by characters where a server tells no token ids."""
-    a: Sequence[object] = first.ids or first.text
-    b: Sequence[object] = second.ids or second.text
-    most = min(len(a), len(b))
-    at = next((i for i in range(most) if a[i] != b[i]), None if len(a) == len(b) else most)
+    """How far two greedy answers to one prompt agree."""
+    told = bool(first.ids and second.ids)  # else places are of characters, and rows of log-probabilities have none
+    a: Sequence[object] = first.ids if told else first.text
+    b: Sequence[object] = second.ids if told else second.text
+    least, most = sorted((len(a), len(b)))
+    at = next((i for i in range(least) if a[i] != b[i]), None if least == most else least)
     shared = most if at is None else at
-    comparable = len(first.ids) > 0  # else `shared` counts characters, and rows of log-probabilities have no place
-    rows = list(zip(first.top, second.top, strict=False))[: shared + 1] if comparable else []
-    told = [divergence(p, q) for p, q in rows if p and q]
-    return Agreement(shared / max(1, len(a), len(b)), at, float(np.mean(told)) if told else None)
+    rows = list(zip(first.top, second.top, strict=False))[: shared + 1] if told else []
+    kls = [divergence(p, q) for p, q in rows if p and q]
+    unit, kl = "tokens" if told else "characters", float(np.mean(kls)) if kls else None
+    return Agreement(shared / most if most else 1.0, at, most, unit, kl, len(kls))
 
 
 def divergence(p: dict[str, float], q: dict[str, float]) -> float:
@@ -49,12 +54,12 @@ def divergence(p: dict[str, float], q: dict[str, float]) -> float:
 
 
 def recall(first: NDArray[np.int32], second: NDArray[np.int32]) -> NDArray[np.float64]:
-    """[rows, layers] share of first's positions that second has too, both [rows, layers, topk]; NaN for rows shorter
-    than topk, which see everything."""
+    """[rows, layers] share of first's positions that second has too, both [rows, layers, topk]; NaN for the first topk
+    rows, which see no more than that, and for rows that were not selected for."""
     shares = np.full(first.shape[:2], np.nan)
     for row, layer in np.ndindex(*shares.shape):
         wanted = first[row, layer]
-        if (wanted >= 0).all():
+        if row >= len(wanted) and (wanted >= 0).all():
             shares[row, layer] = np.isin(wanted, second[row, layer]).mean()
     return shares
 

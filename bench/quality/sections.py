@@ -81,11 +81,16 @@ def agreement(asked: Sequence[Asked], arms: Sequence[Arm]) -> Section:
         own = [measures.agreement(one.answers[0], one.answers[at]) for one in asked]
         for one, same in zip(asked, own, strict=True):
             rows.append({"arm": arm.name, "prompt": one.question.name, "tokens": one.question.length, **same._asdict()})
-        kls = [same.kl for same in own if same.kl is not None]
-        kl = f", mean KL {np.mean(kls):.4g} nats" if kls else "; no log-probabilities that can be paired"
-        whole, equal = sum(same.differs is None for same in own), float(np.mean([same.equal for same in own]))
+        paired = [same for same in own if same.kl is not None]
+        kl = "; no log-probabilities that can be paired"
+        if paired:
+            mean = np.average([same.kl or 0.0 for same in paired], weights=[same.paired for same in paired])
+            kl = f", mean KL {mean:.4g} nats"
+        whole, units = sum(same.differs is None for same in own), sum(same.units for same in own)
+        equal = sum(same.equal * same.units for same in own) / units if units else 1.0
+        unit = " and ".join(dict.fromkeys(same.unit for same in own))
         told.append(
-            f"{arm.name}: {whole} of {len(own)} answers are {arms[0].name}'s, {equal:.1%} of the tokens come before a "
+            f"{arm.name}: {whole} of {len(own)} answers are {arms[0].name}'s, {equal:.1%} of the {unit} come before a "
             f"difference{kl}."
         )
     return Section("agree", " ".join(told), rows)
