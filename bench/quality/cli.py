@@ -139,6 +139,10 @@ class Needles(Common):
                 f"needles: expected lengths, at least 2 depths, 1 repeat and 0 to {len(NAMES) - 1} others, got "
                 f"{len(self.lengths)}, {self.depths}, {self.repeats} and {self.others}; correct them"
             )
+        if len({*self.tokens}) < len(self.tokens):
+            raise LoadError(
+                f"lengths: expected each length once, as an answer counts once, got {', '.join(self.lengths)}; drop one"
+            )
         if (asked := sum(self.tokens) * self.depths * self.repeats) > LONGEST:
             raise LoadError(
                 f"lengths: expected at most {LONGEST} tokens in all questions, got {asked}; "
@@ -153,7 +157,10 @@ class Needles(Common):
     @property
     def tokens(self) -> list[int]:
         """Tokens of the prompts, the shortest first. Raises LoadError."""
-        return sorted(Lengths.parse(text).longest for text in self.lengths)
+        lengths = [Lengths.parse(text) for text in self.lengths]
+        if spread := [text for text, one in zip(self.lengths, lengths, strict=True) if one.kind != "fixed"]:
+            raise LoadError(f"lengths: expected numbers of tokens such as 4k, got {spread[0]}; name each length")
+        return sorted(one.longest for one in lengths)
 
     def measure(self, collector: Collector, arms: Sequence[Arm], commit: str) -> list[Section]:
         found = self.of_answers(collector, arms, commit)

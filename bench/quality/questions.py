@@ -29,6 +29,11 @@ class Template:
 
 SPREAD = 512  # tokens: the largest block of a preset
 
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+WORDS = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+
 TEMPLATES = {
     "pass": Template(
         " The pass word of {name} is {value}.", " What is the pass word of {name}? The pass word of {name} is"
@@ -40,7 +45,10 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt. answers: strings that a right answer holds. length: tokens asked for; depth: 0 = start, 1 = end."""
+    """One prompt. answers: strings that a right answer holds. length: tokens asked for; depth: 0 = start, 1 = end.
+
+    task: what its score is averaged with.
+    """
 
     name: str
     ids: tuple[int, ...]
@@ -49,6 +57,7 @@ class Question:
     measure: str = "found"  # or f1
     length: int = 0
     depth: float = 0.0
+    task: str = ""
 
     def digest(self) -> str:
         text = f"{self.ids}{self.new_tokens}"
@@ -58,12 +67,18 @@ class Question:
         """0 to 1: the share of the answers that `text` holds, or its best F1 over words with one of them."""
         if self.measure == "f1":
             return max(_f1(text, answer) for answer in self.answers)
-        words = f" {' '.join(_words(text))} "
-        return sum(f" {' '.join(_words(answer))} " in words for answer in self.answers) / len(self.answers)
+        return sum(_holds(text, answer) for answer in self.answers) / len(self.answers)
+
+
+def _holds(text: str, answer: str) -> bool:
+    """Whether the words of an answer stand in a text one after another; of one without words, its characters."""
+    words = _words(answer)
+    return f" {' '.join(words)} " in f" {' '.join(_words(text))} " if words else answer.strip() in text
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    """Words in lower case; of scripts that set no blanks between words each character is one."""
+    return WORDS.findall(text.lower())
 
 
 def _f1(text: str, answer: str) -> float:
@@ -96,6 +111,11 @@ def needles(
                 pairs = zip(names, values, strict=True)
                 facts = [source.encode(template.fact.format(name=n, value=v)) for n, v in pairs]
                 question = source.encode(template.question.format(name=names[0]))
+                if (least := len(source.encode(f" {values[0]}"))) > new_tokens:
+                    raise LoadError(
+                        f"new_tokens: expected room for the answer, {values[0]}, which is {least} tokens, got "
+                        f"{new_tokens}; raise --new-tokens"
+                    )
                 room = length - len(question) - sum(map(len, facts))
                 if room < 0:
                     raise LoadError(
@@ -143,14 +163,15 @@ def tasks(folder: Path, tokenize: Tokenize, new_tokens: int) -> list[Question]:
     for file in task_files(folder):
         for number, (where, row) in enumerate(text_files.json_lines(file, LoadError), 1):
             measure, answers = ("found", row["outputs"]) if "outputs" in row else ("f1", row.get("answers"))
-            if not isinstance(answers, list) or not answers:
+            if not isinstance(answers, list) or not answers or not all(str(answer).strip() for answer in answers):
                 raise LoadError(f"{where}: expected outputs or answers, got {sorted(row)}; see --help")
             text = "\n\n".join(str(row[part]) for part in ("context", "input", "prompt") if row.get(part))
             ids = tuple(tokenize(text))
             if not ids:
                 raise LoadError(f"{where}: expected a prompt in input or prompt, got none; add it")
             told = tuple(str(answer) for answer in answers)
-            found.append(Question(f"{file.stem} · {number}", ids, new_tokens, told, measure, length=len(ids)))
+            name = f"{file.stem} · {number}"
+            found.append(Question(name, ids, new_tokens, told, measure, length=len(ids), task=file.stem))
     if not found:
         raise LoadError(f"{folder}: expected questions in its *.jsonl files, got none; name another folder")
     return found

@@ -18,6 +18,7 @@ from sglang_misa.bench.quality.page import Row, Section, Table, heatmaps
 
 CAN_READ = 0.5  # share of needles that the first arm must find before anything is said of the others
 NEVER = 0.05  # level of the sign test
+LEAST = 6  # needles that the first arm must find for a loss of all to be significant: two sides of 1 / 2 ** 6
 
 
 def needles(asked: Sequence[Asked], arms: Sequence[Arm], models: Mapping[str, str], commit: str) -> Section:
@@ -37,12 +38,15 @@ def needles(asked: Sequence[Asked], arms: Sequence[Arm], models: Mapping[str, st
             "of the selection: try another --template, shorter --lengths, or --api chat"
         )
         return Section("needles", told[0], rows, refusal=refusal)
-    verdict, tone = f"{' · '.join(told)}.", "good" if len(arms) > 1 else ""
+    verdict, tones = f"{' · '.join(told)}.", set[str]()
     for arm, own in zip(arms[1:], marks[1:], strict=True):
-        p = measures.sign_test(marks[0], own)
-        worse = p < NEVER and np.mean(own) < np.mean(marks[0])
-        tone = "bad" if worse else tone
-        verdict += f" {arm.name}: {'a' if worse else 'no'} significant loss (sign test: p = {p:.3g})."
+        p, lost = measures.sign_test(marks[0], own), sum(marks[0]) - sum(own)
+        worse = p < NEVER and lost > 0
+        verdict += f" {arm.name}: {'a' if worse else 'no'} significant loss (sign test: p = {p:.3g})"
+        few = sum(marks[0]) < LEAST
+        verdict += f"; not even all {sum(marks[0])} would be one: ask more." if few else "."
+        tones.add("bad" if worse else "" if few or lost > 0 else "good")
+    tone = "bad" if "bad" in tones else "good" if tones == {"good"} else ""
     return Section("needles", verdict, rows, tone, figures={"needles": heatmaps(rows)}, grid=_grid(rows))
 
 
@@ -61,7 +65,7 @@ def _grid(rows: Sequence[Row]) -> Table:
 
 
 def times(asked: Sequence[Asked], arms: Sequence[Arm]) -> Section:
-    """Median seconds of an answer by length; questions of all arms went in turn, one at a time."""
+    """Median seconds of an answer by length, however long the answer; one question at a time was asked."""
     by: dict[int, list[list[float]]] = {}
     for question, answers in asked:
         by.setdefault(question.length, []).append([answer.seconds for answer in answers])
@@ -97,14 +101,21 @@ def agreement(asked: Sequence[Asked], arms: Sequence[Arm]) -> Section:
 
 
 def tasks(asked: Sequence[Asked], arms: Sequence[Arm]) -> Section:
-    """Scores of a folder's tasks."""
+    """Scores of a folder's questions; the mean is that of its files, which are a task each, whatever they hold."""
     rows = [
         {"task": q.name, "measure": q.measure, "tokens": q.length}
         | {f"score {arm.name}": q.score(answer.text) for arm, answer in zip(arms, answers, strict=True)}
         for q, answers in asked
     ]
-    means = [f"{arm.name} {np.mean([row[f'score {arm.name}'] for row in rows]):.3f}" for arm in arms]
-    return Section("tasks", f"Mean score: {' · '.join(means)}.", rows)
+    files: dict[str, list[Row]] = {}
+    for (question, _), row in zip(asked, rows, strict=True):
+        files.setdefault(question.task, []).append(row)
+    means = {task: [np.mean([row[f"score {arm.name}"] for row in own]) for arm in arms] for task, own in files.items()}
+    overall = [f"{arm.name} {mean:.3f}" for arm, mean in zip(arms, np.mean([*means.values()], axis=0), strict=True)]
+    cells = [[task, str(len(files[task])), *(f"{mean:.3f}" for mean in own)] for task, own in means.items()]
+    grid = ("task", "questions", *(f"mean score {arm.name}" for arm in arms)), cells
+    told = f"Mean score over {len(files)} tasks of {len(rows)} questions: {' · '.join(overall)}."
+    return Section("tasks", told, rows, grid=grid)
 
 
 def recall(asked: Sequence[Asked], arms: Sequence[Arm], collector: Collector, index_topk: int) -> Section:

@@ -67,3 +67,63 @@ def test_a_row_that_sees_no_more_than_is_selected_has_no_recall() -> None:
     first = np.array([[[0, -1]], [[0, 1]], [[1, 2]], [[-1, -1]]], np.int32)  # the last from a cache
     share = measures.recall(first, np.array([[[0, -1]], [[0, 1]], [[0, 2]], [[-1, -1]]], np.int32))
     np.testing.assert_equal(share[:, 0], [np.nan, np.nan, 0.5, np.nan])
+
+
+def needles(*found: int, of: int) -> sections.Section:
+    """The section of arms that find so many of as many needles, the first ones."""
+    marks = [[place < one for place in range(of)] for one in found]
+    asked = [
+        Asked(Question("q", (n,), 4, ("yes",), length=4096), [said("yes" if mark[n] else "no") for mark in marks])
+        for n in range(of)
+    ]
+    return sections.needles(asked, [Arm(name=name, server="http://a") for name in "abc"[: len(found)]], {}, "")
+
+
+@pytest.mark.parametrize(
+    ("found", "of", "tone", "told"),
+    [
+        ((9, 9), 9, "good", "b: no significant loss (sign test: p = 1)."),
+        ((9, 4), 9, "", "b: no significant loss (sign test: p = 0.0625)."),  # half of them
+        ((9, 3), 9, "bad", "b: a significant loss (sign test: p = 0.0312)."),
+        ((5, 0), 5, "", "p = 0.0625); not even all 5 would be one: ask more."),
+        ((2, 2), 2, "", "p = 1); not even all 2 would be one: ask more."),
+        ((9, 9, 8), 9, "", "c: no significant loss (sign test: p = 1)."),
+        ((9, 3, 9), 9, "bad", "c: no significant loss (sign test: p = 1)."),
+        ((6, 9), 9, "good", "b: no significant loss (sign test: p = 0.25)."),
+        ((9,), 9, "", "a found 9 of 9 needles"),
+    ],
+)
+def test_few_needles_are_no_good_news(found: tuple[int, ...], of: int, tone: str, told: str) -> None:
+    section = needles(*found, of=of)
+    assert section.tone == tone
+    assert told in section.verdict
+
+
+@pytest.mark.parametrize(
+    ("measure", "answers", "text", "score"),
+    [
+        ("found", ("北京",), "答案是北京。", 1),
+        ("found", ("東京",), "答案是北京。", 0),
+        ("f1", ("北京市",), "北京", 0.8),
+        ("found", ("กรุงเทพ",), "คำตอบคือกรุงเทพ", 1),
+        ("found", ("7b", "GLM 5"), "It is glm-5, 7B.", 1),
+        ("found", ("fox",), "foxes", 0),
+        ("found", ("%", "$"), "9 %", 0.5),
+        ("found", ("%",), "", 0),
+    ],
+)
+def test_words_are_those_of_the_answers_script(measure: str, answers: tuple[str, ...], text: str, score: float) -> None:
+    assert Question("q", (1,), 9, answers, measure).score(text) == pytest.approx(score)
+
+
+def test_a_mean_score_is_that_of_the_tasks() -> None:
+    """However many questions a task has; the page has a line for each."""
+    asked = [
+        Asked(Question(f"{task} · {n}", (1,), 9, ("yes",), task=task), [said(first), said("no")])
+        for task, first, count in (("easy", "yes", 9), ("hard", "no", 1))
+        for n in range(count)
+    ]
+    found = sections.tasks(asked, ARMS)
+    assert found.verdict == "Mean score over 2 tasks of 10 questions: stock 0.500 · other 0.000."
+    assert found.table[1] == [["easy", "9", "1.000", "0.000"], ["hard", "1", "0.000", "0.000"]]
+    assert len(found.rows) == 10

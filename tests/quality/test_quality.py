@@ -237,6 +237,7 @@ def test_tasks_score_every_output_or_the_best_f1(pair, tmp_path):
         (["needles", "--json", "{short}"], "expected a list of results"),
         (["needles", "--limit-s", "0", "--lengths", "4k"], "expected time for one question"),
         (["needles", "--lengths", "100", "--depths", "2"], "expected room for 9 facts"),
+        (["needles", "--lengths", "4k", "--new-tokens", "4"], "orchard, which is 8 tokens, got 4; raise --new-tokens"),
         (["tasks", "--folder", "{folder}"], "expected outputs or answers"),
     ],
 )
@@ -267,6 +268,7 @@ def test_a_line_ends_where_json_lines_end(tmp_path):
         *(["agree", "--prompts", "/no/such"], ["recall"], ["tasks", "--folder", "/no/such"]),
         ["needles", "--text", "/no/such"],
         ["needles", "--expect", "dsa", "faithfull"],
+        *(["needles", "--lengths", "4k", "4096"], ["needles", "--lengths", "uniform:4k:8k"]),
         *(["needles", "--lengths", "900000000k"], ["needles", "--depths", "999999999999"]),
         ["needles", "--repeats", "999999999"],
         *(["recall", "--audit", "--limit-s", "nan"], ["recall", "--audit", "--limit-s", "-1"]),
