@@ -27,6 +27,7 @@ from sglang_misa.bench.load.servers import ArmServer
 from sglang_misa.bench.load.settings import LoadError
 from sglang_misa.bench.load.store import Store
 from sglang_misa.bench.quality.asking import GO_ON, Answer, ask, read, selected
+from sglang_misa.bench.quality.measures import Audit, pooled
 from sglang_misa.bench.quality.questions import Question, Tokenize
 
 ATTEMPTS = 2  # at a question during which the server goes away
@@ -80,7 +81,7 @@ class Collector:
         self.left = 0  # questions that were not asked in time
         self.servers: dict[str, dict[str, str]] = {}  # facts by arm
         self.models: dict[str, str] = {}
-        self.audited: dict[str, dict[str, Any]] = {}  # phase → layer → recall, as /server_info said in the end
+        self.audited: dict[str, Audit] = {}  # as /server_info said in the end
 
     def run(self, make: Make) -> list[Asked]:
         """What `make` writes with the first server's tokenizer, as far as all arms answered it. Raises LoadError."""
@@ -93,9 +94,8 @@ class Collector:
                     self.questions = list(make(servers[group[0].name].control.tokenize))
                     self._watcher.expect(len(self.questions) * len(arms))
                 self._ask(group, servers, time.monotonic() + self._limit_s / len(groups))
-                for name, server in servers.items():
-                    ranks = selection.ranks_of(server.control.refresh())
-                    self.audited[name] = (ranks[0].get("recall") or {}) if ranks else {}
+                for arm in group:
+                    self.audited[arm.name] = self._audit(arm, servers[arm.name])
         rows = [[self._answers.get((arm.name, q.digest())) for arm in arms] for q in self.questions]
         whole = [Asked(q, [a for a in row if a]) for q, row in zip(self.questions, rows, strict=True) if all(row)]
         self.left = len(self.questions) - len(whole)
@@ -110,6 +110,18 @@ class Collector:
 
     def _server(self, arm: Arm) -> ArmServer:
         return _Checked(arm, self._plan, self._keys, self._store, self._watcher, self)
+
+    def _audit(self, arm: Arm, server: ArmServer) -> Audit:
+        """What the arm's server has audited, in all ranks; before it too, where a run goes on with a new server."""
+        ranks = selection.ranks_of(server.control.refresh())
+        now = pooled([rank.get("recall") or {} for rank in ranks])
+        if not self.questions:
+            return now
+        path = self._store.folder / "audits" / f"{arm.digest()}.json"
+        before: Audit = json.loads(path.read_bytes()) if path.exists() else {}
+        told = pooled([before, now]) if arm.launched else now or before
+        self._save(path, json.dumps(told))
+        return told
 
     def _ask(self, arms: tuple[Arm, ...], servers: dict[str, ArmServer], deadline: float) -> None:
         for number, question in enumerate(self.questions):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,25 @@ def recall(first: NDArray[np.int32], second: NDArray[np.int32]) -> NDArray[np.fl
         if row >= len(wanted) and (wanted >= 0).all():
             shares[row, layer] = np.isin(wanted, second[row, layer]).mean()
     return shares
+
+
+Audit = dict[str, dict[str, dict[str, float]]]  # phase → layer → recall, p10, rows
+
+
+def pooled(audits: Sequence[Mapping[str, Any]]) -> Audit:
+    """What several audits tell of all their rows together; of their tenth percentiles the lowest."""
+    parts: dict[tuple[str, str], list[Mapping[str, float]]] = {}
+    for audit in audits:
+        for phase, layers in audit.items():
+            for layer, told in layers.items():
+                parts.setdefault((phase, layer), []).append(told)
+    found: Audit = {}
+    for (phase, layer), told in parts.items():
+        rows = [each["rows"] for each in told]
+        mean = float(np.average([each["recall"] for each in told], weights=rows))
+        low = min(each["p10"] for each in told)
+        found.setdefault(phase, {})[layer] = {"recall": mean, "p10": low, "rows": sum(rows)}
+    return found
 
 
 def sign_test(first: Sequence[bool], second: Sequence[bool]) -> float:

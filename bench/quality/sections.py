@@ -14,6 +14,7 @@ from sglang_misa.bench.load.stats import wilson
 from sglang_misa.bench.quality import measures
 from sglang_misa.bench.quality.asking import Answer
 from sglang_misa.bench.quality.collect import Asked, Collector
+from sglang_misa.bench.quality.measures import Audit
 from sglang_misa.bench.quality.page import Row, Section, Table, heatmaps
 
 CAN_READ = 0.5  # share of needles that the first arm must find before anything is said of the others
@@ -151,15 +152,15 @@ def _common(first: Answer, second: Answer) -> int:
     return next((i for i, (a, b) in enumerate(zip(first.ids, second.ids, strict=False)) if a != b), len(first.ids))
 
 
-def audited(audits: Mapping[str, Mapping[str, Any]]) -> Section:
-    """Recall as each arm's own audit tells it since its server's start; no rows where none audits."""
+def audited(audits: Mapping[str, Audit]) -> Section:
+    """Recall as each arm's own audit tells it since its server's start; no rows where none has audited any."""
     rows = [
         _kept(arm, phase, int(layer), told)
         for arm, phases in audits.items()
         for phase, layers in phases.items()
         for layer, told in layers.items()
     ]
-    return Section("recall", _means(rows) if rows else "No arm audits its recall (--misa-audit-rows).", rows)
+    return Section("recall", _means(rows) if rows else "No arm has audited its recall (--misa-audit-rows).", rows)
 
 
 def _kept(arm: str, phase: str, layer: int, told: Mapping[str, Any]) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class Point:
     @property
     def bound(self) -> float:
         """Its recall less one standard error: of many policies the luckiest must not win."""
-        return self.recall - float(self.calibrated.std()) / len(self.calibrated) ** 0.5
+        return self.recall - float(self.calibrated.std()) / math.sqrt(len(self.calibrated))
 
     def told(self) -> Recall:
         held_out = round(float(self.held_out.mean()), 4)

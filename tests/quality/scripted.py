@@ -22,7 +22,7 @@ class Script:
     """How it answers. blind: depths (share of the prompt) at which it sees no fact; shift: added to selections.
 
     hang_up: requests that it leaves without an answer; busy: statuses of its next answers, each with `Retry-After: 7`;
-    miscount: added to the prompt tokens that it tells; policy: what its status says that it runs.
+    miscount: added to the prompt tokens that it tells; policy: what its status says that it runs; ranks: that tell it.
     """
 
     blind: tuple[float, float] = (2.0, 2.0)
@@ -31,6 +31,7 @@ class Script:
     shift: int = 0
     probability: float = 0.9
     recall: float | None = None
+    ranks: int = 1
     hang_up: int = 0
     busy: list[int] = field(default_factory=list)
     miscount: int = 0
@@ -70,7 +71,7 @@ def handler(script: Script) -> type[BaseHTTPRequestHandler]:
             if self.path == "/server_info":
                 layers = {"0": {"recall": script.recall, "p10": 0.5, "rows": 4}} if script.recall else {}
                 misa = {"enabled": True, "policy": script.policy, "recall": {"prefill": layers, "decode": {}}}
-                self.send({"model_path": "scripted", "internal_states": [{"misa": misa}]})
+                self.send({"model_path": "scripted", "internal_states": [{"misa": misa}] * script.ranks})
             else:
                 self.send({"data": [{"id": "scripted"}]})
 

@@ -127,3 +127,11 @@ def test_a_mean_score_is_that_of_the_tasks() -> None:
     assert found.verdict == "Mean score over 2 tasks of 10 questions: stock 0.500 · other 0.000."
     assert found.table[1] == [["easy", "9", "1.000", "0.000"], ["hard", "1", "0.000", "0.000"]]
     assert len(found.rows) == 10
+
+
+def test_several_audits_are_one_by_their_rows() -> None:
+    one = {"prefill": {"0": {"recall": 0.9, "p10": 0.8, "rows": 30}}, "decode": {}}
+    other = {"prefill": {"0": {"recall": 0.5, "p10": 0.4, "rows": 10}, "1": {"recall": 1.0, "p10": 1.0, "rows": 2}}}
+    found = sections.audited({"fast": measures.pooled([one, {}, other])})
+    told = [(row["phase"], row["layer"], row["recall"], row["p10"], row["rows"]) for row in found.rows]
+    assert told == [("prefill", 0, pytest.approx(0.8), 0.4, 40), ("prefill", 1, 1.0, 1.0, 2)]

@@ -203,6 +203,21 @@ def test_the_audit_is_read_from_the_status(pair, tmp_path):
     assert read(tmp_path, "recall") == [{"arm": "server"} | told], "nobody said what it runs"
 
 
+def test_an_audit_is_of_all_ranks_and_stays_when_a_run_goes_on(pair, tmp_path):
+    _, second, a, b = pair
+    second.recall, second.ranks = 0.5, 2
+    words = ["all", a, b, "--lengths", "4k", "--depths", "2", "--new-tokens", "12", "--out", str(tmp_path)]
+    assert main(words) == 0
+    (told,) = read(tmp_path, "recall")
+    assert (told["arm"], told["recall"], told["rows"]) == ("other", 0.5, 8)
+    second.recall = None  # another server, which is asked nothing
+    assert main(words) == 0
+    assert read(tmp_path, "recall") == [told]
+    second.recall = 0.75
+    assert main(words) == 0
+    assert [row["recall"] for row in read(tmp_path, "recall")] == [0.75]
+
+
 @pytest.mark.parametrize("words", [[], ["--names", "stock", "same"]])
 def test_an_arm_called_stock_is_stock(pair, tmp_path, capsys, words):
     first, _, a, b = pair
