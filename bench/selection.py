@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -286,15 +285,17 @@ def candidate_counts(topk: int) -> list[int]:
 
 
 def measure(layer: Layer, length: int, wanted: Sequence[tuple[Phase, SelectionPolicy]]) -> Shares:
-    """What each policy keeps of DSA's set in every row, directly (but for a sketch) and with each of CANDIDATES."""
+    """What each policy keeps of DSA's set in every row, directly (but for a sketch) and with each of CANDIDATES.
+
+    Blocks are scored with all heads on the stored keys: to score candidates among them again changes nothing.
+    """
     shares: dict[tuple[Phase, SelectionPolicy], list[float]] = {}
     sketches = {bits: layer.sketched(bits) for bits in {policy.sketch for _, policy in wanted if policy.sketch}}
     of_sketches = [layer.rows(length, keys) for keys in sketches.values()]
     for row, *others in zip(layer.rows(length), *of_sketches, strict=True):
         sketched = dict(zip(sketches, others, strict=True))
         for phase, policy in wanted:
-            kept = math.inf if policy.blocks is None else policy.blocks * policy.block_size
-            counts = [count for count in candidate_counts(row.topk) if count < kept]
+            counts = candidate_counts(row.topk) if policy.heads or policy.sketch else []
             scores = row.scores(policy, sketched.get(policy.sketch) if policy.sketch else None)
             for n, share in zip((row.topk, *counts), row.kept(scores, (row.topk, *counts)), strict=True):
                 key = phase, policy if n == row.topk else policy.model_copy(update={"candidates": n})

@@ -206,6 +206,13 @@ def test_the_worst_layer_is_a_layer_not_a_prompt(tmp_path: Path, monkeypatch: py
     assert (row["recall"], row["worst_layer"]) == ("0.65", "0.5")
 
 
+def test_blocks_have_no_candidates_to_score_again(file: Path) -> None:
+    wanted = [("decode", SelectionPolicy(blocks=64, block_size=64)), ("prefill", SelectionPolicy(heads=8))]
+    found = selection.measure(selection.Layer.load(file, 1), LENGTH, wanted)
+    assert [policy.candidates for phase, policy in found if phase == "decode"] == [None]
+    assert [policy.candidates for phase, policy in found if phase == "prefill"] == [None, 3072, 4096, 8192, 16384]
+
+
 def test_equal_scores_are_no_merit() -> None:
     keys = torch.zeros(8, 128)
     keys[:, 0] = torch.arange(8)
