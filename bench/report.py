@@ -5,7 +5,8 @@
 Writes the figures beside the CSVs, and the table NAME between the markers `<!-- NAME -->` and `<!-- /NAME -->` of
 each page that has them: `results` in the README beside the CSVs, `measured` in docs/measured.md and the README,
 `quality` and `needles` in docs/quality.md, `watching` in docs/operations.md. A table of kernels holds one GPU and, of
-each preset, the policies of its last commit in the file; the newest row of a case wins.
+each preset, the policies of its last commit in the file; the newest row of a case wins, and none is shown if it is
+wrong.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import re
 import statistics
 import sys
@@ -49,7 +51,7 @@ def read_json(path: Path) -> list[dict[str, Any]]:
 
 
 def newest(rows: Iterable[Record]) -> list[Record]:
-    """Of each GPU, SGLang, preset and table the right rows of its last policies, and of a case the last one."""
+    """Of each GPU, SGLang, preset and table the last row of each case of its last policies, if it is a right one."""
 
     def table(row: Record) -> tuple[str | bool, ...]:
         return *stand(row), row["phase"], row["preset"], row["inputs"].startswith("hostile"), shared(row)
@@ -57,15 +59,16 @@ def newest(rows: Iterable[Record]) -> list[Record]:
     def policy(row: Record) -> tuple[str, ...]:
         return tuple(row[name] for name in ("policy", "routed_heads", "residual", "candidates", "blocks", "sketch"))
 
-    kept = [row for row in rows if row["correct"] == "True"]
-    last = {table(row): row["commit"] for row in kept}
-    today = {(table(row), policy(row)) for row in kept if row["commit"] == last[table(row)]}
+    rows = [*rows]
+    right = [row for row in rows if row["correct"] == "True"]
+    last = {table(row): row["commit"] for row in right}
+    today = {(table(row), policy(row)) for row in right if row["commit"] == last[table(row)]}
     found = {
         (table(row), policy(row), *(row[size] for size in ("index_heads", "rows", "length", "inputs"))): row
-        for row in kept
+        for row in rows
         if (table(row), policy(row)) in today
     }
-    return list(found.values())
+    return [row for row in found.values() if row["correct"] == "True"]
 
 
 def shared(row: Record) -> bool:
@@ -142,10 +145,13 @@ def by_input(title: str, rows: Sequence[Record]) -> Table:
     for row in rows:
         length = int(row["length"])
         name = row["inputs"].removeprefix("hostile:") + ("" if length == usual else f", {length // K}K")
-        ratios.setdefault(name, {})[method(row)] = float(row["ratio"])
+        by = ratios.setdefault(name, {})
+        by[method(row)] = min(float(row["ratio"]), by.get(method(row), math.inf))
     ordered = sorted(ratios.items(), key=lambda item: min(item[1].values()))
     cells = [[name, *(f"{by[n]:.2f}" if n in by else "" for n in names)] for name, by in ordered]
     note = f"Stock's time over ours, 8192 rows over {usual // K}K keys where no other length is named."
+    if len({row["index_heads"] for row in rows}) > 1:
+        note += " Of several numbers of index heads the slowest."
     return Table(title, ["input", *names], cells, note)
 
 
@@ -164,7 +170,7 @@ def quality_tables(rows: Sequence[Record]) -> list[Table]:
         for phase, cost in PHASE_COSTS.items():
             own = [row for row in rows if int(row["length"]) == length and row["phase"] == phase]
             front = sorted((row for row in own if row["front"] == "1"), key=lambda row: float(row[cost]))
-            shown = front[:: max(1, -(-len(front) // KEPT))] + [row for row in own if _presets(row, phase)]
+            shown = _spread(front, KEPT) + [row for row in own if _presets(row, phase)]
             unique = {tuple(row.values()): row for row in sorted(shown, key=lambda row: float(row[cost]))}.values()
             columns = ["preset", "selection", "columns", f"{cost} / stock's", "recall", "p10", "worst layer", "front"]
             numbers = ("columns", cost, "recall", "p10", "worst_layer")
@@ -175,6 +181,12 @@ def quality_tables(rows: Sequence[Record]) -> list[Table]:
             if cells:
                 found.append(Table(f"{phase.capitalize()}, {length // K}K", columns, cells))
     return found
+
+
+def _spread(rows: Sequence[Record], count: int) -> list[Record]:
+    """At most so many rows, evenly from the first to the last."""
+    apart = max(1.0, (len(rows) - 1) / (count - 1))
+    return [rows[round(at * apart)] for at in range(min(count, len(rows)))]
 
 
 def needle_tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
@@ -245,7 +257,8 @@ def _selection(row: Record) -> str:
 def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
     """Stock's time over ours by length, a figure a GPU and phase: 8192 rows in prefill, the largest batch in decode.
 
-    Of several versions of SGLang the one that was measured at the most lengths, and of equals the newest, is drawn.
+    Of several versions of SGLang the one that was measured at the most lengths, and of equals the newest, is drawn;
+    of several policies of a preset the slowest.
     """
     import matplotlib
 
@@ -263,7 +276,8 @@ def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
         lines: dict[str, dict[int, float]] = {}
         for row in own:
             if int(row["rows"]) == most:
-                lines.setdefault(row["preset"], {})[int(row["length"])] = float(row["ratio"])
+                line, length = lines.setdefault(row["preset"], {}), int(row["length"])
+                line[length] = min(float(row["ratio"]), line.get(length, math.inf))
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
         for name in [name for name in PLOTTED if name in lines][:4]:
             axes.plot(*zip(*sorted(lines[name].items()), strict=True), marker="o", label=name)

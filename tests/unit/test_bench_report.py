@@ -144,3 +144,25 @@ def test_what_watching_costs_is_told_once_it_was_measured(folder: Path) -> None:
     assert "| canary, 16 pages | 1 | 55 | 420 | 0.24% of 23 ms | 0.5% |" in page.read_text()
     assert "NVIDIA H200; commit abc1234. preset faithful, rows 16, length 131072" in page.read_text()
     assert "before" not in page.read_text()
+
+
+def test_a_case_whose_newest_row_is_wrong_is_not_shown() -> None:
+    """The older, right one is of other code."""
+    case = row(commit="old", ratio=9.0), row(commit="new", ratio=9.5, correct=False)
+    other = row(commit="new", length=32768, ratio=4.0)
+    rows = [{name: str(value) for name, value in each.items()} for each in (*case, other)]
+    assert [each["length"] for each in report.newest(rows)] == ["32768"]
+
+
+def test_of_several_rows_in_one_place_the_slowest_is_told(tmp_path: Path) -> None:
+    several = (row(inputs="hostile:one-key", index_heads=heads, ratio=ratio) for heads, ratio in ((32, 2.0), (64, 5.0)))
+    rows = [{name: str(value) for name, value in each.items()} for each in several]
+    told = report.by_input("hostile", rows)
+    assert told.rows == [["one-key", "2.00"]]
+    assert "Of several numbers of index heads the slowest" in told.note
+
+
+@pytest.mark.parametrize(("held", "shown"), [(0, []), (1, [0]), (7, [*range(7)]), (8, [0, 1, 2, 4, 5, 6, 7])])
+def test_a_front_is_shown_from_end_to_end(held: int, shown: list[int]) -> None:
+    assert report._spread([*range(held)], 7) == shown
+    assert report._spread([*range(18)], 7)[-1] == 17
