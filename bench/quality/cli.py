@@ -164,7 +164,7 @@ class Needles(Common):
 
     def measure(self, collector: Collector, arms: Sequence[Arm], commit: str) -> list[Section]:
         found = self.of_answers(collector, arms, commit)
-        if self.json is not None:
+        if self.json is not None and not collector.idle and not found[0].refusal:
             rows = {tuple(row[name] for name in CELL): row for row in [*_listed(self.json), *found[0].rows]}
             lines = ",\n ".join(json.dumps(row) for row in rows.values())
             self.json.write_text(f"[\n {lines}\n]\n", encoding="utf-8")
@@ -328,10 +328,13 @@ def _run(command: Command, arguments: Sequence[str], console: Console) -> int:
         if collector.left:
             title += f": {collector.left} of {len(collector.questions)} questions left out, for --limit-s"
             console.print(f"{title}; go on with --out {store.folder}", style="yellow", highlight=False)
-        path = page.write(store, plan, environment, title, found, collector.servers)
+        refusals, remarks = [*collector.idle, *(each.refusal for each in found if each.refusal)], collector.remarks
+        path = page.write(store, plan, environment, title, found, collector.servers, refusals, remarks)
+    for remark in remarks:
+        console.print(remark, style="yellow", highlight=False)
+    if refusals:
+        raise LoadError(refusals[0])
     for section in found:
-        if section.refusal:
-            raise LoadError(section.refusal)
         console.print(section.verdict, style="bold", highlight=False)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
     return shell.OK

@@ -7,7 +7,8 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,9 @@ class Collector:
         self._index_topk, self._limit_s = index_topk, limit_s
         self._extra = (extra or {}) | ({"return_indexer_topk": True} if index_topk else {})
         self._answers: dict[tuple[str, str], Answer] = {}
+        self._asked: Counter[str] = Counter()  # questions of this run, by arm
+        self._routed: dict[str, dict[str, int]] = {}  # phase → calls, of arms with a selection of their own
+        self._gates: dict[str, int] = {}  # tokens up to which stock DSA selects in their prefill
         self.questions: list[Question] = []
         self.left = 0  # questions that were not asked in time
         self.servers: dict[str, dict[str, str]] = {}  # facts by arm
@@ -93,9 +97,10 @@ class Collector:
                 if not self.questions:
                     self.questions = list(make(servers[group[0].name].control.tokenize))
                     self._watcher.expect(len(self.questions) * len(arms))
+                before = {name: selection.calls(server.control.info) for name, server in servers.items()}
                 self._ask(group, servers, time.monotonic() + self._limit_s / len(groups))
                 for arm in group:
-                    self.audited[arm.name] = self._audit(arm, servers[arm.name])
+                    self._look(arm, servers[arm.name], before[arm.name])
         rows = [[self._answers.get((arm.name, q.digest())) for arm in arms] for q in self.questions]
         whole = [Asked(q, [a for a in row if a]) for q, row in zip(self.questions, rows, strict=True) if all(row)]
         self.left = len(self.questions) - len(whole)
@@ -111,17 +116,54 @@ class Collector:
     def _server(self, arm: Arm) -> ArmServer:
         return _Checked(arm, self._plan, self._keys, self._store, self._watcher, self)
 
-    def _audit(self, arm: Arm, server: ArmServer) -> Audit:
-        """What the arm's server has audited, in all ranks; before it too, where a run goes on with a new server."""
-        ranks = selection.ranks_of(server.control.refresh())
-        now = pooled([rank.get("recall") or {} for rank in ranks])
+    @property
+    def idle(self) -> list[str]:
+        """Sentences for arms of which nothing was asked that their own selection took: stock DSA answered all."""
+        return [
+            f"{arm.name}: expected calls that {arm.expect} selects for, got none: stock DSA answered all, as it does "
+            "prompts under a policy's min_len; ask longer ones, or lower --misa-prefill-min-len"
+            for arm in self._plan.arms
+            if (routed := self._routed.get(arm.name)) is not None and not any(n > 0 for n in routed.values())
+        ]
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences for what of an arm's answers its own selection had no part in."""
+        found = []
+        for name, routed in self._routed.items():
+            found += [f"{name}: stock DSA took every call of {phase}." for phase, n in routed.items() if n <= 0]
+            gate = self._gates.get(name, 0)
+            under = sum(len(question.ids) <= gate for question in self.questions)
+            if under and routed.get("prefill", 0) > 0:
+                found.append(
+                    f"{name}: {under} of {len(self.questions)} prompts are under its min_len of {gate} tokens in "
+                    "prefill, where stock DSA selects."
+                )
+        return found
+
+    def _look(self, arm: Arm, server: ArmServer, before: Mapping[str, int]) -> None:
+        """Keep what the arm's server says in the end: its audit, in all ranks, and the calls that it selected for.
+
+        A run that goes on adds what its servers said before; those that it did not launch still tell it in their audit.
+        """
+        info = server.control.refresh()
+        ranks = selection.ranks_of(info)
+        audit = pooled([rank.get("recall") or {} for rank in ranks])
         if not self.questions:
-            return now
-        path = self._store.folder / "audits" / f"{arm.digest()}.json"
-        before: Audit = json.loads(path.read_bytes()) if path.exists() else {}
-        told = pooled([before, now]) if arm.launched else now or before
-        self._save(path, json.dumps(told))
-        return told
+            self.audited[arm.name] = audit
+            return
+        path = self._store.folder / "servers" / f"{arm.digest()}.json"
+        known = path.exists() or self._asked[arm.name]
+        earlier = json.loads(path.read_bytes()) if path.exists() else {"recall": {}, "routed": {}}
+        audit = pooled([earlier["recall"], audit]) if arm.launched else audit or earlier["recall"]
+        routed: dict[str, int] = {}
+        if known and arm.expect is not None and arm.expect not in selection.STOCK:
+            for phase, count in selection.routed(arm.expect, info, before, selection.calls(info)).items():
+                routed[phase] = count + earlier["routed"].get(phase, 0)
+            self._routed[arm.name] = routed
+            self._gates[arm.name] = max((rank["min_len"].get("prefill") or 0 for rank in ranks), default=0)
+        self.audited[arm.name] = audit
+        self._save(path, json.dumps({"recall": audit, "routed": routed}))
 
     def _ask(self, arms: tuple[Arm, ...], servers: dict[str, ArmServer], deadline: float) -> None:
         for number, question in enumerate(self.questions):
@@ -131,6 +173,7 @@ class Collector:
                     if time.monotonic() > deadline:
                         continue
                     answer = self._one(arm, servers[arm.name], question)
+                    self._asked[arm.name] += 1
                 self._answers[arm.name, question.digest()] = answer
                 self._watcher.finished(f"{arm.name} · {question.name} · {answer.seconds:.2f} s")
 

@@ -66,7 +66,7 @@ def heatmaps(rows: Sequence[Row]) -> Figure:
         axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
         axes.set_title(arm)
         for (row, column), share in np.ndenumerate(grid):
-            told = "–" if np.isnan(share) else f"{100 * share:.0f}"
+            told = "–" if np.isnan(share) else f"{100 * share:.3g}"  # 199 of 200 are not 100
             axes.text(column, row, told, ha="center", va="center", fontsize=8, color=plots.INK)
     panels[0].set_ylabel("depth (0 % = start)")
     figure.supxlabel("prompt tokens", fontsize="medium")
@@ -81,8 +81,13 @@ def write(
     title: str,
     found: Sequence[Section],
     servers: Mapping[str, dict[str, str]],
+    refusals: Sequence[str] = (),
+    remarks: Sequence[str] = (),
 ) -> Path:
-    """Write the rows of each section as JSON, its figures as PNG, and report.html; the report's path."""
+    """Write the rows of each section as JSON, its figures as PNG, and report.html; the report's path.
+
+    refusals: why the answers say nothing, told instead of a verdict. remarks: told behind it.
+    """
     figures = {name: figure for section in found for name, figure in section.figures.items()}
     for section in found:
         store.write(f"{section.name}.json", json.dumps(section.rows, indent=1) + "\n")
@@ -94,12 +99,13 @@ def write(
     parts += [tables.facts(f"Server {arm}", facts) for arm, facts in servers.items()]
     parts.append(f"<h3>The command that repeats it</h3><pre>{html.escape(environment.command)}</pre>")
     template = Template(files("sglang_misa.bench.load").joinpath("template.html").read_text(encoding="utf-8"))
-    tones = [section.tone for section in found]
+    told = refusals or [section.verdict for section in found]
+    tones = [] if refusals else [section.tone for section in found]
     text = template.substitute(
         title=html.escape(title),
         meta=html.escape(f"{environment.started} UTC · {plan.protocol.api} · {environment.client['sglang-misa']}"),
         tone="bad" if "bad" in tones else "good" if "good" in tones else "",
-        verdict=html.escape(" ".join(section.verdict for section in found)),
+        verdict=html.escape(" ".join([*told, *remarks])),
         sections="\n".join(part for part in parts if part),
         plan=html.escape(plan.model_dump_json(indent=1)),
     )

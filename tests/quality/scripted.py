@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ class Script:
     """How it answers. blind: depths (share of the prompt) at which it sees no fact; shift: added to selections.
 
     hang_up: requests that it leaves without an answer; busy: statuses of its next answers, each with `Retry-After: 7`;
-    miscount: added to the prompt tokens that it tells; policy: what its status says that it runs; ranks: that tell it.
+    miscount: added to the prompt tokens that it tells; policy: what its status says that it runs, in
+    prompts over min_len; ranks: that tell it.
     """
 
     blind: tuple[float, float] = (2.0, 2.0)
@@ -36,7 +38,13 @@ class Script:
     busy: list[int] = field(default_factory=list)
     miscount: int = 0
     policy: dict[str, str] = field(default_factory=dict)
+    min_len: int = 0
     asked: list[Any] = field(default_factory=list)
+
+    def calls(self, sizes: list[int]) -> Counter[str]:
+        """Indexer calls of prompts of some sizes, by what selects in them."""
+        own = self.policy.get("prefill", "dsa")
+        return Counter(own if size > self.min_len else "dsa" for size in sizes)
 
 
 def decode(ids: list[int]) -> str:
@@ -71,6 +79,8 @@ def handler(script: Script) -> type[BaseHTTPRequestHandler]:
             if self.path == "/server_info":
                 layers = {"0": {"recall": script.recall, "p10": 0.5, "rows": 4}} if script.recall else {}
                 misa = {"enabled": True, "policy": script.policy, "recall": {"prefill": layers, "decode": {}}}
+                sizes = [len(body["input_ids"]) for body in script.asked if body.get("input_ids")]
+                misa |= {"min_len": {"prefill": script.min_len}, "calls": {"prefill": dict(script.calls(sizes))}}
                 self.send({"model_path": "scripted", "internal_states": [{"misa": misa}] * script.ranks})
             else:
                 self.send({"data": [{"id": "scripted"}]})

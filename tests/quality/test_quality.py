@@ -164,6 +164,7 @@ def test_a_model_that_cannot_read_is_not_held_against_the_selection(pair, tmp_pa
     first.blind = (0.0, 1.0)
     assert main(["needles", a, b, *NEEDLES, "--out", str(tmp_path)]) == 2
     assert "says nothing of the selection" in " ".join(capsys.readouterr().err.split())
+    assert "says nothing of the selection" in (tmp_path / "report.html").read_text()
 
 
 def test_agreement_is_counted_up_to_the_first_difference(pair, prompts, tmp_path):
@@ -216,6 +217,24 @@ def test_an_audit_is_of_all_ranks_and_stays_when_a_run_goes_on(pair, tmp_path):
     second.recall = 0.75
     assert main(words) == 0
     assert [row["recall"] for row in read(tmp_path, "recall")] == [0.75]
+
+
+@pytest.mark.parametrize(("min_len", "status"), [(0, 0), (5000, 0), (6144, 2)])
+def test_a_selection_that_did_not_run_is_not_said_to_lose_nothing(pair, tmp_path, capsys, min_len, status):
+    _, second, a, b = pair
+    second.policy, second.min_len = {"prefill": "misa", "decode": "dsa"}, min_len
+    words = ["needles", a, b, *NEEDLES, "--expect", "dsa", "misa", "--json", str(tmp_path / "listed.json")]
+    words += ["--out", str(tmp_path / "run")]
+    for _ in range(2):  # and where a run goes on that has nothing left to ask
+        assert main(words) == status
+        said = capsys.readouterr()
+        page = (tmp_path / "run/report.html").read_text()
+        refused = "misa: expected calls that misa selects for, got none: stock DSA answered all"
+        assert (refused in " ".join(said.err.split())) == (refused in page) == (status == 2)
+        assert ("no significant loss" in page) == ("verdict good" in page) == (status == 0)
+        partly = "misa: 6 of 12 prompts are under its min_len of 5000 tokens in prefill, where stock DSA selects."
+        assert (tmp_path / "listed.json").exists() == (status == 0)
+        assert (partly in " ".join(said.out.split())) == (partly in page) == (min_len == 5000)
 
 
 @pytest.mark.parametrize("words", [[], ["--names", "stock", "same"]])
