@@ -130,4 +130,18 @@ def selected(raw: dict[str, Any], topk: int, arm: str) -> NDArray[np.int32]:
             f"arm {arm}: expected {rows} rows of a multiple of {topk} positions, got {flat.size} in all; "
             "set --index-topk to the model's index_topk"
         )
-    return flat.reshape(rows, -1, topk)
+    found = flat.reshape(rows, -1, topk)
+    first = sorted({*(found[0] >= 0).sum(1).tolist()})
+    if first not in ([0], [1]):  # it sees itself: by another top-k a layer would be a part of one, or several
+        raise LoadError(
+            f"arm {arm}: expected the first row of each layer to attend to itself, got {' to '.join(map(str, first))} "
+            "positions; set --index-topk to the model's index_topk"
+        )
+    own = np.arange(rows)[:, None, None]
+    if (found > own).any():
+        row = int((found > own).any((1, 2)).argmax())
+        raise LoadError(
+            f"arm {arm}: expected positions that a row sees, got {found[row].max()} in row {row}; start SGLang with "
+            "SGLANG_DSA_FUSE_TOPK=0 in its environment: it tells slots of its pool otherwise"
+        )
+    return found

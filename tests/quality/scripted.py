@@ -20,7 +20,7 @@ LAYERS, TOPK = 2, 8
 
 @dataclass
 class Script:
-    """How it answers. blind: depths (share of the prompt) at which it sees no fact; shift: added to selections.
+    """How it answers. blind: depths (share of the prompt) at which it sees no fact; shift: taken off selections.
 
     hang_up: requests that it leaves without an answer; busy: statuses of its next answers, each with `Retry-After: 7`;
     miscount: added to the prompt tokens that it tells; policy: what its status says that it runs, in
@@ -107,7 +107,7 @@ def handler(script: Script) -> type[BaseHTTPRequestHandler]:
             meta: dict[str, Any] = {"prompt_tokens": len(ids) + script.miscount, "completion_tokens": len(text)}
             if body.get("return_indexer_topk") and script.selections:
                 rows = np.arange(len(ids) + len(text) - 1)[:, None, None]
-                chosen = rows - np.arange(TOPK) + script.shift
+                chosen = rows - np.arange(TOPK) - script.shift
                 chosen = np.where(rows < TOPK - 1, -1, chosen)
                 wide = np.broadcast_to(chosen, (len(rows), LAYERS, TOPK)).astype(np.int32)
                 meta["indexer_topk"] = base64.b64encode(wide.tobytes()).decode()

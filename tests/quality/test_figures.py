@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
 
@@ -135,3 +136,25 @@ def test_several_audits_are_one_by_their_rows() -> None:
     found = sections.audited({"fast": measures.pooled([one, {}, other])})
     told = [(row["phase"], row["layer"], row["recall"], row["p10"], row["rows"]) for row in found.rows]
     assert told == [("prefill", 0, pytest.approx(0.8), 0.4, 40), ("prefill", 1, 1.0, 1.0, 2)]
+
+
+@pytest.mark.parametrize("topk", [2, 4, 8])
+def test_positions_of_another_top_k_are_refused(topk: int) -> None:
+    """Of two layers and a top-k of 4: half of it would be four layers, and twice of it one."""
+    rows = np.arange(6)[:, None, None]
+    chosen = np.broadcast_to(np.where(np.arange(4) <= rows, np.arange(4), -1), (6, 2, 4)).astype(np.int32)
+    meta = {"prompt_tokens": 5, "completion_tokens": 2, "indexer_topk": base64.b64encode(chosen.tobytes()).decode()}
+    if topk == 4:
+        assert asking.selected({"meta_info": meta}, topk, "stock").shape == (6, 2, 4)
+        return
+    with pytest.raises(LoadError, match="set --index-topk to the model's"):
+        asking.selected({"meta_info": meta}, topk, "stock")
+
+
+def test_slots_of_a_pool_are_no_positions() -> None:
+    """What SGLang tells of decode with its fused top-k: two servers' slots have nothing in common."""
+    slots = np.array([[[0, -1]], [[0, 1]], [[65, 66]]], np.int32)
+    coded = base64.b64encode(slots.tobytes()).decode()
+    meta = {"prompt_tokens": 2, "completion_tokens": 2, "indexer_topk": coded}
+    with pytest.raises(LoadError, match="got 66 in row 2; start SGLang with SGLANG_DSA_FUSE_TOPK=0"):
+        asking.selected({"meta_info": meta}, 2, "stock")
