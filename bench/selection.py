@@ -245,8 +245,11 @@ def judged(paths: Iterable[Path], rows: int, lengths: Sequence[int], *, bound: b
     bound: take what the longest file holds for a length beyond it. Raises ValueError, before anything is computed, for
     a file that does not fit, files of two models, a length that no file holds, and one that leaves nothing to select.
     """
-    longest, known = 0, dict[str, object]()
+    longest, known, seen = 0, dict[str, object](), set[Path]()
     for path in paths:
+        if path.resolve() in seen:
+            raise ValueError(f"{path}: expected each file once, as its rows count once, got it twice; drop it")
+        seen.add(path.resolve())
         layer = Layer.load(path, rows)
         for name, value in layer.facts.items():
             if known.setdefault(name, value) != value:
@@ -335,7 +338,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print("  ".join(str(row[name]).ljust(len(name)) for name in FIELDS))
     if options.csv is not None:
         with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
     if options.plot is not None:

@@ -30,7 +30,8 @@ def environment(rows: Sequence[Mapping[str, Any]]) -> str:
     for name, column in (("SGLang", "sglang"), ("torch", "torch"), ("driver", "driver"), ("commit", "commit")):
         values = sorted({row.get(column) or "" for row in rows} - {""})
         parts += [f"{name} {', '.join(values)}"] if values else []
-    return f"{rows[0]['gpu']}; {'; '.join(parts)}."
+    gpus = ", ".join(dict.fromkeys(row["gpu"] for row in rows))
+    return f"{gpus}; {'; '.join(parts)}."
 
 
 def append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:

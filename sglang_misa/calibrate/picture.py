@@ -1,4 +1,7 @@
-"""Recall against cost of every policy, a panel a layer and phase, the chosen one marked."""
+"""Recall against cost of every policy, a panel a layer and phase, the chosen one marked.
+
+A line goes down from each recall by its standard error: a policy is chosen where the end of it reaches the target.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,7 @@ def draw(
     for axes, (phase, layer) in zip(panels.flat, cells, strict=False):
         points = found[layer][phase]
         axes.scatter([p.cost for p in points], [p.recall for p in points], s=10, color="tab:grey")
+        axes.vlines([p.cost for p in points], [p.bound for p in points], [p.recall for p in points], "tab:grey", lw=0.5)
         best = chosen[layer][phase]
         axes.scatter([best.cost], [best.recall], s=60, color="tab:red", marker="*", zorder=3)
         axes.axhline(target, color="tab:blue", linewidth=0.8)

@@ -160,6 +160,7 @@ def test_of_several_rows_in_one_place_the_slowest_is_told(tmp_path: Path) -> Non
     told = report.by_input("hostile", rows)
     assert told.rows == [["one-key", "2.00"]]
     assert "Of several numbers of index heads the slowest" in told.note
+    assert report.environment([row(), row(gpu="NVIDIA B200")]).startswith("NVIDIA H200, NVIDIA B200; SGLang 0.5.23")
 
 
 @pytest.mark.parametrize(("held", "shown"), [(0, []), (1, [0]), (7, [*range(7)]), (8, [0, 1, 2, 4, 5, 6, 7])])

@@ -91,6 +91,7 @@ def test_the_command_writes_a_table_and_a_picture(file: Path, tmp_path: Path, mo
     assert tuple(rows[0]) == selection_table.FIELDS
     assert {row["phase"] for row in rows} == {"prefill", "decode"}
     assert all(0 < float(row["recall"]) <= 1 and float(row["p10"]) <= float(row["recall"]) + 0.05 for row in rows)
+    assert b"\r" not in (tmp_path / "t.csv").read_bytes()
     assert (tmp_path / "t.png").stat().st_size > 1000
 
 
@@ -187,6 +188,7 @@ def test_files_of_two_models_are_refused(
     ours = of_a_small_model(tmp_path / "ours", [300, 763])
     for said, other in (
         ("256 keys to select, got 128", of_a_small_model(tmp_path / "narrow", [300, 763], index_topk=128)),
+        ("expected each file once", tmp_path / "ours"),
         ("000 as config_sha256, got 111", of_a_small_model(tmp_path / "other", [300, 763], config_sha256="1" * 64)),
     ):
         with pytest.raises(SystemExit, match="2"):
