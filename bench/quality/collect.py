@@ -97,6 +97,8 @@ class Collector:
                 if not self.questions:
                     self.questions = list(make(servers[group[0].name].control.tokenize))
                     self._watcher.expect(len(self.questions) * len(arms))
+                for name, server in servers.items():
+                    self._fits(name, server.control.info)
                 before = {name: selection.calls(server.control.info) for name, server in servers.items()}
                 self._ask(group, servers, time.monotonic() + self._limit_s / len(groups))
                 for arm in group:
@@ -115,6 +117,15 @@ class Collector:
 
     def _server(self, arm: Arm) -> ArmServer:
         return _Checked(arm, self._plan, self._keys, self._store, self._watcher, self)
+
+    def _fits(self, name: str, info: Mapping[str, Any]) -> None:
+        """Raise LoadError for a prompt that the server will refuse, before others are asked for hours."""
+        room, most = info.get("max_req_input_len"), max(self.questions, key=lambda q: len(q.ids), default=None)
+        if isinstance(room, int) and most is not None and len(most.ids) >= room:
+            raise LoadError(
+                f"arm {name}: expected prompts under {room} tokens, its max_req_input_len, got {len(most.ids)} in "
+                f"{most.name}; ask for shorter ones, or serve with a longer --context-length"
+            )
 
     @property
     def idle(self) -> list[str]:

@@ -24,7 +24,7 @@ class Script:
 
     hang_up: requests that it leaves without an answer; busy: statuses of its next answers, each with `Retry-After: 7`;
     miscount: added to the prompt tokens that it tells; policy: what its status says that it runs, in
-    prompts over min_len; ranks: that tell it.
+    prompts over min_len; ranks: that tell it; room: its max_req_input_len.
     """
 
     blind: tuple[float, float] = (2.0, 2.0)
@@ -39,6 +39,7 @@ class Script:
     miscount: int = 0
     policy: dict[str, str] = field(default_factory=dict)
     min_len: int = 0
+    room: int = 8192
     asked: list[Any] = field(default_factory=list)
 
     def calls(self, sizes: list[int]) -> Counter[str]:
@@ -81,7 +82,13 @@ def handler(script: Script) -> type[BaseHTTPRequestHandler]:
                 misa = {"enabled": True, "policy": script.policy, "recall": {"prefill": layers, "decode": {}}}
                 sizes = [len(body["input_ids"]) for body in script.asked if body.get("input_ids")]
                 misa |= {"min_len": {"prefill": script.min_len}, "calls": {"prefill": dict(script.calls(sizes))}}
-                self.send({"model_path": "scripted", "internal_states": [{"misa": misa}] * script.ranks})
+                self.send(
+                    {
+                        "model_path": "scripted",
+                        "max_req_input_len": script.room,
+                        "internal_states": [{"misa": misa}] * script.ranks,
+                    }
+                )
             else:
                 self.send({"data": [{"id": "scripted"}]})
 

@@ -101,6 +101,15 @@ def test_a_busy_server_is_asked_again_after_the_pause_it_names(pair, tmp_path, c
     assert all(row["found"] == row["asked"] for row in read(tmp_path, "needles"))
 
 
+def test_prompts_that_do_not_fit_are_refused_before_any_is_asked(pair, tmp_path, capsys):
+    first, second, a, b = pair
+    second.room = 6144
+    assert main(["needles", a, b, *NEEDLES, "--out", str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "arm other: expected prompts under 6144 tokens, its max_req_input_len, got 6144 in 6144 · 0.00 · 1;" in said
+    assert first.asked == second.asked == []
+
+
 @pytest.mark.parametrize("api", ["generate", "completions"])
 @pytest.mark.parametrize("miscount", [-4089, 1])
 def test_an_answer_to_other_ids_than_were_sent_is_refused(pair, tmp_path, capsys, api, miscount):
