@@ -169,7 +169,9 @@ class Collector:
         audit = pooled([earlier["recall"], audit]) if arm.launched else audit or earlier["recall"]
         routed: dict[str, int] = {}
         if known and arm.expect is not None and arm.expect not in selection.STOCK:
-            for phase, count in selection.routed(arm.expect, info, before, selection.calls(info)).items():
+            after = selection.calls(info)
+            before = before if sum(after.values()) >= sum(before.values()) else {}  # the server was started anew
+            for phase, count in selection.routed(arm.expect, info, before, after).items():
                 routed[phase] = count + earlier["routed"].get(phase, 0)
             self._routed[arm.name] = routed
             self._gates[arm.name] = max((rank["min_len"].get("prefill") or 0 for rank in ranks), default=0)

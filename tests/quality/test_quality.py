@@ -14,6 +14,7 @@ from quality.scripted import LAYERS, TOPK, Script, serving
 from sglang_misa import http_request
 from sglang_misa.bench.load import servers
 from sglang_misa.bench.load.control import Control
+from sglang_misa.bench.load.servers import ArmServer
 from sglang_misa.bench.load.settings import LoadError, Protocol
 from sglang_misa.bench.quality import asking, questions
 from sglang_misa.bench.quality.cli import main
@@ -244,6 +245,16 @@ def test_a_selection_that_did_not_run_is_not_said_to_lose_nothing(pair, tmp_path
         partly = "misa: 6 of 12 prompts are under its min_len of 5000 tokens in prefill, where stock DSA selects."
         assert (tmp_path / "listed.json").exists() == (status == 0)
         assert (partly in " ".join(said.out.split())) == (partly in page) == (min_len == 5000)
+
+
+def test_a_server_that_counts_anew_has_run_what_it_counts(pair, tmp_path, monkeypatch):
+    _, second, a, b = pair
+    second.policy = {"prefill": "misa", "decode": "dsa"}
+    second.asked += [{"input_ids": [0] * 9}] * 99  # of others, before it ends in our run
+    monkeypatch.setattr(ArmServer, "recover", lambda _: second.asked.clear())
+    second.hang_up = 1
+    assert main(["needles", a, b, *NEEDLES, "--expect", "dsa", "misa", "--out", str(tmp_path)]) == 0
+    assert len(second.asked) == 12
 
 
 @pytest.mark.parametrize("words", [[], ["--names", "stock", "same"]])
