@@ -13,6 +13,7 @@ import os
 import random
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from sglang_misa.admission import AdmissionError
 from sglang_misa.call import ExtendCall, Span
 from sglang_misa.config import Dump
-from sglang_misa.dump_folder import LOCK, taken
+from sglang_misa.dump_folder import LOCK, taken, unwritable
 from sglang_misa.kernels.layout import HEAD_DIM
 from sglang_misa.metrics import recorder
 from sglang_misa.policy_file import ModelIdentity
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 HEADER = 8192  # bytes of a file's header, at most
-_NAME = re.compile(r"prompt-(\d+)-layer-\d+-rank-(\d+)\.safetensors")
+_NAME = re.compile(r"\.?prompt-(?P<number>\d+)-layer-\d+-rank-(?P<rank>\d+)\.safetensors(?P<part>\.\d+)?")
 
 
 @dataclass
@@ -50,17 +51,24 @@ class FolderDump:
     _numbers: dict[int, int] = field(default_factory=dict)  # of the requests that end in this step
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock = (self.folder / LOCK.format(self.rank)).open("w")  # held until this process ends
+        """Take the folder. Raises AdmissionError where another server has it, or it fails, here or on this node."""
         try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = (self.folder / LOCK.format(self.rank)).open("w")  # held until this process ends
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for file in self.folder.iterdir():
+                match = _NAME.fullmatch(file.name)
+                if match is None or int(match["rank"]) != self.rank:
+                    continue
+                if match["part"]:  # of a process that was killed while it wrote
+                    file.unlink()
+                    continue
+                self._written += file.stat().st_size
+                self._next = max(self._next, int(match["number"]) + 1)
         except BlockingIOError:
             raise AdmissionError([taken(self.folder)]) from None
-        for file in self.folder.iterdir():
-            match = _NAME.fullmatch(file.name)
-            if match and int(match[2]) == self.rank:
-                self._written += file.stat().st_size
-                self._next = max(self._next, int(match[1]) + 1)
+        except OSError as error:
+            raise AdmissionError([unwritable(self.folder, str(error.strerror))]) from None
 
     def wants(self, layer: int, spans: Sequence[Span]) -> bool:
         """Whether `take` would write anything of an extend call of `layer`."""
@@ -88,8 +96,9 @@ class FolderDump:
         logger.error("--misa-dump: expected to write to %s, got %s; nothing more is dumped", self.folder, error)
         self.layers = ()
         for number in self._numbers.values():
-            for file in self.folder.glob(f"prompt-{number:05}-layer-*-rank-{self.rank}.safetensors"):
-                file.unlink()
+            with suppress(OSError):  # of a disk that fails
+                for file in self.folder.glob(f"prompt-{number:05}-layer-*-rank-{self.rank}.safetensors"):
+                    file.unlink()
         recorder.dump["prompts"] -= len(self._numbers)
         recorder.dump["left_out"] += len(self._numbers)
         recorder.dump["stopped"] = 1
@@ -103,7 +112,9 @@ class FolderDump:
             if self._written + size * len(self.layers) > self.settings.gib * GIB:
                 if not recorder.dump["left_out"]:
                     logger.warning(
-                        "--misa-dump: %s holds --misa-dump-gib %g; nothing more", self.folder, self.settings.gib
+                        "--misa-dump: a prompt of %d tokens is left out, as is any that would exceed --misa-dump-gib "
+                        "%g in %s",
+                        *(span.length, self.settings.gib, self.folder),
                     )
                 recorder.dump["left_out"] += 1
                 continue

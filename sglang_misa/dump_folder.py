@@ -19,32 +19,36 @@ def taken(folder: Path) -> str:
     return f"--misa-dump: expected a folder that no other server writes to, got {folder}; name another"
 
 
+def unwritable(folder: Path, why: str) -> str:
+    """The sentence for a folder in which no dump can be."""
+    return f"--misa-dump: expected a folder that can be written, got {folder} ({why}); name another"
+
+
 def problems(settings: Dump, layers: int | None) -> Iterator[str]:
     """Sentences for a folder that others can read or that cannot be written, and for layers that the model lacks.
 
-    layers: of the model; None where they are not known. A folder is tried by making one inside it, or inside the
-    nearest one above it that exists: permissions alone do not tell of file systems that are full, read-only or /proc.
+    layers: of the model; None where they are not known. A folder is tried by making one in it, or its like in the
+    nearest one above it that exists: permissions alone do not tell of file systems that are full, read-only or /proc,
+    nor of names that are too long. A link that leads nowhere exists: nothing can be made in its place.
     """
     if (folder := settings.path) is None:
         return
     if str(folder).startswith("~"):
         yield f"--misa-dump: expected a folder of a user of this machine, got {folder}; name another"
         return
-    existing = next(each for each in (folder, *folder.parents) if os.path.exists(each))
-    mode = existing.stat().st_mode
-    if not stat.S_ISDIR(mode):
-        yield f"--misa-dump: expected a folder, got a file at {existing}; name another"
-    elif existing == folder and (existing.stat().st_uid != os.getuid() or mode & 0o077):
-        got = stat.S_IMODE(mode)
+    existing = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    if not os.path.isdir(existing):
+        yield f"--misa-dump: expected a folder, got a file or a link to nothing at {existing}; name another"
+    elif existing == folder and ((found := folder.stat()).st_uid != os.getuid() or found.st_mode & 0o077):
+        got = stat.S_IMODE(found.st_mode)
         yield f"--misa-dump: expected a folder of this user alone, mode 0700, got {got:04o}; chmod 700 {folder}"
     else:
         try:
-            tempfile.TemporaryDirectory(dir=existing).cleanup()
+            with tempfile.TemporaryDirectory(dir=existing) as trial:
+                for name in folder.relative_to(existing).parts:
+                    Path(trial, name).mkdir(exist_ok=True)
         except OSError as error:
-            yield (
-                f"--misa-dump: expected a folder that can be written, got {folder} ({error.strerror} in {existing}); "
-                "name another"
-            )
+            yield unwritable(folder, f"{error.strerror} in {existing}")
     beyond = [layer for layer in settings.layers or () if layers is not None and not 0 <= layer < layers]
     if beyond:
         listed = ", ".join(map(str, beyond))

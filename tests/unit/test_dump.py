@@ -113,6 +113,68 @@ def test_a_disk_that_fails_ends_the_dump_and_not_the_server(dump, call, tmp_path
     assert "No space left on device" in caplog.text
 
 
+def test_a_disk_on_which_nothing_can_be_removed_either_does_not_end_the_server(dump, call, monkeypatch, counts):
+    def fail(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    take(dump, call, (0,))
+    monkeypatch.setattr(os, "open", fail)
+    monkeypatch.setattr(os, "unlink", fail)
+    monkeypatch.setattr(type(dump.folder), "unlink", fail)
+    take(dump, call, (1,))
+    assert counts == {"prompts": 0, "left_out": 2, "stopped": 1}
+
+
+def test_what_a_killed_server_left_unfinished_is_removed_and_hinders_no_dump(dump, call, tmp_path):
+    ours = tmp_path / "d" / f".prompt-00000-layer-000-rank-1.safetensors.{os.getpid()}"
+    other = tmp_path / "d" / ".prompt-00000-layer-000-rank-0.safetensors.77"
+    for file in (ours, other):
+        file.write_bytes(b"half of it")
+    after = FolderDump(tmp_path / "d", Dump(folder=str(tmp_path / "d")), MODEL, rank=1, layers=(0, 1))
+    assert not ours.exists()
+    assert other.exists(), "another rank's, which may be writing it"
+    take(after, call)
+    assert len(list((tmp_path / "d").glob("*-rank-1.safetensors"))) == 4
+
+
+@pytest.fixture
+def bad_names(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "to nothing").symlink_to(tmp_path / "nowhere" / "d")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("x" * 256, "File name too long"),
+        ("ü" * 130, "File name too long"),
+        ("a/" + "x" * 256 + "/b", "File name too long"),
+        ("to nothing", "got a file or a link to nothing"),
+        ("to nothing/d", "got a file or a link to nothing"),
+        ("loop", "got a file or a link to nothing"),
+        ("file/d", "got a file or a link to nothing"),
+    ],
+    ids=["long", "bytes", "between", "link", "behind a link", "loop", "file"],
+)
+def test_a_name_that_no_folder_can_have_is_refused_before_anything_is_loaded(bad_names, name, said):
+    folder = bad_names / name
+    (problem,) = dump_folder.problems(Dump(folder=str(folder)), None)
+    assert said in problem
+    with pytest.raises(AdmissionError, match="expected a folder that can be written"):  # where only a rank can tell
+        FolderDump(folder, Dump(), MODEL, rank=0, layers=(0,))
+    assert {file.name for file in bad_names.iterdir()} == {"file", "to nothing", "loop"} | (
+        {"a"} if "/b" in name else set()
+    )
+
+
+def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path):
+    for name in ("d", "a/b/c", "a/../d", "a/../../d", "x" * 255):
+        assert not list(dump_folder.problems(Dump(folder=str(tmp_path / "x" / name)), None))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("length", [8192, 131072])
 def test_the_rows_of_prompts_of_whole_pages_lie_anywhere_in_a_page(dump, length):
     """One in each part of the last chunk, the prompt's last row among them, and others for another prompt."""
