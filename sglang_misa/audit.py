@@ -80,7 +80,7 @@ class Auditor:
         if not self.due("prefill", call.layer):
             return
         results = [self.extend_rows(call, span, rows) for span, rows in self._sampled(run)]
-        self.record("prefill", call.layer, torch.cat(results).tolist())
+        self.record("prefill", call.layer, _listed(results))
         probe = self.ladders.probe("prefill", call.layer)
         if probe is not None:
             self.probe_extend(call, probe, run)
@@ -93,19 +93,23 @@ class Auditor:
                 one = call.alone(span, row)
                 self.engine.extend(one, [(policy, Run.whole(one.spans))])
                 results.append(self.extend_rows(one, one.spans[0], range(1)))
-        self.ladders.observe("prefill", call.layer, torch.cat(results)[:, 0].tolist(), probed=True)
+        self.ladders.observe("prefill", call.layer, [recall for recall, _, _ in _listed(results)], probed=True)
 
-    def _sampled(self, run: Run) -> Iterator[tuple[Span, range]]:
-        """The rows of `run` to audit, those of one request after another."""
+    def _sampled(self, run: Run) -> Iterator[tuple[Span, list[int]]]:
+        """Rows of `run` to audit, those of one request after another; with no more than k tokens there is no choice."""
         for span, rows in run.by_request():
-            yield span, self.rows(rows.start, rows.stop)
+            first = max(rows.start, span.gate(self.topk))
+            if first < rows.stop:
+                yield span, self.rows(first, rows.stop)
 
-    def extend_rows(self, call: ExtendCall, span: Span, rows: range) -> Tensor:
-        """Results fp64 [n, 3] of some rows of a call, all of one request."""
-        picked = slice(rows.start, rows.stop, rows.step)
+    def extend_rows(self, call: ExtendCall, span: Span, rows: Sequence[int]) -> Tensor:
+        """Results fp64 [n, 3] of some rows of a call, ascending, all of one request."""
+        picked = torch.tensor(rows, device=call.output.ids.device)
         keys, k_scale = (part[: span.seen_by(rows[-1])] for part in call.keys(span))
-        dense = reference.index_scores(call.index_q[None, picked], call.head_gates[None, picked], keys[None])
-        return kept(dense[0] * k_scale, call.seq_lens[picked], call.output.rows(picked))
+        queries = call.index_q.view(torch.uint8)[picked].view(call.index_q.dtype)  # fp8 has no index kernel
+        dense = reference.index_scores(queries[None], call.head_gates[None, picked], keys[None])
+        output = replace(call.output.rows(picked), ids=call.output.ids[picked])
+        return kept(dense[0] * k_scale, call.seq_lens[picked], output)
 
     def look_at_decode(self, call: DecodeCall) -> None:
         """Audit rows of a call that is due; while a CUDA graph is captured, leave a tap for its replays."""
@@ -175,15 +179,14 @@ class Auditor:
         self._calls[phase, layer] = count + 1
         return _is_picked(count, layer, self.settings.every)
 
-    def rows(self, first: int, last: int) -> range:
-        """Evenly spaced rows of [first, last) to audit, from a place that is drawn.
+    def rows(self, first: int, last: int) -> list[int]:
+        """Evenly spaced rows of [first, last) to audit, from a place that is drawn: each is as likely as another.
 
         Chunks begin with a page, and as many rows are a power of two: the last of each part would always end a block.
         """
-        count = min(self.settings.rows, last - first)
-        apart = (last - first) // count
-        start = first + self.numbers.randrange(last - first - (count - 1) * apart)
-        return range(start, start + (count - 1) * apart + 1, apart)
+        size = last - first
+        count, start = min(self.settings.rows, size), self.numbers.randrange(size)
+        return [first + (start + part * size) // count for part in range(count)]
 
     def decode_rows(self, seq_lens: Tensor) -> Tensor:
         """Rows int64 [n] of a decode call to audit, drawn: others only where too few see more than k tokens."""
@@ -228,6 +231,11 @@ class Taps:
         self._replays += 1
         if _is_picked(count, 1, self.every):
             self.looks[count // self.every % len(self.looks)]()
+
+
+def _listed(results: Sequence[Tensor]) -> list[Result]:
+    """Results [n, 3] of some rows each, brought to the host at once."""
+    return torch.cat(results).tolist() if results else []
 
 
 def _is_picked(count: int, offset: int, every: int) -> bool:

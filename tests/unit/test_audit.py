@@ -1,5 +1,6 @@
 """What an audit measures, and which calls and rows it looks at."""
 
+import itertools
 from collections import Counter
 from unittest import mock
 
@@ -100,11 +101,17 @@ def test_no_period_of_the_calls_hides_some_of_them(period: int) -> None:
 
 
 @given(st.integers(1, 9), st.integers(0, 300), st.integers(1, 300))
-def test_rows_are_spread_over_those_of_a_call(wanted: int, first: int, count: int) -> None:
-    rows = auditor(rows=wanted).rows(first, first + count)
-    assert len(rows) == min(wanted, count)
-    assert first <= rows[0] <= rows[-1] < first + count
-    assert rows.step == count // len(rows)
+def test_every_row_of_a_call_is_audited_as_often_as_another(wanted: int, first: int, size: int) -> None:
+    """Over all places at which they may begin."""
+    one, count = auditor(rows=wanted), min(wanted, size)
+    seen: Counter[int] = Counter()
+    for start in range(size):
+        with mock.patch.object(one, "numbers", mock.Mock(randrange=lambda n, start=start: range(n)[start])):
+            rows = one.rows(first, first + size)
+        assert len(rows) == count
+        assert {after - row for row, after in itertools.pairwise(rows)} <= {size // count, -(-size // count)}
+        seen.update(rows)
+    assert seen == dict.fromkeys(range(first, first + size), count)
 
 
 @pytest.mark.parametrize("wanted", [1, 4])

@@ -65,6 +65,15 @@ def test_rows_that_see_no_more_than_k_are_not_audited_in_decode(recorder: Record
     assert recorder.status()["recall"]["decode"]["0"]["rows"] == 1
 
 
+@pytest.mark.parametrize("longer", [0, 40])
+def test_rows_that_see_no_more_than_k_are_not_audited_in_prefill(longer: int, recorder: Recorder) -> None:
+    """They keep all by definition: the floor would stand on them. Of a call of no others nothing is told."""
+    batch = Batch(7, [TOPK + longer], width=9)
+    one = selector(batch, prefill=PREFILL.model_copy(update={"min_len": 0}), audit=Audit(rows=TOPK, every=1))
+    one.extend(batch.extend([TOPK + longer], batch.queries(TOPK + longer)))
+    assert recorder.status()["recall"]["prefill"].get("0", {"rows": 0})["rows"] == longer
+
+
 def captured(monkeypatch: pytest.MonkeyPatch, forward: Callable[[], None], *, stock: bool = False) -> Capture:
     """A capture of a step as SGLang makes one: behind a warm-up."""
     with decode_gate.capturing(stock) as capture:
