@@ -18,10 +18,7 @@ inline void cluster_wait() {
 }
 inline void cluster_sync() { all_blocks.wait(simt::cluster * blockDim.x); }
 inline void send(float* to, float2 two, uint64_t* barrier) {
-  to[0] = two.x, to[1] = two.y;
-  Barrier& b = barriers.at(smem_address(barrier));
-  b.bytes -= sizeof two;
-  b.settle();
+  counted(smem_address(barrier), sizeof two, [=] { to[0] = two.x, to[1] = two.y; });
 }
 template <class T>
 T& shared_of(int rank) {

@@ -45,12 +45,15 @@ namespace simt {
 
 constexpr int STACK = 1 << 16, WARP = 32;
 
+using Copy = std::function<void()>;
+
 // Begun by its context, and then left and taken up by _longjmp: swapcontext asks the operating system twice each time.
 struct Fiber {
   ucontext_t context;
   jmp_buf left;
   std::unique_ptr<char[]> stack{new char[STACK]};
   bool begun, done;
+  std::vector<std::vector<Copy>> groups;  // of its own copies; the last one is open
 };
 inline std::vector<Fiber> fibers;
 inline jmp_buf scheduler;
@@ -58,6 +61,7 @@ inline std::function<void()> body;
 inline std::mt19937 order{1};
 inline int current;
 inline bool moved;  // whether a thread has got on since the scheduler last looked
+inline std::vector<Copy> copies;  // under way: they land in any order, before their block ends
 
 inline void yield() {
   if (_setjmp(fibers[current].left) == 0) _longjmp(scheduler, 1);
@@ -102,10 +106,10 @@ inline bool launch(int blocks, int threads, const std::function<void()>& kernel,
   std::vector<int> turns(running);
   std::iota(turns.begin(), turns.end(), 0);
   for (int first = 0; first < blocks; first += cluster) {
-    barriers.clear();
+    barriers.clear(), copies.clear();
     for (int i = 0; i < running; ++i) {
       Fiber& fiber = fibers[i];
-      fiber.begun = fiber.done = false;
+      fiber.begun = fiber.done = false, fiber.groups.assign(1, {});
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = STACK, fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, run, 0);
@@ -120,6 +124,7 @@ inline bool launch(int blocks, int threads, const std::function<void()>& kernel,
       }
       if (any && !moved) return false;
     }
+    if (!copies.empty()) return false;
   }
   return true;
 }

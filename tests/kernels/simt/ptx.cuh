@@ -1,4 +1,4 @@
-// Hopper's building blocks on a CPU: barriers, copies that are made at once, and a thread's part of a matrix product.
+// Hopper's building blocks on a CPU: barriers, copies that land at once or late, and a thread's part of a matrix product.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -28,15 +28,30 @@ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   b.bytes += bytes, --b.missing;
   b.settle();
 }
+inline void land_one() {
+  if (simt::copies.empty()) return;
+  std::swap(simt::copies[simt::order() % simt::copies.size()], simt::copies.back());
+  const simt::Copy copy = std::move(simt::copies.back());
+  simt::copies.pop_back();
+  copy(), simt::moved = true;
+}
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  while (barriers.at(barrier).phase == parity) simt::yield();
+  while (barriers.at(barrier).phase == parity) land_one(), simt::yield();
+}
+// A copy whose bytes a barrier counts.
+template <class Move>
+void counted(uint32_t barrier, int64_t bytes, const Move& move) {
+  simt::copies.push_back([=] {
+    move();
+    Barrier& b = barriers.at(barrier);
+    b.bytes -= bytes;
+    b.settle();
+  });
+  if (simt::order() % 2) land_one();
 }
 inline void copy_run(uint32_t to, const void* global, uint32_t bytes, uint32_t barrier) {
   misused |= bytes == 0 || bytes % 16 || reinterpret_cast<uintptr_t>(global) % 16 || reinterpret_cast<uintptr_t>(smem(to)) % 16;
-  std::memcpy(smem(to), global, bytes);
-  Barrier& b = barriers.at(barrier);
-  b.bytes -= bytes;
-  b.settle();
+  counted(barrier, bytes, [=] { std::memcpy(smem(to), global, bytes); });
 }
 inline void copy_run_once(uint32_t to, const void* global, uint32_t bytes, uint32_t barrier) { copy_run(to, global, bytes, barrier); }
 inline void discard(const void* line) {
@@ -54,19 +69,35 @@ inline void barrier_arrive(uint32_t barrier) {
   --b.missing;
   b.settle();
 }
-inline void barrier_arrive_copies(uint32_t barrier) { barrier_arrive(barrier); }  // copies are made at once
-inline void copy4(uint32_t to, const void* global, bool valid) {
-  if (valid) std::memcpy(smem(to), global, 4);
-  else std::memset(smem(to), 0, 4);
+inline auto& own_copies() { return simt::fibers[simt::current].groups; }
+inline void copy_own(uint32_t to, const void* global, int bytes, bool valid) {
+  const simt::Copy copy = [=] {
+    if (valid) std::memcpy(smem(to), global, bytes);
+    else std::memset(smem(to), 0, bytes);
+  };
+  if (simt::order() % 2) copy();
+  else own_copies().back().push_back(copy);
 }
+inline void copy4(uint32_t to, const void* global, bool valid) { copy_own(to, global, 4, valid); }
 inline void copy16(uint32_t to, const void* global, bool valid) {
   misused |= reinterpret_cast<uintptr_t>(global) % 16 || reinterpret_cast<uintptr_t>(smem(to)) % 16;
-  if (valid) std::memcpy(smem(to), global, 16);
-  else std::memset(smem(to), 0, 16);
+  copy_own(to, global, 16, valid);
 }
-inline void copies_commit() {}
-template <int>
-void copies_wait() {}
+inline void copies_commit() { own_copies().emplace_back(); }
+template <int PENDING>
+void copies_wait() {
+  auto& groups = own_copies();
+  for (; groups.size() > PENDING + 1; groups.erase(groups.begin()))
+    for (const auto& copy : groups.front()) copy();
+}
+inline void barrier_arrive_copies(uint32_t barrier) {
+  simt::copies.push_back([=, groups = std::move(own_copies())] {
+    for (const auto& group : groups)
+      for (const auto& copy : group) copy();
+    barrier_arrive(barrier);
+  });
+  own_copies().assign(1, {});
+}
 inline uint2 load8(uint32_t from) {
   uint2 v;
   std::memcpy(&v, smem(from), 8);
@@ -95,15 +126,14 @@ inline char* swizzled(char* p) {
   return reinterpret_cast<char*>(at ^ (at >> 7 & 7) << 4);
 }
 inline void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x, int y) {
-  for (int row = 0; row < map->box; ++row)
-    for (int piece = 0; piece < 128; piece += 16) {
-      char* at = swizzled(smem(to) + row * 128 + piece);
-      if (y + row < map->rows) std::memcpy(at, map->address + (y + row) * map->pitch + x * map->element + piece, 16);
-      else std::memset(at, 0, 16);
-    }
-  Barrier& b = barriers.at(barrier);
-  b.bytes -= map->box * 128;
-  b.settle();
+  counted(barrier, map->box * 128, [=, map = *map] {
+    for (int row = 0; row < map.box; ++row)
+      for (int piece = 0; piece < 128; piece += 16) {
+        char* at = swizzled(smem(to) + row * 128 + piece);
+        if (y + row < map.rows) std::memcpy(at, map.address + (y + row) * map.pitch + x * map.element + piece, 16);
+        else std::memset(at, 0, 16);
+      }
+  });
 }
 
 inline uint64_t tile_descriptor(uint32_t address) { return address >> 4; }
