@@ -98,15 +98,36 @@ inline void run() {
   yield();
 }
 
-inline bool launch(int blocks, int threads, const std::function<void()>& kernel, int blocks_at_once = 1) {
-  body = kernel, cluster = blocks_at_once;
-  const int running = cluster * threads;
+// What the launch before writes: not there until all threads wait for it (programmatic dependent launch).
+struct Late {
+  const void* to;
+  int64_t bytes;
+  std::vector<char> written{};
+  char* begin() const { return static_cast<char*>(const_cast<void*>(to)); }
+};
+inline std::vector<Late> late;
+inline int running, waiting;  // threads at once, and those of them that wait for the launch before
+
+inline void launch_wait() {
+  if (++waiting == running) {
+    for (const Late& each : late) std::copy(each.written.begin(), each.written.end(), each.begin());
+    moved = true;
+  }
+  while (waiting < running) yield();
+}
+
+inline bool launch(int blocks, int threads, const std::function<void()>& kernel, int blocks_at_once = 1, std::vector<Late> behind = {}) {
+  body = kernel, cluster = blocks_at_once, late = std::move(behind), running = cluster * threads;
   if (int(fibers.size()) < running) fibers.resize(running);
   gridDim.x = blocks, blockDim.x = threads;
   std::vector<int> turns(running);
   std::iota(turns.begin(), turns.end(), 0);
   for (int first = 0; first < blocks; first += cluster) {
-    barriers.clear(), copies.clear();
+    barriers.clear(), copies.clear(), waiting = 0;
+    for (Late& each : late) {
+      each.written.assign(each.begin(), each.begin() + each.bytes);
+      std::fill_n(each.begin(), each.bytes, char(0xFF));
+    }
     for (int i = 0; i < running; ++i) {
       Fiber& fiber = fibers[i];
       fiber.begun = fiber.done = false, fiber.groups.assign(1, {});
@@ -124,7 +145,7 @@ inline bool launch(int blocks, int threads, const std::function<void()>& kernel,
       }
       if (any && !moved) return false;
     }
-    if (!copies.empty()) return false;
+    if (!copies.empty() || (!late.empty() && waiting < running)) return false;
   }
   return true;
 }

@@ -258,7 +258,7 @@ void fewer_registers() {}
 template <int>
 void more_registers() {}
 
-inline void launch_wait() {}
+inline void launch_wait() { simt::launch_wait(); }
 inline void launch_next() {}
 
 }  // namespace sm90

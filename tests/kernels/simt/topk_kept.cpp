@@ -10,7 +10,7 @@ bool rows_of(const Rows<Tokens>& row, int rows) {
   return simt::launch(rows, THREADS, [&] {
     if (row.tokens.room <= 4 * THREADS) topk_kernel<Tokens, 1>(row);
     else topk_kernel<Tokens, 2>(row);
-  });
+  }, 1, {{row.scores, int64_t(rows) * row.tokens.room * 4}});
 }
 
 }  // namespace

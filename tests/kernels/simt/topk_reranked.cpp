@@ -25,19 +25,20 @@ bool rerank_rows(const uint8_t* q, const float* gates, int all_heads, const int3
   if (!score_sample(task, k, sampled, logits, workers)) return false;
   if (!simt::launch(1 + rows, CUT_THREADS, [&] {
         threshold_kernel(sampled.of(task), logits, rank, candidates, thresholds, const_cast<Span*>(span), {table, workers, INT_MAX, {}}, list);
-      }))
+      }, 1, {{sample, rows * ld * 4}}))
     return false;
   task.division = table;
-  if (!score(task, k, Mark{thresholds, marks}, workers)) return false;
+  if (!score(task, k, Mark{thresholds, marks}, workers, {{thresholds, rows * int64_t(sizeof(Threshold))}})) return false;
   const Keys all{q, gates, head_ids, k, scale, starts, ends, keys, 0, {query, weight}};
   const Output output{out, topk, nullptr, nullptr, 0, nullptr};
   Rerank job{all, output, marks, span, nullptr, nullptr, candidates, room, list};
-  if (!simt::launch(rows, RANKERS, [&] { rerank_kernel(job); })) return false;
+  const simt::Late marked{words, int64_t(rows + 3) / 4 * pitch * 32};
+  if (!simt::launch(rows, RANKERS, [&] { rerank_kernel(job); }, 1, {marked})) return false;
   // One block: those of a cooperative grid would run at once.
   task.division = nullptr;
   const CUtensorMap map{reinterpret_cast<const char*>(k), keys, DIM, TILE};
   if (!simt::launch(1, THREADS, [&] { mark_exactly_kernel(task, map, {scores, ld_scores, true}, marks, candidates, list); })) return false;
   job.row_list = failed + 1, job.listed = failed;
-  return simt::launch(1, RANKERS, [&] { rerank_kernel(job); });
+  return simt::launch(1, RANKERS, [&] { rerank_kernel(job); }, 1, {marked});
 }
 }

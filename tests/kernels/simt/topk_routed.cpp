@@ -60,7 +60,7 @@ bool thresholds(const int32_t* starts, const int32_t* ends, int rows, int keys, 
   int32_t meeting;
   return simt::launch(1 + rows, CUT_THREADS, [&] {
     threshold_kernel(task, {sample, ld, true}, rank, k, found, reinterpret_cast<Span*>(spans), {table, 4, 4, {}}, {failed, &meeting});
-  });
+  }, 1, {{sample, rows * ld * 4}});
 }
 
 bool select_rows(const int32_t* starts, const int32_t* ends, int rows, int keys, const int32_t* division,
@@ -98,11 +98,12 @@ bool topk_rows(const uint8_t* q, const float* gates, int all_heads, const int32_
   if (!score_sample(task, k, sampled, logits, workers)) return false;
   if (!simt::launch(1 + rows, CUT_THREADS, [&] {
         threshold_kernel(sampled.of(task), logits, rank, topk, thresholds, nullptr, {table, workers, runs, own}, list);
-      }))
+      }, 1, {{sample, rows * ld * 4}}))
     return false;
   task.division = table;
-  if (!(few ? score(task, k, FewHits{held}, workers) : score(task, k, ManyHits{held}, workers))) return false;
+  const simt::Late passing{thresholds, rows * int64_t(sizeof(Threshold))}, counted{counts, int64_t(rows + ROWS * workers) * buffers * 8};
+  if (!(few ? score(task, k, FewHits{held}, workers, {passing}) : score(task, k, ManyHits{held}, workers, {passing}))) return false;
   sm90::misused = false;
-  return simt::launch(rows, SELECT_THREADS, [&] { select_kernel<false>(task, held, output, room, list); }) && !sm90::misused;
+  return simt::launch(rows, SELECT_THREADS, [&] { select_kernel<false>(task, held, output, room, list); }, 1, {counted}) && !sm90::misused;
 }
 }
