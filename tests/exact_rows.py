@@ -76,12 +76,6 @@ class ExtendCase:
         self.keys_held[0][:] = self.keys_held[0][np.arange(self.keys) % distinct]
         self.scale[:] = self.keys_held[1][:] = scale
 
-    def check(self, out, failed, best) -> None:
-        """Rows hold best(row), -1 behind; few are on the list of those to redo."""
-        redone = failed[1 : 1 + failed[0]].tolist()
-        assert len(redone) <= self.rows // 10
-        self.check_rows(out, sorted({*range(self.rows)} - {*redone}), best)
-
     def check_rows(self, out, rows, best) -> None:
         """These rows hold best(row), -1 behind."""
         for row in rows:

@@ -77,13 +77,15 @@ bool select_rows(const int32_t* starts, const int32_t* ends, int rows, int keys,
   }) && !sm90::misused;
 }
 
-// Sample, thresholds, collection and selection of all rows in one pass; `failed` gets the rows that would be redone. Scratch: sample
-// [rows, ld], hits of `room_of_all` entries a buffer, counts [rows + block_rows · workers, buffers], table, threshold [rows].
+// Sample, thresholds, collection and selection of all rows in one pass, then of those that `failed` gets. Scratch: sample [rows, ld], hits
+// of `room_of_all` entries a buffer, counts [rows + block_rows · workers, buffers], table, threshold [rows], scores of `at_once` failed
+// rows `ld_scores` apart.
 bool topk_rows(const uint8_t* q, const float* gates, int all_heads, const int32_t* head_ids, const uint8_t* query,
                const float* weight, const uint8_t* k, const float* scale,
                const int32_t* starts, const int32_t* ends, int rows, int keys, int stride, int rank, int topk, int workers, int runs,
                int buffers, int spare, int room_of_all, int room, float* sample, int64_t ld, uint2* hits, int2* counts, int32_t* table,
-               Threshold* thresholds, uint8_t* sample_keys, float* sample_scale, int32_t* out, int32_t* failed) {
+               Threshold* thresholds, uint8_t* sample_keys, float* sample_scale, float* scores, int64_t ld_scores, int at_once, int64_t* ever,
+               int32_t* out, int32_t* failed) {
   Task task = rows_of(starts, ends, rows, keys, 1, nullptr);
   task.q = q, task.gates = gates, task.head_ids = head_ids, task.scale = scale, task.all_heads = all_heads;
   task.residual = {query, weight};
@@ -94,7 +96,7 @@ bool topk_rows(const uint8_t* q, const float* gates, int all_heads, const int32_
   const HitBuffers held{thresholds, hits, counts, buffers};
   const Output output{out, topk, nullptr, nullptr, 0, nullptr};
   int32_t meeting;
-  const Failed list{failed, &meeting};
+  const Failed list{failed, &meeting, ever, at_once};
   if (!score_sample(task, k, sampled, logits, workers)) return false;
   if (!simt::launch(1 + rows, CUT_THREADS, [&] {
         threshold_kernel(sampled.of(task), logits, rank, topk, thresholds, nullptr, {table, workers, runs, own}, list);
@@ -104,6 +106,11 @@ bool topk_rows(const uint8_t* q, const float* gates, int all_heads, const int32_
   const simt::Late passing{thresholds, rows * int64_t(sizeof(Threshold))}, counted{counts, int64_t(rows + ROWS * workers) * buffers * 8};
   if (!(few ? score(task, k, FewHits{held}, workers, {passing}) : score(task, k, ManyHits{held}, workers, {passing}))) return false;
   sm90::misused = false;
-  return simt::launch(rows, SELECT_THREADS, [&] { select_kernel<false>(task, held, output, room, list); }, 1, {counted}) && !sm90::misused;
+  if (!simt::launch(rows, SELECT_THREADS, [&] { select_kernel<false>(task, held, output, room, list); }, 1, {counted}) || sm90::misused)
+    return false;
+  // One block: those of a cooperative grid would run at once.
+  task.division = nullptr;
+  const CUtensorMap map{reinterpret_cast<const char*>(k), keys, DIM, TILE};
+  return simt::launch(1, THREADS, [&] { redo_kernel(task, {scores, ld_scores, true}, map, output, list); });
 }
 }
