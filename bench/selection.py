@@ -21,7 +21,7 @@ import csv
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -174,6 +174,12 @@ class Layer:
         index_q, gates, keys, pages, positions = (part.to(device) for part in parts)
         return cls(path, index_q, gates, keys, pages, positions, *told_by(path))
 
+    def at(self, rows: Tensor) -> Layer:
+        """Those of its rows that a mask [rows] names."""
+        return replace(
+            self, index_q=self.index_q[rows], head_gates=self.head_gates[rows], positions=self.positions[rows]
+        )
+
     @property
     def index_heads(self) -> int:
         return int(self.head_gates.shape[1])
@@ -304,7 +310,7 @@ def measure(layer: Layer, length: int, wanted: Sequence[tuple[Phase, SelectionPo
                 key = phase, policy if n == row.topk else policy.model_copy(update={"candidates": n})
                 if n != row.topk or policy.sketch is None:
                     shares.setdefault(key, []).append(share)
-    return {key: torch.tensor(values) for key, values in shares.items()}
+    return {key: torch.tensor(values, dtype=torch.float64) for key, values in shares.items()}
 
 
 @kept_stdout()

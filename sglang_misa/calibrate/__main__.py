@@ -7,14 +7,14 @@ FILE: what a server wrote with --misa-dump. With --server, prompts (yours, or bu
 was started with --misa-dump DIR on this machine, and the files that it writes are read. Each prompt is sent again with
 its answer, so that decode is measured on what generated tokens ask; files alone hold the rows of prompts. Half of the
 prompts, or of one prompt's rows, is held out: the choice does not see it, and its recall is in the policy file beside
-the target. A layer without a file stays with stock DSA.
+the target. Prompts that share most of their keys are in one half. Rows that stock DSA selects when serving, under the
+gate or in the last of a prompt, do not count. A layer without a file, or without rows, stays with stock DSA.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from sglang_misa.calibrate.costs import SHIPPED, Costs, Measured, Modelled, by_h
 from sglang_misa.calibrate.picture import draw
 from sglang_misa.config import PHASES, PRESETS, ConfigError, Phase, SelectionPolicy
 from sglang_misa.outlet import kept_stdout
-from sglang_misa.policy import EXACT, STOCK, rest_of_gate
+from sglang_misa.policy import STOCK, rest_of_gate
 from sglang_misa.policy_file import LayerPolicy, ModelIdentity, PolicyFile
 from sglang_misa.refusal import Refusal
 from sglang_misa.text_tables import ranges, table
@@ -41,6 +41,29 @@ REFUSED, INTERRUPTED = 2, 130
 MODEL = "model"  # instead of a table of costs
 GATED: dict[Phase, SelectionPolicy] = {"prefill": PRESETS["fast"].prefill, "decode": PRESETS["faithful"].decode}
 Chosen = dict[int, dict[Phase, Point]]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a dump tells before its tensors are read."""
+
+    model: ModelIdentity
+    layer: int
+    keys: int
+    rows: int
+
+    @classmethod
+    def read(cls, path: Path) -> Header:
+        """The header of a file. Raises ConfigError for one that is no dump."""
+        try:
+            with safe_open(path, "pt") as file:
+                facts = file.metadata() or {}
+                keys, rows = (file.get_slice(name).get_shape()[0] for name in ("index_k", "index_q"))
+            return cls(ModelIdentity.model_validate_json(facts["model"]), int(facts["layer"]), keys, rows)
+        except (OSError, LookupError, ValueError, ValidationError, SafetensorError) as error:
+            raise ConfigError(
+                [f"FILE: expected what --misa-dump writes, got {path} ({error!r}); dump it again"]
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -55,12 +78,10 @@ class Dumps:
         """Sort `dumped`. Raises ConfigError for a file that is no dump, and for files of several models."""
         models: dict[ModelIdentity, Path] = {}
         layers: dict[int, list[Dumped]] = {}
-        if twice := [str(path) for path, n in Counter(each.path.resolve() for each in dumped).items() if n > 1]:
-            raise ConfigError([f"FILE: expected each file once, as some are held out, got {twice[0]} twice; drop it"])
         for each in sorted(dumped, key=lambda each: each.path):
-            model, layer, _ = _header(each.path)
-            models.setdefault(model, each.path)
-            layers.setdefault(layer, []).append(each)
+            header = Header.read(each.path)
+            models.setdefault(header.model, each.path)
+            layers.setdefault(header.layer, []).append(each)
         if len(models) != 1:
             listed = ", ".join(map(str, models.values())) or "no file"
             raise ConfigError([f"FILE: expected dumps of one model, got {listed}; give those of one"])
@@ -70,17 +91,6 @@ class Dumps:
                 [f"FILE: expected layers 0 to {model.layers - 1} of this model, got {beyond[0]}; dump it again"]
             )
         return cls(model, layers)
-
-
-def _header(path: Path) -> tuple[ModelIdentity, int, int]:
-    """Model, layer and number of keys of a dump. Raises ConfigError for a file that is none."""
-    try:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-            keys = file.get_slice("index_k").get_shape()[0]
-        return ModelIdentity.model_validate_json(facts["model"]), int(facts["layer"]), keys
-    except (OSError, LookupError, ValueError, ValidationError, SafetensorError) as error:
-        raise ConfigError([f"FILE: expected what --misa-dump writes, got {path} ({error!r}); dump it again"]) from None
 
 
 @kept_stdout()
@@ -103,20 +113,25 @@ def _calibrate(given: argparse.Namespace) -> None:
     if given.out.exists():
         raise ConfigError([f"--out: expected a new file, got {given.out}; remove it, or name another"])
     names = {name: f"--{name.replace('_', '-')}" for name in SelectionPolicy.model_fields}
-    for phase in PHASES:
-        validated(SelectionPolicy, _gates(phase, given), phase, names)
+    gates = {phase: validated(SelectionPolicy, _gates(phase, given), phase, names) for phase in PHASES}
     dumps, length, costs = _judged(given, _dumped(given))
-    found = {}
+    found: dict[int, dict[Phase, list[Point]]] = {}
     for layer, each in sorted(dumps.layers.items()):
         settings = {"length": length, "rows": given.rows, "device": given.device}
-        found[layer] = choice.points(each, dumps.model, costs, **settings)
+        found[layer] = choice.points(each, dumps.model, costs, gates, **settings)
         print(f"layer {layer}: {len(each)} files", file=sys.stderr, flush=True)
+    bare = {phase: _unmeasured(found, phase) for phase in PHASES}
+    if all(layers == [*found] for layers in bare.values()):
+        raise ConfigError([f"FILE: expected {_why_bare(phase, costs, dumps.model, gates)}" for phase in PHASES])
     chosen = _chosen(found, given.target)
     file = _policy_file(dumps.model, chosen, given, length)
     ConfigError.raise_if(file.problems())
     with given.out.open("x") as stream:
         stream.write(file.model_dump_json(indent=1, exclude_defaults=True) + "\n")
     print("\n".join(_told(dumps.model, chosen, costs, given, length)))
+    for phase, layers in bare.items():
+        if layers:
+            print(f"DSA in {phase} of layers {ranges(layers)}: expected {_why_bare(phase, costs, dumps.model, gates)}")
     if given.plot is not None:
         draw(found, chosen, given.target, costs.source, given.plot)
 
@@ -190,28 +205,33 @@ def _dumped(given: argparse.Namespace) -> list[Dumped]:
     key = None if given.key_file is None else key_mask.read("--key-file", given.key_file)
     found: list[Dumped] = []
     for number, text in enumerate(texts):
-        before, first = _in(given.dump), not found
+        before = _in(given.dump)
         answer = prompts.ask(given.server, number, text, given.new_tokens, key)
-        prompt = _in(given.dump)
-        found += [Dumped(path) for path in prompt - before]
-        if found and first:
-            _judged(given, found)  # by the model that the first dump tells, before more is sent
-        keys = {_header(path)[2] for path in prompt - before}  # of several prompts where others ask this server too
-        if keys and answer.tokens not in keys:
+        files = _new(given.dump, before)
+        own = [path for path, header in files.items() if header.keys == answer.tokens]  # others may ask it too
+        if files and not own:
+            keys = ", ".join(map(str, sorted({header.keys for header in files.values()})))
             raise ConfigError(
                 [
-                    f"--server: expected prompt_tokens of prompt {number} to be the keys dumped of it, "
-                    f"{', '.join(map(str, sorted(keys)))}, got {answer.tokens}; ask the server itself, without a proxy"
+                    f"--server: expected prompt_tokens of prompt {number} to be the keys dumped of it, {keys}, got "
+                    f"{answer.tokens}; ask the server itself, without a proxy"
                 ]
             )
-        prompts.ask(given.server, number, text + answer.text, 1, key)
-        found += [Dumped(path, answer.tokens) for path in _in(given.dump) - prompt]
-    answers = sum(each.answer is not None for each in found)
-    if not 0 < answers < len(found):
+        first = not found
+        found += map(Dumped, own)
+        if own and first:
+            _judged(given, found)  # by the model that the first dump tells, before more is sent
+        before = _in(given.dump)
+        tokens = prompts.ask(given.server, number, text + answer.text, 1, key).tokens
+        answers = {path: header for path, header in _new(given.dump, before).items() if header.keys == tokens}
+        found += [Dumped(path, answer.tokens) for path in answers]
+        _tell(number, answer.tokens, [files[path].rows for path in own], [each.rows for each in answers.values()])
+    count = sum(each.answer is not None for each in found)
+    if not 0 < count < len(found):
         raise ConfigError(
             [
-                f"--dump: expected new files of prompts and of answers in {given.dump}, got {len(found) - answers} and "
-                f"{answers}; start the server with it as its --misa-dump, "
+                f"--dump: expected new files of prompts and of answers in {given.dump}, got {len(found) - count} and "
+                f"{count}; start the server with it as its --misa-dump, "
                 "raise --misa-dump-gib there, or send prompts longer than the model's top-k"
             ]
         )
@@ -220,6 +240,17 @@ def _dumped(given: argparse.Namespace) -> list[Dumped]:
 
 def _in(folder: Path) -> set[Path]:
     return set(folder.glob("*.safetensors"))
+
+
+def _new(folder: Path, before: set[Path]) -> dict[Path, Header]:
+    return {path: Header.read(path) for path in sorted(_in(folder) - before)}
+
+
+def _tell(number: int, tokens: int, prompt: Sequence[int], answer: Sequence[int]) -> None:
+    """How many rows were dumped of a prompt in each layer, and of it with its answer."""
+    rows = [max(each, default=0) for each in (prompt, answer)]
+    cached = ": most of it was in the server's cache, which POST /flush_cache empties" if rows[0] == 1 else ""
+    print(f"prompt {number}: {tokens} tokens, {rows[0]} and {rows[1]} rows{cached}", file=sys.stderr, flush=True)
 
 
 def _judged(given: argparse.Namespace, dumped: Sequence[Dumped]) -> tuple[Dumps, int, Costs]:
@@ -238,15 +269,36 @@ def _judged(given: argparse.Namespace, dumped: Sequence[Dumped]) -> tuple[Dumps,
     return dumps, length, Measured.read(Path(given.costs), heads, length, given.batch)
 
 
+def _unmeasured(found: Mapping[int, Mapping[Phase, Sequence[Point]]], phase: Phase) -> list[int]:
+    """Layers in which DSA alone is a choice."""
+    return [layer for layer, each in found.items() if all(point.policy in choice.DSA for point in each[phase])]
+
+
+def _why_bare(phase: Phase, costs: Costs, model: ModelIdentity, gates: Mapping[Phase, SelectionPolicy]) -> str:
+    """The end of a sentence for layers in which nothing could be measured in `phase`."""
+    if not any(of == phase for of, _ in choice.policies(costs, model)):
+        return (
+            f"a policy of {phase} that the model can have and that --costs knows for --batch, got none; change it, or "
+            "ask for --costs model"
+        )
+    return (
+        f"{choice.LEAST} rows or more of {phase} that see more than --min-len {gates[phase].min_len} keys, got fewer; "
+        "lower it, send longer prompts, or dump more rows"
+    )
+
+
 def _chosen(found: Mapping[int, Mapping[Phase, Sequence[Point]]], target: float) -> Chosen:
-    """The choice of each layer. Pages have sketches of one width: where layers differ, all choose among the widest."""
-    chosen = {layer: {phase: choice.choose(each[phase], target) for phase in PHASES} for layer, each in found.items()}
-    widths = choice.sketch_widths(chosen)
-    if len(widths) > 1:
-        for layer, each in found.items():
-            allowed = [point for point in each["decode"] if point.policy.sketch in (None, widths[-1])]
-            chosen[layer]["decode"] = choice.choose(allowed, target)
-    return chosen
+    """The choice of each layer. Pages have sketches of one width: the one that costs least in all layers."""
+    prefill = {layer: choice.choose(each["prefill"], target) for layer, each in found.items()}
+    decodes = [
+        {
+            layer: choice.choose([point for point in each["decode"] if point.policy.sketch in (None, width)], target)
+            for layer, each in found.items()
+        }
+        for width in selection.BITS
+    ]
+    decode = min(decodes, key=lambda each: (sum(p.cost for p in each.values()), -sum(p.recall for p in each.values())))
+    return {layer: {"prefill": prefill[layer], "decode": decode[layer]} for layer in found}
 
 
 def _policy_file(model: ModelIdentity, chosen: Chosen, given: argparse.Namespace, length: int) -> PolicyFile:
@@ -256,7 +308,8 @@ def _policy_file(model: ModelIdentity, chosen: Chosen, given: argparse.Namespace
             phase: point.policy.model_copy(update=_gates(phase, given)) if point.policy.active else STOCK
             for phase, point in points.items()
         }
-        layers[str(layer)] = LayerPolicy(**gated, recall={phase: point.told() for phase, point in points.items()})
+        recall = {phase: point.told() for phase, point in points.items() if point.policy.active}
+        layers[str(layer)] = LayerPolicy(**gated, recall=recall)
     return PolicyFile(
         model=model,
         created_by=f"sglang_misa.calibrate {__version__}",
@@ -274,24 +327,16 @@ def _gates(phase: Phase, given: argparse.Namespace) -> dict[str, int]:
 
 
 def _told(model: ModelIdentity, chosen: Chosen, costs: Costs, given: argparse.Namespace, length: int) -> Iterator[str]:
-    points = [(layer, phase, point) for layer, each in chosen.items() for phase, point in each.items()]
     rows = [
-        (
-            *(layer, phase, point.policy.label, f"{point.cost:.3f}", f"{point.recall:.4f}"),
-            f"{point.told().held_out:.4f}",
-            "" if point.policy in (STOCK, EXACT) else f"{len(point.calibrated)} + {len(point.held_out)}",
-        )
-        for layer, phase, point in points
+        (layer, phase, point.policy.label, f"{point.cost:.3f}", f"{point.recall:.4f}", f"{held:.4f}", point.rows)
+        for layer, points in chosen.items()
+        for phase, point in points.items()
+        if (held := point.told().held_out) is not None
     ]
     yield table([("layer", "phase", "policy", "cost", "recall", "held out", "rows"), *rows])
     yield f"\nCost over stock's: {costs.source}. Target {given.target:g} at {length} keys: {given.out}"
-    for kind in PHASES:
-        missed = [layer for layer, phase, point in points if phase == kind and point.told().held_out < given.target]
-        if missed:
-            yield (
-                f"Held out, {kind} keeps less than the target in layers {ranges(missed)}: more prompts or rows choose "
-                "more surely"
-            )
+    if under := [f"{phase} of layer {layer}" for layer, phase, *_, held, _ in rows if float(held) < given.target]:
+        yield f"Under the target on the rows that were held out: {', '.join(under)}"
     without = [layer for layer in range(model.layers) if layer not in chosen]
     if without:
         yield f"Stock DSA, as there is no dump of them: layers {ranges(without)}"

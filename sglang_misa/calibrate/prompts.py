@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import random
 import urllib.error
 from collections.abc import Iterator, Sequence
@@ -26,17 +27,19 @@ WAYS_OUT = {  # by HTTP status
 
 
 def built_in(count: int, tokens: int) -> Iterator[str]:
-    """`count` texts of about `tokens` tokens: the package's own source files, each time in another order."""
+    """`count` texts of about `tokens` tokens: the package's own source files, of which each ends with others.
+
+    A dump's rows are of a prompt's end, and those of prompts that are held out must not be of the same text.
+    """
     root = Path(str(resources.files("sglang_misa")))
-    files = sorted(path for path in root.rglob("*.py") if path.is_file())
-    for seed in range(count):
-        order = random.Random(seed).sample(files, len(files))
-        text = ""
-        for number in range(1 << 30):
-            if len(text) >= CHARACTERS * tokens:
-                break
-            text += order[number % len(order)].read_text(encoding="utf-8")
-        yield text[: CHARACTERS * tokens]
+    folders = os.walk(root, followlinks=True)  # of a checkout some are links
+    files = sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py"))
+    random.Random(0).shuffle(files)
+    for number in range(count):
+        own = files[number::count]
+        others = random.Random(number).sample(rest := sorted({*files} - {*own}), len(rest))
+        text, size = "".join(file.read_text(encoding="utf-8") for file in others + own), CHARACTERS * tokens
+        yield (text * (size // len(text) + 1))[-size:]
 
 
 def read(paths: Sequence[Path]) -> list[str]:

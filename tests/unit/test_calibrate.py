@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import itertools
 import json
 import signal
 import socket
@@ -15,27 +16,19 @@ from typing import Any
 import pytest
 import torch
 from dripping import dripping
+from dumped_files import IDENTITY, dumped
 from safetensors.torch import load_file
 
-from sglang_misa import dump, flags, http_request
+from sglang_misa import flags, http_request
 from sglang_misa.bench import inputs, selection
 from sglang_misa.calibrate import __main__ as calibrate
-from sglang_misa.calibrate import choice, prompts
+from sglang_misa.calibrate import prompts
 from sglang_misa.calibrate.costs import SHIPPED, Measured, Modelled
-from sglang_misa.config import PRESETS, ConfigError, MisaConfig, SelectionPolicy
-from sglang_misa.policy_file import ModelIdentity
+from sglang_misa.config import PRESETS, ConfigError, SelectionPolicy
 
 TRAINED = Path(__file__).parents[3] / "shared/trained"
 TARGET, LENGTH = 0.97, 8192
-IDENTITY = ModelIdentity(
-    architecture="DeepseekV32ForCausalLM", layers=4, index_heads=64, index_topk=2048, config_sha256="0" * 64
-)
-
-
-def dumped(path: Path, tensors: dict[str, torch.Tensor], layer: int, model: ModelIdentity = IDENTITY) -> Path:
-    """The same tensors as a server would have written them for a layer of `model`."""
-    dump.write_new(path, tensors, {"model": model.model_dump_json(), "layer": str(layer), "prompt": "0"})
-    return path
+GATE = PRESETS["faithful"].decode
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +59,7 @@ def test_the_target_is_kept_on_rows_that_were_held_out(
     monkeypatch.setattr(selection, "policies", lambda: few)
     out, plot = tmp_path / "policy.json", tmp_path / "policy.png"
     words = ("--target", TARGET, "--length", LENGTH, "--rows", 32, "--costs", "model", "--out", out, "--plot", plot)
+    words += ("--min-len", 2048, "--min-rows", GATE.min_rows, "--min-tokens", GATE.min_tokens)
     assert calibrated(*trained, *words) == 0
     assert "layers 1,3" in capsys.readouterr().out, "layers without a dump are told"
     assert plot.stat().st_size > 1000
@@ -75,8 +69,8 @@ def test_the_target_is_kept_on_rows_that_were_held_out(
     assert config is not None
     assert not config.policy("prefill", 1).active
     for layer in (0, 2):
-        decode, gate = config.policy("decode", layer), PRESETS["faithful"].decode
-        assert not decode.active or (decode.min_rows, decode.min_tokens) == (gate.min_rows, gate.min_tokens)
+        decode = config.policy("decode", layer)
+        assert not decode.active or (decode.min_rows, decode.min_tokens) == (GATE.min_rows, GATE.min_tokens)
         for phase, recall in config.layers.layers[str(layer)].recall.items():
             assert recall.held_out >= TARGET - 0.01, (layer, phase)
             assert recall.cost <= 1
@@ -132,6 +126,39 @@ def test_a_server_that_stops_dumping_before_the_answers_is_refused(tmp_path: Pat
     assert calibrated(*words, "--out", tmp_path / "out.json") == calibrate.REFUSED
     assert "of prompts and of answers" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
+
+
+def test_what_others_ask_a_server_meanwhile_is_neither_a_prompt_nor_an_answer(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    x = vars(inputs.make("topics", 2, 4096, 64, device="cpu")) | {"positions": torch.tensor([4000, 4095]).int()}
+    sent: list[str] = []
+
+    def tensors(keys: int, rows: int = 2) -> dict[str, torch.Tensor]:
+        cut = {"index_k": keys, "k_scale": keys} | dict.fromkeys(("index_q", "head_gates", "positions"), rows)
+        shorter = {name: part[: cut[name]].clone() for name, part in x.items()}
+        return shorter | {"positions": torch.tensor([keys - 1] * rows).int()}
+
+    def ask(url: str, number: int, text: str, *_: object) -> prompts.Answer:
+        sent.append(text)
+        keys = 3000 + len(sent)
+        dumped(tmp_path / f"{len(sent)}-own.safetensors", tensors(keys, rows=len(sent)), 0)
+        dumped(tmp_path / f"{len(sent)}-other.safetensors", tensors(4096), 0)
+        return prompts.Answer(" said", keys)
+
+    monkeypatch.setattr(prompts, "ask", ask)
+    words = ("--server", "http://127.0.0.1:1", "--dump", tmp_path, "--count", 1, "--target", 0.9)
+    given = calibrate._parser().parse_args([str(word) for word in (*words, "--out", tmp_path / "out.json")])
+    found = calibrate._dumped(given)
+    assert [(each.path.name, each.answer) for each in found] == [
+        ("1-own.safetensors", None),
+        ("2-own.safetensors", 3001),
+    ]
+    assert sent[1] == sent[0] + " said"
+    told = (
+        "prompt 0: 3001 tokens, 1 and 2 rows: most of it was in the server's cache, which POST /flush_cache empties\n"
+    )
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tokens", [7, 4097])
@@ -198,70 +225,8 @@ def test_a_policy_tells_the_length_that_prompts_hold(tmp_path: Path, monkeypatch
     positions = torch.arange(4000, 4096).int()
     x = vars(inputs.make("topics", len(positions), 4096, 64, device="cpu")) | {"positions": positions}
     path, out = dumped(tmp_path / "a.safetensors", x, 0), tmp_path / "out.json"
-    assert calibrated(path, "--target", 0.9, "--rows", 4, "--costs", "model", "--out", out) == 0
+    assert calibrated(path, "--target", 0.9, "--rows", 4, "--min-len", 2048, "--costs", "model", "--out", out) == 0
     assert json.loads(out.read_text())["length"] == 4096
-
-
-def test_prompts_without_a_row_of_a_phase_are_no_half() -> None:
-    assert [len(half) for half in choice._halves([torch.empty(0)])] == [0, 0]
-    few = choice._halves([torch.empty(0), torch.tensor([0.5, 0.75, 0.5]), torch.empty(0)])
-    assert [half.tolist() for half in few] == [[0.5, 0.5], [0.75]]
-
-
-def point(cost: float, *recalls: float, **policy: Any) -> choice.Point:
-    return choice.Point(SelectionPolicy(**policy), cost, torch.tensor(recalls), torch.tensor(recalls))
-
-
-def test_the_cheapest_that_surely_keeps_it_is_chosen() -> None:
-    sure, better = point(0.2, 0.95, 0.95, 0.95), point(0.2, 0.96, 0.96, 0.96)
-    lucky = point(0.1, 0.82, 1.0, 1.0)  # 0.94 in the mean, and 0.06 of error
-    assert choice.choose([point(1.0, 1.0, 1.0), sure, better, lucky], 0.93) is better
-    assert choice.choose([point(1.0, 1.0, 1.0), sure, better, lucky], 0.97).cost == 1.0
-
-
-def test_decode_is_measured_where_a_row_sees_nearly_the_whole_prompt(tmp_path: Path, monkeypatch) -> None:
-    few = [(phase, policy) for phase, policy in selection.policies() if policy.heads == 7 and policy.block_size == 64]
-    monkeypatch.setattr(selection, "policies", lambda: few)
-    positions = torch.tensor([2100, 2500, 3000, 3071, 3072, 3500, 4095]).int()
-    x = vars(inputs.make("topics", len(positions), 4096, 64, device="cpu")) | {"positions": positions}
-    path = dumped(tmp_path / "a.safetensors", x, 0)
-    settings = {"length": 4096, "rows": len(positions), "device": "cpu"}
-    found = choice.points([choice.Dumped(path)], IDENTITY, Modelled(64, 4096), **settings)
-    rows = {phase: len(points[0].calibrated) + len(points[0].held_out) for phase, points in found.items()}
-    assert rows == {"prefill": 7, "decode": 4}
-
-    dumps = [choice.Dumped(path), choice.Dumped(path, answer=3072)]
-    found = choice.points(dumps, IDENTITY, Modelled(64, 4096), **settings)
-    rows = {phase: len(points[0].calibrated) + len(points[0].held_out) for phase, points in found.items()}
-    assert rows == {"prefill": 7, "decode": 3}, "the rows of answers alone"
-
-
-@pytest.mark.parametrize(("rows", "told"), [(2, "choose by and others to hold out, got 1 and 1"), (3, "")])
-def test_no_policy_is_chosen_by_a_single_row(rows: int, told: str, tmp_path: Path, capsys, monkeypatch) -> None:
-    few: list[Any] = [("prefill", SelectionPolicy(heads=8, router="peak"))]
-    monkeypatch.setattr(selection, "policies", lambda: few)
-    monkeypatch.setattr(
-        selection, "measure", lambda layer, _, wanted: {each: torch.tensor([1.0, 0.3, 1.0])[:rows] for each in wanted}
-    )
-    positions = torch.arange(4096 - rows, 4096).int()
-    x = vars(inputs.make("topics", rows, 4096, 64, device="cpu")) | {"positions": positions}
-    path, out = dumped(tmp_path / "a.safetensors", x, 0), tmp_path / "out.json"
-    status = calibrated(path, "--target", 0.9, "--rows", rows, "--costs", "model", "--out", out)
-    said = capsys.readouterr()
-    assert status == (calibrate.REFUSED if told else 0)
-    assert told in said.err
-    if not told:
-        assert "0.3000    2 + 1" in said.out
-        assert "Held out, prefill keeps less than the target in layers 0:" in said.out
-
-
-def test_all_layers_sketch_alike() -> None:
-    one, two = point(0.1, 0.96, 0.96, sketch=1, candidates=8192), point(0.2, 0.99, 0.99, sketch=2, candidates=8192)
-    weak = point(0.1, 0.9, 0.9, sketch=1, candidates=8192)
-    dsa = point(1.0, 1.0, 1.0)
-    found = {0: {"prefill": [dsa], "decode": [one, two, dsa]}, 1: {"prefill": [dsa], "decode": [weak, two, dsa]}}
-    chosen = calibrate._chosen(found, 0.95)
-    assert [each["decode"] for each in chosen.values()] == [two, two]
 
 
 def test_a_measured_cost_is_that_of_the_table() -> None:
@@ -293,13 +258,6 @@ def test_costs_of_a_phase_are_of_one_length() -> None:
         assert costs.of("decode", PRESETS["faithful"].decode) < 1
     with pytest.raises(ConfigError, match=r"--batch: expected requests of a decode step that .*, 1, 4, .*, got 17"):
         Measured.read(SHIPPED, 64, LENGTH, 17)
-
-
-def test_every_candidate_can_be_served() -> None:
-    for costs in (Modelled(64, LENGTH), Measured.read(SHIPPED, 64, LENGTH, 64)):
-        for phase, policy in choice.policies(costs, IDENTITY):
-            candidates = 8192 if policy.sketch else None
-            MisaConfig.from_mapping({phase: policy.model_copy(update={"candidates": candidates}).model_dump()}, "here")
 
 
 def test_an_error_whose_answer_has_no_end_is_told_all_the_same(monkeypatch) -> None:
@@ -348,9 +306,12 @@ def test_an_answer_of_another_kind_is_refused(answer: str) -> None:
 
 
 def test_prompts_are_texts_of_different_order_or_the_users(tmp_path: Path) -> None:
-    texts = [*prompts.built_in(2, 5000)]
-    assert [len(text) for text in texts] == [prompts.CHARACTERS * 5000] * 2
-    assert texts[0] != texts[1]
+    for tokens in (5000, 131072):
+        texts = [*prompts.built_in(4, tokens)]
+        assert [len(text) for text in texts] == [prompts.CHARACTERS * tokens] * 4
+        ends = [{line for line in text[-prompts.CHARACTERS * 8192 :].splitlines() if len(line) > 60} for text in texts]
+        for one, other in itertools.combinations(ends, 2):
+            assert len(one & other) < 0.05 * len(one), "what is held out is other text"
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({name: name}) for name in ("prompt", "text")))
     assert prompts.read([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == ["one", "prompt", "text"]
