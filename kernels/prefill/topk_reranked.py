@@ -14,7 +14,8 @@ Requests share a call: each four rows have marks for the keys around their own w
 
 A listed key costs 8 bytes of shared memory: its low 16 bits (keys are listed in segments of 65536), its full score,
 and its routed score in 16 bits of a window that `threshold` puts around the cut; where several keys share the last
-place there, they are scored once more and ranked in full. So neither set depends on the threshold.
+place there, they are scored once more and ranked in full. So neither set depends on the threshold, but for this: a row
+that is marked anew has its C keys by the scorer's sums, which round otherwise than those of step 4.
 """
 
 from __future__ import annotations
