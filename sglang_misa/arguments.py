@@ -38,10 +38,17 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def file_to_write(word: str) -> Path:
-    """A file in a folder that exists and can be written."""
+    """A file that can be written, tried by opening it: permissions do not tell of long names, or of /proc."""
     path = Path(os.path.expanduser(word))
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"expected a file in a folder that can be written, got {word!r}; change it")
+    new = not os.path.lexists(path)
+    try:
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a file that can be written, got {word!r} ({error.strerror}); change it"
+        ) from None
     return path
 
 
