@@ -278,8 +278,8 @@ def _why_bare(phase: Phase, costs: Costs, model: ModelIdentity, gates: Mapping[P
     """The end of a sentence for layers in which nothing could be measured in `phase`."""
     if not any(of == phase for of, _ in choice.policies(costs, model)):
         return (
-            f"a policy of {phase} that the model can have and that --costs knows for --batch, got none; change it, or "
-            "ask for --costs model"
+            f"a policy of {phase} that the model can have and that was measured at the length of --costs, got none; "
+            "measure one with python -m sglang_misa.bench.kernels, or ask for --costs model"
         )
     return (
         f"{choice.LEAST} rows or more of {phase} that see more than --min-len {gates[phase].min_len} keys, got fewer; "

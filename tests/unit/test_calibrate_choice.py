@@ -162,6 +162,20 @@ def test_a_phase_that_is_left_to_dsa_for_lack_of_anything_else_is_told(
     assert (status, out.exists()) == ((calibrate.REFUSED, False) if words[0] == "--costs" else (0, True))
 
 
+def test_a_table_of_costs_without_a_phase_leaves_it_to_dsa_and_says_so(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    priced = SelectionPolicy(heads=3, router="error", residual=True, block_size=512)
+    monkeypatch.setattr(selection, "policies", lambda: [("prefill", priced), FEW[1]])
+    costs, out = tmp_path / "costs.csv", tmp_path / "out.json"
+    lines = SHIPPED.read_text().splitlines(keepends=True)
+    costs.write_text("".join(line for line in lines if ",decode," not in line))
+    file = dumped(tmp_path / "a", tensors(range(4010, 4096, 10)), 0)
+    words = (file, "--target", 0.5, "--min-len", 2048, "--costs", costs, "--out", out)
+    assert calibrate.main([str(word) for word in words]) == 0
+    assert "DSA in decode of layers 0: expected a policy of decode that the model can have" in capsys.readouterr().out
+
+
 def test_the_report_tells_how_many_rows_and_what_was_under_the_target(
     tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
